@@ -1,0 +1,93 @@
+"""The model of a step: an adapted backbone with a growing head, and the plain tensors it is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters
+from sdlora.head import GrowingHead, HeadBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What the steps so far have learned, as plain tensors: all that a model folder holds besides its record.
+
+    The adapted weight of a target is W₀ + Σ_task magnitudes[task][target] · up · down.
+    """
+
+    directions: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    """Task id → target name → factors; frozen."""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task id → (targets,), in the order of the target names."""
+    head: Mapping[str, HeadBlock] = field(default_factory=dict)
+    """Task id → the rows of its classes."""
+
+
+class IncrementalClassifier(nn.Module):
+    """A frozen timm vision transformer (`num_classes=0`), directions at its targets, and a growing head."""
+
+    def __init__(self, backbone: nn.Module, learned: Learned) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._targets = inject_adapters(backbone)
+        self.head = GrowingHead()
+        for block in learned.head.values():
+            self.head.grow(block)
+        self.requires_grad_(False)
+
+    @property
+    def targets(self) -> Mapping[str, Directions]:
+        """The directions by target name, in the order of the blocks."""
+        return self._targets
+
+    def set_directions(
+        self,
+        frozen: Mapping[str, Mapping[str, Factors]],
+        magnitudes: Tensor,
+        *,
+        trained: bool,
+    ) -> None:
+        """Hold the directions of earlier tasks at every target.
+
+        Args:
+            frozen: task id → target name → factors.
+            magnitudes: (tasks, targets), or (tasks, 1) for one parameter that all targets share; a last row
+                beyond the tasks of `frozen` belongs to the direction that `train_direction` adds.
+            trained: whether the magnitudes are.
+        """
+        columns = [nn.Parameter(column.clone(), requires_grad=trained) for column in magnitudes.unbind(1)]
+        for index, (name, directions) in enumerate(self._targets.items()):
+            directions.set_frozen(
+                [factors[name] for factors in frozen.values()], columns[index if len(columns) > 1 else 0]
+            )
+
+    def train_direction(self, factors: Mapping[str, Factors]) -> None:
+        """Train `factors` (target name → factors) as the newest direction of every target."""
+        for name, directions in self._targets.items():
+            directions.set_current(factors[name])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (batch, d) of normalised images (batch, channels, height, width)."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, all classes so far): every class seen is a candidate, no task id is used."""
+        return self.head(self.features(images))
+
+
+def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
+    """The step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
+
+    It costs what the plain timm model costs. `backbone` is changed in place.
+    """
+    model = IncrementalClassifier(backbone, learned)
+    if learned.directions:
+        missing = [task for task in learned.directions if task not in learned.magnitudes]
+        if missing:
+            raise ValueError(f"directions without magnitudes: {', '.join(missing)}")
+        magnitudes = torch.stack([learned.magnitudes[task] for task in learned.directions])
+        model.set_directions(learned.directions, magnitudes, trained=False)
+    merge_adapters(model.backbone)
+    return model.eval()

@@ -1,0 +1,56 @@
+"""A fit folder: the raw result of a fit, before anything is normalised or frozen."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdlora.adapters import Factors
+from sdlora.head import HeadBlock
+from sdlora.ledger import record_bytes
+from sdlora.methods import FitResult
+from sdlora.tensors import read_tensors, write_tensors
+from sdlora.training import EpochRecord
+
+FACTORS, MAGNITUDES, HEAD = "factors.safetensors", "magnitudes.safetensors", "head.safetensors"
+CURVE, DESCRIPTION = "curve.csv", "fit.json"
+
+
+def write_fit(
+    folder: Path, fit: FitResult, *, curve: Sequence[EpochRecord], description: Mapping[str, Any]
+) -> None:
+    """Write a fit's result, its training curve (one row per epoch) and its `description` into the existing `folder`."""
+    tensors = {}
+    for target, factors in fit.factors.items():
+        tensors[f"{target}.up"], tensors[f"{target}.down"] = factors
+    write_tensors(folder / FACTORS, tensors)
+    write_tensors(folder / MAGNITUDES, fit.magnitudes)
+    write_tensors(folder / HEAD, fit.head._asdict())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(EpochRecord._fields)
+    for row in curve:
+        writer.writerow([row.step, row.epoch, *(f"{value:.6g}" for value in row[2:])])
+    (folder / CURVE).write_text(text.getvalue())
+    (folder / DESCRIPTION).write_bytes(record_bytes({**description, "targets": list(fit.factors)}))
+
+
+def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence[str]) -> FitResult:
+    """The result of the fit of `task`.
+
+    Args:
+        targets: target names in the order of the model, as the fit's description holds them.
+        tasks: ids of the tasks so far, in order of arrival.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not whole.
+    """
+    tensors, magnitudes = read_tensors(folder / FACTORS), read_tensors(folder / MAGNITUDES)
+    return FitResult(
+        task=task,
+        factors={target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets},
+        magnitudes={name: magnitudes[name] for name in tasks if name in magnitudes},
+        head=HeadBlock(**read_tensors(folder / HEAD)),
+    )

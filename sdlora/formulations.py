@@ -1,0 +1,45 @@
+"""The formulations of SD-LoRA: where paper, released code and this project differ, each choice by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdlora.adapters import Factors, factor_norms, product_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formulation:
+    """What a formulation decides; the adapters, the loop and the files are the same for all of them.
+
+    A frozen direction is D = BA / norm(B, A). The current direction is trained un-normalised from B = 0.
+    """
+
+    norm: Callable[[Factors], Tensor]
+    """The number by which a direction is divided when it is frozen."""
+    per_target: bool
+    """One magnitude for each task and target; otherwise one for each task, shared by the whole network."""
+    carried: bool
+    """Magnitudes go on from step to step; otherwise all of them start anew at every step."""
+    magnitude_start: float
+    """The value at which a magnitude starts."""
+
+
+REFERENCE = Formulation(norm=factor_norms, per_target=False, carried=False, magnitude_start=0.8)
+"""The authors' released code (WuYichen-97/SD-Lora-CL@8bacded, backbone/lora.py:153-195, 326-328).
+
+h = (W₀ + Σ_{k<t} αₖ BₖAₖ / (‖Bₖ‖_F‖Aₖ‖_F) + α_t B_tA_t) x, one αₖ per task for the whole network, all of them 0.8
+at the start of every step: what earlier steps learned of them is lost, and the function jumps at the
+boundary of two steps. Within a step, and in its evaluation, the function is the one that was trained: a model
+folder therefore holds the magnitudes that reproduce it (α_t‖B_t‖‖A_t‖ at each target for the newest).
+"""
+
+CONTINUOUS = Formulation(norm=product_norm, per_target=True, carried=True, magnitude_start=1.0)
+"""Ours: freezing changes no output, and nothing that was learned is lost.
+
+h = (W₀ + Σ_{k<t} αₖ BₖAₖ / ‖BₖAₖ‖_F + α_t B_tA_t) x (the paper's Eq. 4 but for the current direction, which for
+B = 0 could not be normalised), one αₖ per task and target. At freezing the newest magnitude takes over its
+direction's norm, α ← α‖BA‖_F, and all of them are carried into the next step.
+"""
+
+FORMULATIONS = {"reference": REFERENCE, "continuous": CONTINUOUS}

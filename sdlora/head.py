@@ -1,0 +1,49 @@
+"""The linear classifier that grows by one block of rows for each task."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadBlock(NamedTuple):
+    """The rows of one task's classes: `weight` (classes, features), `bias` (classes,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def initial_block(classes: int, features: int, *, generator: torch.Generator) -> HeadBlock:
+    """Weights ~ U(−√(3/features), √(3/features)) and bias 0, as the released code (backbone/linears.py:27-29)."""
+    bound = math.sqrt(3 / features)
+    weight = torch.empty(classes, features).uniform_(-bound, bound, generator=generator)
+    return HeadBlock(weight=weight, bias=torch.zeros(classes))
+
+
+class GrowingHead(nn.Module):
+    """One linear block per task, outputs concatenated in order of arrival; earlier blocks are frozen.
+
+    Growing copies nothing and nothing writes to an earlier block; each block is a product of its own, so the logits
+    of earlier classes do not move by a bit when a block is added.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+
+    def grow(self, block: HeadBlock) -> None:
+        """Freeze what there is and append a trainable `block`."""
+        self.requires_grad_(False)
+        self.weights.append(nn.Parameter(block.weight.clone()))
+        self.biases.append(nn.Parameter(block.bias.clone()))
+
+    def newest(self, features: Tensor) -> Tensor:
+        """Logits (batch, classes of the newest task)."""
+        return nn.functional.linear(features, self.weights[-1], self.biases[-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (batch, all classes so far) of features (batch, features)."""
+        blocks = zip(self.weights, self.biases, strict=True)
+        return torch.cat([nn.functional.linear(features, weight, bias) for weight, bias in blocks], dim=1)

@@ -1,0 +1,280 @@
+"""One step's fit: the ordinary loop, the same for the first task and for every later one, resumable at any step."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.adapters import Factors
+from sdlora.augmentation import crop_and_flip
+from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.formulations import Formulation
+from sdlora.head import HeadBlock, initial_block
+from sdlora.methods import FitResult, Method
+from sdlora.preprocessing import normalise
+from sdlora.seeding import generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a step is trained; every field changes the result."""
+
+    optimizer: str
+    """`sgd` or `adam`; no weight decay, which would move what must stay."""
+    learning_rate: float
+    """One rate for factors, magnitudes and head."""
+    momentum: float
+    """Of SGD; Adam has its own."""
+    decay: str
+    """`constant`, or `cosine` from the rate to zero over the step."""
+    epochs: int
+    """Passes over the task's images."""
+    batch_size: int
+    """Images per optimiser step; the last batch of an epoch may be smaller."""
+    crop_scale: float
+    """Smallest share of the area that a random resized crop keeps; 1.0 for no crop."""
+    flip: bool
+    """Random horizontal flip."""
+    precision: str
+    """`fp32`, or `bf16` for autocast."""
+
+
+class EpochRecord(NamedTuple):
+    """One row of the training curve: means over the epoch's images, measured while training."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+
+
+class Snapshot(NamedTuple):
+    """The whole state of a fit between two optimiser steps: tensors, and the curve so far."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    curve: list[EpochRecord]
+
+
+class Fit:
+    """A step's fit in progress: a model, its images and its optimiser, advanced one optimiser step at a time.
+
+    Everything random is drawn from (seed, task, epoch or step), so `restore(snapshot())` at any step goes on
+    exactly as if nothing had happened: the same bytes on the same machine, when torch is deterministic.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        before: Learned,
+        *,
+        task: str,
+        images: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        method: Method,
+        formulation: Formulation,
+        rank: int,
+        magnitude_start: float | None,
+        schedule: Schedule,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Prepare to learn `task`.
+
+        Args:
+            images: (n, channels, height, width), uint8.
+            labels: (n,) class indices within the task, 0 … classes − 1, each of them present.
+            before: what the steps before have learned; not changed.
+
+        Raises:
+            ValueError: no image, or a setting that does not fit the model.
+        """
+        if not len(images):
+            raise ValueError(f"{task}: no training image")
+        self.task, self.schedule, self.seed = task, schedule, seed
+        self._mean, self._std, self._device = mean, std, device
+        self._known = list(before.directions)
+        model = IncrementalClassifier(backbone, before)
+        method.begin(
+            model,
+            before,
+            formulation=formulation,
+            rank=rank,
+            magnitude_start=magnitude_start,
+            generator=generator_for(seed, "directions", task),
+        )
+        features = backbone.num_features
+        model.head.grow(
+            initial_block(int(labels.max()) + 1, features, generator=generator_for(seed, "head", task))
+        )
+        # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
+        # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
+        self.model = model.eval().to(device)
+        self._images, self._labels = images.to(device), labels.long().to(device)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = _make_optimizer(list(self._trained.values()), schedule)
+        self._steps_per_epoch = math.ceil(len(images) / schedule.batch_size)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._order = torch.empty(0, dtype=torch.long)
+        self.step = 0
+        self.curve: list[EpochRecord] = []
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole fit."""
+        return self.schedule.epochs * self._steps_per_epoch
+
+    @property
+    def images(self) -> int:
+        """How many images the task has."""
+        return len(self._images)
+
+    @property
+    def images_seen(self) -> int:
+        """How many images the steps so far have used, repetitions counted."""
+        epochs, within = divmod(self.step, self._steps_per_epoch)
+        return epochs * self.images + min(within * self.schedule.batch_size, self.images)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers this step trains."""
+        return sum(parameter.numel() for parameter in self._trained.values())
+
+    def run(self) -> Iterator[int]:
+        """Train on to the end, yielding the number of images seen at this call after every optimiser step.
+
+        Raises:
+            FloatingPointError: the loss of an epoch is not finite.
+        """
+        seen = 0
+        while self.step < self.total_steps:
+            seen += self._advance()
+            yield seen
+
+    def _advance(self) -> int:
+        epoch, within = divmod(self.step, self._steps_per_epoch)
+        if within == 0 or not len(self._order):
+            generator = generator_for(self.seed, "order", self.task, epoch)
+            self._order = torch.randperm(len(self._images), generator=generator)
+        size = self.schedule.batch_size
+        chosen = self._order[within * size : (within + 1) * size].to(self._device)
+        batch, labels = normalise(self._images[chosen], mean=self._mean, std=self._std), self._labels[chosen]
+        batch = crop_and_flip(
+            batch,
+            crop_scale=self.schedule.crop_scale,
+            flip=self.schedule.flip,
+            generator=generator_for(self.seed, "augmentation", self.task, self.step),
+        )
+        rate = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(
+            self._device.type, dtype=torch.bfloat16, enabled=self.schedule.precision == "bf16"
+        ):
+            features = self.model.features(batch)
+        logits = self.model.head.newest(features.float())
+        loss = nn.functional.cross_entropy(logits, labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        right = (logits.argmax(dim=1) == labels).sum()
+        self._sums += torch.stack([loss.detach().double() * len(chosen), right.double()])
+        self.step += 1
+        if within + 1 == self._steps_per_epoch:
+            self._close_epoch(epoch, rate)
+        return len(chosen)
+
+    def _learning_rate(self) -> float:
+        if self.schedule.decay == "cosine":
+            return self.schedule.learning_rate * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
+        return self.schedule.learning_rate
+
+    def _close_epoch(self, epoch: int, rate: float) -> None:
+        loss, accuracy = (self._sums / len(self._images)).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.task}: the loss became {loss} in epoch {epoch + 1}; lower the learning rate ({rate:g})"
+            )
+        self.curve.append(EpochRecord(self.step, epoch + 1, loss, accuracy, rate))
+        self._sums = torch.zeros_like(self._sums)
+
+    def snapshot(self) -> Snapshot:
+        """The whole state, on the CPU, copied."""
+        tensors = {f"parameter/{name}": p for name, p in self._trained.items()}
+        for name, parameter in self._trained.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        tensors["sums"] = self._sums
+        return Snapshot(
+            step=self.step,
+            tensors={name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+            curve=list(self.curve),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from `snapshot`, taken by a fit of the same inputs.
+
+        Raises:
+            ValueError: the snapshot's parameters are not this fit's.
+        """
+        tensors = {name: tensor.to(self._device) for name, tensor in snapshot.tensors.items()}
+        names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
+        if names != self._trained.keys():
+            raise ValueError(f"{self.task}: the checkpoint trains {len(names)} other parameters than this fit")
+        for name, parameter in self._trained.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            prefix = f"optimizer/{name}/"
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if "step" in state:
+                state["step"] = state["step"].cpu()
+            if state:
+                self._optimizer.state[parameter] = state
+        self._sums = tensors["sums"]
+        self.step, self.curve = snapshot.step, list(snapshot.curve)
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def result(self) -> FitResult:
+        """What was learned, raw, on the CPU."""
+        targets = self.model.targets
+        factors = {
+            name: Factors(up=_copy(target.up), down=_copy(target.down))
+            for name, target in targets.items()
+            if target.up is not None and target.down is not None
+        }
+        columns = [_copy(target.magnitudes) for target in targets.values() if target.magnitudes is not None]
+        distinct = {id(target.magnitudes) for target in targets.values()}
+        stacked = torch.stack(columns[: len(distinct)], dim=1) if columns else torch.zeros(0, 0)
+        tasks = [*self._known, self.task][-len(stacked) :] if len(stacked) else []
+        return FitResult(
+            task=self.task,
+            factors=factors,
+            magnitudes=dict(zip(tasks, stacked, strict=True)),
+            head=HeadBlock(_copy(self.model.head.weights[-1]), _copy(self.model.head.biases[-1])),
+        )
+
+
+def freeze(before: Learned, fit: FitResult, *, method: Method, formulation: Formulation) -> Learned:
+    """What has been learned after the step: the method's directions and magnitudes, and the new rows of the head.
+
+    Tensors of earlier steps are handed on as they are. Needs no model.
+    """
+    directions, magnitudes = method.freeze(before, fit, formulation=formulation)
+    return Learned(directions=directions, magnitudes=magnitudes, head={**before.head, fit.task: fit.head})
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().cpu().clone().contiguous()
+
+
+def _make_optimizer(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=schedule.learning_rate)
+    return torch.optim.SGD(parameters, lr=schedule.learning_rate, momentum=schedule.momentum)

@@ -1,0 +1,94 @@
+"""Small real models: timm's own vision transformer at tiny size."""
+
+import pytest
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from sdlora.classifier import Learned
+from sdlora.formulations import FORMULATIONS
+from sdlora.methods import METHODS
+from sdlora.training import Fit, Schedule, freeze
+
+
+def tiny_vit(seed: int = 0) -> nn.Module:
+    """A vision transformer of two blocks, width 16, on 8×8 grey images, with random weights."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=0
+    )
+    return model.eval()
+
+
+def tiny_task(index: int, *, classes: int = 2, each: int = 12) -> tuple[Tensor, Tensor]:
+    """Images (n, 1, 8, 8) uint8 of `classes` patterns with noise, and labels (n,) within the task."""
+    generator = torch.Generator().manual_seed(100 + index)
+    patterns = torch.randint(0, 200, (classes, 1, 8, 8), generator=generator)
+    labels = torch.arange(classes).repeat_interleave(each)
+    noise = torch.randint(0, 55, (len(labels), 1, 8, 8), generator=generator)
+    return (patterns[labels] + noise).to(torch.uint8), labels
+
+
+def schedule(**changes: str | float | bool) -> Schedule:
+    """A short training schedule."""
+    values = {
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "momentum": 0.9,
+        "decay": "constant",
+        "epochs": 3,
+        "batch_size": 7,
+        "crop_scale": 1.0,
+        "flip": False,
+        "precision": "fp32",
+    }
+    return Schedule(**{**values, **changes})
+
+
+def make_fit(
+    before: Learned,
+    index: int,
+    *,
+    method: str = "sdlora",
+    formulation: str = "continuous",
+    rank: int = 3,
+    magnitude_start: float | None = None,
+    **changes: str | float | bool,
+) -> Fit:
+    """The fit of task `t{index}` on the tiny model."""
+    images, labels = tiny_task(index)
+    return Fit(
+        tiny_vit(),
+        before,
+        task=f"t{index:02}",
+        images=images,
+        labels=labels,
+        mean=[0.5],
+        std=[0.5],
+        method=METHODS[method],
+        formulation=FORMULATIONS[formulation],
+        rank=rank,
+        magnitude_start=magnitude_start,
+        schedule=schedule(**changes),
+        seed=7,
+        device=torch.device("cpu"),
+    )
+
+
+def learn(tasks: int, *, method: str = "sdlora", formulation: str = "continuous") -> Learned:
+    """What a chain of `tasks` steps has learned."""
+    learned = Learned()
+    for index in range(1, tasks + 1):
+        fit = make_fit(learned, index, method=method, formulation=formulation)
+        for _ in fit.run():
+            pass
+        learned = freeze(
+            learned, fit.result(), method=METHODS[method], formulation=FORMULATIONS[formulation]
+        )
+    return learned
+
+
+@pytest.fixture(scope="session")
+def three_steps() -> dict[str, Learned]:
+    """Three learned steps in either formulation."""
+    return {name: learn(3, formulation=name) for name in FORMULATIONS}

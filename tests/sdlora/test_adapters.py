@@ -1,0 +1,130 @@
+"""Adapters change what they say they change, and nothing else."""
+
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+from timm.models.eva import Eva
+from torch import nn
+
+from sdlora.adapters import Factors, factor_norms, initial_factors, inject_adapters, merge_adapters, product_norm
+from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
+from tests.sdlora.conftest import tiny_vit
+
+IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def random_factors(rows: int, columns: int, rank: int, seed: int = 0) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(
+        torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    )
+
+
+def eva(**options: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return Eva(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=0, **options
+    ).eval()
+
+
+FAMILIES = [
+    pytest.param(tiny_vit, id="fused-qkv"),
+    pytest.param(lambda: eva(qkv_fused=True), id="fused-qkv-with-separate-biases"),
+    pytest.param(lambda: eva(qkv_fused=False), id="split-qkv"),
+]
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_injecting_adapters_leaves_the_output_unchanged(make) -> None:  # noqa: ANN001
+    expected = make()(IMAGES)
+    model = make()
+    inject_adapters(model)
+
+    assert torch.equal(model(IMAGES), expected)
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_targets_are_query_and_value_of_every_block(make) -> None:  # noqa: ANN001
+    targets = inject_adapters(make())
+
+    assert list(targets) == ["blocks.0.attn.q", "blocks.0.attn.v", "blocks.1.attn.q", "blocks.1.attn.v"]
+    assert all((target.rows, target.columns) == (16, 16) for target in targets.values())
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_new_direction_leaves_the_output_unchanged(make) -> None:  # noqa: ANN001
+    expected = make()(IMAGES)
+    model = IncrementalClassifier(make(), Learned())
+    model.set_directions({}, torch.ones(1, 1), trained=True)
+    generator = torch.Generator().manual_seed(0)
+    model.train_direction(
+        {name: initial_factors(16, 16, 3, generator=generator) for name in model.targets}
+    )
+
+    torch.testing.assert_close(model.features(IMAGES), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_the_adapted_weight_is_the_formula_and_the_key_rows_stay(make) -> None:  # noqa: ANN001
+    plain, backbone = make(), make()
+    model = IncrementalClassifier(backbone, Learned())
+    names = list(model.targets)
+    frozen = {
+        task: {name: random_factors(16, 16, 2, seed=10 * k + i) for i, name in enumerate(names)}
+        for k, task in enumerate(["t01", "t02"])
+    }
+    magnitudes = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.5, 0.25, -0.5, 1.0]])
+    model.set_directions(frozen, magnitudes, trained=False)
+    merge_adapters(backbone)
+
+    for i, name in enumerate(names):
+        block, letter = int(name.split(".")[1]), name[-1]
+        expected = sum(magnitudes[k, i] * f[name].up @ f[name].down for k, f in enumerate(frozen.values()))
+        before, after = (m.blocks[block].attn for m in (plain, backbone))
+        if before.qkv is not None:
+            rows = slice(0, 16) if letter == "q" else slice(32, 48)
+            change = (after.qkv.weight - before.qkv.weight)[rows]
+            assert torch.equal(after.qkv.weight[16:32], before.qkv.weight[16:32])
+        else:
+            change = getattr(after, f"{letter}_proj").weight - getattr(before, f"{letter}_proj").weight
+            assert torch.equal(after.k_proj.weight, before.k_proj.weight)
+        torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merging_leaves_a_plain_timm_model_with_the_same_output() -> None:
+    learned = Learned(
+        directions={"t01": {}}, magnitudes={"t01": torch.full((4,), 0.3)}, head={}
+    )
+    names = list(inject_adapters(tiny_vit()))
+    learned = Learned(
+        directions={"t01": {name: random_factors(16, 16, 2, seed=i) for i, name in enumerate(names)}},
+        magnitudes=learned.magnitudes,
+    )
+    adapted = IncrementalClassifier(tiny_vit(), learned)
+    adapted.set_directions(learned.directions, learned.magnitudes["t01"][None], trained=False)
+    merged = merged_classifier(tiny_vit(), learned).backbone
+
+    assert merged.state_dict().keys() == tiny_vit().state_dict().keys()
+    assert type(merged.blocks[0].attn.qkv) is nn.Linear
+    torch.testing.assert_close(merged(IMAGES), adapted.features(IMAGES), rtol=1e-5, atol=1e-6)
+
+
+def test_norms_come_from_small_gram_matrices_and_are_exact() -> None:
+    factors = random_factors(30, 20, 4)
+
+    torch.testing.assert_close(product_norm(factors), (factors.up @ factors.down).norm())
+    torch.testing.assert_close(factor_norms(factors), factors.up.norm() * factors.down.norm())
+
+
+def test_a_backbone_without_attention_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="ResNet has no `blocks`"):
+        inject_adapters(timm.create_model("resnet10t", num_classes=0))
+
+
+def test_a_backbone_whose_attention_is_of_another_kind_is_refused() -> None:
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    model.blocks[0].attn = nn.Identity()
+
+    with pytest.raises(ValueError, match=r"neither a linear `attn\.qkv`"):
+        inject_adapters(model)
