@@ -1,0 +1,207 @@
+"""Packed images: Arrow files of encoded pictures, and the way from there to one array of pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipelines.errors import InputError
+from pipelines.files import naming
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from PIL.Image import Image
+
+
+class ImageRow(NamedTuple):
+    """One row of a file of images."""
+
+    id: str
+    """`t01/train/<class>/<file>`, unique"""
+    label: int
+    """global class index in order of arrival"""
+    image: bytes
+    """the file's bytes, unchanged"""
+    sha256: str
+    """of these bytes"""
+    pixels: str
+    """`picture_hash` of what they show: the same in every encoding without loss"""
+
+
+class SampleRow(NamedTuple):
+    """One row of a file of samples: what later tasks are checked against."""
+
+    id: str
+    split: str
+    """train or test"""
+    label: int
+    sha256: str
+    pixels: str
+
+
+def write_images(path: Path, rows: Sequence[ImageRow]) -> None:
+    """Write images as an Arrow IPC file: one batch, no compression, the same bytes for the same rows."""
+    import pyarrow as pa
+
+    # Offsets of 64 bits: the images of one task may exceed 2 GiB.
+    write_rows(path, rows, {"id": pa.string(), "label": pa.int32(), "image": pa.large_binary(), **_hashes()})
+
+
+def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
+    """Write samples, which are images without their bytes, in the same way."""
+    import pyarrow as pa
+
+    write_rows(path, rows, {"id": pa.string(), "split": pa.string(), "label": pa.int32(), **_hashes()})
+
+
+def read_images(path: Path) -> pa.Table:
+    """Open a file of images or samples, memory-mapped; an `InputError` names a missing or damaged one."""
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except FileNotFoundError:
+        raise InputError(f"{path}: the file is missing; run `sdlora run`, which makes it") from None
+    except pa.ArrowInvalid as error:
+        fault = " ".join(str(error).split())
+        raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
+
+
+def decode(
+    table: pa.Table, *, channels: int, size: tuple[int, int], crop_pct: float, interpolation: str
+) -> np.ndarray:
+    """All images of a table as uint8 (images, channels, height, width).
+
+    An image is scaled with Pillow's filter of that name until it just covers `size` / `crop_pct` (for a
+    square size the shorter side decides) and its centre is cut out; one of exactly `size` stays as it is.
+    Transparent parts become white. 1 channel is grey, 3 are RGB.
+    """
+    import numpy as np
+    from PIL.Image import Resampling
+
+    if channels not in (1, 3):
+        raise InputError(f"backbone: it takes images of {channels} channels; choose one that takes 1 or 3")
+    known = {resampling.name.lower(): resampling for resampling in Resampling}
+    if interpolation not in known:
+        raise InputError(f"backbone: its interpolation is {interpolation!r}; known are {', '.join(known)}")
+    out = np.empty((len(table), channels, *size), np.uint8)
+    mode = "L" if channels == 1 else "RGB"
+    ids, images = table["id"], table["image"]
+
+    def fill(index: int) -> None:
+        try:
+            picture = open_picture(images[index].as_buffer())
+        except ValueError as error:
+            raise InputError(f"{ids[index]}: {error}; replace the image") from None
+        fitted = _fit(_on_white(picture).convert(mode), size, crop_pct, known[interpolation])
+        out[index] = np.asarray(fitted).reshape(*size, channels).transpose(2, 0, 1)
+
+    with strict_pictures():
+        for _ in in_parallel(fill, range(len(table))):
+            pass
+    return out
+
+
+def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
+    """Decode a picture fully, upright, as 8-bit L, RGB or RGBA; a ValueError says why it cannot be."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError:
+        raise ValueError("it is no image that Pillow knows") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow raises a dozen types on broken bytes
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    if upright.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers without a range (mode {upright.mode}); save it with 8 bits"
+        )
+    if upright.mode.startswith("I;16"):
+        # Pillow's own conversion to 8 bits clips at 255 instead of scaling.
+        return upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if upright.has_transparency_data:
+        return upright.convert("RGBA")
+    return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
+
+
+def picture_hash(picture: Image) -> str:
+    """The SHA-256 of size and pixels: equal for the same picture in grey, colour, palette or opaque RGBA."""
+    same = picture.convert("RGBA")
+    digest = hashlib.sha256(f"{same.mode} {same.width}x{same.height}\n".encode())
+    digest.update(same.tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def strict_pictures() -> Iterator[None]:
+    """While pictures are opened, let Pillow refuse a huge one and keep quiet about blemishes."""
+    from PIL import Image
+
+    # Filters belong to the whole process, so they are set around all threads, not in each.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator[int]:
+    """Call `work` with each index, in threads; yield how many are done."""
+    # Pillow decodes outside the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        for done, _ in enumerate(pool.map(work, indices), start=1):
+            yield done
+
+
+def _fit(image: Image, size: tuple[int, int], crop_pct: float, resampling: int) -> Image:
+    height, width = size
+    if image.size == (width, height):
+        return image
+    scale = max(round(height / crop_pct) / image.height, round(width / crop_pct) / image.width)
+    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if scaled != image.size:
+        image = image.resize(scaled, resampling)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _on_white(picture: Image) -> Image:
+    """A transparent picture on white: its hidden colours, often black like the ink, are not part of it."""
+    from PIL import Image
+
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def _hashes() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    return {"sha256": pa.string(), "pixels": pa.string()}
+
+
+def write_rows(path: Path, rows: Sequence[tuple[object, ...]], types: dict[str, pa.DataType]) -> None:
+    """Write rows as an Arrow IPC file with columns of these names and types: one batch, no compression."""
+    import pyarrow as pa
+
+    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
+    options = pa.ipc.IpcWriteOptions(compression=None, use_threads=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        naming(path),
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, schema, options=options) as file,
+    ):
+        file.write_batch(pa.record_batch(arrays, schema=schema))

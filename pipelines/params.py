@@ -1,0 +1,401 @@
+"""The choices of a run: the whole of `params.yaml`, validated before any work begins."""
+
+import difflib
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from pipelines.errors import InputError
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A block of `params.yaml`: unknown, missing and wrong-typed keys are errors; nothing changes later."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Digits(Section):
+    """How scikit-learn's handwritten digits are divided."""
+
+    test_fraction: Share
+    """share of each class that becomes test images"""
+    seed: Seed
+    """chooses the test images"""
+
+
+class Glyphs100(Section):
+    """The embedded benchmark comes divided already and has no settings."""
+
+
+class Fetch(Section):
+    """The data sets that `sdlora fetch` can bring, by name; own images need none."""
+
+    digits: Digits | None = None
+    """scikit-learn's handwritten digits"""
+    glyphs100: Glyphs100 | None = None
+    """the embedded benchmark of 100 characters"""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_block(cls, value: object) -> object:
+        if value is None:
+            raise PydanticCustomError("model_type", "null")
+        return value
+
+
+class Split(Section):
+    """How a task's images are packed."""
+
+    duplicates: Literal["refuse", "allow"]
+    """whether the same picture may stand in two tasks or classes (never in train and test)"""
+
+
+class Backbone(Section):
+    """The frozen model under all tasks."""
+
+    name: Text
+    """a packaged name or any timm vision transformer"""
+    weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None
+    """a local .safetensors file instead of the name's own weights, or null"""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """the file's hash, so that another file under its name is noticed; null without a file"""
+
+
+class Adapter(Section):
+    """What a task adds to the backbone."""
+
+    method: Literal["sdlora", "finetune", "frozen"]
+    """how tasks are learned"""
+    formulation: Literal["continuous", "reference"]
+    """how directions are scaled and their magnitudes start"""
+    rank: Count
+    """rank of each task's directions"""
+    magnitude_start: Annotated[float, Field(gt=0)] | None
+    """first value of a new magnitude; null is the formulation's own"""
+
+
+class Training(Section):
+    """How each task is fitted."""
+
+    optimizer: Literal["sgd", "adam"]
+    """the rule of descent"""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """size of its steps"""
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    """of sgd only"""
+    schedule: Literal["constant", "cosine"]
+    """course of the learning rate within a task"""
+    epochs: Count
+    """passes over each task's images"""
+    batch_size: Count
+    """images in one optimiser step"""
+    crop_scale: Annotated[float, Field(gt=0, le=1)]
+    """smallest share of the area that a random crop keeps; 1.0 is no crop"""
+    flip: bool
+    """random horizontal flips"""
+    precision: Literal["fp32", "bf16"]
+    """number format of the forward pass"""
+    deterministic: bool
+    """the same bytes from the same machine every time"""
+    checkpoint_seconds: Annotated[float, Field(gt=0)]
+    """seconds between two saved states of an unfinished fit"""
+    checkpoint_store: Text | None
+    """a folder or fsspec URL for them; null is .sdlora/checkpoints"""
+
+
+class Evaluation(Section):
+    """How a step is tested."""
+
+    batch_size: Count
+    """images in one forward pass"""
+
+
+class Task(Section):
+    """A set of classes that arrives together."""
+
+    after: str
+    """the task before it; t00 for the first"""
+    source: Text
+    """the folder, inside the project, with train/<class>/ and test/<class>/"""
+    classes: Annotated[tuple[str, ...], Field(strict=False)]
+    """its class folders, in the order of their labels"""
+
+
+class Params(Section):
+    """Every choice of a run."""
+
+    seed: Seed
+    """start of every random choice in training"""
+    fetch: Fetch
+    """the data sets to bring; {} for own images only"""
+    split: Split
+    """how images are packed"""
+    backbone: Backbone
+    """the frozen model under all tasks"""
+    adapter: Adapter
+    """what a task adds to it"""
+    training: Training
+    """how each task is fitted"""
+    evaluation: Evaluation
+    """how each step is tested"""
+    tasks: Mapping[str, Task]
+    """the tasks in order of arrival"""
+
+    @classmethod
+    def load(cls, path: Path = Path("params.yaml")) -> Self:
+        """Read and validate the file; an `InputError` names the first fault and counts the others."""
+        return cls.parse(read_text(path), origin=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, origin: str) -> Self:
+        """Validate the text of a params file that is called `origin` in errors."""
+        raw = read_yaml(text, origin=origin)
+        faults = list(_wrong_keys(raw))
+        if not faults:
+            try:
+                params = cls.model_validate(raw)
+            except ValidationError as error:
+                faults = _type_faults(error)
+            else:
+                faults = [*_backbone_faults(params.backbone), *_task_faults(params.tasks)]
+                if not faults:
+                    return params
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise InputError(f"{origin}: {faults[0]}{more}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a params file, line ends and all; an `InputError` where there is none."""
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: the file is missing; run the command in the project's folder") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_yaml(text: str, *, origin: str) -> dict[Any, Any]:
+    """The mapping in a YAML text, read as DVC reads it; an `InputError` names the line of a syntax error."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        raw = YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        key = re.search(r'key "(.*?)"', str(error.problem))
+        raise InputError(
+            f"{origin}: line {error.problem_mark.line + 1}: the key {key[1] if key else ''!r} stands there"
+            " a second time; remove one of the two"
+        ) from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        fault = " ".join(str(error.problem or error.context).split())
+        raise InputError(f"{origin}: {line}not valid YAML ({fault}); mend that line") from None
+    except (YAMLError, ValueError) as error:
+        fault = " ".join(str(error).split())
+        raise InputError(f"{origin}: not valid YAML ({fault})") from None
+    if raw is None:
+        raise InputError(f"{origin}: the file is empty; restore it from version control")
+    if not isinstance(raw, dict):
+        raise InputError(f"{origin}: expected a block of keys, found {_show(raw)}; restore the file")
+    return raw
+
+
+def class_name_fault(name: str) -> str | None:
+    """Why a class cannot have this name, which is also its folder's, or None."""
+    if not name.strip() or name != name.strip():
+        return "is empty or has blanks at an end"
+    if "/" in name or "\\" in name:
+        return "has a path separator"
+    if name.startswith("."):
+        return "starts with a dot, as hidden folders do"
+    if not name.isprintable():
+        return "has characters that cannot be printed"
+    return None
+
+
+def missing_source(source: str | Path) -> str:
+    """What to do about a source folder that is not there."""
+    folder, name = posixpath.split(posixpath.normpath(str(source)))
+    if folder == "data/raw" and name in Fetch.model_fields:
+        return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
+    return "put images there as train/<class>/ and test/<class>/, or correct the path"
+
+
+def _wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[str]:
+    """Keys that are not text: DVC drops them without a word, and their stages with them."""
+    for key, value in block.items():
+        if not isinstance(key, str):
+            name = f"t{key:02d}" if where == ("tasks",) and type(key) is int else json.dumps(str(key))
+            place = ".".join(where) or "top level"
+            yield f"{place}: the key {_show(key)} is not text, and DVC would drop it silently; write {name}"
+        elif isinstance(value, dict):
+            yield from _wrong_keys(value, (*where, key))
+
+
+def _type_faults(error: ValidationError) -> list[str]:
+    """One line per fault; unknown keys first, because a misspelt key is also a missing one."""
+    details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    return [f"{_place(e['loc'])}: {_type_fault(e)}" for e in details]
+
+
+def _type_fault(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, whose keys vary
+    found = _show(error["input"])
+    bounds = {
+        "greater_than": ("gt", "more than"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "less than"),
+        "less_than_equal": ("le", "at most"),
+    }
+    match error["type"]:
+        case "extra_forbidden":
+            known = list(_section(error["loc"][:-1]).model_fields)
+            close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
+            return f"unknown key; {hint}"
+        case "missing":
+            return f"the key is missing; add it ({_field(error['loc']).description})"
+        case "literal_error":
+            known = [str(name) for name in get_args(_field(error["loc"]).annotation)]
+            close = difflib.get_close_matches(str(error["input"]), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            return f"expected one of {', '.join(known)}, found {found}{hint}"
+        case kind if kind in bounds:
+            bound, words = bounds[kind]
+            return f"expected {words} {error['ctx'][bound]:.12g}, found {found}; correct it"
+        case "string_type" if isinstance(error["input"], bool | int | float):
+            return f"expected text, found {found}; write it in quotes: {json.dumps(str(error['input']))}"
+        case "int_type" | "float_type" | "bool_type" if isinstance(error["input"], str):
+            return (
+                f"expected {_KINDS[error['type']]}, found the text {found}; remove the quotes or correct it"
+            )
+        case "string_pattern_mismatch" if error["loc"][-1] == "sha256":
+            return f"expected 64 hexadecimal digits, found {found}; write what `sha256sum` prints of the file"
+        case "string_pattern_mismatch":
+            return f"expected the path of a .safetensors file, found {found}; other formats are not loaded"
+        case "string_too_short":
+            return "expected text, found an empty one; fill it in"
+        case kind:
+            return f"expected {_KINDS.get(kind, 'another value')}, found {found}; correct it"
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a block of keys",
+    "dict_type": "a block of keys",
+}
+
+
+def _backbone_faults(backbone: Backbone) -> Iterator[str]:
+    """A local file and its hash come together: DVC cannot watch a file that only some choices name."""
+    if backbone.weights and not backbone.sha256:
+        yield (
+            f"backbone.sha256: found null, expected the hash of {backbone.weights};"
+            " write what `sha256sum` prints of it"
+        )
+    if backbone.sha256 and not backbone.weights:
+        yield "backbone.sha256: found a hash without backbone.weights; name the file, or set it to null"
+
+
+def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
+    """What is wrong between the tasks: their keys, the chain of `after`, their sources and classes."""
+    if not tasks:
+        yield "tasks: no task is listed; write some with `sdlora plan FOLDER` or `sdlora add-task FOLDER`"
+    before, number = "t00", 0
+    owner: dict[str, str] = {}
+    for position, (key, task) in enumerate(tasks.items(), start=1):
+        where = f"tasks.{_show_key(key)}"
+        if not re.fullmatch(r"t(0[1-9]|[1-9][0-9]{1,2})", key):
+            yield f"{where}: a task's key is t01, t02, ...; rename it, to t{position:02d} for example"
+        elif int(key[1:]) <= number:
+            yield f"{where}: stands after {before}; keep the tasks in ascending order"
+        else:
+            number = int(key[1:])
+        if task.after != before:
+            rule = (
+                "the first task comes after t00" if before == "t00" else "each comes after the one above it"
+            )
+            yield f"{where}.after: found {_show(task.after)}, expected {before}; {rule}"
+        if fault := _source_fault(task.source):
+            yield f"{where}.source: {_show(task.source)} {fault}"
+        if not task.classes:
+            yield f"{where}.classes: the list is empty; name at least one class folder"
+        for name in task.classes:
+            if fault := class_name_fault(name):
+                yield f"{where}.classes: {_show(name)} {fault}; rename the class and its folder"
+            elif owner.get(name) == key:
+                yield f"{where}.classes: {_show(name)} stands there twice; remove one"
+            elif name in owner:
+                yield f"{where}.classes: {_show(name)} is already a class of {owner[name]}; remove one"
+            owner.setdefault(name, key)
+        before = key
+
+
+def _source_fault(source: str) -> str | None:
+    if posixpath.isabs(source):
+        return "is absolute, which no other machine shares; give a path inside the project (a link will do)"
+    if posixpath.normpath(source).split("/")[0] in ("..", "."):
+        return "is not a folder inside the project; copy or link the images into data/raw"
+    if not re.fullmatch(r"[\w./+@%=-]+", source) or source.startswith("-"):
+        return (
+            "has characters that a command line would not leave alone; use letters, digits and . _ - + @ % ="
+        )
+    return None
+
+
+def _section(where: tuple[str | int, ...]) -> type[Section]:
+    """The model of the block at `where`."""
+    model: Any = Params
+    for part in where:
+        if model == Mapping[str, Task]:
+            model = Task
+        else:
+            annotation = model.model_fields[part].annotation
+            options = [option for option in get_args(annotation) if option is not NoneType]
+            model = options[0] if NoneType in get_args(annotation) else annotation
+    return model
+
+
+def _field(where: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - pydantic's FieldInfo
+    return _section(where[:-1]).model_fields[str(where[-1])]
+
+
+def _place(where: tuple[str | int, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_show_key(part)}" for part in where)
+    return text.removeprefix(".") or "top level"
+
+
+def _show_key(key: str) -> str:
+    return key if key.isprintable() else json.dumps(key)
+
+
+def _show(value: object) -> str:
+    """A value as one reads it in YAML, on one line."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool | int | float | str):
+        text = json.dumps(value, ensure_ascii=not str(value).isprintable())
+        return text if len(text) <= 60 else text[:57] + "..."
+    return {"dict": "a block of keys", "list": "a list"}.get(type(value).__name__, str(value))

@@ -1,0 +1,217 @@
+"""Edits of the `tasks` block of `params.yaml`; every byte outside the edited lines stays as it is."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from pipelines.files import natural_key, write_whole
+from pipelines.params import Params, Task, missing_source, read_text, read_yaml
+
+PARAMS = Path("params.yaml")
+
+
+def plan(
+    source: str | Path,
+    *,
+    tasks: int | None = None,
+    classes_per_task: int | None = None,
+    seed: int = 1993,
+    path: Path = PARAMS,
+    force: bool = False,
+) -> list[str]:
+    """Write a `tasks` block for all classes of a folder, in place of the present one; return lines to print.
+
+    The order is numpy's legacy permutation of the naturally sorted names, as in the papers' code. Exactly one
+    of `tasks` and `classes_per_task` is given; sizes differ by one at most, the larger first. A block of
+    which a step has been computed is replaced only by `force`.
+    """
+    folder = inside_project(source, path)
+    names = class_folders(path.parent / folder, shown=folder)
+    sizes = task_sizes(len(names), tasks=tasks, classes_per_task=classes_per_task)
+    text = read_text(path)
+    old = read_yaml(text, origin=str(path)).get("tasks")
+    if not force:
+        refuse_computed(old if isinstance(old, dict) else {}, path)
+
+    order = shuffled(names, seed)
+    block: dict[str, Task] = {}
+    before = "t00"
+    for number, size in enumerate(sizes, start=1):
+        key = f"t{number:02d}"
+        block[key] = Task(after=before, source=folder, classes=tuple(order[:size]))
+        order, before = order[size:], key
+    replace_file(path, with_block(text, block), expected=block)
+    lines = [f"{path}: {len(names)} classes of {folder} in {len(sizes)} tasks, in the order of seed {seed}"]
+    if sizes[0] != sizes[-1]:
+        more = sizes.count(sizes[0])
+        lines.append(
+            f"{len(names)} classes do not divide into {len(sizes)} equal tasks:"
+            f" the first {more} {'has' if more == 1 else 'have'} {sizes[0]}, the others {sizes[-1]}"
+        )
+    return lines + [task_line(key, task) for key, task in block.items()]
+
+
+def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
+    """Append the next task: the given classes of a folder, or all that are new; return lines to print."""
+    folder = inside_project(source, path)
+    text = read_text(path)
+    raw = read_yaml(text, origin=str(path)).get("tasks")
+    known: Mapping[str, Task] = Params.parse(text, origin=str(path)).tasks if raw else {}
+    names = class_folders(path.parent / folder, shown=folder)
+    owner = {name: key for key, task in known.items() for name in task.classes}
+    chosen = list(classes or (name for name in names if name not in owner))
+    for name in chosen:
+        if name not in names:
+            raise InputError(
+                f"{folder}/train/{name}: the folder is missing; classes there are {', '.join(names)}"
+            )
+        if name in owner:
+            raise InputError(f"class {name!r} is already in {owner[name]} of {path}; a class is learned once")
+    if not chosen:
+        raise InputError(f"{folder}: all {len(names)} classes are in {path} already; nothing to add")
+
+    last = list(known)[-1] if known else "t00"
+    key = f"t{int(last[1:]) + 1:02d}"
+    task = Task(after=last, source=folder, classes=tuple(chosen))
+    new = with_line(text, key, task) if known else with_block(text, {key: task})
+    replace_file(path, new, expected={**known, key: task})
+    return [
+        f"{path}: added {key}, {len(chosen)} {'class' if len(chosen) == 1 else 'classes'}",
+        task_line(key, task),
+    ]
+
+
+def inside_project(source: str | Path, path: Path) -> str:
+    """The source folder as `params.yaml` names it: relative to the file's own folder, and inside it."""
+    folder = Path(os.path.relpath(source, path.parent)).as_posix()
+    if folder == "." or folder.startswith(".."):
+        raise InputError(f"{source}: not a folder inside the project; copy or link the images into data/raw")
+    return folder
+
+
+def class_folders(source: Path, *, shown: str) -> list[str]:
+    """The classes of a source folder, in natural order."""
+    train = source / "train"
+    if not train.is_dir():
+        place = shown if not source.is_dir() else f"{shown}/train"
+        raise InputError(f"{place}: the folder is missing; {missing_source(shown)}")
+    names = [entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if not names:
+        raise InputError(
+            f"{shown}/train: no class folders there; make one for each class and put its images there"
+        )
+    return sorted(names, key=natural_key)
+
+
+def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None) -> list[int]:
+    """Sizes as even as possible, the larger ones first; `classes_per_task` is the most that one may have."""
+    if (tasks is None) == (classes_per_task is None):
+        raise InputError("plan: give either the number of tasks or the classes per task")
+    asked = tasks if tasks is not None else classes_per_task
+    assert asked is not None
+    if not 1 <= asked <= classes:
+        what = "tasks" if tasks is not None else "classes per task"
+        raise InputError(f"plan: {asked} {what} for {classes} classes; give a number from 1 to {classes}")
+    number = asked if tasks is not None else -(-classes // asked)
+    return [classes // number + (position < classes % number) for position in range(number)]
+
+
+def shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """The class order of a seed, as the papers' code draws it."""
+    import numpy as np
+
+    if not 0 <= seed < 2**32:
+        raise InputError(f"plan: the seed is {seed}; give a number from 0 to {2**32 - 1}")
+    # The legacy generator on purpose: published class orders are its.
+    order = np.random.RandomState(seed).permutation(len(names))
+    return [names[index] for index in order]
+
+
+def refuse_computed(tasks: Mapping[Any, Any], path: Path) -> None:
+    """Steps that exist were computed from the block that is there."""
+    done = [str(key) for key in tasks if (path.parent / "artifacts" / "model" / str(key)).exists()]
+    if done:
+        raise InputError(
+            f"{path}: tasks: {', '.join(done)} already computed (artifacts/model); add to them with"
+            " `sdlora add-task`, or replace them all with --force"
+        )
+
+
+def task_line(key: str, task: Task) -> str:
+    """A task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
+    classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
+    source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
+    return f"{key}: {{after: {task.after}, source: {source}, classes: [{classes}]}}"
+
+
+def with_block(text: str, tasks: Mapping[str, Task]) -> str:
+    """The text with its `tasks` block, or its end if it has none, replaced."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    lines = ["tasks:", *(f"  {task_line(key, task)}" for key, task in tasks.items())]
+    block = end.join(lines) + end
+    nodes = tasks_nodes(text)
+    if nodes is None:
+        return text + ("" if text.endswith(end) else end) + block
+    key, value = nodes
+    return text[: key.start_mark.index] + block + text[line_end(text, last_index(key, value)) :]
+
+
+def with_line(text: str, key: str, task: Task) -> str:
+    """The text with one task more after the last one of its block."""
+    nodes = tasks_nodes(text)
+    assert nodes is not None
+    _, value = nodes
+    last_key, last_value = value.value[-1]
+    if value.flow_style:
+        position = last_index(last_key, last_value)
+        return text[:position] + f", {task_line(key, task)}" + text[position:]
+    end = "\r\n" if "\r\n" in text else "\n"
+    position = line_end(text, last_index(last_key, last_value))
+    start = "" if text[:position].endswith(end) else end
+    return (
+        text[:position]
+        + start
+        + " " * last_key.start_mark.column
+        + task_line(key, task)
+        + end
+        + text[position:]
+    )
+
+
+def tasks_nodes(text: str) -> tuple[Any, Any] | None:
+    """The nodes of the key `tasks` and its value, which know their places in the text."""
+    from ruamel.yaml import YAML
+
+    root = YAML(typ="rt", pure=True).compose(text)
+    return next(((key, value) for key, value in root.value if key.value == "tasks"), None)
+
+
+def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
+    """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
+    if value.start_mark.index == value.end_mark.index:
+        return key.end_mark.index
+    if value.id == "scalar" or value.flow_style:
+        return value.end_mark.index
+    last = value.value[-1]
+    return last_index(*last) if isinstance(last, tuple) else last_index(last, last)
+
+
+def line_end(text: str, index: int) -> int:
+    """Where the line of `index` ends, its comment and line break included."""
+    found = text.find("\n", index)
+    return len(text) if found < 0 else found + 1
+
+
+def replace_file(path: Path, text: str, *, expected: Mapping[str, Task]) -> None:
+    """Put the new text in the file's place if it is valid and says what it should; else leave the file."""
+    params = Params.parse(text, origin=f"{path} (not changed)")
+    if dict(params.tasks) != dict(expected):
+        raise InputError(
+            f"{path}: its tasks block is written in a way that cannot be edited safely; edit it by hand"
+        )
+    write_whole(path, text.encode())

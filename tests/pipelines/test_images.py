@@ -1,0 +1,211 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.images import (
+    ImageRow,
+    SampleRow,
+    decode,
+    open_picture,
+    picture_hash,
+    read_images,
+    strict_pictures,
+    write_images,
+    write_samples,
+)
+
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def rows_of(*images: bytes) -> list[ImageRow]:
+    return [ImageRow(f"t01/train/a/{i}.png", i, image, "s", "p") for i, image in enumerate(images)]
+
+
+def table_of(tmp_path: Path, *images: bytes) -> pa.Table:
+    write_images(tmp_path / "images.arrow", rows_of(*images))
+    return read_images(tmp_path / "images.arrow")
+
+
+def decoded(
+    tmp_path: Path,
+    *images: Image.Image,
+    channels: int = 3,
+    size: tuple[int, int] = (4, 4),
+    crop_pct: float = 1.0,
+) -> np.ndarray:
+    table = table_of(tmp_path, *(encoded(image) for image in images))
+    return decode(table, channels=channels, size=size, crop_pct=crop_pct, interpolation="bilinear")
+
+
+def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = rows_of(b"abc", b"", b"\x00")
+
+    write_images(tmp_path / "images.arrow", rows)
+
+    table = read_images(tmp_path / "images.arrow")
+    assert [ImageRow(**row) for row in table.to_pylist()] == rows
+    assert table.schema.names == ["id", "label", "image", "sha256", "pixels"]
+    assert table.schema.field("label").type == pa.int32()
+    assert table["image"].num_chunks == 1
+
+
+def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [SampleRow("t01/test/a/1.png", "test", 3, "s", "p")]
+
+    write_samples(tmp_path / "samples.arrow", rows)
+
+    assert [SampleRow(**row) for row in read_images(tmp_path / "samples.arrow").to_pylist()] == rows
+
+
+def test_equal_rows_make_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / name, rows_of(b"abc", b"defg"))
+
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_missing_file_of_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.arrow: the file is missing; run `sdlora run`"):
+        read_images(tmp_path / "train.arrow")
+
+
+def test_a_cut_off_file_of_images_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "train.arrow", rows_of(b"abc"))
+    whole = (tmp_path / "train.arrow").read_bytes()
+    (tmp_path / "train.arrow").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(InputError, match=r"train\.arrow: not an Arrow file .*; delete it"):
+        read_images(tmp_path / "train.arrow")
+
+
+def test_an_image_of_the_exact_size_is_not_resampled(tmp_path: Path) -> None:
+    out = decoded(tmp_path, Image.fromarray(NOISE), size=(6, 5), crop_pct=0.5)
+
+    np.testing.assert_array_equal(out[0].transpose(1, 2, 0), NOISE)
+
+
+def test_the_shorter_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (24, 8), "red")
+    wide.paste("blue", (8, 0, 16, 8))
+
+    out = decoded(tmp_path, wide, size=(8, 8))
+
+    np.testing.assert_array_equal(out[0], np.asarray(Image.new("RGB", (8, 8), "blue")).transpose(2, 0, 1))
+
+
+def test_crop_pct_cuts_the_border_off(tmp_path: Path) -> None:
+    framed = Image.new("L", (8, 8), 255)
+    framed.paste(0, (2, 2, 6, 6))
+
+    out = decoded(tmp_path, framed, channels=1, size=(4, 4), crop_pct=0.5)
+
+    np.testing.assert_array_equal(out, np.zeros((1, 1, 4, 4), np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (3, 4), (300, 7)])
+def test_images_of_any_shape_fill_a_size_of_any_shape(tmp_path: Path, shape: tuple[int, int]) -> None:
+    out = decoded(tmp_path, Image.new("L", shape, 200), size=(5, 3), crop_pct=0.9)
+
+    assert out.shape == (1, 3, 5, 3)
+    assert (out == 200).all()
+
+
+def test_colour_becomes_grey_and_grey_becomes_colour(tmp_path: Path) -> None:
+    colour, grey = Image.new("RGB", (4, 4), (10, 10, 10)), Image.new("L", (4, 4), 10)
+
+    assert (decoded(tmp_path, colour, grey, channels=1) == 10).all()
+    assert (decoded(tmp_path, colour, grey, channels=3) == 10).all()
+
+
+def test_transparent_parts_become_white(tmp_path: Path) -> None:
+    assert (decoded(tmp_path, Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == 255).all()
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.array([[0, 256 * 7, 65535, 32768]], np.uint16))
+
+    assert decoded(tmp_path, deep, channels=1, size=(1, 4)).ravel().tolist() == [0, 7, 255, 128]
+
+
+def test_a_picture_that_the_camera_turned_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = open_picture(encoded(Image.fromarray(NOISE).rotate(90, expand=True), exif=exif))
+
+    np.testing.assert_array_equal(np.asarray(turned), NOISE)
+
+
+def test_the_same_picture_has_one_hash_in_every_encoding() -> None:
+    grey = Image.fromarray(NOISE[:, :, 0])
+    same = [
+        encoded(grey), encoded(grey, compress_level=0), encoded(grey, "BMP"), encoded(grey.convert("RGB")),
+        encoded(grey.convert("P")), encoded(grey.convert("RGBA")), encoded(grey, "WEBP", lossless=True),
+    ]  # fmt: skip
+
+    assert len(set(same)) == len(same)
+    assert len({picture_hash(open_picture(data)) for data in same}) == 1
+
+
+def test_other_pixels_or_another_shape_have_another_hash() -> None:
+    grey = Image.fromarray(NOISE[:, :, 0])
+    changed = grey.copy()
+    changed.putpixel((0, 0), 255 - NOISE[0, 0, 0].item())
+    others = [grey, changed, grey.reduce(2), Image.frombytes("L", (6, 5), grey.tobytes())]
+
+    assert len({picture_hash(image) for image in others}) == len(others)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        pytest.param(b"", "it is no image", id="empty"),
+        pytest.param(b"hello", "it is no image", id="text"),
+        pytest.param(encoded(Image.fromarray(NOISE))[:60], "truncated|broken|incomplete", id="cut-off"),
+        pytest.param(encoded(Image.new("F", (2, 2)), "TIFF"), r"32-bit numbers .* \(mode F\)", id="floats"),
+    ],
+)
+def test_a_picture_that_cannot_be_decoded_says_why(data: bytes, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault), strict_pictures():
+        open_picture(data)
+
+
+@pytest.mark.parametrize("limit", [29, 14])
+def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+
+    with pytest.raises(ValueError, match=f"more than {limit} pixels"), strict_pictures():
+        open_picture(encoded(Image.fromarray(NOISE)))
+
+
+def test_decoding_names_a_broken_image(tmp_path: Path) -> None:
+    table = table_of(tmp_path, b"hello")
+
+    with pytest.raises(InputError, match=r"t01/train/a/0\.png: it is no image"):
+        decode(table, channels=3, size=(4, 4), crop_pct=1.0, interpolation="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("channels", "interpolation", "fault"),
+    [
+        pytest.param(4, "bilinear", "images of 4 channels; choose one", id="channels"),
+        pytest.param(3, "random", "'random'; known are nearest", id="interpolation"),
+    ],
+)
+def test_a_backbone_with_other_needs_is_refused(
+    tmp_path: Path, channels: int, interpolation: str, fault: str
+) -> None:
+    table = table_of(tmp_path, encoded(Image.fromarray(NOISE)))
+
+    with pytest.raises(InputError, match=fault):
+        decode(table, channels=channels, size=(4, 4), crop_pct=1.0, interpolation=interpolation)

@@ -1,0 +1,351 @@
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.files import read_json, sha256_of
+from pipelines.images import read_images
+from pipelines.split import split
+from pipelines.start import start
+
+SHIPPED = Path(__file__).parents[2] / "params.yaml"
+SOURCE = Path("data/raw/own")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks of two classes; every class has two train images and one test image, all different."""
+    monkeypatch.chdir(tmp_path)
+    text = SHIPPED.read_text()
+    Path("params.yaml").write_text(
+        text[: text.index("tasks:\n")]
+        + "tasks:\n"
+        + "  t01: {after: t00, source: data/raw/own, classes: [cat, ant]}\n"
+        + "  t02: {after: t01, source: data/raw/own, classes: [dog, bee]}\n"
+    )
+    shade = iter(range(0, 250, 2))
+    for name in ("ant", "bee", "cat", "dog"):
+        for file in (f"train/{name}/10.png", f"train/{name}/9.png", f"test/{name}/1.png"):
+            paint(SOURCE / file, next(shade))
+    start(out=Path("split/t00"))
+    return tmp_path
+
+
+def paint(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (3, 2), shade).save(path)
+
+
+def copy(source: str, target: str) -> None:
+    """The same picture as another file, in another encoding where the names' endings differ."""
+    (SOURCE / target).parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(SOURCE / source) as image:
+        image.save(SOURCE / target)
+
+
+def allow_duplicates() -> None:
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("duplicates: refuse", "duplicates: allow"))
+
+
+def run(task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
+    before = {"t01": "t00", "t02": "t01"}[task]
+    return split(task, source=SOURCE, before=Path(root, before), out=Path(root, task))
+
+
+def refusal(task: str) -> str:
+    with pytest.raises(InputError) as caught:
+        run(task)
+    assert not Path("split", task).exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_start_is_an_empty_class_map() -> None:
+    assert set(tree(Path("split/t00"))) == {"classes.json", "split.json"}
+    assert read_json(Path("split/t00/classes.json")) == {"classes": [], "tasks": []}
+    assert read_json(Path("split/t00/split.json")) == {"task": "t00"}
+
+
+def test_a_task_is_packed_in_the_order_of_its_classes_and_of_natural_names() -> None:
+    summary = run("t01")
+
+    train = read_images(Path("split/t01/train.arrow"))
+    ids = ["t01/train/cat/9.png", "t01/train/cat/10.png", "t01/train/ant/9.png", "t01/train/ant/10.png"]
+    assert train["id"].to_pylist() == ids
+    assert train["label"].to_pylist() == [0, 0, 1, 1]
+    assert train["image"][0].as_py() == (SOURCE / "train/cat/9.png").read_bytes()
+    assert train["sha256"][0].as_py() == sha256_of(SOURCE / "train/cat/9.png")
+    assert read_images(Path("split/t01/test/t01.arrow"))["id"].to_pylist() == [
+        "t01/test/cat/1.png",
+        "t01/test/ant/1.png",
+    ]
+    assert summary == [{"class": "cat", "train": 2, "test": 1}, {"class": "ant", "train": 2, "test": 1}]
+
+
+def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None:
+    run("t01")
+    run("t02")
+
+    first, second = tree(Path("split/t01")), tree(Path("split/t02"))
+    assert set(second) == {
+        "train.arrow", "classes.json", "split.json",
+        "test/t01.arrow", "test/t02.arrow", "samples/t01.arrow", "samples/t02.arrow",
+    }  # fmt: skip
+    assert second["test/t01.arrow"] == first["test/t01.arrow"]
+    assert second["samples/t01.arrow"] == first["samples/t01.arrow"]
+    assert read_json(Path("split/t02/classes.json")) == {
+        "classes": [
+            {"label": 0, "name": "cat", "task": "t01"},
+            {"label": 1, "name": "ant", "task": "t01"},
+            {"label": 2, "name": "dog", "task": "t02"},
+            {"label": 3, "name": "bee", "task": "t02"},
+        ],
+        "tasks": ["t01", "t02"],
+    }
+    assert read_images(Path("split/t02/train.arrow"))["label"].to_pylist() == [2, 2, 3, 3]
+
+
+def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
+    run("t01")
+
+    samples = read_images(Path("split/t01/samples/t01.arrow"))
+    assert samples.schema.names == ["id", "split", "label", "sha256", "pixels"]
+    assert samples["split"].to_pylist() == ["train"] * 4 + ["test"] * 2
+    facts = read_json(Path("split/t01/split.json"))
+    assert len(facts.pop("digest")) == 64
+    assert facts == {
+        "task": "t01",
+        "after": "t00",
+        "counts": {"ant": {"train": 2, "test": 1}, "cat": {"train": 2, "test": 1}},
+        "duplicates": 0,
+    }
+
+
+def test_the_same_images_give_the_same_bytes_in_whatever_order_the_disk_lists_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run("t01")
+    run("t02")
+    listed = os.listdir
+    generator = random.Random(0)
+
+    def shuffled(path: str) -> list[str]:
+        names = sorted(listed(path))
+        generator.shuffle(names)
+        return names
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        return (folder / name for name in shuffled(str(folder)))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    start(out=Path("again/t00"))
+    run("t01", root="again")
+    run("t02", root="again")
+
+    assert tree(Path("again")) == tree(Path("split"))
+
+
+def test_a_changed_test_image_changes_the_tests_and_not_the_train_file() -> None:
+    run("t01")
+    before = tree(Path("split/t01"))
+    paint(SOURCE / "test/cat/1.png", 251)
+
+    run("t01")
+
+    after = tree(Path("split/t01"))
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"test/t01.arrow", "samples/t01.arrow", "split.json"}
+
+
+def test_classes_of_other_tasks_and_hidden_files_are_left_alone() -> None:
+    (SOURCE / "train/cat/.DS_Store").write_bytes(b"x")
+    (SOURCE / "train/dog/broken.png").write_bytes(b"x")
+
+    run("t01")
+
+    assert len(read_images(Path("split/t01/train.arrow"))) == 4
+
+
+def test_a_class_of_an_earlier_task_is_refused() -> None:
+    run("t01")
+    classes = read_json(Path("split/t01/classes.json"))
+    classes["classes"][1]["name"] = "bee"
+    Path("split/t01/classes.json").write_text(json.dumps(classes))
+
+    assert refusal("t02") == (
+        "t02: class 'bee' was already learned in t01; remove it from tasks.t02.classes in params.yaml"
+    )
+
+
+def test_a_task_that_is_not_in_the_params_is_refused() -> None:
+    with pytest.raises(InputError, match=r"tasks: there is no t09; known are t01, t02"):
+        split("t09", source=SOURCE, before=Path("split/t00"), out=Path("split/t09"))
+
+
+def test_a_split_without_the_one_before_is_refused() -> None:
+    assert refusal("t02") == "split/t01/classes.json: the file is missing; run `sdlora run`, which makes it"
+
+
+def test_a_missing_source_is_refused() -> None:
+    shutil.rmtree(SOURCE)
+
+    assert refusal("t01").startswith(
+        "data/raw/own: the folder is missing; put images there as train/<class>/"
+    )
+
+
+def test_a_missing_class_folder_is_refused() -> None:
+    shutil.rmtree(SOURCE / "test/ant")
+
+    assert refusal("t01").startswith("data/raw/own/test/ant: the folder is missing; make it")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_empty_class_is_refused(part: str) -> None:
+    for path in (SOURCE / part / "ant").iterdir():
+        path.rename(path.with_name(f".{path.name}"))
+
+    assert refusal("t01").startswith(f"data/raw/own/{part}/ant: the class is empty; put at least one image")
+
+
+def test_an_unreadable_image_is_named() -> None:
+    whole = (SOURCE / "train/cat/9.png").read_bytes()
+    (SOURCE / "train/cat/9.png").write_bytes(whole[:50])
+
+    assert refusal("t01").startswith("cannot read data/raw/own/train/cat/9.png (")
+
+
+def test_of_many_unreadable_images_three_are_named_and_all_are_counted() -> None:
+    for path in SOURCE.rglob("*.png"):
+        path.write_bytes(b"no image")
+
+    assert refusal("t01") == (
+        "cannot read data/raw/own/train/cat/9.png (it is no image that Pillow knows),"
+        " data/raw/own/train/cat/10.png (it is no image that Pillow knows),"
+        " data/raw/own/train/ant/9.png (it is no image that Pillow knows)"
+        " and 3 more; replace or remove what is broken"
+    )
+
+
+def test_a_link_to_nothing_is_an_unreadable_image() -> None:
+    (SOURCE / "train/cat/x.png").symlink_to("nowhere")
+
+    assert "train/cat/x.png (No such file or directory)" in refusal("t01")
+
+
+def test_a_huge_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+
+    assert "train/cat/9.png (it has more than 5 pixels)" in refusal("t01")
+
+
+def test_a_file_that_is_no_image_by_its_name_is_refused() -> None:
+    (SOURCE / "train/cat/notes.txt").write_text("x")
+
+    assert refusal("t01").startswith("data/raw/own/train/cat/notes.txt: not an image by its name; remove it")
+
+
+def test_a_file_name_that_would_break_a_line_is_refused() -> None:
+    paint(SOURCE / "train/cat/a\nb.png", 251)
+
+    assert "the file name 'a\\nb.png' is not printable text; rename the file" in refusal("t01")
+
+
+def test_a_folder_inside_a_class_is_refused() -> None:
+    paint(SOURCE / "train/cat/kittens/1.png", 251)
+
+    assert refusal("t01").startswith(
+        "data/raw/own/train/cat/kittens: a folder inside a class; move its images up"
+    )
+
+
+@pytest.mark.parametrize("target", ["test/cat/2.png", "test/cat/2.bmp", "test/ant/2.png"])
+@pytest.mark.parametrize("allowed", [False, True], ids=["refuse", "allow"])
+def test_a_picture_in_train_and_test_is_always_refused(target: str, allowed: bool) -> None:
+    copy("train/cat/9.png", target)
+    if allowed:
+        allow_duplicates()
+
+    assert refusal("t01") == (
+        f"data/raw/own/{target} is the same picture as data/raw/own/train/cat/9.png, in train and test;"
+        " remove one"
+    )
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["refuse", "allow"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param("train/cat/9.png", "test/dog/2.png", id="now-tested"),
+        pytest.param("test/cat/1.png", "train/dog/2.png", id="now-trained-on"),
+    ],
+)
+def test_a_picture_on_the_other_side_of_an_earlier_task_is_always_refused(
+    source: str, target: str, allowed: bool
+) -> None:
+    copy(source, target)
+    if allowed:
+        allow_duplicates()
+    run("t01")
+
+    assert refusal("t02") == (
+        f"data/raw/own/{target} is the same picture as t01/{source} of an earlier task, in train and test;"
+        " remove one"
+    )
+
+
+@pytest.mark.parametrize("part", ["train/{}/9.png", "test/{}/1.png"], ids=["train", "test"])
+def test_a_picture_in_two_tasks_is_refused_unless_allowed(part: str) -> None:
+    copy(part.format("cat"), part.format("dog"))
+    run("t01")
+
+    assert refusal("t02") == (
+        f"data/raw/own/{part.format('dog')} is the same picture as t01/{part.format('cat')} of an earlier"
+        " task, of another class; remove one, or set split.duplicates: allow in params.yaml"
+    )
+    allow_duplicates()
+    assert len(run("t02")) == 2
+
+
+def test_a_picture_under_two_classes_is_refused_unless_allowed() -> None:
+    copy("train/cat/9.png", "train/ant/9.png")
+    copy("train/cat/10.png", "train/ant/10.png")
+
+    assert refusal("t01") == (
+        "data/raw/own/train/ant/9.png is the same picture as data/raw/own/train/cat/9.png, of another class;"
+        " remove one, or set split.duplicates: allow in params.yaml (and 1 more such)"
+    )
+    allow_duplicates()
+    run("t01")
+    assert read_json(Path("split/t01/split.json"))["duplicates"] == 2
+
+
+def test_copies_within_a_class_stay_and_are_counted() -> None:
+    copy("train/cat/9.png", "train/cat/11.bmp")
+
+    run("t01")
+
+    assert len(read_images(Path("split/t01/train.arrow"))) == 5
+    assert read_json(Path("split/t01/split.json"))["duplicates"] == 1
+
+
+def test_a_refused_split_leaves_the_one_there_was() -> None:
+    run("t01")
+    before = tree(Path("split/t01"))
+    (SOURCE / "train/cat/9.png").write_bytes(b"x")
+
+    with pytest.raises(InputError):
+        run("t01")
+
+    assert tree(Path("split/t01")) == before
