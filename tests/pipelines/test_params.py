@@ -16,6 +16,8 @@ tasks:
   t03: {after: t02, source: data/raw/own, classes: [zebra]}
 """
 
+LINE_OF_T02 = SHIPPED.read_text().split("tasks:\n")[0].count("\n") + 3
+
 
 def shipped_with(old: str, new: str) -> str:
     """The shipped file with three tasks and one place changed."""
@@ -168,7 +170,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             '["7", "6"]', '["7", "6"',
-            "line 44: not valid YAML (expected ',' or ']', but got '}'); mend that line",
+            f"line {LINE_OF_T02}: not valid YAML (expected ',' or ']', but got '}}'); mend that line",
             id="a-bracket-left-open",
         ),
         pytest.param(
