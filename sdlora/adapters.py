@@ -94,14 +94,15 @@ class AdaptedWeight(nn.Module):
 
     def __init__(self, blocks: Mapping[tuple[int, int], Directions]) -> None:
         super().__init__()
-        self.spans = tuple(blocks)
-        self.blocks = nn.ModuleList(blocks.values())
+        self._blocks = dict(blocks)
+        # Registered under their own list too, so that torch moves and counts their parameters.
+        self.directions = nn.ModuleList(blocks.values())
 
     def forward(self, weight: Tensor) -> Tensor:
         # In full precision under autocast too: the sum is rounded once, by the layer, and not each term.
         with torch.autocast(weight.device.type, enabled=False):
             pieces, end = [], 0
-            for (start, stop), directions in zip(self.spans, self.blocks, strict=True):
+            for (start, stop), directions in self._blocks.items():
                 rows, update = weight[start:stop], directions.update()
                 pieces += [weight[end:start], rows if update is None else rows + update]
                 end = stop
@@ -121,7 +122,8 @@ def _projections(backbone: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str
             split = getattr(attention, f"{letter}_proj", None)
             if not isinstance(split, nn.Linear):
                 raise ValueError(
-                    f"{type(backbone).__name__}: block {index} has neither a linear `attn.qkv` nor `attn.{letter}_proj`; "
+                    f"{type(backbone).__name__}: block {index} has neither a linear `attn.qkv` nor "
+                    f"`attn.{letter}_proj`; "
                     "choose a backbone of timm's vision transformers"
                 )
             yield f"blocks.{index}.attn", split, {letter: (0, split.out_features)}
@@ -147,9 +149,7 @@ def inject_adapters(backbone: nn.Module) -> dict[str, Directions]:
             (start, stop): Directions(stop - start, layer.in_features) for start, stop in letters.values()
         }
         parametrize.register_parametrization(layer, "weight", AdaptedWeight(blocks))
-        targets |= {
-            f"{prefix}.{letter}": blocks[span] for letter, span in letters.items()
-        }
+        targets |= {f"{prefix}.{letter}": blocks[span] for letter, span in letters.items()}
     if not targets:
         raise ValueError(
             f"{type(backbone).__name__} has no `blocks` with attention; choose one of timm's vision transformers"

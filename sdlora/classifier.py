@@ -31,6 +31,7 @@ class IncrementalClassifier(nn.Module):
     def __init__(self, backbone: nn.Module, learned: Learned) -> None:
         super().__init__()
         self.backbone = backbone
+        self.feature_size: int = backbone.num_features  # type: ignore[assignment]
         self._targets = inject_adapters(backbone)
         self.head = GrowingHead()
         for block in learned.head.values():

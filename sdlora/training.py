@@ -109,10 +109,8 @@ class Fit:
             magnitude_start=magnitude_start,
             generator=generator_for(seed, "directions", task),
         )
-        features = backbone.num_features
-        model.head.grow(
-            initial_block(int(labels.max()) + 1, features, generator=generator_for(seed, "head", task))
-        )
+        classes, generator = int(labels.max()) + 1, generator_for(seed, "head", task)
+        model.head.grow(initial_block(classes, model.feature_size, generator=generator))
         # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
         # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
         self.model = model.eval().to(device)
@@ -206,7 +204,7 @@ class Fit:
 
     def snapshot(self) -> Snapshot:
         """The whole state, on the CPU, copied."""
-        tensors = {f"parameter/{name}": p for name, p in self._trained.items()}
+        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self._trained.items()}
         for name, parameter in self._trained.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if value is not None:
@@ -228,11 +226,15 @@ class Fit:
         tensors = {name: tensor.to(self._device) for name, tensor in snapshot.tensors.items()}
         names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
         if names != self._trained.keys():
-            raise ValueError(f"{self.task}: the checkpoint trains {len(names)} other parameters than this fit")
+            raise ValueError(
+                f"{self.task}: the checkpoint trains {len(names)} other parameters than this fit"
+            )
         for name, parameter in self._trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             prefix = f"optimizer/{name}/"
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            state = {
+                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+            }
             if "step" in state:
                 state["step"] = state["step"].cpu()
             if state:

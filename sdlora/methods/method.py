@@ -58,7 +58,9 @@ class Method:
     freeze: Freeze
 
 
-def new_direction(model: IncrementalClassifier, *, rank: int, generator: torch.Generator) -> dict[str, Factors]:
+def new_direction(
+    model: IncrementalClassifier, *, rank: int, generator: torch.Generator
+) -> dict[str, Factors]:
     """Initial factors for every target, drawn in the order of the targets.
 
     Raises:
@@ -67,7 +69,8 @@ def new_direction(model: IncrementalClassifier, *, rank: int, generator: torch.G
     for name, target in model.targets.items():
         if rank > min(target.rows, target.columns):
             raise ValueError(
-                f"adapter.rank {rank} is more than {name} can hold ({target.rows}×{target.columns}); choose a smaller one"
+                f"adapter.rank {rank} is more than {name} can hold ({target.rows}×{target.columns}); "
+                "choose a smaller one"
             )
     return {
         name: initial_factors(target.rows, target.columns, rank, generator=generator)

@@ -45,7 +45,8 @@ def freeze(
     for target, norm in zip(targets, norms.tolist(), strict=True):
         if not 0 < norm < float("inf"):
             raise ValueError(
-                f"{fit.task}: the direction at {target} has norm {norm} and cannot be frozen; it was not trained, or diverged"
+                f"{fit.task}: the direction at {target} has norm {norm} and cannot be "
+                "frozen; it was not trained, or diverged"
             )
     direction = {
         target: Factors(up=factors.up / norm.sqrt(), down=factors.down / norm.sqrt())

@@ -82,9 +82,7 @@ def learn(tasks: int, *, method: str = "sdlora", formulation: str = "continuous"
         fit = make_fit(learned, index, method=method, formulation=formulation)
         for _ in fit.run():
             pass
-        learned = freeze(
-            learned, fit.result(), method=METHODS[method], formulation=FORMULATIONS[formulation]
-        )
+        learned = freeze(learned, fit.result(), method=METHODS[method], formulation=FORMULATIONS[formulation])
     return learned
 
 

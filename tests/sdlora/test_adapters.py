@@ -7,7 +7,14 @@ from timm.models import VisionTransformer
 from timm.models.eva import Eva
 from torch import nn
 
-from sdlora.adapters import Factors, factor_norms, initial_factors, inject_adapters, merge_adapters, product_norm
+from sdlora.adapters import (
+    Factors,
+    factor_norms,
+    initial_factors,
+    inject_adapters,
+    merge_adapters,
+    product_norm,
+)
 from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
 from tests.sdlora.conftest import tiny_vit
 
@@ -58,9 +65,7 @@ def test_a_new_direction_leaves_the_output_unchanged(make) -> None:  # noqa: ANN
     model = IncrementalClassifier(make(), Learned())
     model.set_directions({}, torch.ones(1, 1), trained=True)
     generator = torch.Generator().manual_seed(0)
-    model.train_direction(
-        {name: initial_factors(16, 16, 3, generator=generator) for name in model.targets}
-    )
+    model.train_direction({name: initial_factors(16, 16, 3, generator=generator) for name in model.targets})
 
     torch.testing.assert_close(model.features(IMAGES), expected, rtol=0, atol=0)
 
@@ -93,9 +98,7 @@ def test_the_adapted_weight_is_the_formula_and_the_key_rows_stay(make) -> None: 
 
 
 def test_merging_leaves_a_plain_timm_model_with_the_same_output() -> None:
-    learned = Learned(
-        directions={"t01": {}}, magnitudes={"t01": torch.full((4,), 0.3)}, head={}
-    )
+    learned = Learned(directions={"t01": {}}, magnitudes={"t01": torch.full((4,), 0.3)}, head={})
     names = list(inject_adapters(tiny_vit()))
     learned = Learned(
         directions={"t01": {name: random_factors(16, 16, 2, seed=i) for i, name in enumerate(names)}},

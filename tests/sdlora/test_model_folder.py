@@ -82,7 +82,9 @@ def test_files_of_earlier_tasks_keep_their_bytes(tmp_path: Path) -> None:
             assert contents(after)[name] == data, name
 
 
-@pytest.mark.parametrize("name", ["directions/t02.safetensors", "head/t01.safetensors", "magnitudes.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["directions/t02.safetensors", "head/t01.safetensors", "magnitudes.safetensors"]
+)
 def test_one_flipped_bit_is_noticed_and_named(
     name: str, tmp_path: Path, three_steps: dict[str, Learned]
 ) -> None:

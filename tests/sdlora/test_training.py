@@ -64,9 +64,7 @@ def test_a_step_moves_no_frozen_tensor(method: str) -> None:
         },
     }
     fit = make_fit(before, 3, method=method)
-    after = freeze(
-        before, finish(fit), method=METHODS[method], formulation=FORMULATIONS["continuous"]
-    )
+    after = freeze(before, finish(fit), method=METHODS[method], formulation=FORMULATIONS["continuous"])
 
     merged = merged_classifier(tiny_vit(), Learned()).backbone.state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in kept["backbone"].items())
@@ -114,9 +112,11 @@ def test_continuous_magnitudes_are_carried_per_target(three_steps: dict[str, Lea
 
 def test_the_start_of_the_magnitudes_can_be_chosen(three_steps: dict[str, Learned]) -> None:
     carried = make_fit(three_steps["continuous"], 4, magnitude_start=0.5).result().magnitudes
-    shared = make_fit(
-        three_steps["reference"], 4, formulation="reference", magnitude_start=0.5
-    ).result().magnitudes
+    shared = (
+        make_fit(three_steps["reference"], 4, formulation="reference", magnitude_start=0.5)
+        .result()
+        .magnitudes
+    )
 
     assert carried["t04"].tolist() == [0.5] * 4
     assert [alpha.tolist() for alpha in shared.values()] == [[0.5]] * 4
@@ -154,9 +154,7 @@ def test_the_next_step_of_the_reference_jumps(three_steps: dict[str, Learned]) -
     assert (next_step[:, :6] - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("formulation", "norm"), [("continuous", product_norm), ("reference", factor_norms)]
-)
+@pytest.mark.parametrize(("formulation", "norm"), [("continuous", product_norm), ("reference", factor_norms)])
 def test_a_frozen_direction_has_norm_one(formulation, norm, three_steps) -> None:  # noqa: ANN001
     for direction in three_steps[formulation].directions.values():
         for factors in direction.values():
@@ -276,7 +274,9 @@ def test_the_loss_is_over_the_classes_of_the_current_task_only(three_steps: dict
 
 
 def test_a_diverging_loss_is_an_error_that_names_the_rate() -> None:
-    with pytest.raises(FloatingPointError, match=r"t01: the loss became .* lower the learning rate \(1e\+30\)"):
+    with pytest.raises(
+        FloatingPointError, match=r"t01: the loss became .* lower the learning rate \(1e\+30\)"
+    ):
         finish(make_fit(Learned(), 1, learning_rate=1e30))
 
 
