@@ -1,0 +1,194 @@
+"""Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.checkpoints import CheckpointStore, input_key
+from pipelines.errors import InputError
+from pipelines.files import read_json, whole_folder
+from pipelines.params import Params
+from pipelines.progress import Progress
+from pipelines.stage import Summary, say, stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdlora.training import Fit
+
+
+@stage
+def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, out: Path) -> Summary:
+    """Train what the method trains on the images of `task` alone; leave it raw, with the training curve, in `out`.
+
+    A checkpoint is written every `training.checkpoint_seconds` under the hash of everything that decides the
+    result; started again after being killed, the stage goes on from the newest one and leaves the same bytes.
+    """
+    import torch
+
+    from sdlora.devices import best_device, set_deterministic
+    from sdlora.fit_folder import write_fit
+
+    params = Params.load()
+    set_deterministic(params.training.deterministic)
+    device = best_device()
+    learner = _prepare(task, train=train, classes=classes, before=before, backbone=backbone, device=device)
+    store = CheckpointStore(
+        params.training.checkpoint_store, _key(task, params, train, classes, before, backbone)
+    )
+    for snapshot in store.newest():
+        learner.restore(snapshot)
+        say(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
+        break
+    started, first = time.monotonic(), learner.step
+    seen = _train(learner, store, every=params.training.checkpoint_seconds)
+    seconds = time.monotonic() - started
+    last = learner.curve[-1]
+    with whole_folder(out) as folder:
+        write_fit(
+            folder,
+            learner.result(),
+            curve=learner.curve,
+            description={
+                "task": task,
+                "classes": _own_classes(task, classes),
+                "adapter": params.adapter.model_dump(),
+                "training": _decisive(params),
+                "seed": params.seed,
+                "steps": learner.total_steps,
+                "images": learner.images,
+                "trained_parameters": learner.trained_parameters,
+            },
+        )
+    store.forget_old()
+    if learner.step > first:
+        say(f"fit {task}: {seen} images in {seconds:.1f} s on {device} ({torch.get_num_threads()} threads)")
+    return [
+        {
+            "task": task,
+            "images": learner.images,
+            "trained parameters": learner.trained_parameters,
+            "steps": learner.total_steps,
+            "loss": round(last.loss, 4),
+            "training accuracy": round(last.accuracy, 4),
+        }
+    ]
+
+
+def _prepare(
+    task: str, *, train: Path, classes: Path, before: Path, backbone: Path, device: "torch.device"
+) -> "Fit":
+    """A fit of `task` that has not begun."""
+    import torch
+
+    from pipelines.images import decode, read_images
+    from sdlora.backbones import read_backbone
+    from sdlora.formulations import FORMULATIONS
+    from sdlora.methods import METHODS
+    from sdlora.model_folder import read_model
+    from sdlora.training import Fit, Schedule
+
+    params = Params.load()
+    base = read_backbone(backbone)
+    learned, record = read_model(before)
+    _check_continues(record, params, before)
+    table = read_images(train)
+    config = base.description["pretrained_cfg"]
+    channels, height, width = base.input_size
+    pixels = decode(
+        table,
+        channels=channels,
+        size=(height, width),
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+    )
+    labels = torch.tensor(table["label"].to_pylist()) - _own_classes(task, classes)[0]["label"]
+    settings = params.training
+    return Fit(
+        base.model,
+        learned,
+        task=task,
+        images=torch.from_numpy(pixels),
+        labels=labels,
+        mean=config["mean"],
+        std=config["std"],
+        method=METHODS[params.adapter.method],
+        formulation=FORMULATIONS[params.adapter.formulation],
+        rank=params.adapter.rank,
+        magnitude_start=params.adapter.magnitude_start,
+        schedule=Schedule(
+            optimizer=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            decay=settings.schedule,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            crop_scale=settings.crop_scale,
+            flip=settings.flip,
+            precision=settings.precision,
+        ),
+        seed=params.seed,
+        device=device,
+    )
+
+
+def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
+    """The entries of the class map that arrive with `task`, in label order."""
+    return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
+
+
+def _check_continues(record: dict[str, object], params: Params, before: Path) -> None:
+    """Refuse to go on with a method or formulation that cannot read what the step before has left."""
+    for key, chosen in (("method", params.adapter.method), ("formulation", params.adapter.formulation)):
+        found = record.get(key, chosen)
+        if found != chosen:
+            raise InputError(
+                f"{before}: this step was made with {key} {found!r}, params.yaml: adapter.{key} is {chosen!r}; "
+                "a chain keeps one of them (run `sdlora run` from the first task)"
+            )
+
+
+def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
+    """Train to the end, saving a checkpoint every so many seconds; returns the images seen."""
+    schedule, images, before = learner.schedule, learner.images, learner.images_seen
+    seen, saved = 0, time.monotonic()
+    total = schedule.epochs * images
+    with Progress(f"fit {learner.task}", total=total, unit="images") as bar:
+        try:
+            for seen in learner.run():
+                facts = learner.curve[-1]._asdict() if learner.curve else {}
+                shown = {key: facts[key] for key in ("loss", "accuracy") if key in facts}
+                done = before + seen
+                epoch = min(done // images + 1, schedule.epochs)
+                bar.update(
+                    done,
+                    step=f"{learner.step}/{learner.total_steps}",
+                    epoch=f"{epoch}/{schedule.epochs}",
+                    **shown,
+                )
+                if time.monotonic() - saved >= every and learner.step < learner.total_steps:
+                    store.save(learner.snapshot())
+                    saved = time.monotonic()
+        except FloatingPointError as error:
+            raise InputError(f"params.yaml: training.learning_rate: {error}") from error
+    return seen
+
+
+def _decisive(params: Params) -> dict[str, object]:
+    """The training settings that change the result: all but where and how often checkpoints are kept."""
+    return params.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"})
+
+
+def _key(task: str, params: Params, train: Path, classes: Path, before: Path, backbone: Path) -> str:
+    """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
+    import sdlora
+
+    code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), Path(__file__)]
+    settings = {
+        "task": task,
+        "adapter": params.adapter.model_dump(),
+        "training": _decisive(params),
+        "seed": params.seed,
+        "classes": _own_classes(task, classes),
+    }
+    return input_key(settings, [train, before / "step.json", backbone / "step.json", *code])
