@@ -121,6 +121,7 @@ class Fit:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
         self.step = 0
+        self._constant = self._constant_features()
         self.curve: list[EpochRecord] = []
 
     @property
@@ -162,21 +163,12 @@ class Fit:
             self._order = torch.randperm(len(self._images), generator=generator)
         size = self.schedule.batch_size
         chosen = self._order[within * size : (within + 1) * size].to(self._device)
-        batch, labels = normalise(self._images[chosen], mean=self._mean, std=self._std), self._labels[chosen]
-        batch = crop_and_flip(
-            batch,
-            crop_scale=self.schedule.crop_scale,
-            flip=self.schedule.flip,
-            generator=generator_for(self.seed, "augmentation", self.task, self.step),
-        )
+        labels = self._labels[chosen]
         rate = self._learning_rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(
-            self._device.type, dtype=torch.bfloat16, enabled=self.schedule.precision == "bf16"
-        ):
-            features = self.model.features(batch)
-        logits = self.model.head.newest(features.float())
+        features = self._features(chosen) if self._constant is None else self._constant[chosen]
+        logits = self.model.head.newest(features)
         loss = nn.functional.cross_entropy(logits, labels)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -187,6 +179,27 @@ class Fit:
         if within + 1 == self._steps_per_epoch:
             self._close_epoch(epoch, rate)
         return len(chosen)
+
+    def _features(self, chosen: Tensor) -> Tensor:
+        """Features (chosen, d) of the images at these indices, augmented for the current step."""
+        batch = crop_and_flip(
+            normalise(self._images[chosen], mean=self._mean, std=self._std),
+            crop_scale=self.schedule.crop_scale,
+            flip=self.schedule.flip,
+            generator=generator_for(self.seed, "augmentation", self.task, self.step),
+        )
+        bf16 = self.schedule.precision == "bf16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self.model.features(batch).float()
+
+    @torch.no_grad()
+    def _constant_features(self) -> Tensor | None:
+        """The features (n, d) of all images, once for all, where neither the images nor the backbone change."""
+        adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
+        if adapted or self.schedule.crop_scale < 1.0 or self.schedule.flip:
+            return None
+        everything = torch.arange(len(self._images), device=self._device)
+        return torch.cat([self._features(part) for part in everything.split(self.schedule.batch_size)])
 
     def _learning_rate(self) -> float:
         if self.schedule.decay == "cosine":
