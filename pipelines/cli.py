@@ -1,0 +1,238 @@
+"""The command line `sdlora`: what people call, and the stages that dvc.yaml calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.errors import InputError
+
+# Everything else is imported by the command that needs it: `--help` and `status` load no torch, no Prefect.
+
+app = typer.Typer(
+    name="sdlora",
+    help="Teach an image classifier new classes, task by task, without touching what it knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+STAGES = "Stages (called by dvc.yaml)"
+
+Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
+Out = Annotated[Path, typer.Option(help="Folder to leave; an existing one is replaced as a whole.")]
+Before = Annotated[Path, typer.Option(help="The same folder of the step before.")]
+Classes = Annotated[Path, typer.Option(help="All classes so far, classes.json.")]
+Backbone = Annotated[Path, typer.Option(help="Model folder of step t00: the frozen backbone.")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    try:
+        app(prog_name="sdlora")
+    except SystemExit as end:
+        if end.code == 130:
+            sys.stderr.write("interrupted; the same command goes on from here\n")
+        raise
+    except Exception as error:
+        raise SystemExit(report_error(error)) from None
+
+
+def report_error(error: Exception) -> int:
+    """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
+    from pipelines.stage import ERROR_FILE, complaint, first_line
+
+    line = complaint(error)
+    status = 2 if line else 1
+    if line is None:
+        traceback.print_exception(error)
+        line = f"bug: {type(error).__name__}: {first_line(error)}"
+    else:
+        line = f"error: {line}"
+    if os.environ.get(ERROR_FILE):  # `sdlora run` prints it, as its own last line
+        Path(os.environ[ERROR_FILE]).write_text(f"{status} {line}\n", encoding="utf-8")
+    else:
+        sys.stderr.write(line + "\n")
+    return status
+
+
+def require_project() -> None:
+    """Refuse to work anywhere but in a project's folder."""
+    for name in ("params.yaml", "dvc.yaml"):
+        if not Path(name).is_file():
+            raise InputError(f"no {name} in {Path.cwd()}: run sdlora in the folder of the project")
+
+
+@app.command()
+def run() -> None:
+    """Bring everything up to date: train new tasks, test, report.
+
+    Only stages whose inputs changed run; what was made before comes from the cache. Killed at any moment, the
+    same command goes on. Each stage is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
+    """
+    require_project()
+    from pipelines.run import run_pipeline
+
+    raise SystemExit(run_pipeline())
+
+
+@app.command()
+def status() -> None:
+    """Show which stages are done, which are stale, and why."""
+    require_project()
+    from pipelines.run import show_status
+
+    show_status()
+
+
+@app.command()
+def plan(
+    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
+    classes_per_task: Annotated[int | None, typer.Option(help="Instead: classes in each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the classes.")] = 1993,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if steps of the old plan are trained.")
+    ] = False,
+) -> None:
+    """Divide a folder's classes into tasks, in params.yaml."""
+    require_project()
+    from pipelines import tasks as edit
+
+    for line in edit.plan(source, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force):
+        typer.echo(line)
+
+
+@app.command("add-task")
+def add_task(
+    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
+    ] = None,
+) -> None:
+    """Append a task for new classes to params.yaml; `sdlora run` then trains that task only."""
+    require_project()
+    from pipelines import tasks as edit
+
+    for line in edit.add_task(source, classes=classes):
+        typer.echo(line)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`: digits or glyphs100.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
+) -> None:
+    """Write a known data set as image files."""
+    require_project()
+    from pipelines.fetch import fetch as stage
+    from pipelines.stage import launch
+
+    launch(stage, name=name, out=out or Path("data/raw") / name)
+
+
+@app.command(rich_help_panel=STAGES)
+def start(out: Out) -> None:
+    """Leave the empty class map of step t00."""
+    require_project()
+    from pipelines.stage import launch
+    from pipelines.start import start as stage
+
+    launch(stage, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def backbone(out: Out) -> None:
+    """Leave the frozen backbone: weights, hash, preprocessing."""
+    require_project()
+    from pipelines.backbone import backbone as stage
+    from pipelines.stage import launch
+
+    launch(stage, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def split(
+    task: Task,
+    source: Annotated[Path, typer.Option(help="Images: SOURCE/{train,test}/CLASS/*.")],
+    before: Before,
+    out: Out,
+) -> None:
+    """Pack a task's images; hand on tests and classes so far."""
+    require_project()
+    from pipelines.split import split as stage
+    from pipelines.stage import launch
+
+    launch(stage, task=task, source=source, before=before, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def fit(
+    task: Task,
+    train: Annotated[Path, typer.Option(help="The task's training images, train.arrow.")],
+    classes: Classes,
+    before: Before,
+    backbone: Backbone,
+    out: Out,
+) -> None:
+    """Learn a task: a direction, all magnitudes, head rows.
+
+    Killed at any moment, it goes on from its last checkpoint.
+    """
+    require_project()
+    from pipelines.fit import fit as stage
+    from pipelines.stage import launch
+
+    launch(stage, task=task, train=train, classes=classes, before=before, backbone=backbone, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def freeze(
+    task: Task,
+    fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
+    before: Before,
+    out: Out,
+) -> None:
+    """Freeze what a task learned: the model folder of this step."""
+    require_project()
+    from pipelines.freeze import freeze as stage
+    from pipelines.stage import launch
+
+    launch(stage, task=task, fit=fit, before=before, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    task: Task,
+    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
+    backbone: Backbone,
+    test: Annotated[Path, typer.Option(help="Folder of all test files so far.")],
+    classes: Classes,
+    out: Out,
+) -> None:
+    """Test a step on every task so far, among all classes so far."""
+    require_project()
+    from pipelines.evaluate import evaluate as stage
+    from pipelines.stage import launch
+
+    launch(stage, task=task, model=model, backbone=backbone, test=test, classes=classes, out=out)
+
+
+@app.command(rich_help_panel=STAGES)
+def report(
+    artifacts: Annotated[Path, typer.Option(help="Folder of all that the other stages left.")],
+    out: Out,
+    metrics: Annotated[Path, typer.Option(help="Summary to write, metrics.json.")],
+) -> None:
+    """Put all evaluations and models into a report."""
+    require_project()
+    from pipelines.report import report as stage
+    from pipelines.stage import launch
+
+    launch(stage, artifacts=artifacts, out=out, metrics=metrics)

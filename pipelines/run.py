@@ -1,0 +1,385 @@
+"""The outer flow `sdlora run`: find the stale stages, bring them up to date; and `sdlora status`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import heapq
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import InputError
+from pipelines.files import read_json
+from pipelines.params import Params, missing_source
+from pipelines.processes import die_with, end_group, environment
+from pipelines.server import prefect_server
+from pipelines.stage import (
+    ERROR_FILE,
+    PARENT_FLOW_RUN,
+    Stage,
+    Summary,
+    current_flow_run,
+    run_linked,
+    server_missing,
+)
+from pipelines.warm import warm_process
+
+if TYPE_CHECKING:
+    from dvc.stage import Stage as DvcStage
+    from rich.table import Table
+
+CHATTER = (
+    "Running stage ",
+    "> ",
+    "Generating lock file ",
+    "Updating lock file ",
+    "To track the changes with git, run:",
+    "\tgit add ",
+    "To enable auto staging, run:",
+    "\tdvc config core.autostage true",
+    "Use `dvc push` ",
+    "Stage '",
+    "Data and pipelines are up to date.",
+)
+"""What DVC says of itself on stdout; the rest is the stage's."""
+
+FROM_CACHE = "is cached - skipping run, checking out outputs"
+
+
+class StageFailedError(Exception):
+    """A stage ended badly; it said why in one line, and `status` is what the whole run ends with."""
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(line)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in the order in which they run, and what DVC finds changed about each."""
+
+    order: list[str]
+    needs: Mapping[str, set[str]]
+    """Stage → the stages whose outputs it reads."""
+    reasons: Mapping[str, list[str]]
+    """Stage → why it must run; empty if it need not, as far as its inputs are what they will be."""
+    made: set[str]
+    """Stages that have been run at some time."""
+    outs: set[str] = field(repr=False, default_factory=set)
+    remote: bool = False
+
+    def stale(self) -> list[str]:
+        """Stages that must run, and those that may have to because they read what these make."""
+        found: set[str] = set()
+        for name in self.order:
+            if self.reasons[name] or self.needs[name] & found:
+                found.add(name)
+        return [name for name in self.order if name in found]
+
+
+def read_plan(tasks: Iterable[str]) -> Plan:
+    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing."""
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+
+        with contextlib.closing(Repo()) as repo, lock_repo(repo):
+            stages = repo.stage.load_all("dvc.yaml")
+            needs = needs_of(stages)
+            return Plan(
+                order=run_order(needs, list(tasks)),
+                needs=needs,
+                reasons={stage.addressing: list(reasons_of(stage)) for stage in stages},
+                made={stage.addressing for stage in stages if any(out.hash_info for out in stage.outs)},
+                outs={out.def_path for stage in stages for out in stage.outs},
+                remote=bool(repo.config["core"].get("remote")),
+            )
+
+
+def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
+    """Find for each stage those that make what it reads: a path, a part of a folder, or a folder of parts."""
+    makers: dict[PurePath, str] = {PurePath(out.def_path): s.addressing for s in stages for out in s.outs}
+    within: dict[PurePath, set[str]] = {}
+    for path, maker in makers.items():
+        for folder in path.parents:
+            within.setdefault(folder, set()).add(maker)
+    needs: dict[str, set[str]] = {}
+    for stage in stages:
+        paths = [PurePath(dep.def_path) for dep in stage.deps]
+        around = {makers[place] for path in paths for place in (path, *path.parents) if place in makers}
+        needs[stage.addressing] = around.union(*(within.get(path, set()) for path in paths))
+    return needs
+
+
+def reasons_of(stage: DvcStage) -> Iterator[str]:
+    """Say in words why DVC would run a stage."""
+    words = {
+        "modified": "changed",
+        "deleted": "is missing",
+        "new": "is new",
+        "not in cache": "is not in the cache",
+    }
+    for change in stage.status().get(stage.addressing, []):
+        if isinstance(change, str):
+            yield "its command changed" if change == "changed checksum" else change
+            continue
+        for path, what in (pair for group in change.values() for pair in group.items()):
+            if isinstance(what, dict):  # params.yaml: {key: what happened to it}
+                yield from (f"{key} {words.get(its, its)}" for key, its in what.items())
+            else:
+                yield f"{path} {words.get(what, what)}"
+
+
+def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
+    """Order stages so that each follows what it needs, and all of one task comes before any of the next."""
+    position = {task: i for i, task in enumerate(tasks, start=1)}
+    rank = {name: (position.get(name.partition("@")[2], 0), place) for place, name in enumerate(needs)}
+    waiting = {name: set(others) for name, others in needs.items()}
+    ready = [(rank[name], name) for name, others in waiting.items() if not others]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, done = heapq.heappop(ready)
+        order.append(done)
+        for name, others in waiting.items():
+            if done in others:
+                others.remove(done)
+                if not others:
+                    heapq.heappush(ready, (rank[name], name))
+    return order
+
+
+def run_pipeline() -> int:
+    """Bring every stage up to date; return the exit status."""
+    params = Params.load()
+    with only_run():
+        plan = read_plan(params.tasks)
+        require_sources(params, plan)
+        if not plan.stale():
+            print_line(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
+            print_summary(params)
+            return 0
+        try:
+            # Loading the libraries once is worth a process only if several stages will need them.
+            warm = warm_process if len(plan.stale()) > 2 else contextlib.nullcontext
+            with prefect_server(Path(".prefect")) as wait, warm():
+                wait()
+                bring = Stage("pipeline", lambda: bring_up_to_date(params, plan))
+                missing = server_missing()
+                if missing:
+                    bring()
+                else:
+                    run_linked(bring, "pipeline", {})
+        except StageFailedError as failure:
+            sys.stderr.write(f"{failure}\n")
+            return failure.status
+        print_summary(params)
+    return 0
+
+
+def bring_up_to_date(params: Params, plan: Plan) -> Summary:
+    """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone."""
+    stale = plan.stale()
+    width = len(str(len(stale)))
+    rows: Summary = []
+    current = plan
+    outdated = False
+    for count, name in enumerate(stale, start=1):
+        head = f"[{count:{width}}/{len(stale)}] {name}"
+        if not plan.reasons[name]:
+            if outdated:
+                current, outdated = read_plan(params.tasks), False
+            if not current.reasons[name]:
+                print_line(f"{head}  inputs are as before")
+                continue
+        print_line(f"{head} …")
+        started = time.monotonic()
+        cached = bring(name, share=plan.remote)
+        outdated = True
+        seconds = round(time.monotonic() - started, 1)
+        print_line(f"{head}  {'from the cache' if cached else 'done'}, {seconds} s")
+        rows.append({"stage": name, "seconds": seconds, "from cache": "yes" if cached else "no"})
+    return rows
+
+
+def bring(name: str, *, share: bool) -> bool:
+    """Bring one stage up to date through DVC; return whether its outputs came from the cache."""
+    with TemporaryDirectory(prefix="sdlora-") as folder:
+        error_file = Path(folder) / "error"
+        settings = {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "DVC_NO_ANALYTICS": "1",
+            ERROR_FILE: str(error_file),
+            PARENT_FLOW_RUN: current_flow_run() or "",
+        }
+        with environment(settings):
+            command = ["repro", "--single-item", name, *(["--pull"] if share else [])]
+            status, cached = dvc(command)
+            if status:
+                raise failure_of(name, status, error_file)
+            if share and dvc(["push", "--run-cache", name])[0]:
+                print_line(f"{name} could not be pushed to the DVC remote; it is kept here")
+    return cached
+
+
+def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
+    """Make an error of what a stage wrote about its end, or of DVC's own failure."""
+    if error_file.is_file():
+        code, _, line = error_file.read_text(encoding="utf-8").strip().partition(" ")
+        return StageFailedError(line, int(code))
+    return StageFailedError(
+        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again", 1
+    )
+
+
+def dvc(arguments: list[str]) -> tuple[int, bool]:
+    """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
+    parent = os.getpid()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: die_with(parent),
+    )
+    cached = False
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                cached |= FROM_CACHE in line
+                if line.strip() and not line.startswith(CHATTER):
+                    print_line(line.rstrip())
+        return process.wait(), cached
+    except BaseException:
+        end_group(process)
+        raise
+
+
+@contextlib.contextmanager
+def only_run() -> Iterator[None]:
+    """Refuse to work while another `sdlora run` works in the same folder."""
+    lock = Path(".sdlora/run.lock")
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another sdlora run is at work in {Path.cwd()}; wait for it or stop it"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def dvc_errors() -> Iterator[None]:
+    """Turn what DVC says of a broken or busy project into one line."""
+    from dvc.exceptions import DvcException
+
+    try:
+        yield
+    except DvcException as error:
+        raise InputError(f"dvc: {' '.join(str(error).split())}") from error
+
+
+def require_sources(params: Params, plan: Plan) -> None:
+    """Refuse a task whose folder of images neither is there nor is made by a stage."""
+    for key, task in params.tasks.items():
+        source = Path(task.source)
+        made = any(source == Path(out) or Path(out) in source.parents for out in plan.outs)
+        if not made and not source.is_dir():
+            raise InputError(f"tasks.{key}: no folder {task.source}: {missing_source(task.source)}")
+
+
+def print_line(text: str) -> None:
+    """Print a line at once, so that it stands in order with what stages write."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_summary(params: Params) -> None:
+    """Print the accuracy matrix and where the files are."""
+    from rich.console import Console
+
+    metrics = read_json(Path("metrics.json"))
+    console = Console()
+    console.print(accuracy_table(params))
+    shown = {
+        "last accuracy": metrics["last_accuracy"],
+        "average accuracy": metrics["average_accuracy"],
+        "forgetting": metrics["forgetting"],
+    }
+    console.print("   ".join(f"{name} [bold]{percent(value)}[/]" for name, value in shown.items()))
+    console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
+
+
+def accuracy_table(params: Params) -> Table:
+    """Make a table of the accuracy on each task (columns) after each step (rows)."""
+    from rich.table import Table
+
+    tasks = list(params.tasks)
+    table = Table(title="accuracy in %, on each task after each step", title_justify="left")
+    for heading in ("after", *tasks):
+        table.add_column(heading, justify="right")
+    for step in tasks:
+        accuracy: list[float] = read_json(Path("artifacts/evaluation") / step / "metrics.json")["accuracy"]
+        cells = [f"{100 * value:.1f}" for value in accuracy]
+        table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent; a first task alone has no forgetting."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def show_status() -> None:
+    """Print a table of tasks and stages, and why those that are not up to date are not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = read_plan(Params.load().tasks)
+    stale = set(plan.stale())
+    kinds = dict.fromkeys(name.partition("@")[0] for name in plan.order)
+    console = Console()
+    table = Table()
+    table.add_column("")
+    rows: dict[str, dict[str, Any]] = {}
+    for name in plan.order:
+        kind, _, item = name.partition("@")
+        rows.setdefault(item, {})[kind] = standing(name, plan, stale)
+    columns = [kind for kind in kinds if any(kind in cells for item, cells in rows.items() if item)]
+    for column in columns:
+        table.add_column(column)
+    for item, cells in rows.items():
+        if item:
+            table.add_row(item, *[cells.get(column, "") for column in columns])
+    for kind, cell in rows.get("", {}).items():
+        console.print(f"{kind}: {cell}", highlight=False)
+    console.print(table)
+    for name in plan.order:
+        if plan.reasons[name] and name in plan.made:
+            first, *rest = plan.reasons[name]
+            console.print(f"{name}: {first}" + (f" (and {len(rest)} more)" if rest else ""), highlight=False)
+    left = (
+        f"{len(stale)} of {len(plan.order)} stages are not up to date: sdlora run"
+        if stale
+        else "all up to date"
+    )
+    console.print(left, highlight=False)
+
+
+def standing(name: str, plan: Plan, stale: set[str]) -> str:
+    """One word for how a stage stands."""
+    if name not in stale:
+        return "[green]done[/]"
+    if name not in plan.made:
+        return "[dim]never run[/]"
+    return "[yellow]stale[/]" if plan.reasons[name] else "[yellow]may be stale[/]"

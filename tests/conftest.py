@@ -1,0 +1,50 @@
+"""What all tests share: one thread, no phoning home, a Prefect server, a project in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch, Prefect or DVC are loaded, here or in a process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ.pop("PREFECT_API_URL", None)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The API of a real Prefect server, one for the whole session, for processes that a test starts."""
+    from pipelines.server import prefect_server
+
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as wait:
+        wait()
+        yield os.environ.pop("PREFECT_API_URL")
+
+
+@pytest.fixture
+def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
+    """Make a DVC project of the given files in a folder of its own, and go there."""
+
+    def make(files: dict[str, str]) -> Path:
+        folder = tmp_path / "project"
+        for name, text in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / ".dvc" / "config", folder / ".dvc" / "config")
+        shutil.copy(REPOSITORY / ".dvcignore", folder / ".dvcignore")
+        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        monkeypatch.chdir(folder)
+        return folder
+
+    return make

@@ -1,0 +1,178 @@
+"""The whole chain on a few small pictures: the same bytes again, after a kill, and with a task added."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.pipelines.test_steps import paint, settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+FIRST = ["start", "backbone"]
+TASK = ["split", "fit", "freeze", "evaluate"]
+
+
+def environment() -> dict[str, str]:
+    """A server is named that does not answer, so everything runs plainly and fast."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PREFECT_API_URL": "http://127.0.0.1:1/api"}
+
+
+def call(folder: Path, *command: str) -> str:
+    """Run a command of the environment; return what it printed."""
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stages_run(output: str) -> list[str]:
+    return re.findall(r"^\[.*\] (\S+)  done, ", output, re.MULTILINE)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in (folder / "artifacts").rglob("*") if path.is_file()]
+    files += [folder / "metrics.json"]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def forget(folder: Path) -> None:
+    """Delete everything that any run has left."""
+    for name in ("artifacts", ".dvc/cache", ".dvc/tmp", ".sdlora"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("dvc.lock", "metrics.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A project of two tasks of two classes that `sdlora run` has brought up to date, and what it printed."""
+    folder = tmp_path_factory.mktemp("chain") / "project"
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("pipelines", "sdlora", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore", "dvc.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=skip)
+        else:
+            shutil.copy(source, folder / name)
+    for index, name in enumerate("abcdef"):
+        source = "pictures" if name < "e" else "more"
+        paint(folder / source / "train" / name, index, 6)
+        paint(folder / source / "test" / name, 10 + index, 2)
+    text = settings(epochs="12")
+    text = re.sub(r"^fetch:\n(  .*\n)+", "fetch: {}\n", text, flags=re.MULTILINE)
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    return folder, call(folder, "sdlora", "run")
+
+
+@pytest.fixture
+def project(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished project."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished[0], folder)
+    return folder
+
+
+def test_a_run_does_every_stage_once_task_by_task(finished: tuple[Path, str]) -> None:
+    tasks = [f"{stage}@{task}" for task in ("t01", "t02") for stage in TASK]
+    assert sorted(stages_run(finished[1])[:2]) == sorted(FIRST)
+    assert stages_run(finished[1])[2:] == [*tasks, "report"]
+
+
+def test_the_same_again_is_up_to_date(project: Path) -> None:
+    assert call(project, "sdlora", "run").startswith("all up to date")
+
+
+def test_dvc_alone_from_nothing_leaves_the_same_bytes(project: Path) -> None:
+    """Neither Prefect nor the outer flow nor its warm process is part of the result."""
+    lock, before = (project / "dvc.lock").read_text(), hashes(project)
+    forget(project)
+    call(project, "dvc", "repro")
+    assert hashes(project) == before
+    assert entries(project) == entries_of(lock)
+
+
+def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(project: Path) -> None:
+    lock, before = (project / "dvc.lock").read_text(), hashes(project)
+    forget(project)
+    params = project / "params.yaml"
+    often = params.read_text().replace("checkpoint_seconds: 30", "checkpoint_seconds: 0.01")
+    assert often != params.read_text()
+    params.write_text(often)
+    kill_when(project, lambda: checkpoints_of_second_fit(project))
+    assert not (project / "artifacts/fit/t02").exists()
+    assert (project / "artifacts/model/t01").exists()
+
+    done = subprocess.run(
+        ["sdlora", "run"], cwd=project, env=environment(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fit t02: going on from step" in done.stderr
+    assert "split@t01" not in stages_run(done.stdout)
+    assert hashes(project) == before
+    assert entries(project) == entries_of(lock)
+
+
+def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(project: Path) -> None:
+    before = hashes(project)
+    call(project, "sdlora", "add-task", "more")
+    assert stages_run(call(project, "sdlora", "run")) == [*(f"{stage}@t03" for stage in TASK), "report"]
+    after = hashes(project)
+    changed = {name for name in before if after.get(name) != before[name]}
+    assert all(name.startswith(("artifacts/report/", "metrics.json")) for name in changed)
+    earlier = {name: file for name, file in hashes(project).items() if "/t03/" in name}
+    for name in ("directions/t01.safetensors", "directions/t02.safetensors", "head/t01.safetensors"):
+        assert earlier[f"artifacts/model/t03/{name}"] == before[f"artifacts/model/t02/{name}"]
+
+
+def entries(folder: Path) -> dict[str, object]:
+    return entries_of((folder / "dvc.lock").read_text())
+
+
+def entries_of(lock: str) -> dict[str, object]:
+    """The stages of a dvc.lock, whose order is that of their ends."""
+    from ruamel.yaml import YAML
+
+    return dict(YAML(typ="safe").load(lock)["stages"])
+
+
+def checkpoints_of_second_fit(folder: Path) -> bool:
+    """Whether a second fit has saved itself at least twice."""
+    keys = [key for key in (folder / ".sdlora/checkpoints").glob("*") if key.is_dir()]
+    return len(keys) == 2 and all(len(list(key.glob("*.safetensors"))) >= 2 for key in keys)
+
+
+def kill_when(folder: Path, condition: Callable[[], bool]) -> None:
+    """Start a run and kill it, with all that it started, as soon as the condition holds."""
+    process = subprocess.Popen(
+        ["sdlora", "run"],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(psutil.pid_exists(pid) for pid in family):
+        time.sleep(0.01)

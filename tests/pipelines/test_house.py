@@ -1,0 +1,83 @@
+"""The walls of design.md 3, and the rules of style.md that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIBRARY = sorted((REPOSITORY / "sdlora").rglob("*.py"))
+PIPELINES = sorted((REPOSITORY / "pipelines").rglob("*.py"))
+STAGES = {"fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "report"}
+ALLOWED = {"sdlora", "torch", "timm", "numpy", "safetensors"}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: a relative import"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[str]:
+    """The dotted name of everything that a file calls."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_the_library_imports_only_its_four_foundations(path: Path) -> None:
+    found = {name.partition(".")[0] for name in imports(path)}
+    assert found <= ALLOWED | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_the_library_does_not_print_or_log(path: Path) -> None:
+    assert "print" not in set(calls(path))
+    assert not {name for name in imports(path) if name.partition(".")[0] in ("logging", "warnings")}
+
+
+@pytest.mark.parametrize("path", [p for p in PIPELINES if p.stem in STAGES], ids=relative)
+def test_stages_do_not_import_each_other(path: Path) -> None:
+    others = {f"pipelines.{name}" for name in STAGES - {path.stem}}
+    assert not others & set(imports(path))
+
+
+def test_only_the_command_line_and_the_outer_flow_know_all_stages() -> None:
+    """A module between the stages that imported one of them would tie the others to it."""
+    stages = {f"pipelines.{name}" for name in STAGES}
+    knowing = {path.stem for path in PIPELINES if stages & set(imports(path))}
+    assert knowing <= {"cli", "run"}
+
+
+@pytest.mark.parametrize("path", LIBRARY + PIPELINES, ids=relative)
+def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
+    loaders = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
+    assert not {name.partition(".")[0] for name in imports(path)} & loaders
+    assert not {name for name in calls(path) if name in ("torch.load", "eval", "exec", "yaml.load")}
+    loads = {name for name in calls(path) if name.endswith("np.load")}
+    assert not loads
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    """Paths and hosts of the machine that something was written on are of no use on another."""
+    suspicious = ("/wor" + "k/", "/ro" + "ot/", "/hom" + "e/")
+    files = [*LIBRARY, *PIPELINES, *(REPOSITORY / name for name in ("dvc.yaml", "params.yaml", "Makefile"))]
+    files += [REPOSITORY / "pyproject.toml", REPOSITORY / "requirements.lock"]
+    found = [relative(f) for f in files if any(word in f.read_text(encoding="utf-8") for word in suspicious)]
+    assert not found
+    assert "://" not in (REPOSITORY / "requirements.lock").read_text(encoding="utf-8")

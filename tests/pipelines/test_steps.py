@@ -1,0 +1,258 @@
+"""The stages from images to evaluations, called in order on a tiny project: what each leaves, and how fit resumes."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.backbone import backbone
+from pipelines.errors import InputError
+from pipelines.evaluate import evaluate
+from pipelines.files import read_json, sha256_of
+from pipelines.fit import fit
+from pipelines.freeze import freeze
+from pipelines.images import read_images
+from pipelines.split import split
+from pipelines.start import start
+from sdlora.ledger import record_hash
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+CLASSES = {"t01": ["a", "b"], "t02": ["c", "d"]}
+
+
+def paint(folder: Path, seed: int, count: int) -> None:
+    """Small grey pictures of one pattern with noise."""
+    random = np.random.default_rng(seed)
+    pattern = random.integers(0, 200, (8, 8))
+    folder.mkdir(parents=True)
+    for index in range(count):
+        noisy = pattern + random.integers(0, 55, (8, 8))
+        Image.fromarray(noisy.astype(np.uint8)).save(folder / f"{index}.png")
+
+
+def settings(**changes: str) -> str:
+    """The shipped parameters with two tasks of our pictures and a short training."""
+    text = PARAMS.read_text().split("tasks:\n")[0]
+    for key, value in {"epochs": "2", "batch_size": "4", "rank": "2", **changes}.items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{key}:"))
+        text = text.replace(line, f"  {key}: {value}")
+    tasks = [
+        f"  t01: {{after: t00, source: pictures, classes: {CLASSES['t01']}}}",
+        f"  t02: {{after: t01, source: pictures, classes: {CLASSES['t02']}}}",
+    ]
+    return text + "tasks:\n" + "\n".join(tasks).replace("'", '"') + "\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with pictures, splits and a backbone."""
+    root = tmp_path_factory.mktemp("project")
+    for index, name in enumerate("abcd"):
+        paint(root / "pictures/train" / name, index, 5)
+        paint(root / "pictures/test" / name, 10 + index, 2)
+    (root / "params.yaml").write_text(settings())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        start(out=Path("split/t00"))
+        backbone(out=Path("model/t00"))
+        for task, before in (("t01", "t00"), ("t02", "t01")):
+            split(task, source=Path("pictures"), before=Path(f"split/{before}"), out=Path(f"split/{task}"))
+    return root
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project, as the working directory."""
+    root = tmp_path / "project"
+    shutil.copytree(made, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def run_fit(task: str, before: str, out: str) -> None:
+    fit(
+        task,
+        train=Path(f"split/{task}/train.arrow"),
+        classes=Path(f"split/{task}/classes.json"),
+        before=Path(f"model/{before}"),
+        backbone=Path("model/t00"),
+        out=Path(out),
+    )
+
+
+def run_step(task: str, before: str) -> None:
+    run_fit(task, before, f"fit/{task}")
+    freeze(task, fit=Path(f"fit/{task}"), before=Path(f"model/{before}"), out=Path(f"model/{task}"))
+
+
+def run_evaluation(task: str) -> None:
+    evaluate(
+        task,
+        model=Path(f"model/{task}"),
+        backbone=Path("model/t00"),
+        test=Path(f"split/{task}/test"),
+        classes=Path(f"split/{task}/classes.json"),
+        out=Path(f"evaluation/{task}"),
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("method", ["sdlora", "finetune", "frozen"])
+@pytest.mark.parametrize("formulation", ["continuous", "reference"])
+def test_two_steps_leave_whole_folders_and_evaluations(project: Path, method: str, formulation: str) -> None:
+    Path("params.yaml").write_text(settings(method=method, formulation=formulation))
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        run_step(task, before)
+        run_evaluation(task)
+    directions = {"sdlora": {"t01", "t02"}, "finetune": {"t02"}, "frozen": set()}[method]
+
+    assert {path.stem for path in Path("model/t02").glob("directions/*")} == directions
+    assert {path.stem for path in Path("model/t02").glob("head/*")} == {"t01", "t02"}
+    assert set(contents(Path("fit/t02"))) == {
+        "curve.csv",
+        "factors.safetensors",
+        "fit.json",
+        "head.safetensors",
+        "magnitudes.safetensors",
+    }
+    metrics = read_json(Path("evaluation/t02/metrics.json"))
+    table = read_images(Path("evaluation/t02/predictions.arrow"))
+    right = [a == b for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist(), strict=True)]
+    assert metrics["tasks"] == ["t01", "t02"]
+    assert metrics["samples"] == [4, 4]
+    assert sum(metrics["correct"]) == sum(right)
+    assert set(table["prediction"].to_pylist()) <= {0, 1, 2, 3}
+
+
+def test_each_record_holds_the_hash_of_the_one_before_and_earlier_files_keep_their_bytes(
+    project: Path,
+) -> None:
+    run_step("t01", "t00")
+    run_step("t02", "t01")
+    first, second = contents(Path("model/t01")), contents(Path("model/t02"))
+    record = read_json(Path("model/t02/step.json"))
+
+    assert record["previous"] == record_hash(Path("model/t01"))
+    assert read_json(Path("model/t01/step.json"))["previous"] == record_hash(Path("model/t00"))
+    assert [entry["name"] for entry in record["classes"]] == ["a", "b", "c", "d"]
+    for name in ("directions/t01.safetensors", "head/t01.safetensors"):
+        assert second[name] == first[name]
+
+
+def test_a_fit_run_twice_leaves_the_same_bytes(project: Path) -> None:
+    run_fit("t01", "t00", "fit/a")
+    shutil.rmtree(".sdlora", ignore_errors=True)
+    run_fit("t01", "t00", "fit/b")
+
+    assert contents(Path("fit/a")) == contents(Path("fit/b"))
+
+
+def test_an_interrupted_fit_goes_on_from_its_checkpoint_and_leaves_the_same_bytes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_fit("t01", "t00", "fit/undisturbed")
+    Path("params.yaml").write_text(settings(checkpoint_seconds="0.000001"))
+    monkeypatch.setattr("sdlora.training.Fit.result", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_fit("t01", "t00", "fit/resumed")
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+
+    assert not Path("fit/resumed").exists()
+    run_fit("t01", "t00", "fit/resumed")
+    assert "going on from step 5 of 6" in capsys.readouterr().err
+    assert contents(Path("fit/resumed")) == contents(Path("fit/undisturbed"))
+
+
+def test_a_checkpoint_of_other_settings_is_not_picked_up(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("params.yaml").write_text(settings(checkpoint_seconds="0.000001"))
+    run_fit("t01", "t00", "fit/a")
+    Path("params.yaml").write_text(settings(checkpoint_seconds="0.000001", learning_rate="0.02"))
+    run_fit("t01", "t00", "fit/b")
+
+    assert "going on" not in capsys.readouterr().err
+    assert contents(Path("fit/a")) != contents(Path("fit/b"))
+
+
+def test_where_and_how_often_checkpoints_are_kept_changes_no_byte(project: Path) -> None:
+    run_fit("t01", "t00", "fit/a")
+    Path("params.yaml").write_text(settings(checkpoint_seconds="0.000001", checkpoint_store="elsewhere"))
+    run_fit("t01", "t00", "fit/b")
+
+    assert any(Path("elsewhere").rglob("*.safetensors"))
+    assert contents(Path("fit/a")) == contents(Path("fit/b"))
+
+
+def test_a_diverging_fit_is_one_line_and_leaves_nothing(project: Path) -> None:
+    Path("params.yaml").write_text(settings(learning_rate="1.0e+30"))
+
+    with pytest.raises(InputError, match=r"params\.yaml: training\.learning_rate: t01: the loss became"):
+        run_fit("t01", "t00", "fit/t01")
+    assert not Path("fit/t01").exists()
+
+
+def test_a_step_of_another_formulation_is_not_continued(project: Path) -> None:
+    run_step("t01", "t00")
+    Path("params.yaml").write_text(settings(formulation="reference"))
+
+    with pytest.raises(InputError, match=r"made with formulation 'continuous'.* is 'reference'"):
+        run_fit("t02", "t01", "fit/t02")
+
+
+def test_the_fit_of_another_task_is_not_frozen(project: Path) -> None:
+    run_fit("t01", "t00", "fit/t01")
+
+    with pytest.raises(InputError, match="this is the fit of t01, expected t02"):
+        freeze("t02", fit=Path("fit/t01"), before=Path("model/t00"), out=Path("model/t02"))
+
+
+def test_a_model_is_not_evaluated_on_the_classes_of_another_step(project: Path) -> None:
+    run_step("t01", "t00")
+
+    with pytest.raises(InputError, match="its 2 classes are not the 4 of"):
+        evaluate(
+            "t01",
+            model=Path("model/t01"),
+            backbone=Path("model/t00"),
+            test=Path("split/t02/test"),
+            classes=Path("split/t02/classes.json"),
+            out=Path("evaluation/t01"),
+        )
+
+
+def test_local_weights_are_loaded_by_their_hash_and_others_under_their_name_are_refused(
+    project: Path,
+) -> None:
+    shutil.copy("model/t00/backbone.safetensors", "mine.safetensors")
+    digest = sha256_of(Path("mine.safetensors"))
+    Path("params.yaml").write_text(settings(weights="mine.safetensors", sha256=digest))
+    backbone(out=Path("model/own"))
+    assert contents(Path("model/own")) == contents(Path("model/t00"))
+
+    with Path("mine.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(
+        InputError, match=r"mine\.safetensors: its sha256 is \w+, params\.yaml: backbone\.sha256"
+    ):
+        backbone(out=Path("model/own"))
+    Path("mine.safetensors").unlink()
+    with pytest.raises(InputError, match=r"mine\.safetensors: no such weight file"):
+        backbone(out=Path("model/own"))
+
+
+def test_a_tampered_direction_stops_the_next_fit(project: Path) -> None:
+    run_step("t01", "t00")
+    path = Path("model/t01/directions/t01.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(ValueError, match="changed since the step was frozen"):
+        run_fit("t02", "t01", "fit/t02")

@@ -1,0 +1,91 @@
+"""The warm process forks for a command: same streams, folder, environment and end as if it had run by itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines import warm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def warm_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A warm process of the real kind that loads only what is loaded fast."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with warm.warm_process(["json"]):
+        path = Path(os.environ[warm.SOCKET])
+        end = time.monotonic() + 30
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield str(path)
+
+
+def sdlora(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_command_ends_as_it_would_by_itself(warm_path: str, tmp_path: Path) -> None:
+    with sdlora("start", "--out", "x", folder=tmp_path) as process:
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
+    assert out == ""
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    with sdlora("start", "--out", "x", folder=tmp_path) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["classes.json", "split.json"]
+
+
+def test_a_command_that_finds_no_warm_process_runs_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(warm.SOCKET, str(tmp_path / "nothing"))
+    with sdlora("start", folder=tmp_path) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 2
+
+
+def test_a_command_ends_with_the_process_that_asked_for_it(
+    warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    # A server that takes the connection and says nothing holds the command up for two seconds.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/api")
+        with sdlora("start", "--out", "x", folder=tmp_path) as process:
+            connection, _ = silent.accept()
+            with connection:
+                (forked,) = (child for child in psutil.Process().children(recursive=True) if is_forked(child))
+                process.kill()
+                process.wait()
+                forked.wait(timeout=1.5)
+    assert not (tmp_path / "x").exists()
+
+
+def is_forked(process: psutil.Process) -> bool:
+    """A forked process has its warm parent's command line."""
+    parent = process.parent()
+    return (
+        parent is not None and "pipelines.warm" in process.cmdline() and parent.cmdline() == process.cmdline()
+    )
