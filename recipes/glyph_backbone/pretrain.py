@@ -170,7 +170,7 @@ def schedule(step: int, steps: int) -> float:
 def augmented_share(step: int, steps: int) -> float:
     """Return the share of augmented images at a step: none at first, rising to most of them half-way.
 
-    Measured: after 12,000 images all augmented 4.6 % of unseen glyphs are named, after as many clean ones 17 %.
+    Measured after 46,000 images: 56 % of the glyphs of unseen fonts are named, 6 % where all were augmented.
     """
     return AUGMENTED * min(1.0, step / (steps / 2))
 
@@ -313,9 +313,7 @@ def pretrain(
         # A generator per step makes a resumed run repeat exactly what an uninterrupted one does.
         generator = torch.Generator().manual_seed(seed * 10_000_000 + step)
         rate, augmented = LEARNING_RATE * schedule(step, steps), augmented_share(step, steps)
-        losses.append(
-            take_step(model, optimizer, data, rate=rate, augmented=augmented, generator=generator)
-        )
+        losses.append(take_step(model, optimizer, data, rate=rate, augmented=augmented, generator=generator))
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         step += 1

@@ -35,7 +35,6 @@ SAME_SHAPE = 0.4
 ALIKE_SHAPE = 0.12
 SAME_MEAN = 0.985
 ALIKE_MEAN = 0.95
-DIGIT_MEAN = 0.89
 ALIASED_FAMILY = 0.2
 READABLE = 0.15
 
@@ -52,7 +51,7 @@ STYLE_WORDS = re.compile(
 )
 MIN_TRAIN_FAMILIES = 12
 MIN_TEST_FAMILIES = 5
-# Chosen by eye, from a contact sheet: what a reader could take for a digit, of these or of the Arabic ones.
+# Chosen by eye from contact sheets, and not complete (see the data card): what passes for a digit.
 DIGIT_LIKE = frozenset(
     "OoQDCcSsZzlIiTJjbBqgGEeYyΛVßØøƏəƃƂ\u0184ƅɖʐɥ"
     "ƷƸʒɛɜɝɞɋʡʢΟοΙιΘθΣσδβΒϞϛζξΕε"
@@ -63,8 +62,6 @@ DIGIT_LIKE = frozenset(
     "ๅาไใเโแว๐ล"
     "ᴠᴧᴓᴄᴏᴛ"
 )
-# Noticed on the sheet of the first choice; they keep their places in it, so that nothing else changes.
-MISTAKABLE = frozenset("ƧƵȝʓʠϚϟϠϡҕҸۆھ")
 
 
 @dataclass(frozen=True, order=True)
@@ -261,12 +258,11 @@ def drop_unreadable(glyphs: Glyphs) -> Glyphs:
     return glyphs.select(keep)
 
 
-def compare_shapes(glyphs: Glyphs) -> tuple[list[str], NDArray[np.float32], NDArray[np.float32]]:
+def compare_shapes(glyphs: Glyphs) -> tuple[list[str], NDArray[np.float32]]:
     """Measure how often two characters look the same within one face, over one face of every family.
 
-    Returns the characters, a symmetric matrix of shares between 0 and 1, and each character's likeness to the
-    digits 0 to 9. Pairs that fewer than five families draw count as the same when their average shapes agree,
-    and pairs with similar averages as alike.
+    Returns the characters and a symmetric matrix of shares between 0 and 1. Pairs that fewer than five
+    families draw count as the same when their average shapes agree, and pairs with similar averages as alike.
     """
     names = sorted(set(glyphs.characters))
     index = {name: i for i, name in enumerate(names)}
@@ -290,7 +286,7 @@ def compare_shapes(glyphs: Glyphs) -> tuple[list[str], NDArray[np.float32], NDAr
     share[(likeness > SAME_MEAN) & (both < 5)] = 1
     share[likeness > ALIKE_MEAN] = np.maximum(share[likeness > ALIKE_MEAN], ALIKE_SHAPE)
     np.fill_diagonal(share, 1)
-    return names, share, likeness[:, [index[digit] for digit in "0123456789"]].max(1)
+    return names, share
 
 
 def join(pairs: Iterable[tuple[str, str]], items: Iterable[str]) -> dict[str, str]:
@@ -406,31 +402,6 @@ def choose_characters(
     return sorted(names[i] for i in chosen)
 
 
-def replace_mistakable(
-    chosen: list[str],
-    seen: set[str],
-    supplied: set[str],
-    names: list[str],
-    share: NDArray[np.float32],
-    digits: NDArray[np.float32],
-    rng: np.random.Generator,
-) -> list[str]:
-    """Replace what passes for a digit by letters that the pre-training set leaves out as it stands."""
-    index = {name: i for i, name in enumerate(names)}
-    kept = [name for name in chosen if name not in MISTAKABLE]
-    bases = {unicodedata.normalize("NFD", name)[0] for name in seen}
-    pool = sorted(supplied - seen - bases - DIGIT_LIKE - MISTAKABLE - set(kept))
-    in_training = [index[name] for name in sorted(seen)]
-    for name in rng.permutation(pool).tolist():
-        likeness = share[index[name]]
-        apart = max(likeness[in_training].max(), likeness[[index[other] for other in kept]].max())
-        if len(kept) < CLASSES and apart < ALIKE_SHAPE and digits[index[name]] < DIGIT_MEAN:
-            kept.append(name)
-    if len(kept) < CLASSES:
-        raise ValueError(f"only {len(kept)} characters of {CLASSES} are left: install more fonts")
-    return sorted(kept)
-
-
 def pick_images(glyphs: Glyphs, number: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Pick images in turn from the families, so that none dominates."""
     queues: dict[str, list[int]] = defaultdict(list)
@@ -524,7 +495,7 @@ def render(fonts: Path, out: Path, benchmark: Path, seed: int) -> None:
     found = [face for faces in map_parallel(read_faces, paths, "reading font files") for face in faces]
     faces = choose_faces(found, rng)
     glyphs = drop_unreadable(render_faces(faces))
-    names, share, digits = compare_shapes(glyphs)
+    names, share = compare_shapes(glyphs)
     hashes = hash_images(glyphs.images)
     groups = join_families(glyphs, hashes)
     grouped = np.array([groups[family] for family in glyphs.families.tolist()])
@@ -537,9 +508,8 @@ def render(fonts: Path, out: Path, benchmark: Path, seed: int) -> None:
     drawn = np.array([alike[character] for character in glyphs.characters.tolist()])
     own = keep_first(hashes, np.char.add(np.char.add(splits, " "), drawn))
     supplied = find_supplied(by_group.select(own), splits[own])
-    chosen = choose_characters(supplied, names, share, rng)
-    shapes = group_shapes(names, share, chosen)
-    characters = replace_mistakable(chosen, set(shapes), supplied, names, share, digits, rng)
+    characters = choose_characters(supplied, names, share, rng)
+    shapes = group_shapes(names, share, characters)
     out.mkdir(parents=True, exist_ok=True)
     rows, sheet = [], []
     for character in characters:

@@ -36,7 +36,11 @@ def test_a_written_backbone_is_read_back_to_the_bit(tmp_path: Path) -> None:
     assert found.input_size == (1, 32, 32)
     assert torch.equal(found.model(images), created.model(images))
     assert read_record(tmp_path)["step"] == "t00"
-    assert {path.name for path in tmp_path.iterdir()} == {"backbone.safetensors", "backbone.json", "step.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "backbone.safetensors",
+        "backbone.json",
+        "step.json",
+    }
 
 
 def test_a_local_file_takes_the_place_of_the_own_weights(tmp_path: Path) -> None:
@@ -48,7 +52,9 @@ def test_a_local_file_takes_the_place_of_the_own_weights(tmp_path: Path) -> None
 
 
 def test_an_unknown_name_is_refused_with_near_ones() -> None:
-    with pytest.raises(ValueError, match="has no model 'vit_tiny_patch16'; did you mean vit_tiny_patch16_224"):
+    with pytest.raises(
+        ValueError, match="has no model 'vit_tiny_patch16'; did you mean vit_tiny_patch16_224"
+    ):
         create_backbone("vit_tiny_patch16")
 
 
