@@ -24,7 +24,7 @@ PARAMS = """\
 seed: 1993
 fetch: {digits: {test_fraction: 0.2, seed: 0}}
 split: {duplicates: refuse}
-backbone: {name: glyph_vit, weights: null}
+backbone: {name: glyph_vit, weights: null, sha256: null}
 adapter: {method: sdlora, formulation: continuous, rank: 10, magnitude_start: null}
 training: {optimizer: sgd, learning_rate: 0.01, momentum: 0.9, schedule: constant, epochs: 4, batch_size: 32,
   crop_scale: 1.0, flip: false, precision: fp32, deterministic: true,
