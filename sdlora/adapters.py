@@ -1,13 +1,16 @@
-"""Low-rank directions on the query and value projections of a timm vision transformer."""
+"""Low-rank directions on the linear projections of a timm vision transformer's blocks."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+"""What can be adapted in a block: the attention's projections, its output, and the two layers of the MLP."""
 
 
 class Factors(NamedTuple):
@@ -29,14 +32,50 @@ def factor_norms(factors: Factors) -> Tensor:
     return (factors.up.double().norm() * factors.down.double().norm()).to(factors.up.dtype)
 
 
-def initial_factors(rows: int, columns: int, rank: int, *, generator: torch.Generator) -> Factors:
-    """B = 0 (rows, rank) and A (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts them.
+def product_inner(left: Factors, right: Factors) -> Tensor:
+    """⟨B₁A₁, B₂A₂⟩_F as a float64 scalar, from two r×r matrices: tr((B₁ᵀB₂)(A₂A₁ᵀ))."""
+    up = left.up.double().T @ right.up.double()
+    return (up * (left.down.double() @ right.down.double().T)).sum()
 
-    The uniform bound is that of `kaiming_uniform_(a=√5)`. With B = 0 the model's output does not change.
+
+def initial_factors(
+    rows: int, columns: int, rank: int, *, generator: torch.Generator, up: str = "zero"
+) -> Factors:
+    """A (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts it, and B (rows, rank).
+
+    Args:
+        up: `zero`, as the released code, which leaves the model's output as it is; or `uniform`, with the bound
+            of A, so that the direction has a norm (about √rank / 3 for a square target) and can be normalised.
+
+    The uniform bound of A is that of `kaiming_uniform_(a=√5)`.
     """
     bound = 1 / math.sqrt(columns)
     down = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
-    return Factors(up=torch.zeros(rows, rank), down=down)
+    start = torch.zeros(rows, rank)
+    if up == "uniform":
+        start.uniform_(-bound, bound, generator=generator)
+    return Factors(up=start, down=down)
+
+
+def truncate(factors: Factors, *, energy: float) -> Factors:
+    """The best approximation of BA of the smallest rank that holds a share `energy` of ‖BA‖²_F (0 < energy ≤ 1).
+
+    From the QR decompositions of both factors and the SVD of an r×r matrix; the singular values are shared out
+    over the two new factors. A direction that is zero stays as it is.
+    """
+    left, upper = torch.linalg.qr(factors.up.double())
+    right, lower = torch.linalg.qr(factors.down.double().T)
+    u, values, v = torch.linalg.svd(upper @ lower.T)
+    held = values.square().cumsum(0)
+    if not held[-1] > 0:
+        return factors
+    # The sum of all has a rounding error; a share of 1 must keep every direction.
+    kept = min(int((held < energy * held[-1]).sum()) + 1, len(values))
+    root = values[:kept].sqrt()
+    return Factors(
+        up=((left @ u[:, :kept]) * root).to(factors.up.dtype).contiguous(),
+        down=(root[:, None] * (v[:kept] @ right.T)).to(factors.down.dtype).contiguous(),
+    )
 
 
 class Directions(nn.Module):
@@ -45,7 +84,8 @@ class Directions(nn.Module):
     `update()` is Σ αₖ BₖAₖ (rows, columns), from the stacked factors of the earlier tasks in one product and
     the current task's factors in a second one, so its cost grows only with the sum of the ranks and no
     gradient is built for a frozen factor. `magnitudes` (number of tasks,) holds αₖ, the newest last; it is one
-    and the same parameter at every target where the formulation shares it.
+    and the same parameter at every target where the formulation shares it. With a `norm` the current direction
+    is divided by it wherever it is used, as the paper's Eq. 4 has it.
     """
 
     stacked_up: Tensor
@@ -61,6 +101,7 @@ class Directions(nn.Module):
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.magnitudes: nn.Parameter | None = None
+        self.norm: Callable[[Factors], Tensor] | None = None
 
     def set_frozen(self, frozen: list[Factors], magnitudes: nn.Parameter) -> None:
         """Hold the directions of earlier tasks, in task order, scaled by the first entries of `magnitudes`."""
@@ -71,10 +112,17 @@ class Directions(nn.Module):
             self.task_of_rank = torch.repeat_interleave(torch.arange(len(frozen)), ranks)
         self.magnitudes = magnitudes
 
-    def set_current(self, factors: Factors) -> None:
+    def set_current(
+        self,
+        factors: Factors,
+        *,
+        norm: Callable[[Factors], Tensor] | None = None,
+        train_down: bool = True,
+    ) -> None:
         """Train `factors` as the newest direction, scaled by the last entry of the magnitudes."""
         self.up = nn.Parameter(factors.up.clone())
-        self.down = nn.Parameter(factors.down.clone())
+        self.down = nn.Parameter(factors.down.clone(), requires_grad=train_down)
+        self.norm = norm
 
     def update(self) -> Tensor | None:
         """Σ αₖ BₖAₖ (rows, columns), or None where there is no direction at all."""
@@ -84,7 +132,10 @@ class Directions(nn.Module):
         if self.task_of_rank.numel():
             update = (self.stacked_up * self.magnitudes[self.task_of_rank]) @ self.stacked_down
         if self.up is not None and self.down is not None:
-            current = (self.up * self.magnitudes[-1]) @ self.down
+            scale = self.magnitudes[-1]
+            if self.norm is not None:
+                scale = scale / self.norm(Factors(self.up, self.down))
+            current = (self.up * scale) @ self.down
             update = current if update is None else update + current
         return update
 
@@ -95,8 +146,9 @@ class AdaptedWeight(nn.Module):
     def __init__(self, blocks: Mapping[tuple[int, int], Directions]) -> None:
         super().__init__()
         self._blocks = dict(blocks)
+        self.targets = list(blocks.values())
         # Registered under their own list too, so that torch moves and counts their parameters.
-        self.directions = nn.ModuleList(blocks.values())
+        self.directions = nn.ModuleList(self.targets)
 
     def forward(self, weight: Tensor) -> Tensor:
         # In full precision under autocast too: the sum is rounded once, by the layer, and not each term.
@@ -109,52 +161,81 @@ class AdaptedWeight(nn.Module):
             return torch.cat([*pieces, weight[end:]])
 
 
-def _projections(backbone: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, tuple[int, int]]]]:
-    """The linear layers that hold query and value, each with its rows of either: fused and split ones alike."""
+def _projections(
+    backbone: nn.Module, targets: Sequence[str]
+) -> Iterator[tuple[str, nn.Linear, dict[str, tuple[int, int]]]]:
+    """The linear layers that hold the targets, each with the rows of every target in it, in the model's order."""
     for index, block in enumerate(getattr(backbone, "blocks", ())):
-        attention = getattr(block, "attn", None)
+        attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        prefix = f"blocks.{index}"
+        wanted = [letter for letter in "qkv" if letter in targets]
         fused = getattr(attention, "qkv", None)
         if isinstance(fused, nn.Linear):
             third = fused.out_features // 3
-            yield f"blocks.{index}.attn", fused, {"q": (0, third), "v": (2 * third, 3 * third)}
-            continue
-        for letter in "qv":
-            split = getattr(attention, f"{letter}_proj", None)
-            if not isinstance(split, nn.Linear):
-                raise ValueError(
-                    f"{type(backbone).__name__}: block {index} has neither a linear `attn.qkv` nor "
-                    f"`attn.{letter}_proj`; "
-                    "choose a backbone of timm's vision transformers"
+            rows = {
+                letter: ("qkv".index(letter) * third, ("qkv".index(letter) + 1) * third) for letter in wanted
+            }
+            if rows:
+                yield f"{prefix}.attn", fused, rows
+        else:
+            for letter in wanted:
+                layer = getattr(attention, f"{letter}_proj", None)
+                found = f"neither a linear `attn.qkv` nor `attn.{letter}_proj`"
+                yield f"{prefix}.attn", *_whole(backbone, index, letter, layer, found)
+        for name, home, place in (("proj", attention, "attn"), ("fc1", mlp, "mlp"), ("fc2", mlp, "mlp")):
+            if name in targets:
+                layer = getattr(home, name, None)
+                yield (
+                    f"{prefix}.{place}",
+                    *_whole(backbone, index, name, layer, f"no linear `{place}.{name}`"),
                 )
-            yield f"blocks.{index}.attn", split, {letter: (0, split.out_features)}
 
 
-def inject_adapters(backbone: nn.Module) -> dict[str, Directions]:
-    """Freeze `backbone` and adapt the query and value projections of its every block, in place.
+def _whole(
+    backbone: nn.Module, index: int, name: str, layer: nn.Module | None, missing: str
+) -> tuple[nn.Linear, dict[str, tuple[int, int]]]:
+    """A layer that is one target by itself."""
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"{type(backbone).__name__}: block {index} has {missing}; choose a backbone of timm's vision "
+            "transformers, or other adapter.targets"
+        )
+    return layer, {name: (0, layer.out_features)}
+
+
+def inject_adapters(backbone: nn.Module, targets: Sequence[str] = ("q", "v")) -> dict[str, Directions]:
+    """Freeze `backbone` and adapt the `targets` (of `TARGETS`) of its every block, in place.
 
     The model's own code is not touched: the weight of each projection is parametrised, so every timm vision
     transformer that has the projections (fused or split, with or without separate biases) is adapted alike.
 
     Returns:
-        The directions by target name (`blocks.0.attn.q`, `blocks.0.attn.v`, …), still empty: the output is the
-        frozen model's.
+        The directions by target name (`blocks.0.attn.q`, `blocks.0.attn.v`, …, `blocks.0.mlp.fc1`), still empty:
+        the output is the frozen model's. Their order is the model's, whatever the order of `targets`.
 
     Raises:
         ValueError: `backbone` has no such projections.
     """
     backbone.requires_grad_(False)
-    targets: dict[str, Directions] = {}
-    for prefix, layer, letters in _projections(backbone):
-        blocks = {
-            (start, stop): Directions(stop - start, layer.in_features) for start, stop in letters.values()
-        }
+    found: dict[str, Directions] = {}
+    for prefix, layer, rows in _projections(backbone, targets):
+        blocks = {(start, stop): Directions(stop - start, layer.in_features) for start, stop in rows.values()}
         parametrize.register_parametrization(layer, "weight", AdaptedWeight(blocks))
-        targets |= {f"{prefix}.{letter}": blocks[span] for letter, span in letters.items()}
-    if not targets:
+        found |= {f"{prefix}.{name}": blocks[span] for name, span in rows.items()}
+    if targets and not found:
         raise ValueError(
             f"{type(backbone).__name__} has no `blocks` with attention; choose one of timm's vision transformers"
         )
-    return targets
+    return found
+
+
+def adapted_layers(backbone: nn.Module) -> Iterator[tuple[nn.Module, list[Directions]]]:
+    """Every layer with an adapted weight, and the directions at the targets in it; they share its input."""
+    for module in backbone.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            adapted = module.get_submodule("parametrizations.weight.0")
+            assert isinstance(adapted, AdaptedWeight)
+            yield module, adapted.targets
 
 
 @torch.no_grad()

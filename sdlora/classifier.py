@@ -1,6 +1,6 @@
 """The model of a step: an adapted backbone with a growing head, and the plain tensors it is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters
 from sdlora.head import GrowingHead, HeadBlock
+from sdlora.statistics import ClassStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +23,36 @@ class Learned:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     """Task id → (targets,), in the order of the target names."""
     head: Mapping[str, HeadBlock] = field(default_factory=dict)
-    """Task id → the rows of its classes."""
+    """Task id → the rows of its classes, as they were trained; frozen."""
+    settled: Mapping[str, HeadBlock] = field(default_factory=dict)
+    """Task id → the rows that are used in their place, anew at every step; empty where the trained ones are."""
+    statistics: Mapping[str, ClassStatistics] = field(default_factory=dict)
+    """Task id → what a head remembers of its classes; empty where the head needs none."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method keeps for its next step; empty for most."""
+
+    @property
+    def rows(self) -> Mapping[str, HeadBlock]:
+        """Task id → the rows that classify."""
+        return self.settled or self.head
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Which projections of a block the directions are of (`q`, `v`, …)."""
+        names = next(iter(self.directions.values()), {})
+        return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 class IncrementalClassifier(nn.Module):
     """A frozen timm vision transformer (`num_classes=0`), directions at its targets, and a growing head."""
 
-    def __init__(self, backbone: nn.Module, learned: Learned) -> None:
+    def __init__(self, backbone: nn.Module, learned: Learned, *, targets: Sequence[str] = ("q", "v")) -> None:
         super().__init__()
         self.backbone = backbone
         self.feature_size: int = backbone.num_features  # type: ignore[assignment]
-        self._targets = inject_adapters(backbone)
+        self._targets = inject_adapters(backbone, targets)
         self.head = GrowingHead()
-        for block in learned.head.values():
+        for block in learned.rows.values():
             self.head.grow(block)
         self.requires_grad_(False)
 
@@ -58,16 +76,30 @@ class IncrementalClassifier(nn.Module):
                 beyond the tasks of `frozen` belongs to the direction that `train_direction` adds.
             trained: whether the magnitudes are.
         """
+        like = next(self.backbone.parameters())
+        magnitudes = magnitudes.to(like)
         columns = [nn.Parameter(column.clone(), requires_grad=trained) for column in magnitudes.unbind(1)]
         for index, (name, directions) in enumerate(self._targets.items()):
-            directions.set_frozen(
-                [factors[name] for factors in frozen.values()], columns[index if len(columns) > 1 else 0]
-            )
+            held = [Factors(*(part.to(like) for part in factors[name])) for factors in frozen.values()]
+            directions.set_frozen(held, columns[index if len(columns) > 1 else 0])
 
-    def train_direction(self, factors: Mapping[str, Factors]) -> None:
-        """Train `factors` (target name → factors) as the newest direction of every target."""
+    def train_direction(
+        self,
+        factors: Mapping[str, Factors],
+        *,
+        norm: Callable[[Factors], Tensor] | None = None,
+        train_down: bool = True,
+    ) -> None:
+        """Train `factors` (target name → factors) as the newest direction of every target.
+
+        Args:
+            norm: what divides the direction in every forward pass, if anything.
+            train_down: whether A is trained beside B.
+        """
+        like = next(self.backbone.parameters())
         for name, directions in self._targets.items():
-            directions.set_current(factors[name])
+            current = Factors(*(part.to(like) for part in factors[name]))
+            directions.set_current(current, norm=norm, train_down=train_down)
 
     def features(self, images: Tensor) -> Tensor:
         """Features (batch, d) of normalised images (batch, channels, height, width)."""
@@ -83,7 +115,7 @@ def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
 
     It costs what the plain timm model costs. `backbone` is changed in place.
     """
-    model = IncrementalClassifier(backbone, learned)
+    model = IncrementalClassifier(backbone, learned, targets=learned.targets)
     if learned.directions:
         missing = [task for task in learned.directions if task not in learned.magnitudes]
         if missing:

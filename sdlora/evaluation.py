@@ -31,3 +31,18 @@ def predict_batches(
         logits = model(normalise(batch.to(device), mean=mean, std=std))
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
         yield Predictions(classes=classes.cpu(), confidences=confidences.cpu())
+
+
+@torch.inference_mode()
+def feature_batches(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Features (batch, d) on the CPU of uint8 images (n, channels, height, width), under a merged classifier."""
+    for batch in images.split(batch_size):
+        yield model.features(normalise(batch.to(device), mean=mean, std=std)).float().cpu()  # type: ignore[operator]

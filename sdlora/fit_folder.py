@@ -4,17 +4,27 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdlora.adapters import Factors
 from sdlora.head import HeadBlock
 from sdlora.ledger import record_bytes
 from sdlora.methods import FitResult
 from sdlora.tensors import read_tensors, write_tensors
-from sdlora.training import EpochRecord
 
-FACTORS, MAGNITUDES, HEAD = "factors.safetensors", "magnitudes.safetensors", "head.safetensors"
+FACTORS, MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
+HEAD, MEMORY = "head.safetensors", "memory.safetensors"
 CURVE, DESCRIPTION = "curve.csv", "fit.json"
+
+
+class EpochRecord(NamedTuple):
+    """One row of the training curve: means over the epoch's images, measured while training."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float
+    learning_rate: float
 
 
 def write_fit(
@@ -26,7 +36,14 @@ def write_fit(
         tensors[f"{target}.up"], tensors[f"{target}.down"] = factors
     write_tensors(folder / FACTORS, tensors)
     write_tensors(folder / MAGNITUDES, fit.magnitudes)
-    write_tensors(folder / HEAD, fit.head._asdict())
+    rows = {
+        f"{task}.{part}": tensor
+        for task, block in fit.head.items()
+        for part, tensor in block._asdict().items()
+    }
+    write_tensors(folder / HEAD, rows)
+    if fit.memory:
+        write_tensors(folder / MEMORY, fit.memory)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(EpochRecord._fields)
@@ -48,9 +65,15 @@ def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence
         ValueError: a file is not whole.
     """
     tensors, magnitudes = read_tensors(folder / FACTORS), read_tensors(folder / MAGNITUDES)
+    rows = read_tensors(folder / HEAD)
     return FitResult(
         task=task,
         factors={target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets},
         magnitudes={name: magnitudes[name] for name in tasks if name in magnitudes},
-        head=HeadBlock(**read_tensors(folder / HEAD)),
+        head={
+            name: HeadBlock(weight=rows[f"{name}.weight"], bias=rows[f"{name}.bias"])
+            for name in tasks
+            if f"{name}.weight" in rows
+        },
+        memory=read_tensors(folder / MEMORY) if (folder / MEMORY).is_file() else {},
     )

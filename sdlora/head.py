@@ -34,16 +34,20 @@ class GrowingHead(nn.Module):
         self.biases = nn.ParameterList()
 
     def grow(self, block: HeadBlock) -> None:
-        """Freeze what there is and append a trainable `block`."""
-        self.requires_grad_(False)
-        self.weights.append(nn.Parameter(block.weight.clone()))
-        self.biases.append(nn.Parameter(block.bias.clone()))
+        """Append a `block`; nothing is trained until `train_newest` says so."""
+        self.weights.append(nn.Parameter(block.weight.clone(), requires_grad=False))
+        self.biases.append(nn.Parameter(block.bias.clone(), requires_grad=False))
 
-    def newest(self, features: Tensor) -> Tensor:
-        """Logits (batch, classes of the newest task)."""
-        return nn.functional.linear(features, self.weights[-1], self.biases[-1])
+    def train_newest(self, blocks: int) -> None:
+        """Train the newest `blocks` blocks of rows (all of them where a method learns all tasks at once)."""
+        for parameter in [*list(self.weights)[-blocks:], *list(self.biases)[-blocks:]]:
+            parameter.requires_grad_(True)
+
+    def newest(self, features: Tensor, *, blocks: int = 1) -> Tensor:
+        """Logits (batch, classes of the newest `blocks` tasks)."""
+        pairs = zip(list(self.weights)[-blocks:], list(self.biases)[-blocks:], strict=True)
+        return torch.cat([nn.functional.linear(features, weight, bias) for weight, bias in pairs], dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (batch, all classes so far) of features (batch, features)."""
-        blocks = zip(self.weights, self.biases, strict=True)
-        return torch.cat([nn.functional.linear(features, weight, bias) for weight, bias in blocks], dim=1)
+        return self.newest(features, blocks=len(self.weights))

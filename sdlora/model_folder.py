@@ -11,9 +11,10 @@ from sdlora.adapters import Factors
 from sdlora.classifier import Learned
 from sdlora.head import HeadBlock
 from sdlora.ledger import RECORD, read_record, record_bytes
+from sdlora.statistics import ClassStatistics
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 
-MAGNITUDES = "magnitudes.safetensors"
+MAGNITUDES, MEMORY = "magnitudes.safetensors", "memory.safetensors"
 
 
 def write_model(
@@ -22,9 +23,11 @@ def write_model(
     """Write `learned` and its ledger record into the existing `folder`; returns the record as written.
 
     Files: `directions/TASK.safetensors` (`TARGET.up`, `TARGET.down`), `head/TASK.safetensors` (`weight`, `bias`),
-    `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets) and `step.json`, which
-    is `record` with the hash of every other file. A file that the folder `before` holds of the same name and with
-    the same tensors is copied, so a frozen direction keeps its bytes whatever wrote them.
+    `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets), where the head is settled
+    `settled/TASK.safetensors` (the rows in use) and `statistics/TASK.safetensors` (the fields of `ClassStatistics`),
+    where the method needs it `memory.safetensors`, and
+    `step.json`, which is `record` with the hash of every other file. A file that the folder `before` holds of the
+    same name and with the same tensors is copied, so a frozen direction keeps its bytes whatever wrote them.
     """
     for task, direction in learned.directions.items():
         tensors = {}
@@ -33,7 +36,13 @@ def write_model(
         _write_or_copy(folder, f"directions/{task}.safetensors", tensors, before)
     for task, block in learned.head.items():
         _write_or_copy(folder, f"head/{task}.safetensors", block._asdict(), before)
+    for task, block in learned.settled.items():
+        _write_or_copy(folder, f"settled/{task}.safetensors", block._asdict(), before)
+    for task, statistics in learned.statistics.items():
+        _write_or_copy(folder, f"statistics/{task}.safetensors", statistics._asdict(), before)
     write_tensors(folder / MAGNITUDES, learned.magnitudes)
+    if learned.memory:
+        write_tensors(folder / MEMORY, learned.memory)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
     written = {**record, "files": {name: file_sha256(folder / name) for name in names}}
     (folder / RECORD).write_bytes(record_bytes(written))
@@ -67,7 +76,7 @@ def read_model(folder: Path) -> tuple[Learned, dict[str, Any]]:
                 f"{expected[:12]}); restore it with `dvc checkout`"
             )
     targets = record.get("targets", [])
-    directions, head = {}, {}
+    directions, head, settled, statistics = {}, {}, {}, {}
     for task in record.get("directions", []):
         tensors = read_tensors(folder / f"directions/{task}.safetensors")
         directions[task] = {
@@ -75,6 +84,19 @@ def read_model(folder: Path) -> tuple[Learned, dict[str, Any]]:
         }
     for task in record.get("tasks", []):
         head[task] = HeadBlock(**read_tensors(folder / f"head/{task}.safetensors"))
+        if f"settled/{task}.safetensors" in record["files"]:
+            settled[task] = HeadBlock(**read_tensors(folder / f"settled/{task}.safetensors"))
+        if f"statistics/{task}.safetensors" in record["files"]:
+            statistics[task] = ClassStatistics(**read_tensors(folder / f"statistics/{task}.safetensors"))
+    memory = read_tensors(folder / MEMORY) if MEMORY in record["files"] else {}
     magnitudes = read_tensors(folder / MAGNITUDES) if (folder / MAGNITUDES).is_file() else {}
     ordered = {task: magnitudes[task] for task in directions if task in magnitudes}
-    return Learned(directions=directions, magnitudes=ordered, head=head), record
+    learned = Learned(
+        directions=directions,
+        magnitudes=ordered,
+        head=head,
+        settled=settled,
+        statistics=statistics,
+        memory=memory,
+    )
+    return learned, record

@@ -1,7 +1,7 @@
 """One step's fit: the ordinary loop, the same for the first task and for every later one, resumable at any step."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sdlora.adapters import Factors
 from sdlora.augmentation import crop_and_flip
 from sdlora.classifier import IncrementalClassifier, Learned
-from sdlora.formulations import Formulation
+from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
-from sdlora.methods import FitResult, Method
+from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
 from sdlora.seeding import generator_for
 
@@ -42,14 +42,11 @@ class Schedule:
     """`fp32`, or `bf16` for autocast."""
 
 
-class EpochRecord(NamedTuple):
-    """One row of the training curve: means over the epoch's images, measured while training."""
+class TaskImages(NamedTuple):
+    """A task's training images: uint8 (n, channels, height, width), and labels (n,) 0 … classes − 1, all present."""
 
-    step: int
-    epoch: int
-    loss: float
-    accuracy: float
-    learning_rate: float
+    images: Tensor
+    labels: Tensor
 
 
 class Snapshot(NamedTuple):
@@ -72,52 +69,66 @@ class Fit:
         backbone: nn.Module,
         before: Learned,
         *,
-        task: str,
-        images: Tensor,
-        labels: Tensor,
+        tasks: Mapping[str, TaskImages],
         mean: Sequence[float],
         std: Sequence[float],
         method: Method,
-        formulation: Formulation,
-        rank: int,
-        magnitude_start: float | None,
+        settings: Settings,
         schedule: Schedule,
         seed: int,
         device: torch.device,
+        targets: Sequence[str] | None = None,
     ) -> None:
-        """Prepare to learn `task`.
+        """Prepare to learn a task.
 
         Args:
-            images: (n, channels, height, width), uint8.
-            labels: (n,) class indices within the task, 0 … classes − 1, each of them present.
             before: what the steps before have learned; not changed.
+            tasks: task id → its images: the one task to learn; for a joint method all tasks so far, in order.
+            targets: what is adapted in every block; None for the method's own.
 
         Raises:
             ValueError: no image, or a setting that does not fit the model.
         """
-        if not len(images):
-            raise ValueError(f"{task}: no training image")
-        self.task, self.schedule, self.seed = task, schedule, seed
+        for name, (images, _) in tasks.items():
+            if not len(images):
+                raise ValueError(f"{name}: no training image")
+        if len(tasks) != 1 and not method.joint:
+            raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
+        self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
-        self._known = list(before.directions)
-        model = IncrementalClassifier(backbone, before)
-        method.begin(
-            model,
-            before,
-            formulation=formulation,
-            rank=rank,
-            magnitude_start=magnitude_start,
-            generator=generator_for(seed, "directions", task),
+        self._before, self._method, self._settings = before, method, settings
+        self._images = torch.cat([images for images, _ in tasks.values()]).to(device)
+        earlier = Learned() if method.joint else before
+        model = IncrementalClassifier(
+            backbone, earlier, targets=method.targets if targets is None else targets
         )
-        classes, generator = int(labels.max()) + 1, generator_for(seed, "head", task)
-        model.head.grow(initial_block(classes, model.feature_size, generator=generator))
         # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
         # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
         self.model = model.eval().to(device)
-        self._images, self._labels = images.to(device), labels.long().to(device)
+        self._dtype = next(model.backbone.parameters()).dtype
+        method.begin(
+            model,
+            before,
+            task=self.task,
+            settings=settings,
+            batches=self._batches,
+            generator=generator_for(seed, "directions", self.task),
+        )
+        labels, classes = [], 0
+        for name, (_, own) in tasks.items():
+            count = int(own.max()) + 1
+            block = initial_block(count, model.feature_size, generator=generator_for(seed, "head", name))
+            model.head.grow(HeadBlock(*(part.to(self._dtype) for part in block)))
+            labels.append(own.long() + classes)
+            classes += count
+        if method.trains_head:
+            model.head.train_newest(len(tasks))
+        model.to(device)
+        self._grown = list(tasks)
+        self._labels = torch.cat(labels).to(device)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = _make_optimizer(list(self._trained.values()), schedule)
-        self._steps_per_epoch = math.ceil(len(images) / schedule.batch_size)
+        self._optimizer = _make_optimizer(list(self._trained.values()), schedule) if self._trained else None
+        self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
         self.step = 0
@@ -126,8 +137,8 @@ class Fit:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole fit."""
-        return self.schedule.epochs * self._steps_per_epoch
+        """Optimiser steps of the whole fit; none where the method trains nothing."""
+        return self.schedule.epochs * self._steps_per_epoch if self._trained else 0
 
     @property
     def images(self) -> int:
@@ -165,11 +176,14 @@ class Fit:
         chosen = self._order[within * size : (within + 1) * size].to(self._device)
         labels = self._labels[chosen]
         rate = self._learning_rate()
+        assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         features = self._features(chosen) if self._constant is None else self._constant[chosen]
-        logits = self.model.head.newest(features)
+        logits = self.model.head.newest(features, blocks=len(self._grown))
         loss = nn.functional.cross_entropy(logits, labels)
+        if self._method.penalty is not None:
+            loss = loss + self._method.penalty(self.model, settings=self._settings)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
@@ -183,20 +197,25 @@ class Fit:
     def _features(self, chosen: Tensor) -> Tensor:
         """Features (chosen, d) of the images at these indices, augmented for the current step."""
         batch = crop_and_flip(
-            normalise(self._images[chosen], mean=self._mean, std=self._std),
+            normalise(self._images[chosen], mean=self._mean, std=self._std).to(self._dtype),
             crop_scale=self.schedule.crop_scale,
             flip=self.schedule.flip,
             generator=generator_for(self.seed, "augmentation", self.task, self.step),
         )
         bf16 = self.schedule.precision == "bf16"
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model.features(batch).float()
+            return self.model.features(batch).to(self._dtype)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """All images once, in order, normalised and not augmented."""
+        for part in self._images.split(self.schedule.batch_size):
+            yield normalise(part, mean=self._mean, std=self._std).to(self._dtype)
 
     @torch.no_grad()
     def _constant_features(self) -> Tensor | None:
         """The features (n, d) of all images, once for all, where neither the images nor the backbone change."""
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
-        if adapted or self.schedule.crop_scale < 1.0 or self.schedule.flip:
+        if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
         everything = torch.arange(len(self._images), device=self._device)
         return torch.cat([self._features(part) for part in everything.split(self.schedule.batch_size)])
@@ -219,6 +238,7 @@ class Fit:
         """The whole state, on the CPU, copied."""
         tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self._trained.items()}
         for name, parameter in self._trained.items():
+            assert self._optimizer is not None
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
@@ -250,7 +270,7 @@ class Fit:
             }
             if "step" in state:
                 state["step"] = state["step"].cpu()
-            if state:
+            if state and self._optimizer is not None:
                 self._optimizer.state[parameter] = state
         self._sums = tensors["sums"]
         self.step, self.curve = snapshot.step, list(snapshot.curve)
@@ -267,22 +287,24 @@ class Fit:
         columns = [_copy(target.magnitudes) for target in targets.values() if target.magnitudes is not None]
         distinct = {id(target.magnitudes) for target in targets.values()}
         stacked = torch.stack(columns[: len(distinct)], dim=1) if columns else torch.zeros(0, 0)
-        tasks = [*self._known, self.task][-len(stacked) :] if len(stacked) else []
+        tasks = [*self._before.directions, self.task][-len(stacked) :] if len(stacked) else []
+        head = self.model.head
+        blocks = zip(head.weights[-len(self._grown) :], head.biases[-len(self._grown) :], strict=True)
+        memory: Mapping[str, Tensor] = {}
+        if self._method.remember is not None:
+            memory = self._method.remember(
+                self.model, self._before, settings=self._settings, batches=self._batches
+            )
         return FitResult(
             task=self.task,
             factors=factors,
             magnitudes=dict(zip(tasks, stacked, strict=True)),
-            head=HeadBlock(_copy(self.model.head.weights[-1]), _copy(self.model.head.biases[-1])),
+            head={
+                name: HeadBlock(_copy(weight), _copy(bias))
+                for name, (weight, bias) in zip(self._grown, blocks, strict=True)
+            },
+            memory={name: _copy(tensor) for name, tensor in memory.items()},
         )
-
-
-def freeze(before: Learned, fit: FitResult, *, method: Method, formulation: Formulation) -> Learned:
-    """What has been learned after the step: the method's directions and magnitudes, and the new rows of the head.
-
-    Tensors of earlier steps are handed on as they are. Needs no model.
-    """
-    directions, magnitudes = method.freeze(before, fit, formulation=formulation)
-    return Learned(directions=directions, magnitudes=magnitudes, head={**before.head, fit.task: fit.head})
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a method is: two functions, one before the fit and one after it."""
+"""What a method is: what it does before a fit, what it adds to the loss, and what it leaves after it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,6 +11,26 @@ from sdlora.adapters import Factors, initial_factors
 from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.formulations import Formulation
 from sdlora.head import HeadBlock
+
+Batches = Callable[[], Iterator[Tensor]]
+"""The task's images once, normalised, batch by batch, on the model's device; never augmented."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The choices that methods read; each reads those it knows."""
+
+    formulation: Formulation
+    rank: int
+    """Rank of a new direction."""
+    rank_schedule: Mapping[str, int] = field(default_factory=dict)
+    """Task id → rank from that task on; read by `sdlora-rr`."""
+    tolerance: float = 0.0
+    """Relative residual below which a direction is absorbed; read by `sdlora-kd`."""
+    compress: float | None = None
+    """Share of a direction's energy that is kept when it is frozen; read by the SD-LoRA methods."""
+    penalty: float | None = None
+    """Weight of the term that the method adds to the loss; None for the method's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +43,24 @@ class FitResult:
     """Target name → the current direction's factors; empty where the method trains none."""
     magnitudes: Mapping[str, Tensor]
     """Task id → (targets,) or, where one magnitude is shared by all of them, (1,)."""
-    head: HeadBlock
-    """The new rows."""
+    head: Mapping[str, HeadBlock]
+    """Task id → the rows that were trained: those of this task, or of all tasks so far for a joint method."""
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method keeps for its next step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """What a method keeps of a fit."""
+
+    directions: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    """Task id → target name → factors."""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Task id → (targets,)."""
+    exact: "Frozen | None" = None
+    """The same without what changes the function (absorption, truncation), where something was changed."""
+    facts: Mapping[str, float | int | str] = field(default_factory=dict)
+    """What happened, for the ledger."""
 
 
 class Begin(Protocol):
@@ -35,33 +71,53 @@ class Begin(Protocol):
         model: IncrementalClassifier,
         before: Learned,
         *,
-        formulation: Formulation,
-        rank: int,
-        magnitude_start: float | None,
+        task: str,
+        settings: Settings,
+        batches: Batches,
         generator: torch.Generator,
     ) -> None: ...
 
 
 class Freeze(Protocol):
-    """The directions and magnitudes after a step; the head's rows are appended alike for every method."""
+    """The directions and magnitudes after a step; the head's rows are added alike for every method."""
+
+    def __call__(self, before: Learned, fit: FitResult, *, settings: Settings) -> Frozen: ...
+
+
+class Penalty(Protocol):
+    """A scalar that is added to the loss of every step, its weight included."""
+
+    def __call__(self, model: IncrementalClassifier, *, settings: Settings) -> Tensor: ...
+
+
+class Remember(Protocol):
+    """What the method keeps for its next step, from the trained model; stored in the model folder."""
 
     def __call__(
-        self, before: Learned, fit: FitResult, *, formulation: Formulation
-    ) -> tuple[dict[str, Mapping[str, Factors]], dict[str, Tensor]]: ...
+        self, model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
+    ) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method is what it does before a fit and what it does after."""
+    """A method is what it does before a fit, in it, and after it."""
 
     begin: Begin
     freeze: Freeze
+    penalty: Penalty | None = None
+    remember: Remember | None = None
+    targets: tuple[str, ...] = ("q", "v")
+    """What it adapts in every block where `adapter.targets` does not say."""
+    joint: bool = False
+    """Whether it learns the images of all tasks so far at once, and with them all rows of the head."""
+    trains_head: bool = True
+    """Whether the new rows of the head are trained; a method that trains nothing has no fit to make."""
 
 
 def new_direction(
-    model: IncrementalClassifier, *, rank: int, generator: torch.Generator
+    model: IncrementalClassifier, *, rank: int, generator: torch.Generator, up: str = "zero"
 ) -> dict[str, Factors]:
-    """Initial factors for every target, drawn in the order of the targets.
+    """Initial factors for every target, drawn in the order of the targets; `up` as in `initial_factors`.
 
     Raises:
         ValueError: `rank` exceeds what a target can hold.
@@ -73,6 +129,25 @@ def new_direction(
                 "choose a smaller one"
             )
     return {
-        name: initial_factors(target.rows, target.columns, rank, generator=generator)
+        name: initial_factors(target.rows, target.columns, rank, generator=generator, up=up)
         for name, target in model.targets.items()
     }
+
+
+def sum_on(
+    model: IncrementalClassifier, before: Learned, factors: Mapping[str, Factors], *, train_down: bool = True
+) -> None:
+    """Hold all earlier directions with a fixed magnitude of 1 and train `factors` beside them.
+
+    W₀ + Σₖ BₖAₖ: how the methods without magnitudes add up their LoRAs.
+    """
+    model.set_directions(before.directions, torch.ones(len(before.directions) + 1, 1), trained=False)
+    model.train_direction(factors, train_down=train_down)
+
+
+def keep_as_trained(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+    """Keep the new factors beside the earlier ones, all with a magnitude of 1."""
+    directions = {**before.directions, fit.task: fit.factors}
+    return Frozen(
+        directions=directions, magnitudes={task: torch.ones(len(fit.factors)) for task in directions}
+    )

@@ -3,45 +3,72 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from sdlora.adapters import Factors
+from sdlora.adapters import Factors, truncate
 from sdlora.classifier import IncrementalClassifier, Learned
-from sdlora.formulations import Formulation
-from sdlora.methods.method import FitResult, Method, new_direction
+from sdlora.methods.method import Batches, FitResult, Frozen, Method, Settings, new_direction
 
 
 def begin(
     model: IncrementalClassifier,
     before: Learned,
     *,
-    formulation: Formulation,
-    rank: int,
-    magnitude_start: float | None,
+    task: str,
+    settings: Settings,
+    batches: Batches,
     generator: torch.Generator,
 ) -> None:
-    """Train a direction from B = 0 and the magnitudes of all directions (Alg. 1, lines 1 and 5-8)."""
-    start = formulation.magnitude_start if magnitude_start is None else magnitude_start
+    """Train a new direction of rank `settings.rank` and the magnitudes of all (Alg. 1, lines 1 and 5-8)."""
+    begin_with_rank(model, before, rank=settings.rank, settings=settings, generator=generator)
+
+
+def begin_with_rank(
+    model: IncrementalClassifier,
+    before: Learned,
+    *,
+    rank: int,
+    settings: Settings,
+    generator: torch.Generator,
+) -> None:
+    """Train a new direction of the given rank, and the magnitudes of all directions."""
+    formulation = settings.formulation
     tasks, columns = len(before.directions), len(model.targets) if formulation.per_target else 1
-    magnitudes = torch.full((tasks + 1, columns), start)
+    magnitudes = torch.full((tasks + 1, columns), formulation.magnitude_start)
     if formulation.carried and tasks:
-        magnitudes[:tasks] = torch.stack([before.magnitudes[task] for task in before.directions])
+        held = torch.stack([before.magnitudes[task] for task in before.directions])
+        # One number for the whole network: the nearest to what the targets hold (equal ones stay as they are).
+        magnitudes[:tasks] = held if formulation.per_target else held.mean(dim=1, keepdim=True)
     model.set_directions(before.directions, magnitudes, trained=True)
-    model.train_direction(new_direction(model, rank=rank, generator=generator))
+    factors = new_direction(model, rank=rank, generator=generator, up=formulation.initial_up)
+    model.train_direction(factors, norm=formulation.norm if formulation.normalise_current else None)
 
 
-def freeze(
-    before: Learned, fit: FitResult, *, formulation: Formulation
-) -> tuple[dict[str, Mapping[str, Factors]], dict[str, Tensor]]:
+def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
     """Divide the new direction by its norm, which its magnitude takes over: the function stays the trained one.
 
-    The norm is shared out over the two factors (B/√n, A/√n, as the paper's Fig. 1 draws what is stored).
+    The norm is shared out over the two factors (B/√n, A/√n, as the paper's Fig. 1 draws what is stored). Where
+    the current direction was normalised in training, its magnitude is what it is. With `settings.compress` the
+    direction is first truncated to the smallest rank that holds that share of its energy.
 
     Raises:
         ValueError: a direction is zero or not finite, so that it cannot be normalised.
     """
-    targets = list(fit.factors)
-    norms = torch.stack([formulation.norm(fit.factors[target]) for target in targets])
+    exact = _normalised(before, fit, fit.factors, settings=settings)
+    if settings.compress is None:
+        return exact
+    smaller = {target: truncate(factors, energy=settings.compress) for target, factors in fit.factors.items()}
+    # Truncation shortens a direction. The magnitude of the whole one goes with the shorter one's own norm.
+    frozen = _normalised(before, fit, smaller, settings=settings)
+    ranks = [factors.down.shape[0] for factors in smaller.values()]
+    facts = {"compressed_rank_mean": round(sum(ranks) / len(ranks), 3), "compressed_rank_most": max(ranks)}
+    return Frozen(directions=frozen.directions, magnitudes=frozen.magnitudes, exact=exact, facts=facts)
+
+
+def _normalised(
+    before: Learned, fit: FitResult, factors: Mapping[str, Factors], *, settings: Settings
+) -> Frozen:
+    formulation, targets = settings.formulation, list(factors)
+    norms = torch.stack([formulation.norm(factors[target]) for target in targets])
     for target, norm in zip(targets, norms.tolist(), strict=True):
         if not 0 < norm < float("inf"):
             raise ValueError(
@@ -49,12 +76,16 @@ def freeze(
                 "frozen; it was not trained, or diverged"
             )
     direction = {
-        target: Factors(up=factors.up / norm.sqrt(), down=factors.down / norm.sqrt())
-        for (target, factors), norm in zip(fit.factors.items(), norms, strict=True)
+        target: Factors(up=pair.up / norm.sqrt(), down=pair.down / norm.sqrt())
+        for (target, pair), norm in zip(factors.items(), norms, strict=True)
     }
     magnitudes = {task: alpha.expand(len(targets)).clone() for task, alpha in fit.magnitudes.items()}
-    magnitudes[fit.task] = magnitudes[fit.task] * norms
-    return {**before.directions, fit.task: direction}, magnitudes
+    trained = norms
+    if formulation.normalise_current:
+        whole = torch.stack([formulation.norm(fit.factors[target]) for target in targets])
+        trained = norms / whole
+    magnitudes[fit.task] = magnitudes[fit.task] * trained
+    return Frozen(directions={**before.directions, fit.task: direction}, magnitudes=magnitudes)
 
 
 METHOD = Method(begin=begin, freeze=freeze)

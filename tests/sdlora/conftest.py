@@ -1,5 +1,8 @@
 """Small real models: timm's own vision transformer at tiny size."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from timm.models import VisionTransformer
@@ -7,8 +10,9 @@ from torch import Tensor, nn
 
 from sdlora.classifier import Learned
 from sdlora.formulations import FORMULATIONS
-from sdlora.methods import METHODS
-from sdlora.training import Fit, Schedule, freeze
+from sdlora.freezing import freeze
+from sdlora.methods import METHODS, Settings
+from sdlora.training import Fit, Schedule, TaskImages
 
 
 def tiny_vit(seed: int = 0) -> nn.Module:
@@ -45,48 +49,62 @@ def schedule(**changes: str | float | bool) -> Schedule:
     return Schedule(**{**values, **changes})
 
 
+RANKS = {"t01": 3, "t03": 2}
+
+
+def settings(formulation: str = "continuous", **changes: Any) -> Settings:  # noqa: ANN401 - any field's value
+    """Settings of the methods, of rank 3, with fields of the formulation or of the settings changed."""
+    own = {key: changes.pop(key) for key in ("magnitude_start", "carried", "initial_up") if key in changes}
+    return Settings(
+        **{
+            "formulation": replace(FORMULATIONS[formulation], **own),
+            "rank": 3,
+            "rank_schedule": RANKS,
+            **changes,
+        }
+    )
+
+
 def make_fit(
     before: Learned,
     index: int,
     *,
     method: str = "sdlora",
-    formulation: str = "continuous",
-    rank: int = 3,
-    magnitude_start: float | None = None,
+    chosen: Settings | None = None,
+    backbone: nn.Module | None = None,
+    targets: tuple[str, ...] | None = None,
     **changes: str | float | bool,
 ) -> Fit:
-    """The fit of task `t{index}` on the tiny model."""
-    images, labels = tiny_task(index)
+    """The fit of task `t{index}` on the tiny model; a joint method gets all tasks up to it."""
+    first = 1 if METHODS[method].joint else index
     return Fit(
-        tiny_vit(),
+        tiny_vit() if backbone is None else backbone,
         before,
-        task=f"t{index:02}",
-        images=images,
-        labels=labels,
+        tasks={f"t{i:02}": TaskImages(*tiny_task(i)) for i in range(first, index + 1)},
         mean=[0.5],
         std=[0.5],
         method=METHODS[method],
-        formulation=FORMULATIONS[formulation],
-        rank=rank,
-        magnitude_start=magnitude_start,
+        settings=chosen or settings(),
         schedule=schedule(**changes),
         seed=7,
         device=torch.device("cpu"),
+        targets=targets,
     )
 
 
-def learn(tasks: int, *, method: str = "sdlora", formulation: str = "continuous") -> Learned:
+def learn(tasks: int, *, method: str = "sdlora", chosen: Settings | None = None) -> Learned:
     """What a chain of `tasks` steps has learned."""
     learned = Learned()
     for index in range(1, tasks + 1):
-        fit = make_fit(learned, index, method=method, formulation=formulation)
+        fit = make_fit(learned, index, method=method, chosen=chosen)
         for _ in fit.run():
             pass
-        learned = freeze(learned, fit.result(), method=METHODS[method], formulation=FORMULATIONS[formulation])
+        step = freeze(learned, fit.result(), method=METHODS[method], settings=chosen or settings())
+        learned = step.learned
     return learned
 
 
 @pytest.fixture(scope="session")
 def three_steps() -> dict[str, Learned]:
-    """Three learned steps in either formulation."""
-    return {name: learn(3, formulation=name) for name in FORMULATIONS}
+    """Three learned steps in each formulation."""
+    return {name: learn(3, chosen=settings(name)) for name in FORMULATIONS}

@@ -13,7 +13,9 @@ from sdlora.adapters import (
     initial_factors,
     inject_adapters,
     merge_adapters,
+    product_inner,
     product_norm,
+    truncate,
 )
 from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
 from tests.sdlora.conftest import tiny_vit
@@ -35,8 +37,19 @@ def eva(**options: bool) -> nn.Module:
     ).eval()
 
 
+def vit(**options: object) -> nn.Module:
+    """A tiny vision transformer of timm's with one of its many options."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**sizes, num_classes=0, **options).eval()
+
+
 FAMILIES = [
     pytest.param(tiny_vit, id="fused-qkv"),
+    pytest.param(lambda: vit(init_values=0.1), id="layer-scale"),
+    pytest.param(lambda: vit(reg_tokens=3), id="register-tokens"),
+    pytest.param(lambda: vit(global_pool="avg", class_token=False), id="pooled"),
+    pytest.param(lambda: vit(qk_norm=True, qkv_bias=False), id="normalised-query-and-key"),
     pytest.param(lambda: eva(qkv_fused=True), id="fused-qkv-with-separate-biases"),
     pytest.param(lambda: eva(qkv_fused=False), id="split-qkv"),
 ]
@@ -95,6 +108,76 @@ def test_the_adapted_weight_is_the_formula_and_the_key_rows_stay(make) -> None: 
             change = getattr(after, f"{letter}_proj").weight - getattr(before, f"{letter}_proj").weight
             assert torch.equal(after.k_proj.weight, before.k_proj.weight)
         torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
+
+
+EVERYTHING = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("targets", [("k",), ("v", "q"), ("proj", "fc2"), EVERYTHING], ids="-".join)
+def test_any_set_of_targets_is_adapted_and_nothing_else(make, targets: tuple[str, ...]) -> None:  # noqa: ANN001
+    plain, backbone = make(), make()
+    model = IncrementalClassifier(backbone, Learned(), targets=targets)
+    names = list(model.targets)
+    direction = {
+        name: random_factors(target.rows, target.columns, 2, seed=i)
+        for i, (name, target) in enumerate(model.targets.items())
+    }
+    learned = Learned(directions={"t01": direction}, magnitudes={"t01": torch.full((len(names),), 0.1)})
+    merged = merged_classifier(make(), learned).backbone
+    changed = {
+        name
+        for name, tensor in merged.state_dict().items()
+        if not torch.equal(tensor, plain.state_dict()[name])
+    }
+
+    assert {name.rpartition(".")[2] for name in names} == set(targets)
+    assert len(names) == 2 * len(targets)
+    assert learned.targets == tuple(letter for letter in EVERYTHING if letter in targets)
+    for i in (0, 1):
+        attention = plain.blocks[i].attn
+        expected = {f"blocks.{i}.attn.{letter}_proj.weight" for letter in "qkv" if letter in targets}
+        if attention.qkv is not None:
+            expected = {f"blocks.{i}.attn.qkv.weight"} if expected else set()
+        expected |= {f"blocks.{i}.attn.proj.weight"} if "proj" in targets else set()
+        expected |= {f"blocks.{i}.mlp.{name}.weight" for name in ("fc1", "fc2") if name in targets}
+        assert {name for name in changed if name.startswith(f"blocks.{i}.")} == expected
+    assert all(name.startswith("blocks.") for name in changed)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_truncation_is_the_best_approximation_of_its_rank(rank: int) -> None:
+    factors = random_factors(12, 9, 5)
+    whole = (factors.up @ factors.down).double()
+    values = torch.linalg.svdvals(whole)[:5]
+    share = (values[:rank].square().sum() / values.square().sum()).item()
+    found = truncate(factors, energy=share - 1e-6)
+
+    assert found.down.shape == (rank, 9)
+    expected = values[rank:].square().sum().sqrt().item()
+    error = (whole - found.up.double() @ found.down.double()).norm().item()
+    assert error == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_truncating_a_zero_direction_leaves_it() -> None:
+    factors = Factors(torch.zeros(6, 2), torch.ones(2, 6))
+
+    assert truncate(factors, energy=0.5) is factors
+
+
+def test_inner_products_come_from_small_matrices_and_are_exact() -> None:
+    left, right = random_factors(30, 20, 4), random_factors(30, 20, 2, seed=1)
+    expected = ((left.up @ left.down).double() * (right.up @ right.down).double()).sum()
+
+    torch.testing.assert_close(product_inner(left, right), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_target_that_a_block_lacks_is_named() -> None:
+    model = tiny_vit()
+    model.blocks[1].mlp = nn.Identity()
+
+    with pytest.raises(ValueError, match=r"block 1 has no linear `mlp\.fc1`; .* other adapter\.targets"):
+        inject_adapters(model, ("fc1",))
 
 
 def test_merging_leaves_a_plain_timm_model_with_the_same_output() -> None:

@@ -1,13 +1,16 @@
 """A model folder holds a step exactly, keeps the bytes of earlier ones, and notices every change."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdlora.classifier import Learned
+from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import read_model, write_model
+from sdlora.statistics import class_statistics
 from tests.sdlora.conftest import learn
 
 
@@ -103,3 +106,20 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, three_steps: d
 
     with pytest.raises(FileNotFoundError, match=r"head/t02\.safetensors"):
         read_model(folder)
+
+
+def test_statistics_settled_rows_and_memory_are_read_back_to_the_bit(tmp_path: Path) -> None:
+    learned = learn(2, method="inflora")
+    rows = {task: HeadBlock(block.weight + 1, block.bias + 1) for task, block in learned.head.items()}
+    known = class_statistics(torch.randn(12, 16), torch.arange(12) % 2, rank=2)
+    held = replace(learned, settled=rows, statistics=dict.fromkeys(learned.head, known))
+    found, _ = read_model(write(tmp_path / "t02", held, "t02"))
+
+    assert {"memory.safetensors", "settled/t01.safetensors", "statistics/t02.safetensors"} <= contents(
+        tmp_path / "t02"
+    ).keys()
+    assert all(torch.equal(found.memory[name], held.memory[name]) for name in held.memory)
+    assert all(torch.equal(found.rows[task].weight, rows[task].weight) for task in rows)
+    for task in rows:
+        assert all(torch.equal(*pair) for pair in zip(found.statistics[task], known, strict=True))
+    assert torch.equal(found.head["t01"].weight, learned.head["t01"].weight)

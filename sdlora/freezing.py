@@ -1,0 +1,96 @@
+"""The end of a step: what a method keeps of its fit, and the head that goes with it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sdlora.classifier import Learned
+from sdlora.heads import Head
+from sdlora.methods import FitResult, Frozen, Method, Settings
+from sdlora.statistics import class_statistics, drifted
+
+Features = Callable[[Learned], Tensor]
+"""The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenStep:
+    """What has been learned after a step."""
+
+    learned: Learned
+    trained: Learned
+    """The function that was trained: another one only where freezing absorbed or truncated something."""
+    facts: Mapping[str, float | int | str] = field(default_factory=dict)
+    """What happened, for the ledger."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether freezing changed the function."""
+        return self.trained is not self.learned
+
+
+def freeze(before: Learned, fit: FitResult, *, method: Method, settings: Settings) -> FrozenStep:
+    """What has been learned after the step: the method's directions and magnitudes, and the trained rows of the head.
+
+    Tensors of earlier steps are handed on as they are. Needs no model.
+    """
+    frozen = method.freeze(before, fit, settings=settings)
+
+    def whole(kept: Frozen) -> Learned:
+        return Learned(
+            directions=kept.directions,
+            magnitudes=kept.magnitudes,
+            head={**before.head, **fit.head},
+            statistics=before.statistics,
+            memory=fit.memory,
+        )
+
+    learned = whole(frozen)
+    trained = learned if frozen.exact is None else whole(frozen.exact)
+    return FrozenStep(learned=learned, trained=trained, facts=frozen.facts)
+
+
+def measured(step: FrozenStep, *, features: Features) -> FrozenStep:
+    """The step with what freezing changed of its output among the facts, on the task's own training images.
+
+    `output_change` is √(Σ‖f' − f‖² / Σ‖f‖²) of the features f as trained and f' as frozen.
+    """
+    trained, frozen = features(step.trained).double(), features(step.learned).double()
+    change = ((frozen - trained).square().sum() / trained.square().sum()).sqrt()
+    return replace(step, facts={**step.facts, "output_change": round(float(change), 6)})
+
+
+def settle_head(
+    before: Learned,
+    learned: Learned,
+    *,
+    task: str,
+    labels: Tensor,
+    features: Features,
+    head: Head,
+    covariance_rank: int,
+    generator: torch.Generator,
+) -> Learned:
+    """What has been learned, with all rows of the head settled from the statistics of the classes.
+
+    The trained rows stay beside them, frozen as ever. The statistics of earlier classes are moved along with the
+    features, as far as the task's images show it; those of the task's own are taken in the new feature space.
+
+    Args:
+        before: what had been learned before the step, its statistics included.
+        labels: (n,) of the task's training images, 0 … classes − 1 within the task, in the order of `features`.
+        covariance_rank: principal directions kept of every class where the head reads its covariance.
+    """
+    if head.settle is None:
+        return learned
+    new = features(learned)
+    statistics = dict(before.statistics)
+    if statistics and (learned.directions or before.directions):
+        old = features(before)
+        statistics = {name: drifted(known, old=old, new=new) for name, known in statistics.items()}
+    rank = covariance_rank if head.covariance else 0
+    statistics[task] = class_statistics(new, labels, rank=min(rank, new.shape[1]))
+    settled = head.settle({**learned.head, **before.settled}, statistics, generator=generator)
+    return replace(learned, settled=settled, statistics=statistics)

@@ -1,0 +1,159 @@
+"""What becomes of the head when a step is frozen: kept as trained, or settled anew from statistics of the classes.
+
+The rows of different steps were trained apart, each against the classes of its own task, so their logits are not
+comparable. Each head but `linear` replaces all rows, old ones included, by rows that are: what it needs is a few
+statistics per class, never an image. The result is a linear head in every case, so nothing else knows of it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdlora.head import HeadBlock
+from sdlora.statistics import ClassStatistics
+
+SAMPLES, EPOCHS, BATCH = 256, 5, 256
+"""Of `aligned`: drawn per class and epoch, passes, samples in a step (as SLCA, GengDavid/SLCA@169d4e6)."""
+STEPS = 500
+"""Of `aligned`: at least so many steps, because five passes over a few classes are too few."""
+RATE, DECAY = 0.01, 5e-4
+"""Of `aligned`: Adam's rate, cosine to 0, and its decoupled weight decay. SLCA's SGD is too slow for so few passes: it
+leaves accuracy behind on held-out images (docs/method.md)."""
+SHRINKAGE = 0.05
+"""Of `lda`: the part of the pooled covariance that is spread evenly, against classes with few images."""
+
+
+class Settle(Protocol):
+    """All rows anew, task id → block, from the trained ones and the statistics of every class so far."""
+
+    def __call__(
+        self,
+        head: Mapping[str, HeadBlock],
+        statistics: Mapping[str, ClassStatistics],
+        *,
+        generator: torch.Generator,
+    ) -> dict[str, HeadBlock]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A kind of head."""
+
+    settle: Settle | None
+    """None where the rows stay as they were trained."""
+    covariance: bool = False
+    """Whether it reads more of the classes than their means and one variance."""
+    trained_rows: bool = False
+    """Whether it is of use only with rows that were trained."""
+
+
+def class_means(
+    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+) -> dict[str, HeadBlock]:
+    """The nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance, less a term all classes share.
+
+    It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ².
+    """
+    variance = torch.cat([_variances(s) * s.images.double() for s in statistics.values()]).sum()
+    variance = variance / torch.cat([s.images for s in statistics.values()]).sum()
+    # Classes of one image each have no variance; any scale names the same nearest mean.
+    variance = variance if variance > 0 else torch.ones_like(variance)
+    blocks = {}
+    for task, (_, mean, _, _) in statistics.items():
+        weight = mean.double() / variance
+        blocks[task] = _block(weight, -(weight * mean).sum(dim=1) / 2, like=head[task])
+    return blocks
+
+
+def discriminant(
+    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+) -> dict[str, HeadBlock]:
+    """Linear discriminant analysis: Bayes' rule for Gaussian classes that share their covariance C.
+
+    w_c = C⁻¹μ_c, b_c = −μ_cᵀC⁻¹μ_c / 2, with C the mean of the classes' covariances by their number of images.
+    """
+    size = next(iter(statistics.values())).mean.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64)
+    images = 0.0
+    for count, _, factors, spread in statistics.values():
+        scaled = factors.double() * count.double().sqrt()[:, None, None]
+        total += torch.einsum("cik,cjk->ij", scaled, scaled)
+        total += torch.eye(size, dtype=torch.float64) * (count.double() * spread.double()).sum()
+        images += float(count.sum())
+    pooled = total / images
+    even = torch.eye(size, dtype=torch.float64) * (pooled.trace() / size).clamp_min(1e-12)
+    inverse = torch.linalg.inv((1 - SHRINKAGE) * pooled + SHRINKAGE * even)
+    blocks = {}
+    for task, (_, mean, _, _) in statistics.items():
+        weight = mean.double() @ inverse
+        blocks[task] = _block(weight, -(weight * mean).sum(dim=1) / 2, like=head[task])
+    return blocks
+
+
+def aligned(
+    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+) -> dict[str, HeadBlock]:
+    """Train all rows on from where they are, on samples of every class's Gaussian (Zhang et al., ICCV 2023, SLCA).
+
+    Features are drawn from N(mean, factors·factorsᵀ + spread·I), new ones in every epoch, the same number of every
+    class; plain cross-entropy over all classes. With a single task the rows were trained together already and stay.
+    """
+    if len(statistics) < 2:
+        return dict(head)
+    counts = [len(block.bias) for block in head.values()]
+    classes = sum(counts)
+    with torch.enable_grad():
+        weight = torch.cat([block.weight for block in head.values()]).clone().requires_grad_()
+        bias = torch.cat([block.bias for block in head.values()]).clone().requires_grad_()
+        optimizer = torch.optim.AdamW([weight, bias], lr=RATE, weight_decay=DECAY)
+        labels = torch.arange(classes).repeat_interleave(SAMPLES)
+        each = math.ceil(len(labels) / BATCH)
+        epochs = max(EPOCHS, math.ceil(STEPS / each))
+        steps, step = epochs * each, 0
+        for _ in range(epochs):
+            drawn = torch.cat([samples(s, generator=generator) for s in statistics.values()])
+            for chosen in torch.randperm(len(labels), generator=generator).split(BATCH):
+                for group in optimizer.param_groups:
+                    group["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
+                loss = nn.functional.cross_entropy(drawn[chosen] @ weight.T + bias, labels[chosen])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+    blocks = zip(weight.detach().split(counts), bias.detach().split(counts), strict=True)
+    return {
+        task: HeadBlock(weight=rows.clone(), bias=offsets.clone())
+        for task, (rows, offsets) in zip(head, blocks, strict=True)
+    }
+
+
+def samples(statistics: ClassStatistics, *, generator: torch.Generator) -> Tensor:
+    """`SAMPLES` features of every class (classes · SAMPLES, d), class by class, from its Gaussian."""
+    classes, size, rank = statistics.factors.shape
+    inside = torch.randn(classes, SAMPLES, rank, generator=generator)
+    around = torch.randn(classes, SAMPLES, size, generator=generator)
+    drawn = statistics.mean[:, None] + inside @ statistics.factors.transpose(1, 2)
+    return (drawn + around * statistics.spread.sqrt()[:, None, None]).reshape(-1, size)
+
+
+def _variances(statistics: ClassStatistics) -> Tensor:
+    """The mean variance of a feature, per class (classes,) float64."""
+    size = statistics.mean.shape[1]
+    return statistics.spread.double() + statistics.factors.double().square().sum(dim=(1, 2)) / size
+
+
+def _block(weight: Tensor, bias: Tensor, *, like: HeadBlock) -> HeadBlock:
+    return HeadBlock(weight=weight.to(like.weight.dtype), bias=bias.to(like.bias.dtype))
+
+
+HEADS = {
+    "linear": Head(settle=None, trained_rows=True),
+    "ncm": Head(settle=class_means),
+    "lda": Head(settle=discriminant, covariance=True),
+    "aligned": Head(settle=aligned, covariance=True, trained_rows=True),
+}
+"""The kinds of head by name."""

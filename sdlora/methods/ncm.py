@@ -1,0 +1,6 @@
+"""Nearest class mean on the frozen backbone: nothing is trained, a class is the mean of its features."""
+
+from sdlora.methods import frozen
+from sdlora.methods.method import Method
+
+METHOD = Method(begin=frozen.begin, freeze=frozen.freeze, targets=(), trains_head=False)

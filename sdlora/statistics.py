@@ -1,0 +1,68 @@
+"""What a head may remember of a class: how many images, their mean feature, and how they spread about it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ClassStatistics(NamedTuple):
+    """Statistics of the classes of one task, in a feature space of size d; no sample can be restored from them.
+
+    The covariance of class c is modelled as `factors[c] factors[c]ᵀ + spread[c]·I`.
+    """
+
+    images: Tensor
+    """(classes,) int64, how many it was taken from."""
+    mean: Tensor
+    """(classes, d)."""
+    factors: Tensor
+    """(classes, d, k): the k leading principal directions, scaled by their standard deviation beyond the spread."""
+    spread: Tensor
+    """(classes,): the mean variance of the directions that are left."""
+
+
+def class_statistics(features: Tensor, labels: Tensor, *, rank: int) -> ClassStatistics:
+    """Statistics of features (n, d) by label (n,) 0 … classes − 1; `rank` principal directions per class.
+
+    A class of n images has at most n − 1 directions; what it lacks is 0.
+    """
+    classes, size = int(labels.max()) + 1, features.shape[1]
+    images = torch.bincount(labels, minlength=classes)
+    mean = torch.stack([features[labels == label].double().mean(dim=0) for label in range(classes)])
+    factors = torch.zeros(classes, size, rank, dtype=torch.float64)
+    spread = torch.zeros(classes, dtype=torch.float64)
+    for label in range(classes):
+        centred = features[labels == label].double() - mean[label]
+        # Unbiased; a class of one image has no spread of its own.
+        variances, directions = _principal(centred / max(len(centred) - 1, 1) ** 0.5)
+        kept = min(rank, len(variances))
+        rest = variances[kept:].sum() / max(size - kept, 1)
+        spread[label] = rest
+        factors[label, :, :kept] = directions[:, :kept] * (variances[:kept] - rest).clamp_min(0).sqrt()
+    return ClassStatistics(images=images, mean=mean.float(), factors=factors.float(), spread=spread.float())
+
+
+def _principal(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (m,), falling, and directions (d, m) of centred samples (n, d) divided by √(n − 1)."""
+    _, values, right = torch.linalg.svd(scaled, full_matrices=False)
+    return values.square(), right.T
+
+
+def drifted(statistics: ClassStatistics, *, old: Tensor, new: Tensor) -> ClassStatistics:
+    """The statistics with every mean moved as the images near it moved (Yu et al., CVPR 2020, semantic drift).
+
+    μ_c ← μ_c + Σᵢ wᵢ (newᵢ − oldᵢ) / Σᵢ wᵢ,  wᵢ = exp(−‖oldᵢ − μ_c‖² / 2σ²)
+
+    Args:
+        old: (n, d) features of the current task's images under the model before the step, paired with
+        new: (n, d) under the model after it.
+
+    σ² is the mean over classes of the smallest ‖oldᵢ − μ_c‖², a scale that the features have themselves (the
+    source normalises its features and fixes σ). Covariances stay.
+    """
+    before, after = old.double(), new.double()
+    distances = torch.cdist(statistics.mean.double(), before).square()
+    scale = distances.min(dim=1).values.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    weights = torch.softmax(-distances / (2 * scale), dim=1)
+    return statistics._replace(mean=(statistics.mean.double() + weights @ (after - before)).float())

@@ -1,0 +1,191 @@
+"""Settled heads are what their statistics say, and the statistics are those of the features."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdlora.classifier import Learned
+from sdlora.freezing import freeze, settle_head
+from sdlora.head import HeadBlock
+from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
+from sdlora.methods import METHODS
+from sdlora.statistics import ClassStatistics, class_statistics, drifted
+from tests.sdlora.conftest import learn, make_fit, settings
+
+SIZE = 6
+
+
+def clouds(seed: int, classes: int, each: int = 200, *, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Features of Gaussian classes with random centres; the first coordinate is stretched."""
+    random = torch.Generator().manual_seed(seed)
+    centres = 2 * torch.randn(classes, SIZE, generator=random)
+    labels = torch.arange(classes).repeat_interleave(each)
+    noise = torch.randn(len(labels), SIZE, generator=random)
+    noise[:, 0] *= stretch
+    return centres[labels] + noise, labels
+
+
+def zero_rows(classes: int) -> HeadBlock:
+    return HeadBlock(weight=torch.zeros(classes, SIZE), bias=torch.zeros(classes))
+
+
+def logits(blocks: dict[str, HeadBlock], features: Tensor) -> Tensor:
+    weight = torch.cat([block.weight for block in blocks.values()])
+    bias = torch.cat([block.bias for block in blocks.values()])
+    return features @ weight.T + bias
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_statistics_are_mean_and_covariance_of_each_class() -> None:
+    features, labels = clouds(1, 3)
+    found = class_statistics(features, labels, rank=SIZE)
+
+    for label in range(3):
+        own = features[labels == label].double()
+        covariance = found.factors[label].double() @ found.factors[label].double().T
+        covariance += found.spread[label].double() * torch.eye(SIZE)
+        torch.testing.assert_close(found.mean[label].double(), own.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(covariance, torch.cov(own.T), rtol=1e-4, atol=1e-5)
+    assert found.images.tolist() == [200] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_smaller_rank_keeps_the_largest_directions_and_the_whole_variance(rank: int) -> None:
+    features, labels = clouds(1, 1, stretch=4.0)
+    found = class_statistics(features, labels, rank=rank)
+    held = found.factors.double().square().sum() + SIZE * found.spread.double().sum()
+
+    assert held.item() == pytest.approx(torch.cov(features.double().T).trace().item(), rel=1e-5)
+    if rank:
+        assert found.factors[0, 0, 0].abs() > 3.4
+
+
+def test_a_class_of_one_image_has_a_mean_and_no_spread() -> None:
+    found = class_statistics(torch.ones(1, SIZE), torch.zeros(1, dtype=torch.long), rank=3)
+
+    assert torch.equal(found.mean, torch.ones(1, SIZE))
+    assert not found.factors.any()
+    assert not found.spread.any()
+    blocks = class_means({"t01": zero_rows(1)}, {"t01": found}, generator=generator())
+    assert blocks["t01"].weight.isfinite().all()
+
+
+def test_ncm_names_the_nearest_mean() -> None:
+    parts = {"t01": clouds(1, 3), "t02": clouds(2, 4)}
+    statistics = {task: class_statistics(*part, rank=0) for task, part in parts.items()}
+    blocks = class_means({"t01": zero_rows(3), "t02": zero_rows(4)}, statistics, generator=generator())
+    features = torch.cat([features for features, _ in parts.values()])
+    means = torch.cat([s.mean for s in statistics.values()])
+
+    assert torch.equal(logits(blocks, features).argmax(1), torch.cdist(features, means).argmin(1))
+
+
+def test_lda_names_the_class_of_the_nearest_mean_in_mahalanobis_distance() -> None:
+    features, labels = clouds(3, 5, stretch=5.0)
+    statistics = {"t01": class_statistics(features, labels, rank=SIZE)}
+    found = logits(discriminant({"t01": zero_rows(5)}, statistics, generator=generator()), features)
+    means = statistics["t01"].mean.double()
+    centred = torch.cat([features[labels == c].double() - means[c] for c in range(5)])
+    pooled = centred.T @ centred / (len(centred) - 5)
+    pooled = 0.95 * pooled + 0.05 * pooled.trace() / SIZE * torch.eye(SIZE)
+    gaps = features.double()[:, None] - means
+    distances = torch.einsum("nci,ij,ncj->nc", gaps, torch.linalg.inv(pooled), gaps)
+
+    assert torch.equal(found.argmax(1), distances.argmin(1))
+    plain = logits(class_means({"t01": zero_rows(5)}, statistics, generator=generator()), features)
+    assert (found.argmax(1) == labels).sum() > (plain.argmax(1) == labels).sum()
+
+
+def test_aligned_rows_make_the_logits_of_two_tasks_comparable() -> None:
+    parts = {"t01": clouds(1, 3), "t02": clouds(2, 3)}
+    statistics = {task: class_statistics(*part, rank=3) for task, part in parts.items()}
+    # Each block is right among its own classes, and the second shouts the first down.
+    rows = {
+        task: class_means({task: zero_rows(3)}, {task: s}, generator=generator())[task]
+        for task, s in statistics.items()
+    }
+    rows["t02"] = HeadBlock(weight=rows["t02"].weight, bias=rows["t02"].bias + 10)
+    features = torch.cat([features for features, _ in parts.values()])
+    labels = torch.cat([parts["t01"][1], parts["t02"][1] + 3])
+
+    def right(blocks: dict[str, HeadBlock]) -> float:
+        return (logits(blocks, features).argmax(1) == labels).double().mean().item()
+
+    assert right(rows) < 0.8
+    assert right(aligned(rows, statistics, generator=generator())) > 0.9
+
+
+def test_aligned_rows_depend_on_the_generator_alone() -> None:
+    statistics = {task: class_statistics(*clouds(i, 2), rank=2) for i, task in enumerate(("t01", "t02"))}
+    rows = {task: zero_rows(2) for task in statistics}
+    first, second = (aligned(rows, statistics, generator=generator()) for _ in range(2))
+
+    assert all(torch.equal(first[task].weight, second[task].weight) for task in rows)
+
+
+def test_samples_have_the_mean_and_covariance_of_the_class() -> None:
+    statistics = class_statistics(*clouds(1, 1, stretch=3.0), rank=2)
+    drawn = torch.cat([samples(statistics, generator=torch.Generator().manual_seed(i)) for i in range(40)])
+    covariance = statistics.factors[0] @ statistics.factors[0].T + statistics.spread[0] * torch.eye(SIZE)
+
+    torch.testing.assert_close(drawn.mean(0), statistics.mean[0], rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.1, atol=0.15)
+
+
+def test_old_means_follow_a_shift_of_the_whole_space() -> None:
+    features, labels = clouds(1, 3)
+    statistics = class_statistics(features, labels, rank=1)
+    shift = torch.arange(SIZE, dtype=torch.float32)
+    moved = drifted(statistics, old=features, new=features + shift)
+
+    torch.testing.assert_close(moved.mean, statistics.mean + shift, rtol=1e-5, atol=1e-5)
+    assert torch.equal(moved.factors, statistics.factors)
+
+
+def test_an_old_mean_follows_the_images_near_it() -> None:
+    old = torch.cat([torch.zeros(10, SIZE), torch.full((10, SIZE), 9.0)])
+    new = old + torch.cat([torch.full((10, SIZE), 1.0), torch.full((10, SIZE), -1.0)])
+    mean = torch.stack([torch.full((SIZE,), 0.1), torch.full((SIZE,), 8.9)])
+    known = ClassStatistics(torch.tensor([5, 5]), mean, torch.zeros(2, SIZE, 0), torch.ones(2))
+
+    torch.testing.assert_close(drifted(known, old=old, new=new).mean, mean + torch.tensor([[1.0], [-1.0]]))
+
+
+def test_no_movement_is_no_drift_whatever_the_distance() -> None:
+    known = class_statistics(*clouds(1, 3), rank=0)
+    far = torch.full((4, SIZE), 1e6)
+
+    torch.testing.assert_close(drifted(known, old=far, new=far).mean, known.mean)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_settling_keeps_trained_rows_and_directions(name: str) -> None:
+    before = learn(1)
+    fit = make_fit(before, 2)
+    for _ in fit.run():
+        pass
+    step = freeze(before, fit.result(), method=METHODS["sdlora"], settings=settings()).learned
+    random = torch.Generator().manual_seed(0)
+    drawn = {True: torch.randn(24, 16, generator=random), False: torch.randn(24, 16, generator=random)}
+    labels = torch.arange(2).repeat_interleave(12)
+    chain = Learned()
+    for task, learned in (("t01", before), ("t02", step)):
+        chain = settle_head(
+            chain,
+            learned,
+            task=task,
+            labels=labels,
+            features=lambda which: drawn[which.directions is step.directions],
+            head=HEADS[name],
+            covariance_rank=3,
+            generator=generator(),
+        )
+
+    assert chain.directions is step.directions
+    assert all(torch.equal(chain.head[task].weight, step.head[task].weight) for task in step.head)
+    assert list(chain.settled) == ([] if name == "linear" else ["t01", "t02"])
+    assert list(chain.statistics) == list(chain.settled)
+    assert chain.rows.keys() == {"t01", "t02"}
