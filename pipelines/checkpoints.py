@@ -58,7 +58,8 @@ class CheckpointStore:
         """Whole snapshots, the newest first; a damaged one is passed over with a warning."""
         import safetensors.torch
 
-        from sdlora.training import EpochRecord, Snapshot
+        from sdlora.fit_folder import EpochRecord
+        from sdlora.training import Snapshot
 
         for name in reversed(self._names()):
             data = self._fs.cat_file(name)

@@ -196,15 +196,17 @@ def fit(
 def freeze(
     task: Task,
     fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
+    train: Annotated[Path, typer.Option(help="The task's training images, train.arrow.")],
     before: Before,
+    backbone: Backbone,
     out: Out,
 ) -> None:
-    """Freeze what a task learned: the model folder of this step."""
+    """Freeze what a task learned, and settle the head: the model folder of this step."""
     require_project()
     from pipelines.freeze import freeze as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, fit=fit, before=before, out=out)
+    launch(stage, task=task, fit=fit, train=train, before=before, backbone=backbone, out=out)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -16,7 +16,7 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
     import pyarrow as pa
     import torch
 
-    from pipelines.images import decode, read_images, write_rows
+    from pipelines.images import decode_for, read_images, write_rows
     from sdlora.backbones import read_backbone
     from sdlora.classifier import merged_classifier
     from sdlora.devices import best_device, set_deterministic
@@ -36,19 +36,12 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
         )
     classifier = merged_classifier(base.model, learned).to(device)
     config = base.description["pretrained_cfg"]
-    channels, height, width = base.input_size
     tables = {name: read_images(test / f"{name}.arrow") for name in seen["tasks"]}
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0
     with Progress(f"evaluate {task}", total=sum(map(len, tables.values())), unit="images") as bar:
         for name, table in tables.items():
-            pixels = decode(
-                table,
-                channels=channels,
-                size=(height, width),
-                crop_pct=config["crop_pct"],
-                interpolation=config["interpolation"],
-            )
+            pixels = decode_for(table, base.description)
             for batch in predict_batches(
                 classifier,
                 torch.from_numpy(pixels),

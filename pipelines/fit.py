@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, whole_folder
+from pipelines.images import decode_for, read_images
 from pipelines.params import Params
 from pipelines.progress import Progress
 from pipelines.stage import Summary, say, stage
@@ -43,7 +44,7 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
     started, first = time.monotonic(), learner.step
     seen = _train(learner, store, every=params.training.checkpoint_seconds)
     seconds = time.monotonic() - started
-    last = learner.curve[-1]
+    last = learner.curve[-1] if learner.curve else None
     with whole_folder(out) as folder:
         write_fit(
             folder,
@@ -52,7 +53,7 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
             description={
                 "task": task,
                 "classes": _own_classes(task, classes),
-                "adapter": params.adapter.model_dump(),
+                "adapter": params.adapter.model_dump(mode="json"),
                 "training": _decisive(params),
                 "seed": params.seed,
                 "steps": learner.total_steps,
@@ -69,8 +70,7 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
             "images": learner.images,
             "trained parameters": learner.trained_parameters,
             "steps": learner.total_steps,
-            "loss": round(last.loss, 4),
-            "training accuracy": round(last.accuracy, 4),
+            **({"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)} if last else {}),
         }
     ]
 
@@ -81,41 +81,34 @@ def _prepare(
     """A fit of `task` that has not begun."""
     import torch
 
-    from pipelines.images import decode, read_images
+    from pipelines.adapters import settings_of
     from sdlora.backbones import read_backbone
-    from sdlora.formulations import FORMULATIONS
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model
-    from sdlora.training import Fit, Schedule
+    from sdlora.training import Fit, Schedule, TaskImages
 
     params = Params.load()
+    method = METHODS[params.adapter.method]
     base = read_backbone(backbone)
     learned, record = read_model(before)
     _check_continues(record, params, before)
-    table = read_images(train)
     config = base.description["pretrained_cfg"]
-    channels, height, width = base.input_size
-    pixels = decode(
-        table,
-        channels=channels,
-        size=(height, width),
-        crop_pct=config["crop_pct"],
-        interpolation=config["interpolation"],
-    )
-    labels = torch.tensor(table["label"].to_pylist()) - _own_classes(task, classes)[0]["label"]
+    tasks = {}
+    for name in [*record["tasks"], task] if method.joint else [task]:
+        table = read_images(train if name == task else _earlier_images(name, task, train))
+        labels = torch.tensor(table["label"].to_pylist())
+        pixels = torch.from_numpy(decode_for(table, base.description))
+        tasks[name] = TaskImages(pixels, labels - labels.min())
     settings = params.training
     return Fit(
         base.model,
         learned,
-        task=task,
-        images=torch.from_numpy(pixels),
-        labels=labels,
+        tasks=tasks,
         mean=config["mean"],
         std=config["std"],
-        method=METHODS[params.adapter.method],
-        formulation=FORMULATIONS[params.adapter.formulation],
-        rank=params.adapter.rank,
-        magnitude_start=params.adapter.magnitude_start,
+        method=method,
+        settings=settings_of(params.adapter),
+        targets=params.adapter.targets,
         schedule=Schedule(
             optimizer=settings.optimizer,
             learning_rate=settings.learning_rate,
@@ -130,6 +123,21 @@ def _prepare(
         seed=params.seed,
         device=device,
     )
+
+
+def _earlier_images(name: str, task: str, train: Path) -> Path:
+    """The training images of an earlier task, for a joint method: beside those of this one.
+
+    They are no declared input of the stage, but the step before is, and its ledger holds the hash of what was made
+    of them: should one of them change, this fit is stale too.
+    """
+    path = train.parent.parent / name / train.name
+    if not path.is_file():
+        raise InputError(
+            f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "
+            "them (`dvc pull`), or choose another adapter.method"
+        )
+    return path
 
 
 def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
@@ -152,7 +160,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
     """Train to the end, saving a checkpoint every so many seconds; returns the images seen."""
     schedule, images, before = learner.schedule, learner.images, learner.images_seen
     seen, saved = 0, time.monotonic()
-    total = schedule.epochs * images
+    total = learner.total_steps and schedule.epochs * images
     with Progress(f"fit {learner.task}", total=total, unit="images") as bar:
         try:
             for seen in learner.run():
@@ -186,7 +194,7 @@ def _key(task: str, params: Params, train: Path, classes: Path, before: Path, ba
     code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), Path(__file__)]
     settings = {
         "task": task,
-        "adapter": params.adapter.model_dump(),
+        "adapter": params.adapter.model_dump(mode="json"),
         "training": _decisive(params),
         "seed": params.seed,
         "classes": _own_classes(task, classes),

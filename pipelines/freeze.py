@@ -1,32 +1,65 @@
-"""Stage `freeze`: turn a fit into a step: directions and magnitudes frozen, a record added to the ledger."""
+"""Stage `freeze`: turn a fit into a step: directions, magnitudes and head frozen, a record added to the ledger."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
+from pipelines.images import decode_for, read_images
+from pipelines.params import Params
 from pipelines.stage import Summary, stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdlora.classifier import Learned
 
 
 @stage
-def freeze(task: str, *, fit: Path, before: Path, out: Path) -> Summary:
-    """Leave the model folder of `task` in `out`: what `before` holds, byte for byte, and what `fit` has learned."""
+def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, out: Path) -> Summary:
+    """Leave the model folder of `task` in `out`: what `before` holds, byte for byte, and what `fit` has learned.
+
+    A head that is settled from statistics, and a freezing that changes the function, need the features of the task's
+    training images; otherwise neither the images nor the backbone are looked at.
+    """
+    from pipelines.adapters import settings_of
+    from sdlora import freezing
+    from sdlora.devices import set_deterministic
     from sdlora.fit_folder import read_fit
-    from sdlora.formulations import FORMULATIONS
+    from sdlora.heads import HEADS
     from sdlora.ledger import record_hash
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model, write_model
-    from sdlora.training import freeze as freeze_fit
+    from sdlora.seeding import generator_for
 
+    params = Params.load()
+    adapter = params.adapter
+    set_deterministic(params.training.deterministic)
     described = read_json(fit / "fit.json")
     if described["task"] != task:
         raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
-    adapter = described["adapter"]
+    if described["adapter"] != adapter.model_dump(mode="json"):
+        raise InputError(f"{fit}: made with another adapter block than that of params.yaml; run `sdlora run`")
     learned, record = read_model(before)
     tasks = [*record["tasks"], task]
     result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
-    frozen = freeze_fit(
-        learned, result, method=METHODS[adapter["method"]], formulation=FORMULATIONS[adapter["formulation"]]
-    )
+    step = freezing.freeze(learned, result, method=METHODS[adapter.method], settings=settings_of(adapter))
+    head = HEADS[adapter.head]
+    images = TrainingFeatures(train, backbone)
+    if step.changed:
+        step = freezing.measured(step, features=images)
+    frozen = step.learned
+    if head.settle is not None:
+        frozen = freezing.settle_head(
+            learned,
+            frozen,
+            task=task,
+            labels=images.labels(),
+            features=images,
+            head=head,
+            covariance_rank=adapter.covariance_rank,
+            generator=generator_for(params.seed, "settle", task),
+        )
     seen = [*record["classes"], *described["classes"]]
     with whole_folder(out) as folder:
         written = write_model(
@@ -39,10 +72,11 @@ def freeze(task: str, *, fit: Path, before: Path, out: Path) -> Summary:
                 "tasks": tasks,
                 "classes": seen,
                 "directions": list(frozen.directions),
-                "targets": described["targets"],
-                "method": adapter["method"],
-                "formulation": adapter["formulation"],
-                "rank": adapter["rank"],
+                "targets": described["targets"] or record.get("targets", []),
+                "method": adapter.method,
+                "formulation": adapter.formulation,
+                "head": adapter.head,
+                "rank": max((pair.down.shape[0] for pair in result.factors.values()), default=0),
                 "parameters": {key: described[key] for key in ("adapter", "training", "seed")},
                 "learned_magnitudes": {
                     name: [round(value, 6) for value in alpha.tolist()]
@@ -51,6 +85,8 @@ def freeze(task: str, *, fit: Path, before: Path, out: Path) -> Summary:
                 "magnitudes": {
                     name: round(alpha.mean().item(), 6) for name, alpha in frozen.magnitudes.items()
                 },
+                "remembered": remembered(frozen),
+                "freezing": dict(step.facts),
                 "fit": {path.name: sha256_of(path) for path in sorted(fit.iterdir())},
             },
             before=before,
@@ -62,5 +98,53 @@ def freeze(task: str, *, fit: Path, before: Path, out: Path) -> Summary:
             "classes": len(seen),
             "record": record_hash(out)[:12],
             "previous": written["previous"][:12],
+            **step.facts,
         }
     ]
+
+
+def remembered(learned: "Learned") -> dict[str, Any]:
+    """What the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
+    numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
+    if learned.statistics:
+        kept = next(iter(learned.statistics.values()))
+        _, size, rank = kept.factors.shape
+        numbers |= {"means": size, "principal_directions": rank, "per_class": 2 + size + size * rank}
+    return numbers
+
+
+class TrainingFeatures:
+    """The features of the task's training images under any model of the chain; images are read at the first use."""
+
+    def __init__(self, train: Path, backbone: Path) -> None:
+        self._train, self._backbone = train, backbone
+
+    def labels(self) -> "Tensor":
+        """(n,), 0 … classes − 1 within the task."""
+        import torch
+
+        labels = torch.tensor(read_images(self._train)["label"].to_pylist())
+        return labels - labels.min()
+
+    def __call__(self, learned: "Learned") -> "Tensor":
+        """(n, d) on the CPU."""
+        import torch
+
+        from sdlora.backbones import read_backbone
+        from sdlora.classifier import merged_classifier
+        from sdlora.devices import best_device
+        from sdlora.evaluation import feature_batches
+
+        base = read_backbone(self._backbone)
+        device = best_device()
+        pixels = torch.from_numpy(decode_for(read_images(self._train), base.description))
+        model = merged_classifier(base.model, learned).to(device)
+        config = base.description["pretrained_cfg"]
+        batches = feature_batches(
+            model, pixels, mean=config["mean"], std=config["std"], batch_size=BATCH, device=device
+        )
+        return torch.cat(list(batches))
+
+
+BATCH = 256
+"""Images in one forward pass; no choice of the user, because it may change the last bits."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.errors import InputError
 from pipelines.files import naming
@@ -107,6 +107,19 @@ def decode(
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
+
+
+def decode_for(table: pa.Table, description: Mapping[str, Any]) -> np.ndarray:
+    """All images of a table as the backbone of that `description` (backbone.json) takes them, uint8."""
+    config = description["pretrained_cfg"]
+    channels, height, width = config["input_size"]
+    return decode(
+        table,
+        channels=channels,
+        size=(height, width),
+        crop_pct=config["crop_pct"],
+        interpolation=config["interpolation"],
+    )
 
 
 def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:

@@ -18,6 +18,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
+HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
+"""Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
+TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
 
 
 class Section(BaseModel):
@@ -78,14 +81,57 @@ class Backbone(Section):
 class Adapter(Section):
     """What a task adds to the backbone."""
 
-    method: Literal["sdlora", "finetune", "frozen"]
+    method: Literal[
+        "sdlora",
+        "sdlora-rr",
+        "sdlora-kd",
+        "finetune",
+        "frozen",
+        "ncm",
+        "joint",
+        "olora",
+        "nlora",
+        "inflora",
+        "clora",
+    ]
     """how tasks are learned"""
-    formulation: Literal["continuous", "reference"]
+    head: Literal["aligned", "lda", "ncm", "linear"]
+    """what becomes of the classifier's rows when a step is frozen"""
+    formulation: Literal["continuous", "reference", "paper"]
     """how directions are scaled and their magnitudes start"""
+    targets: (
+        Annotated[tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(strict=False, min_length=1)]
+        | None
+    )
+    """which projections of every block are adapted; null is the method's own"""
     rank: Count
     """rank of each task's directions"""
+    rank_schedule: Mapping[str, Count]
+    """of sdlora-rr only: task and the rank from that task on"""
     magnitude_start: Annotated[float, Field(gt=0)] | None
     """first value of a new magnitude; null is the formulation's own"""
+    magnitudes: Literal["carried", "restarted"] | None
+    """whether earlier magnitudes go on from step to step; null is the formulation's own"""
+    initial_up: Literal["zero", "uniform"] | None
+    """how B of a new direction starts; null is the formulation's own"""
+    tolerance: Annotated[float, Field(ge=0, le=1)]
+    """of sdlora-kd only: relative residual below which a direction is absorbed"""
+    compress: Annotated[float, Field(gt=0, le=1)] | None
+    """share of a direction's energy that is kept when it is frozen; null keeps the rank"""
+    penalty: Annotated[float, Field(ge=0)] | None
+    """weight of what olora, nlora and clora add to the loss; null is the method's own"""
+    covariance_rank: Count
+    """principal directions of every class that aligned and lda remember"""
+
+    @property
+    def own_choices(self) -> dict[str, Any]:
+        """What is chosen in place of the formulation's own fields."""
+        chosen = {
+            "magnitude_start": self.magnitude_start,
+            "carried": None if self.magnitudes is None else self.magnitudes == "carried",
+            "initial_up": self.initial_up,
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
 
 
 class Training(Section):
@@ -171,7 +217,11 @@ class Params(Section):
             except ValidationError as error:
                 faults = _type_faults(error)
             else:
-                faults = [*_backbone_faults(params.backbone), *_task_faults(params.tasks)]
+                faults = [
+                    *_backbone_faults(params.backbone),
+                    *_adapter_faults(params.adapter),
+                    *_task_faults(params.tasks),
+                ]
                 if not faults:
                     return params
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -272,7 +322,7 @@ def _type_fault(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, w
         case "missing":
             return f"the key is missing; add it ({_field(error['loc']).description})"
         case "literal_error":
-            known = [str(name) for name in get_args(_field(error["loc"]).annotation)]
+            known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
             close = difflib.get_close_matches(str(error["input"]), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             return f"expected one of {', '.join(known)}, found {found}{hint}"
@@ -319,6 +369,26 @@ def _backbone_faults(backbone: Backbone) -> Iterator[str]:
         yield "backbone.sha256: found a hash without backbone.weights; name the file, or set it to null"
 
 
+def _adapter_faults(adapter: Adapter) -> Iterator[str]:
+    """Choices that exclude each other."""
+    heads = HEADS_OF.get(adapter.method, (adapter.head,))
+    if adapter.head not in heads:
+        expected = " or ".join(heads)
+        yield f"adapter.head: found {_show(adapter.head)}, expected {expected} with the method {adapter.method}"
+    for start in adapter.rank_schedule:
+        if not re.fullmatch(TASK_KEY, start):
+            yield f"adapter.rank_schedule: found {_show(start)}, expected a task's key; write t01, t02, ..."
+    if adapter.rank_schedule and "t01" not in adapter.rank_schedule:
+        yield "adapter.rank_schedule: the first tasks have no rank; add t01"
+    if adapter.targets and len(set(adapter.targets)) < len(adapter.targets):
+        yield f"adapter.targets: found {', '.join(adapter.targets)}; name each projection once"
+    if adapter.formulation == "paper" and adapter.initial_up == "zero":
+        yield (
+            "adapter.initial_up: zero gives a direction without a norm, which the formulation paper divides by; "
+            "write uniform or null"
+        )
+
+
 def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
     """What is wrong between the tasks: their keys, the chain of `after`, their sources and classes."""
     if not tasks:
@@ -327,7 +397,7 @@ def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
     owner: dict[str, str] = {}
     for position, (key, task) in enumerate(tasks.items(), start=1):
         where = f"tasks.{_show_key(key)}"
-        if not re.fullmatch(r"t(0[1-9]|[1-9][0-9]{1,2})", key):
+        if not re.fullmatch(TASK_KEY, key):
             yield f"{where}: a task's key is t01, t02, ...; rename it, to t{position:02d} for example"
         elif int(key[1:]) <= number:
             yield f"{where}: stands after {before}; keep the tasks in ascending order"
@@ -369,6 +439,8 @@ def _section(where: tuple[str | int, ...]) -> type[Section]:
     """The model of the block at `where`."""
     model: Any = Params
     for part in where:
+        if isinstance(part, int):  # an entry of a list, whose kind the field of the list says
+            continue
         if model == Mapping[str, Task]:
             model = Task
         else:
@@ -379,6 +451,8 @@ def _section(where: tuple[str | int, ...]) -> type[Section]:
 
 
 def _field(where: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - pydantic's FieldInfo
+    while isinstance(where[-1], int):
+        where = where[:-1]
     return _section(where[:-1]).model_fields[str(where[-1])]
 
 

@@ -122,7 +122,8 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "method: sdlora ", "method: sdlore ",
-            'adapter.method: expected one of sdlora, finetune, frozen, found "sdlore"; did you mean sdlora?',
+            "adapter.method: expected one of sdlora, sdlora-rr, sdlora-kd, finetune, frozen, ncm, joint, olora, nlora,"
+            ' inflora, clora, found "sdlore"; did you mean sdlora?',
             id="an-unknown-method",
         ),
         pytest.param(
@@ -268,6 +269,36 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-source-that-a-shell-would-run",
         ),
         pytest.param(
+            "method: sdlora ", "method: ncm ",
+            'adapter.head: found "aligned", expected ncm or lda with the method ncm',
+            id="a-head-of-trained-rows-for-a-method-that-trains-none",
+        ),
+        pytest.param(
+            "method: sdlora ", "method: joint ",
+            'adapter.head: found "aligned", expected linear with the method joint',
+            id="a-settled-head-for-a-joint-method",
+        ),
+        pytest.param(
+            "{t01: 10, t04: 8, t08: 6}", "{t04: 8}",
+            "adapter.rank_schedule: the first tasks have no rank; add t01",
+            id="a-rank-schedule-without-a-start",
+        ),
+        pytest.param(
+            "{t01: 10, t04: 8, t08: 6}", "{t01: 10, four: 8}",
+            'adapter.rank_schedule: found "four", expected a task\'s key; write t01, t02, ...',
+            id="a-rank-schedule-of-other-keys",
+        ),
+        pytest.param(
+            "targets: null", "targets: [q, q]",
+            "adapter.targets: found q, q; name each projection once",
+            id="a-target-twice",
+        ),
+        pytest.param(
+            "targets: null", "targets: [q, w]",
+            'adapter.targets[1]: expected one of q, k, v, proj, fc1, fc2, found "w"',
+            id="an-unknown-target",
+        ),
+        pytest.param(
             TASKS, "tasks: {}\n",
             "tasks: no task is listed; write some with `sdlora plan FOLDER` or `sdlora add-task FOLDER`",
             id="no-tasks",
@@ -291,6 +322,10 @@ def test_broken_params_are_one_clear_line(old: str, new: str, fault: str) -> Non
     [
         pytest.param("seed: 1993", "-1", "seed: expected at least 0", id="seed"),
         pytest.param("rank: 10", "0", "adapter.rank: expected at least 1", id="rank"),
+        pytest.param("tolerance: 0.5", "1.5", "adapter.tolerance: expected at most 1", id="tolerance"),
+        pytest.param("compress: null", "0", "adapter.compress: expected more than 0", id="compress"),
+        pytest.param("penalty: null", "-1", "adapter.penalty: expected at least 0", id="penalty"),
+        pytest.param("covariance_rank: 8", "0", "covariance_rank: expected at least 1", id="covariance"),
         pytest.param("magnitude_start: null", "0", "magnitude_start: expected more than 0", id="magnitude"),
         pytest.param("learning_rate: 0.01", "0", "learning_rate: expected more than 0", id="learning-rate"),
         pytest.param("momentum: 0.9", "1", "momentum: expected less than 1", id="momentum"),
@@ -377,3 +412,24 @@ def test_names_that_folders_have_are_allowed(name: str) -> None:
 def test_a_missing_source_says_how_to_get_it() -> None:
     assert "sdlora fetch digits" in missing_source("data/raw/digits")
     assert "put images there" in missing_source("data/raw/own")
+
+
+def test_the_paper_cannot_start_from_a_direction_without_a_norm() -> None:
+    text = shipped_with("formulation: continuous ", "formulation: paper ").replace(
+        "initial_up: null", "initial_up: zero"
+    )
+
+    assert fault_of(text).startswith("params.yaml: adapter.initial_up: zero gives a direction without a norm")
+
+
+def test_the_formulation_keeps_what_is_not_chosen() -> None:
+    from pipelines.adapters import settings_of
+    from sdlora.formulations import FORMULATIONS
+
+    shipped = Params.load(SHIPPED).adapter
+    chosen = shipped.model_copy(update={"magnitudes": "restarted", "magnitude_start": 0.5})
+
+    assert settings_of(shipped).formulation == FORMULATIONS["continuous"]
+    formulation = settings_of(chosen).formulation
+    assert (formulation.carried, formulation.magnitude_start) == (False, 0.5)
+    assert formulation.per_target

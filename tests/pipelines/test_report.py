@@ -25,7 +25,9 @@ seed: 1993
 fetch: {digits: {test_fraction: 0.2, seed: 0}}
 split: {duplicates: refuse}
 backbone: {name: glyph_vit, weights: null, sha256: null}
-adapter: {method: sdlora, formulation: continuous, rank: 10, magnitude_start: null}
+adapter: {method: sdlora, head: linear, formulation: continuous, targets: null, rank: 10, rank_schedule: {t01: 10},
+  magnitude_start: null, magnitudes: null, initial_up: null, tolerance: 0.5, compress: null, penalty: null,
+  covariance_rank: 8}
 training: {optimizer: sgd, learning_rate: 0.01, momentum: 0.9, schedule: constant, epochs: 4, batch_size: 32,
   crop_scale: 1.0, flip: false, precision: fp32, deterministic: true,
   checkpoint_seconds: 30, checkpoint_store: null}

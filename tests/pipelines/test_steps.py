@@ -84,7 +84,18 @@ def run_fit(task: str, before: str, out: str) -> None:
 
 def run_step(task: str, before: str) -> None:
     run_fit(task, before, f"fit/{task}")
-    freeze(task, fit=Path(f"fit/{task}"), before=Path(f"model/{before}"), out=Path(f"model/{task}"))
+    run_freeze(task, before)
+
+
+def run_freeze(task: str, before: str, fit: str | None = None) -> None:
+    freeze(
+        task,
+        fit=Path(fit or f"fit/{task}"),
+        train=Path(f"split/{task}/train.arrow"),
+        before=Path(f"model/{before}"),
+        backbone=Path("model/t00"),
+        out=Path(f"model/{task}"),
+    )
 
 
 def run_evaluation(task: str) -> None:
@@ -210,7 +221,7 @@ def test_the_fit_of_another_task_is_not_frozen(project: Path) -> None:
     run_fit("t01", "t00", "fit/t01")
 
     with pytest.raises(InputError, match="this is the fit of t01, expected t02"):
-        freeze("t02", fit=Path("fit/t01"), before=Path("model/t00"), out=Path("model/t02"))
+        run_freeze("t02", "t00", "fit/t01")
 
 
 def test_a_model_is_not_evaluated_on_the_classes_of_another_step(project: Path) -> None:
