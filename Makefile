@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint clean
+.PHONY: help repro test lint compare clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ lint: $(READY) ## Check style, format and types.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/comparison.md.
+	@$(BIN)/python benchmarks/compare.py --write
 
 clean: ## Remove the environment and what tools leave; results stay.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
