@@ -74,6 +74,7 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
                 "directions": list(frozen.directions),
                 "targets": described["targets"] or record.get("targets", []),
                 "method": adapter.method,
+                "needs_old_images": METHODS[adapter.method].joint,
                 "formulation": adapter.formulation,
                 "head": adapter.head,
                 "rank": max((pair.down.shape[0] for pair in result.factors.values()), default=0),

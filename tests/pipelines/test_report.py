@@ -83,6 +83,8 @@ def write_project(
             "previous": previous,
             "method": method,
             "formulation": "continuous",
+            "head": "aligned",
+            "needs_old_images": False,
             "rank": 10,
             "parameters": {"training": {"epochs": 4, "learning_rate": 0.01}, "backbone": {"weights": None}},
         }

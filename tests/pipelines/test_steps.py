@@ -1,5 +1,6 @@
 """The stages from images to evaluations, called in order on a tiny project: what each leaves, and how fit resumes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipelines.images import read_images
 from pipelines.split import split
 from pipelines.start import start
 from sdlora.ledger import record_hash
+from sdlora.methods import METHODS
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 CLASSES = {"t01": ["a", "b"], "t02": ["c", "d"]}
@@ -111,6 +113,85 @@ def run_evaluation(task: str) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+EVERY = [
+    *((method, "linear", "continuous") for method in METHODS if method != "ncm"),
+    *(("sdlora", head, "continuous") for head in ("aligned", "lda", "ncm")),
+    *(("sdlora", "aligned", formulation) for formulation in ("reference", "paper")),
+    *(("ncm", head, "continuous") for head in ("ncm", "lda")),
+    ("finetune", "aligned", "continuous"),
+    ("inflora", "lda", "continuous"),
+]
+
+
+@pytest.mark.parametrize(("method", "head", "formulation"), EVERY, ids="-".join)
+def test_every_method_and_head_goes_through_the_stages(
+    project: Path, method: str, head: str, formulation: str
+) -> None:
+    Path("params.yaml").write_text(settings(method=method, head=head, formulation=formulation))
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        run_step(task, before)
+        run_evaluation(task)
+    record = read_json(Path("model/t02/step.json"))
+    metrics = read_json(Path("evaluation/t02/metrics.json"))
+
+    assert (record["method"], record["head"], record["formulation"]) == (method, head, formulation)
+    assert record["needs_old_images"] == (method == "joint")
+    assert metrics["samples"] == [4, 4]
+    assert ("settled/t01.safetensors" in record["files"]) == (head != "linear")
+    assert ("per_class" in record["remembered"]) == (head != "linear")
+    assert (record["remembered"]["memory"] > 0) == (method == "inflora")
+
+
+def test_two_freezings_of_one_fit_leave_the_same_bytes(project: Path) -> None:
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        run_step(task, before)
+    first = contents(Path("model/t02"))
+    run_freeze("t02", "t01")
+
+    assert contents(Path("model/t02")) == first
+
+
+def test_freezing_a_linear_head_looks_at_no_image_and_no_backbone(project: Path) -> None:
+    Path("params.yaml").write_text(settings(head="linear"))
+    run_fit("t01", "t00", "fit/t01")
+    Path("split/t01/train.arrow").unlink()
+    Path("model/t00/backbone.safetensors").unlink()
+    record = read_json(Path("model/t00/step.json"))
+    Path("model/t00/step.json").write_text(json.dumps({**record, "files": {}}))
+    run_freeze("t01", "t00")
+
+    assert Path("model/t01/head/t01.safetensors").is_file()
+
+
+def test_an_absorbed_direction_is_in_the_ledger_with_what_it_changed(project: Path) -> None:
+    Path("params.yaml").write_text(settings(method="sdlora-kd", tolerance="1.0"))
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        run_step(task, before)
+    record = read_json(Path("model/t02/step.json"))
+
+    assert record["directions"] == ["t01"]
+    assert record["freezing"]["absorbed"] == 1
+    assert 0 <= record["freezing"]["residual"] <= 1
+    assert 0 <= record["freezing"]["output_change"] < 1
+
+
+def test_joint_says_which_old_images_it_misses(project: Path) -> None:
+    Path("params.yaml").write_text(settings(method="joint", head="linear"))
+    run_step("t01", "t00")
+    Path("split/t01/train.arrow").unlink()
+
+    with pytest.raises(InputError, match=r"split/t01/train\.arrow: the images of t01 are missing"):
+        run_fit("t02", "t01", "fit/t02")
+
+
+def test_a_fit_of_another_adapter_block_is_not_frozen(project: Path) -> None:
+    run_fit("t01", "t00", "fit/t01")
+    Path("params.yaml").write_text(settings(head="lda"))
+
+    with pytest.raises(InputError, match=r"fit/t01: made with another adapter block"):
+        run_freeze("t01", "t00")
 
 
 @pytest.mark.parametrize("method", ["sdlora", "finetune", "frozen"])
