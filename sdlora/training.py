@@ -287,7 +287,9 @@ class Fit:
         columns = [_copy(target.magnitudes) for target in targets.values() if target.magnitudes is not None]
         distinct = {id(target.magnitudes) for target in targets.values()}
         stacked = torch.stack(columns[: len(distinct)], dim=1) if columns else torch.zeros(0, 0)
-        tasks = [*self._before.directions, self.task][-len(stacked) :] if len(stacked) else []
+        # One magnitude per direction that is held: the earlier ones, and the new one where there is one.
+        held = [*self._before.directions, *([self.task] if factors else [])]
+        tasks = held[-len(stacked) :] if len(stacked) else []
         head = self.model.head
         blocks = zip(head.weights[-len(self._grown) :], head.biases[-len(self._grown) :], strict=True)
         memory: Mapping[str, Tensor] = {}

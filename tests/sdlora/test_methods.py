@@ -1,6 +1,9 @@
 """Each method holds what it is known for."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -320,3 +323,17 @@ def test_ncm_trains_nothing() -> None:
     assert (fit.total_steps, fit.trained_parameters, list(fit.run())) == (0, 0, [])
     assert isinstance(fit.model, IncrementalClassifier)
     assert fit.model.targets == {}
+
+
+def test_the_example_in_the_documentation_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs/method.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)  # type: ignore[index]
+    monkeypatch.setitem(METHODS, "first", names["METHOD"])
+    one, three = learn(1, method="first"), learn(3, method="first")
+
+    assert list(three.directions) == ["t01"]
+    assert list(three.head) == ["t01", "t02", "t03"]
+    for name, factors in one.directions["t01"].items():
+        assert torch.equal(three.directions["t01"][name].up, factors.up)
+    assert (three.magnitudes["t01"] != one.magnitudes["t01"]).all()
