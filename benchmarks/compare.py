@@ -179,7 +179,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
             which: Learned, pixels: Tensor = pixels, known: dict[int, Tensor] = known, all_: dict = training
         ) -> Tensor:
             # The heads share the network: what differs between them is not in the features.
-            key = next(k for k, held in all_.items() if held.directions is which.directions)
+            key = next(k for k, held in all_.items() if held.magnitudes is which.magnitudes)
             if key not in known:
                 known[key] = features(base, run["backbone"], all_[key], pixels)
             return known[key]
@@ -188,6 +188,11 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
             training[id(frozen.trained)] = frozen.trained
             frozen = measured(frozen, features=training_features)
         facts.append(dict(frozen.facts))
+        started = time.monotonic()
+        if any(HEADS[name].settle for name in variant.heads):
+            training_features(learned)
+            training_features(frozen.learned)
+        seconds["features"] += time.monotonic() - started
         for name in variant.heads:
             started = time.monotonic()
             before = settled[name]
@@ -228,7 +233,9 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
                 "average": round(average_accuracy(accuracy[name]), 6),
                 "forgetting": round(forgetting(accuracy[name]), 6),
                 "stored_numbers": stored_numbers(settled[name]),
-                "seconds": round(seconds["fit"] + seconds[name], 1),
+                "seconds": round(
+                    seconds["fit"] + seconds[name] + (seconds["features"] if HEADS[name].settle else 0), 1
+                ),
             }
             for name in variant.heads
         },
