@@ -24,7 +24,7 @@ from torch import Tensor
 from pipelines.fetch import KNOWN
 from pipelines.files import natural_key
 from pipelines.images import ImageRow, decode_for, read_images, write_images
-from pipelines.params import Digits, Glyphs100
+from pipelines.params import HEADS_OF, Digits, Glyphs100
 from sdlora.backbones import Backbone, create_backbone
 from sdlora.classifier import Learned, merged_classifier
 from sdlora.devices import best_device, set_deterministic
@@ -58,7 +58,7 @@ SUITES = {
     "glyphs100-20": ("glyphs100", 20, [1993, 1994, 1995]),
 }
 """Name → data set, number of tasks, seeds."""
-COVARIANCE_RANK = 8
+COVARIANCE_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class Variant:
     @property
     def heads(self) -> list[str]:
         """The heads that go with the method."""
-        if METHODS[self.method].joint:
-            return ["linear"]
-        return [n for n, head in HEADS.items() if METHODS[self.method].trains_head or not head.trained_rows]
+        return [name for name in HEADS if name in HEADS_OF.get(self.method, HEADS)]
 
 
 VARIANTS = {

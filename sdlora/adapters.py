@@ -32,12 +32,6 @@ def factor_norms(factors: Factors) -> Tensor:
     return (factors.up.double().norm() * factors.down.double().norm()).to(factors.up.dtype)
 
 
-def product_inner(left: Factors, right: Factors) -> Tensor:
-    """⟨B₁A₁, B₂A₂⟩_F as a float64 scalar, from two r×r matrices: tr((B₁ᵀB₂)(A₂A₁ᵀ))."""
-    up = left.up.double().T @ right.up.double()
-    return (up * (left.down.double() @ right.down.double().T)).sum()
-
-
 def initial_factors(
     rows: int, columns: int, rank: int, *, generator: torch.Generator, up: str = "zero"
 ) -> Factors:
@@ -146,9 +140,8 @@ class AdaptedWeight(nn.Module):
     def __init__(self, blocks: Mapping[tuple[int, int], Directions]) -> None:
         super().__init__()
         self._blocks = dict(blocks)
-        self.targets = list(blocks.values())
         # Registered under their own list too, so that torch moves and counts their parameters.
-        self.directions = nn.ModuleList(self.targets)
+        self.directions = nn.ModuleList(blocks.values())
 
     def forward(self, weight: Tensor) -> Tensor:
         # In full precision under autocast too: the sum is rounded once, by the layer, and not each term.
@@ -227,15 +220,6 @@ def inject_adapters(backbone: nn.Module, targets: Sequence[str] = ("q", "v")) ->
             f"{type(backbone).__name__} has no `blocks` with attention; choose one of timm's vision transformers"
         )
     return found
-
-
-def adapted_layers(backbone: nn.Module) -> Iterator[tuple[nn.Module, list[Directions]]]:
-    """Every layer with an adapted weight, and the directions at the targets in it; they share its input."""
-    for module in backbone.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            adapted = module.get_submodule("parametrizations.weight.0")
-            assert isinstance(adapted, AdaptedWeight)
-            yield module, adapted.targets
 
 
 @torch.no_grad()

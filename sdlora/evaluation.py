@@ -27,8 +27,9 @@ def predict_batches(
     device: torch.device,
 ) -> Iterator[Predictions]:
     """Predict uint8 images (n, channels, height, width) batch by batch; no task id is used."""
+    like = next(model.parameters())
     for batch in images.split(batch_size):
-        logits = model(normalise(batch.to(device), mean=mean, std=std))
+        logits = model(normalise(batch.to(device), mean=mean, std=std).to(like.dtype))
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
         yield Predictions(classes=classes.cpu(), confidences=confidences.cpu())
 
@@ -44,5 +45,7 @@ def feature_batches(
     device: torch.device,
 ) -> Iterator[Tensor]:
     """Features (batch, d) on the CPU of uint8 images (n, channels, height, width), under a merged classifier."""
+    like = next(model.parameters())
     for batch in images.split(batch_size):
-        yield model.features(normalise(batch.to(device), mean=mean, std=std)).float().cpu()  # type: ignore[operator]
+        normal = normalise(batch.to(device), mean=mean, std=std).to(like.dtype)
+        yield model.features(normal).float().cpu()  # type: ignore[operator]

@@ -42,8 +42,7 @@ def write_fit(
         for part, tensor in block._asdict().items()
     }
     write_tensors(folder / HEAD, rows)
-    if fit.memory:
-        write_tensors(folder / MEMORY, fit.memory)
+    write_tensors(folder / MEMORY, fit.memory)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(EpochRecord._fields)
@@ -75,5 +74,5 @@ def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence
             for name in tasks
             if f"{name}.weight" in rows
         },
-        memory=read_tensors(folder / MEMORY) if (folder / MEMORY).is_file() else {},
+        memory=read_tensors(folder / MEMORY),
     )

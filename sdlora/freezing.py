@@ -85,6 +85,12 @@ def settle_head(
     """
     if head.settle is None:
         return learned
+    if before.statistics.keys() != before.head.keys():
+        missing = ", ".join(name for name in before.head if name not in before.statistics)
+        raise ValueError(
+            f"{task}: no statistics of {missing}, whose steps were made with another adapter.head; "
+            "bring them up to date with `sdlora run`"
+        )
     new = features(learned)
     statistics = dict(before.statistics)
     if statistics and (learned.directions or before.directions):

@@ -127,6 +127,10 @@ class Fit:
         self._grown = list(tasks)
         self._labels = torch.cat(labels).to(device)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # The new direction's factors are part of a snapshot even where one is not trained: another machine might
+        # not design it again to the bit.
+        current = {id(part) for target in model.targets.values() for part in (target.up, target.down)}
+        self._kept = {n: p for n, p in model.named_parameters() if p.requires_grad or id(p) in current}
         self._optimizer = _make_optimizer(list(self._trained.values()), schedule) if self._trained else None
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -236,7 +240,7 @@ class Fit:
 
     def snapshot(self) -> Snapshot:
         """The whole state, on the CPU, copied."""
-        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self._trained.items()}
+        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self._kept.items()}
         for name, parameter in self._trained.items():
             assert self._optimizer is not None
             for key, value in self._optimizer.state.get(parameter, {}).items():
@@ -258,11 +262,9 @@ class Fit:
         """
         tensors = {name: tensor.to(self._device) for name, tensor in snapshot.tensors.items()}
         names = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
-        if names != self._trained.keys():
-            raise ValueError(
-                f"{self.task}: the checkpoint trains {len(names)} other parameters than this fit"
-            )
-        for name, parameter in self._trained.items():
+        if names != self._kept.keys():
+            raise ValueError(f"{self.task}: the checkpoint holds {len(names)} other parameters than this fit")
+        for name, parameter in self._kept.items():
             parameter.copy_(tensors[f"parameter/{name}"])
             prefix = f"optimizer/{name}/"
             state = {

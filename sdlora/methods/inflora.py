@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdlora.adapters import Factors, adapted_layers
+from sdlora.adapters import Factors
 from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.methods.method import Batches, Method, Settings, keep_as_trained, new_direction, sum_on
 
@@ -24,29 +24,39 @@ NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest one are rounding."""
 
 
+def inputs_of(model: IncrementalClassifier) -> dict[str, list[str]]:
+    """The modules whose input is that of targets, and those targets: query, key and value share the attention's.
+
+    The attention itself and not its projection, which some models (EVA) never call: they use its weight.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in model.targets:
+        home, _, last = name.rpartition(".")
+        groups.setdefault(home if last in ("q", "k", "v") else name, []).append(name)
+    return groups
+
+
 @torch.no_grad()
 def second_moments(model: IncrementalClassifier, batches: Batches) -> dict[str, Tensor]:
-    """XᵀX / tokens (in, in) float64 of the inputs of every adapted layer, under the name of its first target."""
-    names = {id(directions): name for name, directions in model.targets.items()}
+    """XᵀX / tokens (in, in) float64 of the inputs of every adapted module, by its path in the backbone."""
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     hooks = []
-    for layer, directions in adapted_layers(model.backbone):
-        name = names[id(directions[0])]
+    for path in inputs_of(model):
 
-        def add(_: torch.nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+        def add(_: torch.nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
             tokens = inputs[0].detach().flatten(0, -2).double()
-            moments[name] = moments.get(name, 0) + tokens.T @ tokens
-            counts[name] = counts.get(name, 0) + len(tokens)
+            moments[path] = moments.get(path, 0) + tokens.T @ tokens
+            counts[path] = counts.get(path, 0) + len(tokens)
 
-        hooks.append(layer.register_forward_pre_hook(add))
+        hooks.append(model.backbone.get_submodule(path).register_forward_pre_hook(add))
     try:
         for batch in batches():
             model.features(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: moment / counts[name] for name, moment in moments.items()}
+    return {path: moment / counts[path] for path, moment in moments.items()}
 
 
 def designed_down(moment: Tensor, basis: Tensor | None, *, rank: int) -> Tensor:
@@ -89,31 +99,33 @@ def begin(
     sum_on(model, before, new_direction(model, rank=settings.rank, generator=generator))
     moments = second_moments(model, batches)
     factors: dict[str, Factors] = {}
-    names = {id(directions): name for name, directions in model.targets.items()}
-    for _, directions in adapted_layers(model.backbone):
-        key = names[id(directions[0])]
-        basis = before.memory[key].double().to(moments[key].device) if key in before.memory else None
-        down = designed_down(moments[key], basis, rank=settings.rank)
-        for target in directions:
-            assert target.up is not None
-            factors[names[id(target)]] = Factors(
-                up=torch.zeros_like(target.up), down=down.to(target.up.dtype)
-            )
+    for path, names in inputs_of(model).items():
+        down = designed_down(moments[path], _basis(before, path, moments[path]), rank=settings.rank)
+        for name in names:
+            up = model.targets[name].up
+            assert up is not None
+            factors[name] = Factors(up=torch.zeros_like(up), down=down.to(up.dtype))
     sum_on(model, before, factors, train_down=False)
+
+
+def _basis(before: Learned, path: str, moment: Tensor) -> Tensor | None:
+    """The remembered span at a module, None in the first step."""
+    if not before.directions:
+        return None
+    if path not in before.memory:
+        raise ValueError(
+            f"inflora: the step before remembers no inputs of {path}; run `sdlora run` from the first task"
+        )
+    return before.memory[path].to(moment)
 
 
 def remember(
     model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
 ) -> Mapping[str, Tensor]:
-    """The span of all inputs so far, (in, m) for every adapted layer: statistics, of which no image can be restored."""
-    moments = second_moments(model, batches)
+    """The span of all inputs so far, (in, m) for every adapted module: statistics, from which no image comes back."""
     return {
-        key: widened(
-            moment,
-            before.memory[key].double().to(moment.device) if key in before.memory else None,
-            energy=ENERGY,
-        ).float()
-        for key, moment in moments.items()
+        path: widened(moment, _basis(before, path, moment), energy=ENERGY).float()
+        for path, moment in second_moments(model, batches).items()
     }
 
 

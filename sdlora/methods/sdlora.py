@@ -33,7 +33,8 @@ def begin_with_rank(
     """Train a new direction of the given rank, and the magnitudes of all directions."""
     formulation = settings.formulation
     tasks, columns = len(before.directions), len(model.targets) if formulation.per_target else 1
-    magnitudes = torch.full((tasks + 1, columns), formulation.magnitude_start)
+    dtype = next(model.backbone.parameters()).dtype
+    magnitudes = torch.full((tasks + 1, columns), formulation.magnitude_start, dtype=dtype)
     if formulation.carried and tasks:
         held = torch.stack([before.magnitudes[task] for task in before.directions])
         # One number for the whole network: the nearest to what the targets hold (equal ones stay as they are).

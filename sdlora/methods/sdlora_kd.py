@@ -1,58 +1,74 @@
 """SD-LoRA-KD: a direction that the earlier ones explain is absorbed into their magnitudes (Wu et al., Eq. 7 and 8)."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdlora.adapters import Factors, product_inner
+from sdlora.adapters import Factors
 from sdlora.classifier import Learned
 from sdlora.methods import sdlora
 from sdlora.methods.method import FitResult, Frozen, Method, Settings
 
 
-def explain(
-    directions: Mapping[str, Mapping[str, Factors]],
-    new: Mapping[str, Factors],
-    magnitudes: Tensor,
-    *,
-    shared: bool,
-) -> tuple[Tensor, float]:
-    """The least squares of αᵗD_t on the earlier directions, from r×r Gram matrices.
+class Products(NamedTuple):
+    """Inner products of the contribution T = α_tD_t of a new direction and the earlier directions D_k, float64."""
+
+    gram: Tensor
+    """(targets, tasks, tasks): ⟨D_j, D_k⟩."""
+    inner: Tensor
+    """(targets, tasks): ⟨D_k, T⟩."""
+    energy: Tensor
+    """(targets,): ‖T‖²."""
+
+
+def products(
+    directions: Mapping[str, Mapping[str, Factors]], new: Mapping[str, Factors], magnitudes: Tensor
+) -> Products:
+    """The products of all directions at every target, from Gram matrices of stacked factors, never from d×d.
 
     Args:
         directions: earlier task → target → normalised factors.
         new: target → normalised factors of D_t.
-        magnitudes: (targets,), αᵗ at each target.
-        shared: one coefficient per task for all targets (the sum of the Grams), else one per task and target.
-
-    Returns:
-        The coefficients (tasks, targets) float64: what is added to the earlier magnitudes, α_t·Δα_k exactly, where
-        Eq. 8 of the paper drops α_t. And the relative residual √(Σ‖α_tD_t − Σ_k Δ_kD_k‖² / Σ‖α_tD_t‖²), both
-        sums over the targets.
+        magnitudes: (targets,), α_t at each target.
     """
-    alpha = magnitudes.double()
-    grams, inners, energy = [], [], []
+    grams = []
     for target, factors in new.items():
-        held = [direction[target] for direction in directions.values()]
-        grams.append(torch.stack([torch.stack([product_inner(a, b) for b in held]) for a in held]))
-        inners.append(torch.stack([product_inner(a, factors) for a in held]))
-        energy.append(product_inner(factors, factors))
-    gram, inner = torch.stack(grams), torch.stack(inners) * alpha[:, None]
-    total = (torch.stack(energy) * alpha.square()).sum()
-    if shared:
-        # lstsq and not solve: two earlier directions may be the same, and the Gram matrix then is singular.
-        solved = torch.linalg.lstsq(gram.sum(0), inner.sum(0)[:, None], driver="gelsd").solution[:, 0]
-        coefficients = solved.expand(len(new), -1)
-    else:
-        coefficients = torch.linalg.lstsq(gram, inner[:, :, None], driver="gelsd").solution[:, :, 0]
-    fitted = torch.einsum("ti,tij,tj->", coefficients, gram, coefficients)
-    residual = total - 2 * (coefficients * inner).sum() + fitted
-    return coefficients.T.contiguous(), float((residual.clamp_min(0) / total).sqrt())
+        pairs = [*(direction[target] for direction in directions.values()), factors]
+        up = torch.cat([pair.up for pair in pairs], dim=1).double()
+        down = torch.cat([pair.down for pair in pairs], dim=0).double()
+        ranks = torch.tensor([len(pair.down) for pair in pairs])
+        owner = torch.repeat_interleave(torch.eye(len(pairs), dtype=torch.float64), ranks, dim=0)
+        grams.append(owner.T @ ((up.T @ up) * (down @ down.T)) @ owner)
+    gram, alpha = torch.stack(grams), magnitudes.double()
+    return Products(gram[:, :-1, :-1], gram[:, :-1, -1] * alpha[:, None], gram[:, -1, -1] * alpha.square())
+
+
+def shared_coefficients(found: Products) -> Tensor:
+    """The least squares with one coefficient per task for all targets (tasks, targets): the sum of the Grams."""
+    # lstsq and not solve: two earlier directions may be the same, and the Gram matrix then is singular.
+    solved = torch.linalg.lstsq(found.gram.sum(0), found.inner.sum(0)[:, None], driver="gelsd").solution
+    return solved.expand(-1, len(found.energy)).contiguous()
+
+
+def own_coefficients(found: Products) -> Tensor:
+    """The least squares with a coefficient of its own for every task and target (tasks, targets)."""
+    solved = torch.linalg.lstsq(found.gram, found.inner[:, :, None], driver="gelsd").solution
+    return solved[:, :, 0].T.contiguous()
+
+
+def relative_residual(found: Products, coefficients: Tensor) -> float:
+    """√(Σ‖T − Σ_k Δ_kD_k‖² / Σ‖T‖²), both sums over the targets."""
+    fitted = torch.einsum("it,tij,jt->", coefficients, found.gram, coefficients)
+    residual = found.energy.sum() - 2 * (coefficients.T * found.inner).sum() + fitted
+    return float((residual.clamp_min(0) / found.energy.sum()).sqrt())
 
 
 def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
     """Freeze as SD-LoRA does, then absorb the new direction where the relative residual is below the tolerance.
+
+    Magnitudes have to be carried for that: where they start anew at the next step, what was absorbed is lost.
 
     `settings.tolerance` is the share of the new direction's contribution (Frobenius norm over all targets) that no
     combination of the earlier ones reproduces: 0 absorbs nothing, 1 everything. The paper's own τ = 9·10⁻⁴ has no
@@ -62,9 +78,10 @@ def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
     if not before.directions:
         return whole
     new = whole.directions[fit.task]
-    added, residual = explain(
-        before.directions, new, whole.magnitudes[fit.task], shared=not settings.formulation.per_target
-    )
+    found = products(before.directions, new, whole.magnitudes[fit.task])
+    # What is added to the earlier magnitudes is α_t·Δα_k; Eq. 8 of the paper drops α_t.
+    added = own_coefficients(found) if settings.formulation.per_target else shared_coefficients(found)
+    residual = relative_residual(found, added)
     facts: dict[str, float | int | str] = {**whole.facts, "residual": round(residual, 6), "absorbed": 0}
     if residual >= settings.tolerance:
         return Frozen(

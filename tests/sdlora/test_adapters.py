@@ -13,7 +13,6 @@ from sdlora.adapters import (
     initial_factors,
     inject_adapters,
     merge_adapters,
-    product_inner,
     product_norm,
     truncate,
 )
@@ -163,13 +162,6 @@ def test_truncating_a_zero_direction_leaves_it() -> None:
     factors = Factors(torch.zeros(6, 2), torch.ones(2, 6))
 
     assert truncate(factors, energy=0.5) is factors
-
-
-def test_inner_products_come_from_small_matrices_and_are_exact() -> None:
-    left, right = random_factors(30, 20, 4), random_factors(30, 20, 2, seed=1)
-    expected = ((left.up @ left.down).double() * (right.up @ right.down).double()).sum()
-
-    torch.testing.assert_close(product_inner(left, right), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_target_that_a_block_lacks_is_named() -> None:
