@@ -5,7 +5,8 @@ of the images. The heads do not touch the training, so one chain gives the resul
 fifth of every class's training images stands in for the test images, which are then not read: choices are made on that.
 
 Every finished chain is one line of a JSON-lines file; a chain that is there is not repeated, so the command can be
-interrupted and given again. --write puts all that is there into docs/comparison.md.
+interrupted and given again. A chain is named by its settings and not by the code: after a change of a method or a
+head, delete its lines. --write puts all that is there into docs/comparison.md.
 """
 
 import argparse
@@ -282,6 +283,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
                         "seed": seed,
                         "validation": arguments.validation,
                         **asdict(variant),
+                        "covariance_rank": COVARIANCE_RANK,
                         "rank": arguments.rank,
                         "penalty": arguments.penalty,
                         "formulation_choices": {k: v for k, v in choices.items() if v is not None},
@@ -292,8 +294,12 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The results so far; of a run that two processes made at once, the first."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    results: dict[str, dict[str, Any]] = {}
+    for result in map(json.loads, lines):
+        results.setdefault(json.dumps(result["run"], sort_keys=True), result)
+    return list(results.values())
 
 
 def is_default(run: Mapping[str, Any]) -> bool:

@@ -1,12 +1,13 @@
 """Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
-from pipelines.files import read_json, whole_folder
+from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import decode_for, read_images
 from pipelines.params import Params
 from pipelines.progress import Progress
@@ -53,7 +54,8 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
             description={
                 "task": task,
                 "classes": _own_classes(task, classes),
-                "adapter": params.adapter.model_dump(mode="json"),
+                "adapter": params.adapter.of_the_fit,
+                "train": sha256_of(train),
                 "training": _decisive(params),
                 "seed": params.seed,
                 "steps": learner.total_steps,
@@ -91,11 +93,12 @@ def _prepare(
     method = METHODS[params.adapter.method]
     base = read_backbone(backbone)
     learned, record = read_model(before)
-    _check_continues(record, params, before)
+    targets = params.adapter.targets or method.targets
+    _check_continues(record, params, before, targets)
     config = base.description["pretrained_cfg"]
     tasks = {}
     for name in [*record["tasks"], task] if method.joint else [task]:
-        table = read_images(train if name == task else _earlier_images(name, task, train))
+        table = read_images(train if name == task else _earlier_images(name, task, train, record))
         labels = torch.tensor(table["label"].to_pylist())
         pixels = torch.from_numpy(decode_for(table, base.description))
         tasks[name] = TaskImages(pixels, labels - labels.min())
@@ -108,7 +111,7 @@ def _prepare(
         std=config["std"],
         method=method,
         settings=settings_of(params.adapter),
-        targets=params.adapter.targets,
+        targets=targets,
         schedule=Schedule(
             optimizer=settings.optimizer,
             learning_rate=settings.learning_rate,
@@ -125,11 +128,11 @@ def _prepare(
     )
 
 
-def _earlier_images(name: str, task: str, train: Path) -> Path:
+def _earlier_images(name: str, task: str, train: Path, record: dict[str, Any]) -> Path:
     """The training images of an earlier task, for a joint method: beside those of this one.
 
-    They are no declared input of the stage, but the step before is, and its ledger holds the hash of what was made
-    of them: should one of them change, this fit is stale too.
+    They are no declared input of the stage, but the step before is, and its ledger holds their hash: images that are
+    not those are refused, so what DVC stores under the declared inputs was made of these images alone.
     """
     path = train.parent.parent / name / train.name
     if not path.is_file():
@@ -137,6 +140,8 @@ def _earlier_images(name: str, task: str, train: Path) -> Path:
             f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "
             "them (`dvc pull`), or choose another adapter.method"
         )
+    if sha256_of(path) != record["images"][name]:
+        raise InputError(f"{path}: changed since {name} was learned; run `sdlora run` from the first task")
     return path
 
 
@@ -145,10 +150,15 @@ def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
 
 
-def _check_continues(record: dict[str, object], params: Params, before: Path) -> None:
-    """Refuse to go on with a method or formulation that cannot read what the step before has left."""
-    for key, chosen in (("method", params.adapter.method), ("formulation", params.adapter.formulation)):
-        found = record.get(key, chosen)
+def _check_continues(record: dict[str, Any], params: Params, before: Path, targets: Sequence[str]) -> None:
+    """Refuse to go on with choices that cannot read what the step before has left."""
+    held = sorted({name.rpartition(".")[2] for name in record.get("targets", [])})
+    for key, chosen, found in (
+        ("method", params.adapter.method, record.get("method")),
+        ("formulation", params.adapter.formulation, record.get("formulation")),
+        ("targets", ", ".join(sorted(targets)), ", ".join(held)),
+    ):
+        found = found or chosen
         if found != chosen:
             raise InputError(
                 f"{before}: this step was made with {key} {found!r}, params.yaml: adapter.{key} is {chosen!r}; "
@@ -194,7 +204,7 @@ def _key(task: str, params: Params, train: Path, classes: Path, before: Path, ba
     code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), Path(__file__)]
     settings = {
         "task": task,
-        "adapter": params.adapter.model_dump(mode="json"),
+        "adapter": params.adapter.of_the_fit,
         "training": _decisive(params),
         "seed": params.seed,
         "classes": _own_classes(task, classes),

@@ -1,5 +1,6 @@
 """Stage `freeze`: turn a fit into a step: directions, magnitudes and head frozen, a record added to the ledger."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from pipelines.params import Params
 from pipelines.stage import Summary, stage
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from torch import Tensor
 
     from sdlora.classifier import Learned
@@ -38,9 +40,14 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
     described = read_json(fit / "fit.json")
     if described["task"] != task:
         raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
-    if described["adapter"] != adapter.model_dump(mode="json"):
+    if described["adapter"] != adapter.of_the_fit:
         raise InputError(f"{fit}: made with another adapter block than that of params.yaml; run `sdlora run`")
     learned, record = read_model(before)
+    if record.get("head", adapter.head) != adapter.head:
+        raise InputError(
+            f"{before}: this step was made with head {record['head']!r}, params.yaml: adapter.head is "
+            f"{adapter.head!r}; a chain keeps one of them (run `sdlora run` from the first task)"
+        )
     tasks = [*record["tasks"], task]
     result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
     step = freezing.freeze(learned, result, method=METHODS[adapter.method], settings=settings_of(adapter))
@@ -77,8 +84,14 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
                 "needs_old_images": METHODS[adapter.method].joint,
                 "formulation": adapter.formulation,
                 "head": adapter.head,
-                "rank": max((pair.down.shape[0] for pair in result.factors.values()), default=0),
-                "parameters": {key: described[key] for key in ("adapter", "training", "seed")},
+                "images": {**record.get("images", {}), task: described["train"]},
+                "rank": max(
+                    (pair.down.shape[0] for pair in frozen.directions.get(task, {}).values()), default=0
+                ),
+                "parameters": {
+                    "adapter": adapter.model_dump(mode="json"),
+                    **{key: described[key] for key in ("training", "seed")},
+                },
                 "learned_magnitudes": {
                     name: [round(value, 6) for value in alpha.tolist()]
                     for name, alpha in result.magnitudes.items()
@@ -120,11 +133,23 @@ class TrainingFeatures:
     def __init__(self, train: Path, backbone: Path) -> None:
         self._train, self._backbone = train, backbone
 
+    @cached_property
+    def _table(self) -> "pa.Table":
+        return read_images(self._train)
+
+    @cached_property
+    def _pixels(self) -> "Tensor":
+        import torch
+
+        from sdlora.backbones import read_backbone
+
+        return torch.from_numpy(decode_for(self._table, read_backbone(self._backbone).description))
+
     def labels(self) -> "Tensor":
         """(n,), 0 … classes − 1 within the task."""
         import torch
 
-        labels = torch.tensor(read_images(self._train)["label"].to_pylist())
+        labels = torch.tensor(self._table["label"].to_pylist())
         return labels - labels.min()
 
     def __call__(self, learned: "Learned") -> "Tensor":
@@ -136,13 +161,16 @@ class TrainingFeatures:
         from sdlora.devices import best_device
         from sdlora.evaluation import feature_batches
 
-        base = read_backbone(self._backbone)
         device = best_device()
-        pixels = torch.from_numpy(decode_for(read_images(self._train), base.description))
-        model = merged_classifier(base.model, learned).to(device)
+        base = read_backbone(self._backbone)  # a new one, because merging changes it
         config = base.description["pretrained_cfg"]
         batches = feature_batches(
-            model, pixels, mean=config["mean"], std=config["std"], batch_size=BATCH, device=device
+            merged_classifier(base.model, learned).to(device),
+            self._pixels,
+            mean=config["mean"],
+            std=config["std"],
+            batch_size=BATCH,
+            device=device,
         )
         return torch.cat(list(batches))
 

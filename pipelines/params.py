@@ -18,6 +18,17 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
+AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank"}
+"""Keys of `adapter` that no fit reads."""
+SDLORA = ("sdlora", "sdlora-rr", "sdlora-kd")
+READ_BY = {
+    "magnitude_start": SDLORA,
+    "magnitudes": SDLORA,
+    "initial_up": SDLORA,
+    "compress": SDLORA,
+    "penalty": ("olora", "nlora", "clora"),
+}
+"""Keys of `adapter` that are null by default, and the methods that read them."""
 HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
@@ -122,6 +133,11 @@ class Adapter(Section):
     """weight of what olora, nlora and clora add to the loss; null is the method's own"""
     covariance_rank: Count
     """principal directions of every class that aligned and lda remember"""
+
+    @property
+    def of_the_fit(self) -> dict[str, Any]:
+        """What a fit reads; the rest is read when the step is frozen."""
+        return self.model_dump(mode="json", exclude=AT_FREEZING)
 
     @property
     def own_choices(self) -> dict[str, Any]:
@@ -292,7 +308,8 @@ def _wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[
     """Keys that are not text: DVC drops them without a word, and their stages with them."""
     for key, value in block.items():
         if not isinstance(key, str):
-            name = f"t{key:02d}" if where == ("tasks",) and type(key) is int else json.dumps(str(key))
+            of_tasks = where in (("tasks",), ("adapter", "rank_schedule"))
+            name = f"t{key:02d}" if of_tasks and type(key) is int else json.dumps(str(key))
             place = ".".join(where) or "top level"
             yield f"{place}: the key {_show(key)} is not text, and DVC would drop it silently; write {name}"
         elif isinstance(value, dict):
@@ -339,6 +356,8 @@ def _type_fault(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, w
             return f"expected 64 hexadecimal digits, found {found}; write what `sha256sum` prints of the file"
         case "string_pattern_mismatch":
             return f"expected the path of a .safetensors file, found {found}; other formats are not loaded"
+        case "too_short":
+            return "the list is empty; name at least one, or write null"
         case "string_too_short":
             return "expected text, found an empty one; fill it in"
         case kind:
@@ -375,10 +394,20 @@ def _adapter_faults(adapter: Adapter) -> Iterator[str]:
     if adapter.head not in heads:
         expected = " or ".join(heads)
         yield f"adapter.head: found {_show(adapter.head)}, expected {expected} with the method {adapter.method}"
+    for key, methods in READ_BY.items():
+        value = getattr(adapter, key)
+        if value is not None and adapter.method not in methods:
+            yield f"adapter.{key}: found {_show(value)}, but {adapter.method} does not read it; write null"
+    carried = adapter.magnitudes or ("carried" if adapter.formulation == "continuous" else "restarted")
+    if adapter.method == "sdlora-kd" and carried == "restarted":
+        yield (
+            "adapter.magnitudes: sdlora-kd keeps what it absorbs in the earlier magnitudes, which restarted would "
+            "throw away; write carried"
+        )
     for start in adapter.rank_schedule:
         if not re.fullmatch(TASK_KEY, start):
             yield f"adapter.rank_schedule: found {_show(start)}, expected a task's key; write t01, t02, ..."
-    if adapter.rank_schedule and "t01" not in adapter.rank_schedule:
+    if (adapter.rank_schedule or adapter.method == "sdlora-rr") and "t01" not in adapter.rank_schedule:
         yield "adapter.rank_schedule: the first tasks have no rank; add t01"
     if adapter.targets and len(set(adapter.targets)) < len(adapter.targets):
         yield f"adapter.targets: found {', '.join(adapter.targets)}; name each projection once"

@@ -119,6 +119,14 @@ def test_a_fit_is_keyed_by_every_training_parameter_that_matters_and_no_other() 
     assert listed == set(Training.model_fields) - NOT_OF_THE_RESULT
 
 
+def test_a_fit_is_keyed_by_every_adapter_parameter_but_those_of_the_freezing() -> None:
+    from pipelines.params import AT_FREEZING, Adapter
+
+    listed = {key.removeprefix("adapter.") for key in stage("fit")["params"] if key.startswith("adapter.")}
+    assert listed == set(Adapter.model_fields) - AT_FREEZING
+    assert "adapter" in stage("freeze")["params"]
+
+
 def test_every_section_of_params_is_a_param_of_some_stage() -> None:
     from pipelines.params import Params
 

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.errors import InputError
-from pipelines.params import Params, Section, class_name_fault, missing_source
+from pipelines.params import HEADS_OF, READ_BY, Adapter, Params, Section, class_name_fault, missing_source
 
 SHIPPED = Path(__file__).parents[2] / "params.yaml"
 
@@ -289,6 +289,21 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-rank-schedule-of-other-keys",
         ),
         pytest.param(
+            "targets: null", "targets: []",
+            "adapter.targets: the list is empty; name at least one, or write null",
+            id="no-targets",
+        ),
+        pytest.param(
+            "{t01: 10, t04: 8, t08: 6}", "{1: 10}",
+            "adapter.rank_schedule: the key 1 is not text, and DVC would drop it silently; write t01",
+            id="a-rank-schedule-of-numbers",
+        ),
+        pytest.param(
+            "penalty: null", "penalty: 0.5",
+            "adapter.penalty: found 0.5, but sdlora does not read it; write null",
+            id="a-penalty-that-no-one-reads",
+        ),
+        pytest.param(
             "targets: null", "targets: [q, q]",
             "adapter.targets: found q, q; name each projection once",
             id="a-target-twice",
@@ -325,7 +340,7 @@ def test_broken_params_are_one_clear_line(old: str, new: str, fault: str) -> Non
         pytest.param("tolerance: 0.5", "1.5", "adapter.tolerance: expected at most 1", id="tolerance"),
         pytest.param("compress: null", "0", "adapter.compress: expected more than 0", id="compress"),
         pytest.param("penalty: null", "-1", "adapter.penalty: expected at least 0", id="penalty"),
-        pytest.param("covariance_rank: 8", "0", "covariance_rank: expected at least 1", id="covariance"),
+        pytest.param("covariance_rank: 16", "0", "covariance_rank: expected at least 1", id="covariance"),
         pytest.param("magnitude_start: null", "0", "magnitude_start: expected more than 0", id="magnitude"),
         pytest.param("learning_rate: 0.01", "0", "learning_rate: expected more than 0", id="learning-rate"),
         pytest.param("momentum: 0.9", "1", "momentum: expected less than 1", id="momentum"),
@@ -433,3 +448,50 @@ def test_the_formulation_keeps_what_is_not_chosen() -> None:
     formulation = settings_of(chosen).formulation
     assert (formulation.carried, formulation.magnitude_start) == (False, 0.5)
     assert formulation.per_target
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        pytest.param(
+            {"method: sdlora ": "method: sdlora-kd ", "formulation: continuous": "formulation: paper"},
+            "magnitudes: sdlora-kd keeps",
+            id="absorption-into-magnitudes-that-restart",
+        ),
+        pytest.param(
+            {"method: sdlora ": "method: sdlora-rr ", "{t01: 10, t04: 8, t08: 6}": "{}"},
+            "rank_schedule: the first tasks have no rank",
+            id="reduced-ranks-without-any",
+        ),
+        pytest.param(
+            {"method: sdlora ": "method: olora ", "compress: null": "compress: 0.9"},
+            "compress: found 0.9, but olora does not read it",
+            id="compression-of-another-method",
+        ),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(changes: dict[str, str], fault: str) -> None:
+    text = SHIPPED.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+
+    assert fault_of(text).startswith(f"params.yaml: adapter.{fault}")
+
+
+def test_the_names_that_can_be_chosen_are_those_of_the_library() -> None:
+    from sdlora.adapters import TARGETS
+    from sdlora.formulations import FORMULATIONS
+    from sdlora.heads import HEADS
+    from sdlora.methods import METHODS
+
+    def choices(key: str) -> set[str]:
+        text = str(Adapter.model_fields[key].annotation)
+        return set(re.findall(r"'(.*?)'", text))
+
+    assert choices("method") == set(METHODS)
+    assert choices("head") == set(HEADS)
+    assert choices("formulation") == set(FORMULATIONS)
+    assert choices("targets") == set(TARGETS)
+    assert set(HEADS_OF) == {name for name, m in METHODS.items() if m.joint or not m.trains_head}
+    assert {name for names in READ_BY.values() for name in names} <= set(METHODS)

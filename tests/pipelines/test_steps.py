@@ -186,12 +186,44 @@ def test_joint_says_which_old_images_it_misses(project: Path) -> None:
         run_fit("t02", "t01", "fit/t02")
 
 
+def test_joint_refuses_old_images_that_are_not_those_it_learned(project: Path) -> None:
+    Path("params.yaml").write_text(settings(method="joint", head="linear"))
+    run_step("t01", "t00")
+    shutil.copy("split/t02/train.arrow", "split/t01/train.arrow")
+
+    with pytest.raises(InputError, match=r"split/t01/train\.arrow: changed since t01 was learned"):
+        run_fit("t02", "t01", "fit/t02")
+
+
 def test_a_fit_of_another_adapter_block_is_not_frozen(project: Path) -> None:
     run_fit("t01", "t00", "fit/t01")
-    Path("params.yaml").write_text(settings(head="lda"))
+    Path("params.yaml").write_text(settings(rank="1"))
 
     with pytest.raises(InputError, match=r"fit/t01: made with another adapter block"):
         run_freeze("t01", "t00")
+
+
+def test_a_fit_serves_every_head(project: Path) -> None:
+    run_fit("t01", "t00", "fit/t01")
+    before = contents(Path("fit/t01"))
+    Path("params.yaml").write_text(settings(head="lda"))
+    run_freeze("t01", "t00")
+    run_fit("t01", "t00", "fit/t01")
+
+    assert contents(Path("fit/t01")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [({"head": "linear"}, "made with head 'aligned'"), ({"targets": "[q]"}, "made with targets 'q, v'")],
+    ids=["head", "targets"],
+)
+def test_a_chain_keeps_its_head_and_its_targets(project: Path, change: dict[str, str], fault: str) -> None:
+    run_step("t01", "t00")
+    Path("params.yaml").write_text(settings(**change))
+
+    with pytest.raises(InputError, match=f"model/t01: this step was {fault}"):
+        run_step("t02", "t01")
 
 
 @pytest.mark.parametrize("method", ["sdlora", "finetune", "frozen"])
@@ -211,6 +243,7 @@ def test_two_steps_leave_whole_folders_and_evaluations(project: Path, method: st
         "fit.json",
         "head.safetensors",
         "magnitudes.safetensors",
+        "memory.safetensors",
     }
     metrics = read_json(Path("evaluation/t02/metrics.json"))
     table = read_images(Path("evaluation/t02/predictions.arrow"))
