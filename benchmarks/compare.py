@@ -55,7 +55,7 @@ ENTRIES = {"digits": Digits(test_fraction=0.2, seed=0), "glyphs100": Glyphs100()
 RANKS = {"t01": 10, "t04": 8, "t08": 6}
 SUITES = {
     "glyphs100-10": ("glyphs100", 10, [1993, 1994, 1995, 1996, 1997]),
-    "digits-5": ("digits", 5, [1993, 1994, 1995]),
+    "digits-5": ("digits", 5, [1993, 1994, 1995, 1996, 1997]),
     "glyphs100-20": ("glyphs100", 20, [1993, 1994, 1995]),
 }
 """Name → data set, number of tasks, seeds."""

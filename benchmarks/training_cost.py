@@ -29,6 +29,7 @@ import timm
 import torch
 from torch import nn
 
+import sdlora.backbones  # noqa: F401 - registers the packaged glyph_vit
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.classifier import Learned
 from sdlora.devices import best_device

@@ -84,14 +84,14 @@ class Directions(nn.Module):
 
     stacked_up: Tensor
     stacked_down: Tensor
-    task_of_rank: Tensor
+    owner: Tensor
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.rows, self.columns = rows, columns
         self.register_buffer("stacked_up", torch.zeros(rows, 0), persistent=False)
         self.register_buffer("stacked_down", torch.zeros(0, columns), persistent=False)
-        self.register_buffer("task_of_rank", torch.zeros(0, dtype=torch.long), persistent=False)
+        self.register_buffer("owner", torch.zeros(0, 0), persistent=False)
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.magnitudes: nn.Parameter | None = None
@@ -102,8 +102,10 @@ class Directions(nn.Module):
         if frozen:
             self.stacked_up = torch.cat([factors.up for factors in frozen], dim=1)
             self.stacked_down = torch.cat([factors.down for factors in frozen], dim=0)
+            # (Σr, tasks) of ones and zeros: a product with it, forward and back, costs less than gathering αₖ by
+            # rank and scattering its gradient, and repeats to the bit on every device.
             ranks = torch.tensor([factors.down.shape[0] for factors in frozen])
-            self.task_of_rank = torch.repeat_interleave(torch.arange(len(frozen)), ranks)
+            self.owner = torch.repeat_interleave(torch.eye(len(frozen)), ranks, dim=0).to(frozen[0].up)
         self.magnitudes = magnitudes
 
     def set_current(
@@ -123,8 +125,9 @@ class Directions(nn.Module):
         if self.magnitudes is None:
             return None
         update = None
-        if self.task_of_rank.numel():
-            update = (self.stacked_up * self.magnitudes[self.task_of_rank]) @ self.stacked_down
+        if self.owner.numel():
+            scales = self.owner @ self.magnitudes[: self.owner.shape[1]]
+            update = (self.stacked_up * scales) @ self.stacked_down
         if self.up is not None and self.down is not None:
             scale = self.magnitudes[-1]
             if self.norm is not None:
