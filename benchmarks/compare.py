@@ -265,7 +265,7 @@ def stored_numbers(learned: Learned) -> int:
 def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """The chains that were asked for: variant, and the key under which the result is stored."""
     schedule = replace(SCHEDULE, learning_rate=arguments.learning_rate, epochs=arguments.epochs)
-    choices = {"magnitude_start": arguments.magnitude_start, "carried": arguments.carried}
+    choices = {key: getattr(arguments, key) for key in ("magnitude_start", "carried", "initial_up")}
     for suite in arguments.suites:
         data, tasks, seeds = SUITES[suite]
         for seed in arguments.seeds or seeds:
@@ -404,6 +404,7 @@ def main() -> None:
     parser.add_argument(
         "--carried", action=argparse.BooleanOptionalAction, help="default: the formulation's own"
     )
+    parser.add_argument("--initial-up", choices=("zero", "uniform"), help="default: the formulation's own")
     parser.add_argument("--tolerance", type=float, help="of sdlora-kd")
     parser.add_argument("--compress", type=float, help="share of a direction's energy that is kept")
     parser.add_argument("--backbone", default="glyph_vit")
