@@ -69,6 +69,4 @@ def test_every_target_of_every_block_is_found(architecture: str) -> None:
 
     assert model.feature_size == expected.shape[1]
     torch.testing.assert_close(model.features(images), expected, rtol=1e-5, atol=1e-5)
-    assert [name.rpartition(".")[2].partition("_")[0] for name in found if "fc1_x" not in name] == list(
-        TARGETS
-    )
+    assert [target_of(name) for name in found if not name.endswith("fc1_x")] == list(TARGETS)
