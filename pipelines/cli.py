@@ -22,6 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+audit = typer.Typer(
+    help="Prove that nothing has changed since it was made.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(audit, name="audit")
 STAGES = "Stages (called by dvc.yaml)"
 
 Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
@@ -122,6 +128,21 @@ def add_task(
 
     for line in edit.add_task(source, classes=classes):
         typer.echo(line)
+
+
+@audit.command("verify")
+def audit_verify(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock.
+
+    One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
+    not in the workspace is read from DVC's cache.
+    """
+    require_project()
+    from pipelines.audit import show_verification
+
+    raise SystemExit(show_verification(as_json=json))
 
 
 @app.command()

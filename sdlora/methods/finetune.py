@@ -26,4 +26,4 @@ def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
     return Frozen(directions={fit.task: fit.factors}, magnitudes={fit.task: torch.ones(len(fit.factors))})
 
 
-METHOD = Method(begin=begin, freeze=freeze)
+METHOD = Method(begin=begin, freeze=freeze, replaces=True)

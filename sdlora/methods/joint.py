@@ -21,4 +21,4 @@ def begin(
     model.train_direction(new_direction(model, rank=settings.rank, generator=generator))
 
 
-METHOD = Method(begin=begin, freeze=freeze, joint=True)
+METHOD = Method(begin=begin, freeze=freeze, joint=True, replaces=True)

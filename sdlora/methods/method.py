@@ -110,6 +110,8 @@ class Method:
     """What it adapts in every block where `adapter.targets` does not say."""
     joint: bool = False
     """Whether it learns the images of all tasks so far at once, and with them all rows of the head."""
+    replaces: bool = False
+    """Whether the direction of a step takes the place of the earlier ones, of which then nothing stays frozen."""
     trains_head: bool = True
     """Whether the new rows of the head are trained; a method that trains nothing has no fit to make."""
 

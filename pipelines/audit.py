@@ -1,0 +1,310 @@
+"""`sdlora audit`: is what the chain left still what it left, and what changed between its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.errors import InputError
+from pipelines.files import read_json, sha256_of
+from pipelines.images import read_images
+from pipelines.params import Params, read_yaml
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOCK = Path("dvc.lock")
+ARTIFACTS = Path("artifacts")
+
+
+class Finding(NamedTuple):
+    """What was verified of one step."""
+
+    step: str
+    files: int
+    """How many files were read."""
+    record: str
+    """The hash of its ledger record; empty where there is none."""
+    fault: str | None
+    """The first thing that does not hold: the file, and what is wrong with it."""
+
+
+def verify() -> Iterator[Finding]:
+    """Verify step after step, from the files, until something does not hold.
+
+    Of every step: all outputs of its stages are those of dvc.lock, by their bytes; its model folder is what its record
+    and the step before say; the images, the fit and the evaluation are those that the record and each other name. What
+    is not in the workspace is read from DVC's cache.
+    """
+    params = Params.load()
+    lock = read_lock()
+    with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
+        place = Place(lock, cache_folder(), Path(scratch))
+        before: Path | None = None
+        for step in ("t00", *params.tasks):
+            try:
+                files, model = verify_step(place, step, before)
+            except FaultError as fault:
+                yield Finding(step, 0, "", str(fault))
+                return
+            except InputError as fault:  # a file that is damaged names itself
+                yield Finding(step, 0, "", str(fault))
+                return
+            yield Finding(step, files, hashlib.sha256((model / "step.json").read_bytes()).hexdigest(), None)
+            before = model
+        try:
+            files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
+        except FaultError as fault:
+            yield Finding("report", 0, "", str(fault))
+            return
+        yield Finding("report", files, "", None)
+
+
+class FaultError(Exception):
+    """Something does not hold: the file, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What dvc.lock says."""
+
+    outs: Mapping[str, str]
+    """Path → md5, of every output of every stage."""
+    deps: Mapping[str, Mapping[str, str]]
+    """Stage → path → md5 of what it read."""
+
+
+def read_lock() -> Lock:
+    """Read dvc.lock; an `InputError` where there is none."""
+    if not LOCK.is_file():
+        raise InputError(f"{LOCK}: the file is missing; run `sdlora run`, or restore it from version control")
+    stages = read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK)).get("stages", {})
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    deps = {
+        name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
+        for name, stage in stages.items()
+    }
+    return Lock(outs, deps)
+
+
+def cache_folder() -> Path:
+    """Where DVC keeps files by their md5."""
+    from dvc.repo import Repo
+
+    with contextlib.closing(Repo()) as repo:
+        return Path(repo.cache.local.path)
+
+
+class Place:
+    """Outputs by path: in the workspace, or else in DVC's cache, as links in a scratch folder."""
+
+    def __init__(self, lock: Lock, cache: Path, scratch: Path) -> None:
+        self.lock = lock
+        self._cache, self._scratch = cache, scratch
+        self._checked: dict[str, int] = {}
+
+    def checked(self, path: str) -> bool:
+        """Whether an output has been compared with dvc.lock."""
+        return path in self._checked
+
+    def mark(self, path: str, files: int) -> None:
+        """An output has been compared."""
+        self._checked[path] = files
+
+    def find(self, path: Path) -> Path:
+        """Where an output can be read."""
+        if path.exists():
+            return path
+        md5 = self.lock.outs.get(path.as_posix())
+        if md5 is None:
+            raise FaultError(f"{path}: it is missing, and {LOCK} does not know it; run `sdlora run`")
+        copy = self._scratch / path
+        if not copy.exists():
+            for name, file in self._cached(path, md5).items():
+                target = copy / name if name else copy
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(file.resolve())
+        return copy
+
+    def changed_file(self, path: str, hashes: Mapping[str, str]) -> str:
+        """The first file of an output that is not the one it was, as far as DVC's cache can say; else the output."""
+        md5 = self.lock.outs[path]
+        listing = self._cache / md5[:2] / md5[2:]
+        if not md5.endswith(".dir") or md5_of_listing(listing) != md5:
+            return path
+        made = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+        differing = [name for name in sorted(made.keys() | hashes) if made.get(name) != hashes.get(name)]
+        return f"{path}/{differing[0]}"
+
+    def _cached(self, path: Path, md5: str) -> dict[str, Path]:
+        """The files of an output in the cache by name; one without a name if it is a file."""
+        whole = self._cache / md5[:2] / md5[2:]
+        if not whole.is_file():
+            raise FaultError(f"{path}: it is neither here nor in DVC's cache; fetch it with `dvc fetch`")
+        if not md5.endswith(".dir"):
+            return {"": whole}
+        found = {}
+        for entry in json.loads(whole.read_bytes()):
+            file = self._cache / entry["md5"][:2] / entry["md5"][2:]
+            if not file.is_file():
+                raise FaultError(
+                    f"{path}/{entry['relpath']}: it is neither here nor in DVC's cache; fetch it with `dvc fetch`"
+                )
+            found[entry["relpath"]] = file
+        return found
+
+
+def check_bytes(place: Place, path: str) -> int:
+    """Compare an output with dvc.lock by all its bytes; return the number of its files."""
+    found, expected = place.find(Path(path)), place.lock.outs[path]
+    if found.is_dir():
+        names = sorted(file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file())
+        hashes = {name: md5_of(found / name) for name in names}
+        md5 = folder_md5(hashes)
+    else:
+        names, hashes, md5 = [path], {}, md5_of(found)
+    if md5 != expected:
+        changed = place.changed_file(path, hashes)
+        raise FaultError(
+            f"{changed}: its bytes are not those of {LOCK} (md5 {md5[:12]}, expected {expected[:12]})"
+        )
+    place.mark(path, len(names))
+    return len(names)
+
+
+def md5_of_listing(path: Path) -> str:
+    """What DVC names its listing of a folder by; empty where there is none."""
+    return f"{md5_of(path)}.dir" if path.is_file() else ""
+
+
+def folder_md5(hashes: Mapping[str, str]) -> str:
+    """DVC's hash of a folder of files by name and md5."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    tree = Tree()
+    for name, md5 in hashes.items():
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+    tree.digest()
+    assert tree.hash_info.value
+    return tree.hash_info.value
+
+
+def md5_of(path: Path) -> str:
+    """The MD5 of a file's bytes, which is what DVC names files by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path]:
+    """Verify all outputs of one step; return how many files were read, and its model folder."""
+    from sdlora.verification import faults_of_step
+
+    model = place.find(ARTIFACTS / "model" / step)
+    # The folder's own record first: it can say which tensor of which file is wrong.
+    for fault in faults_of_step(model, step, before):
+        raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
+    kinds = ["model", "split"] if step == "t00" else ["model", "split", "fit", "evaluation"]
+    files = sum(check_bytes(place, f"artifacts/{kind}/{step}") for kind in kinds)
+    if step != "t00":
+        record = read_json(model / "step.json")
+        check_origins(place, step, record)
+        check_split(place, step, record)
+        check_evaluation(place, step, record)
+    return files, model
+
+
+def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
+    """The fit and the training images are those that the ledger names."""
+    fit = place.find(ARTIFACTS / "fit" / step)
+    for name, expected in record["fit"].items():
+        if not (fit / name).is_file() or sha256_of(fit / name) != expected:
+            raise FaultError(f"{ARTIFACTS / 'fit' / step / name}: not the file that the ledger names")
+    train = place.find(ARTIFACTS / "split" / step) / "train.arrow"
+    if sha256_of(train) != record["images"][step]:
+        raise FaultError(f"{ARTIFACTS / 'split' / step}/train.arrow: not the images that the ledger names")
+    for stage, deps in place.lock.deps.items():
+        if stage.endswith(f"@{step}"):
+            for path, md5 in deps.items():
+                if place.lock.outs.get(path, md5) != md5:
+                    raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
+
+
+def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
+    """Every packed picture is the one whose hash stands beside it, and none of the test is in training."""
+    split = place.find(ARTIFACTS / "split" / step)
+    if read_json(split / "classes.json")["classes"] != record["classes"]:
+        raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
+    pictures: dict[str, set[str]] = {}
+    for name in ("train.arrow", f"test/{step}.arrow"):
+        table = read_images(split / name)
+        for row in range(len(table)):
+            data = table["image"][row].as_buffer()
+            if hashlib.sha256(data).hexdigest() != table["sha256"][row].as_py():
+                raise FaultError(
+                    f"{ARTIFACTS / 'split' / step / name}: {table['id'][row]} is not the picture of its hash"
+                )
+        pictures[name] = set(table["pixels"].to_pylist())
+    if set.intersection(*pictures.values()):
+        raise FaultError(f"{ARTIFACTS / 'split' / step}: a picture is in train and test")
+
+
+def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
+    """The predictions are of the test images in their order, and the metrics follow from them."""
+    split = place.find(ARTIFACTS / "split" / step)
+    folder = ARTIFACTS / "evaluation" / step
+    found = place.find(folder)
+    predictions, metrics = read_images(found / "predictions.arrow"), read_json(found / "metrics.json")
+    tests = {task: read_images(split / "test" / f"{task}.arrow") for task in record["tasks"]}
+    for column in ("id", "label"):
+        expected = [value for table in tests.values() for value in table[column].to_pylist()]
+        if predictions[column].to_pylist() != expected:
+            raise FaultError(
+                f"{folder}/predictions.arrow: its column {column} is not that of the test images"
+            )
+    if metrics["accuracy"] != accuracies(predictions, tests):
+        raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
+
+
+def accuracies(predictions: pa.Table, tests: Mapping[str, pa.Table]) -> list[float]:
+    """The accuracy on each task, from the predictions."""
+    right = [
+        prediction == label
+        for prediction, label in zip(
+            predictions["prediction"].to_pylist(), predictions["label"].to_pylist(), strict=True
+        )
+    ]
+    values, start = [], 0
+    for table in tests.values():
+        values.append(round(sum(right[start : start + len(table)]) / len(table), 6))
+        start += len(table)
+    return values
+
+
+def show_verification(*, as_json: bool) -> int:
+    """Print a line for each step; return the exit status: 1 if something does not hold."""
+    import sys
+
+    findings = []
+    for finding in verify():
+        findings.append(finding)
+        if not as_json:
+            state = finding.fault or f"holds  {finding.files} files  {finding.record[:12]}".rstrip()
+            sys.stdout.write(f"{finding.step:6}  {state}\n")
+            sys.stdout.flush()
+    fault = findings[-1].fault
+    head = next((finding.record for finding in reversed(findings) if finding.record), "")
+    if as_json:
+        report = {"holds": fault is None, "head": head, "steps": [f._asdict() for f in findings]}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    elif fault is None:
+        sys.stdout.write(f"the chain holds; its head is {head}\n")
+    else:
+        sys.stdout.write(f"the chain does not hold at {findings[-1].step}\n")
+    return 0 if fault is None else 1

@@ -1,0 +1,168 @@
+"""`sdlora audit verify` holds for what a run left, and finds one flipped bit in any file of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sdlora.ledger import record_bytes
+from sdlora.tensors import file_sha256, read_tensors, write_tensors
+from tests.pipelines.conftest import call, environment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished project, as the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished[0], folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """The exit status and the lines of `sdlora audit verify`."""
+    done = subprocess.run(
+        ["sdlora", "audit", "verify"], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert not done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+def first_fault() -> str | None:
+    """The first thing that does not hold in the working directory, found in this process: faster."""
+    from pipelines.audit import verify
+
+    return next((f"{finding.step} {finding.fault}" for finding in verify() if finding.fault), None)
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of a file, and hide it from whoever looks at times and sizes only."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_finished_chain_holds_and_says_its_head(project: Path) -> None:
+    status, lines = verify(project)
+    head = file_sha256(project / "artifacts/model/t02/step.json")
+
+    assert status == 0
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        [s, "holds"] for s in ("t00", "t01", "t02", "report")
+    ]
+    assert lines[-1] == f"the chain holds; its head is {head}"
+    report = json.loads(call(project, "sdlora", "audit", "verify", "--json"))
+    assert (report["holds"], report["head"]) == (True, head)
+
+
+def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(project: Path) -> None:
+    files = sorted(path for path in (project / "artifacts").rglob("*") if path.is_file())
+    assert len({path.suffix for path in files}) >= 5
+    missed = []
+    for index, path in enumerate([*files, project / "metrics.json"]):
+        name = path.relative_to(project).as_posix()
+        at = (0, path.stat().st_size // 2, -1)[index % 3]
+        flip(path, at)
+        fault = first_fault()
+        if fault is None or f" {name}" not in fault:
+            missed.append((name, at, fault))
+        flip(path, at)
+    assert not missed
+    assert first_fault() is None
+
+
+def test_a_moved_direction_is_named_with_step_file_and_tensor(project: Path) -> None:
+    path = project / "artifacts/model/t02/directions/t01.safetensors"
+    tensors = read_tensors(path)
+    tensors["blocks.1.attn.v.up"][0, 0] += 1e-6
+    path.chmod(0o644)
+    write_tensors(path, tensors)
+    status, lines = verify(project)
+
+    assert status == 1
+    assert lines[1].startswith("t01     holds")
+    assert (
+        "t02     artifacts/model/t02/directions/t01.safetensors: the tensor blocks.1.attn.v.up was"
+        in lines[2]
+    )
+    assert lines[3] == "the chain does not hold at t02"
+
+
+def test_a_direction_that_moved_with_its_record_rewritten_is_found_all_the_same(project: Path) -> None:
+    folder = project / "artifacts/model/t02"
+    path = folder / "directions/t01.safetensors"
+    tensors = {name: tensor * 1.01 for name, tensor in read_tensors(path).items()}
+    for file in (path, folder / "step.json"):
+        file.chmod(0o644)
+    write_tensors(path, tensors)
+    record = json.loads((folder / "step.json").read_text())
+    record["files"]["directions/t01.safetensors"] = file_sha256(path)
+    (folder / "step.json").write_bytes(record_bytes(record))
+
+    assert "t02 artifacts/model/t02/directions/t01.safetensors: it was frozen at an earlier step" in str(
+        first_fault()
+    )
+
+
+def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project: Path) -> None:
+    path = project / "artifacts/model/t01/step.json"
+    record = json.loads(path.read_text())
+    record["parameters"]["seed"] += 1
+    path.chmod(0o644)
+    path.write_bytes(record_bytes(record))
+    lock = project / "dvc.lock"
+
+    assert "t01 artifacts/model/t01/step.json: its bytes are not those of dvc.lock" in str(first_fault())
+    # Whoever rewrites dvc.lock too is betrayed by the next record.
+    from pipelines.audit import folder_md5, md5_of
+
+    names = [file for file in (path.parent).rglob("*") if file.is_file()]
+    forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
+    from pipelines.audit import read_lock
+
+    lock.write_text(lock.read_text().replace(read_lock().outs["artifacts/model/t01"], forged))
+    assert "t02 artifacts/model/t02/step.json: its step before is" in str(first_fault())
+
+
+def test_a_file_too_many_and_one_too_few_are_found(project: Path) -> None:
+    extra = project / "artifacts/model/t01/head/t09.safetensors"
+    extra.write_bytes(b"")
+    assert "head/t09.safetensors: the record does not name this file" in str(first_fault())
+    extra.unlink()
+    (project / "artifacts/model/t02/magnitudes.safetensors").unlink()
+    assert "t02 artifacts/model/t02/magnitudes.safetensors: the file is missing" in str(first_fault())
+
+
+def test_what_is_not_in_the_workspace_is_verified_from_the_cache(project: Path) -> None:
+    shutil.rmtree(project / "artifacts")
+    assert first_fault() is None
+    cached = [path for path in (project / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
+    flip(max(cached, key=lambda path: path.stat().st_size), 100_000)
+    assert "t00 artifacts/model/t00/backbone.safetensors" in str(first_fault())
+
+
+def test_what_is_nowhere_is_named(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/fit")
+    shutil.rmtree(project / ".dvc/cache")
+    assert "t01 artifacts/fit/t01: it is neither here nor in DVC's cache; fetch it with `dvc fetch`" in str(
+        first_fault()
+    )
+
+
+def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:
+    (project / "dvc.lock").unlink()
+    done = subprocess.run(
+        ["sdlora", "audit", "verify"], cwd=project, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: dvc.lock: the file is missing; run `sdlora run`")
