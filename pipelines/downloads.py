@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING
 from pipelines.errors import InputError
 from pipelines.files import naming
 from pipelines.progress import Progress
+from pipelines.stage import say
 
 if TYPE_CHECKING:
     import httpx
@@ -150,7 +151,9 @@ def _fetch(url: str, remote: Remote, file: IO[bytes]) -> None:
             if failures == TRIES:
                 raise RefusedError(str(trouble)) from None
             pause = trouble.pause if trouble.pause is not None else FIRST_PAUSE * 2 ** (failures - 1)
-            time.sleep(min(pause, LONGEST_PAUSE))
+            pause = min(pause, LONGEST_PAUSE)
+            say(f"download {remote.name}: {trouble}; trying again in {pause:.0f} s")
+            time.sleep(pause)
 
 
 def _request(url: str, remote: Remote, file: IO[bytes]) -> None:

@@ -221,11 +221,14 @@ def test_an_address_that_has_nothing_is_one_line_with_a_way_out(server: Server, 
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
-def test_a_server_that_is_busy_is_asked_again(server: Server, tmp_path: Path, status: int) -> None:
+def test_a_server_that_is_busy_is_asked_again(
+    server: Server, tmp_path: Path, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.before = [(status, {}), (status, {"Retry-After": "0"})]
 
     assert obtain(remote(server.url()), tmp_path).read_bytes() == CONTENT
     assert len(server.asked) == 3
+    assert f"download file.bin: the server answers {status} " in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_there_is_given_up(server: Server, tmp_path: Path) -> None:
