@@ -75,13 +75,32 @@ def require_project() -> None:
 
 
 @app.command()
-def run() -> None:
+def run(
+    params: Annotated[
+        Path | None, typer.Option(help="First lay this parameter set (experiments/*.yaml) over params.yaml.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --params: another seed than the set's.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="With --params: write params.yaml, and stop.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --params: overwrite what is not committed, or trained otherwise."),
+    ] = False,
+) -> None:
     """Bring everything up to date: train new tasks, test, report.
 
     Only stages whose inputs changed run; what was made before comes from the cache. Killed at any moment, the
     same command goes on. Each stage is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
     """
     require_project()
+    if params is not None:
+        from pipelines.experiments import lay_over
+
+        for line in lay_over(params, seed=seed, force=force):
+            typer.echo(line)
+        if dry:
+            return
+    elif seed is not None or dry or force:
+        raise InputError("run: --seed, --dry and --force go with --params; give the file of a parameter set")
     from pipelines.run import run_pipeline
 
     raise SystemExit(run_pipeline())
@@ -98,7 +117,11 @@ def status() -> None:
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    source: Annotated[Path | None, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Instead: a data set of the papers, such as imagenet-r; also adds it to fetch."),
+    ] = None,
     tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
     classes_per_task: Annotated[int | None, typer.Option(help="Instead: classes in each task.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the order of the classes.")] = 1993,
@@ -106,11 +129,22 @@ def plan(
         bool, typer.Option("--force", help="Even if steps of the old plan are trained.")
     ] = False,
 ) -> None:
-    """Divide a folder's classes into tasks, in params.yaml."""
+    """Divide the classes of a folder, or of a benchmark, into tasks, in params.yaml."""
     require_project()
-    from pipelines import tasks as edit
+    if (source is None) == (benchmark is None):
+        raise InputError("plan: give either a folder of images or --benchmark NAME")
+    if benchmark is not None:
+        from pipelines.experiments import plan_benchmark
 
-    for line in edit.plan(source, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force):
+        lines = plan_benchmark(
+            benchmark, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force
+        )
+    else:
+        from pipelines import tasks as edit
+
+        assert source is not None
+        lines = edit.plan(source, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force)
+    for line in lines:
         typer.echo(line)
 
 
@@ -147,10 +181,13 @@ def audit_verify(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`: digits or glyphs100.")],
+    name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`, such as digits or cifar100.")],
     out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
 ) -> None:
-    """Write a known data set as image files."""
+    """Write a known data set as image files; its archives are kept in .sdlora/downloads/NAME.
+
+    A download that was cut off goes on where it was. Without a network put the archives there yourself.
+    """
     require_project()
     from pipelines.fetch import fetch as stage
     from pipelines.stage import launch

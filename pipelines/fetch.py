@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipelines.benchmarks import LAYOUTS, images
 from pipelines.errors import InputError
-from pipelines.files import whole_folder
-from pipelines.params import Digits, Glyphs100, Params, class_name_fault
+from pipelines.files import naming, whole_folder
+from pipelines.params import Digits, Glyphs100, Params, Section, class_name_fault
+from pipelines.png import png
 from pipelines.stage import stage
 
 if TYPE_CHECKING:
     import numpy as np
 
-GLYPHS = "embedded/glyphs100.arrow"
+GLYPHS = "embedded/glyphs100/glyphs100.arrow"
 
 
 class DataSet(NamedTuple):
     """The files of a data set: `{train,test}/<class>/<file>` and bytes."""
 
-    files: list[tuple[PurePosixPath, bytes]]
-    left_out: int
+    files: Iterable[tuple[PurePosixPath, bytes]]
+    left_out: int = 0
     """images that are not among the files because others are the same"""
 
 
@@ -36,25 +38,39 @@ def fetch(name: str, *, out: Path) -> list[dict[str, str | int | float]]:
         raise InputError(
             f"fetch: {name!r} is not a data set that can be fetched; known are {', '.join(KNOWN)}"
         )
-    options = getattr(params.fetch, name)
+    options = params.fetch.entry(name)
     if options is None:
         raise InputError(f"params.yaml: fetch: there is no entry {name!r}; add one (see its comment)")
     data_set = KNOWN[name](options)
+    written: list[PurePosixPath] = []
     with whole_folder(out) as folder:
         for path, data in data_set.files:
-            (folder / path.parent).mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(data)
-    return summarise(data_set)
+            write_image(folder, path, data)
+            written.append(path)
+    return summarise(written, data_set.left_out)
 
 
-def summarise(data_set: DataSet) -> list[dict[str, str | int | float]]:
+def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
+    """Write one image at its place in the folder, which nothing may have taken."""
+    part, class_name, name = path.parts
+    if part not in ("train", "test") or class_name_fault(class_name) or name.startswith("."):
+        raise InputError(f"{path}: not the path of an image, {{train,test}}/<class>/<file>")
+    (folder / path.parent).mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(folder / path), (folder / path).open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        raise InputError(f"{path}: the data set has this file twice; report it with this line") from None
+
+
+def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str | int | float]]:
     """One row for train, one for test, and one for what was left out, if anything was."""
     summary: list[dict[str, str | int | float]] = []
     for part in ("train", "test"):
-        classes = [path.parts[1] for path, _ in data_set.files if path.parts[0] == part]
+        classes = [path.parts[1] for path in paths if path.parts[0] == part]
         summary.append({"split": part, "classes": len(set(classes)), "images": len(classes)})
-    if data_set.left_out:
-        summary.append({"split": "left out: copies", "classes": 0, "images": data_set.left_out})
+    if left_out:
+        summary.append({"split": "left out: copies", "classes": 0, "images": left_out})
     return summary
 
 
@@ -95,15 +111,6 @@ def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     )
 
 
-def png(image: np.ndarray) -> bytes:
-    """A grey image as PNG, stored, not compressed: compressed bytes would vary with the version of zlib."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=0)
-    return file.getvalue()
-
-
 def glyphs100(options: Glyphs100) -> DataSet:
     """The embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
     import pyarrow as pa
@@ -130,5 +137,16 @@ def glyphs100(options: Glyphs100) -> DataSet:
     return DataSet(files, left_out=0)
 
 
-KNOWN: dict[str, Callable[[Any], DataSet]] = {"digits": digits, "glyphs100": glyphs100}
+def published(name: str, options: Section) -> DataSet:
+    """A data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
+    chosen = options.model_dump()
+    archive = Path(chosen["archive"]) if chosen.get("archive") else None
+    return DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))
+
+
+KNOWN: dict[str, Callable[[Any], DataSet]] = {
+    "digits": digits,
+    "glyphs100": glyphs100,
+    **{name: partial(published, name) for name in LAYOUTS},
+}
 """The data sets by name; each has an entry of the same name, its settings, in `params.Fetch`."""

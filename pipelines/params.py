@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pipelines.errors import InputError
@@ -55,6 +56,47 @@ class Glyphs100(Section):
     """The embedded benchmark comes divided already and has no settings."""
 
 
+class Published(Section):
+    """A data set that its authors divided into train and test, and that has no settings."""
+
+
+class Divided(Section):
+    """A data set that its authors did not divide, and that the user may have divided already."""
+
+    archive: Text | None = None
+    """with split: archive only: a .zip or .tar that has train/<class>/ and test/<class>/ in it"""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """its hash, so that another file under its name is noticed"""
+
+
+class ImageNetR(Divided):
+    """How ImageNet-R is divided."""
+
+    split: Literal["coda-prompt", "stratified", "archive"]
+    """which images are tested on"""
+
+
+class ImageNetA(Divided):
+    """How ImageNet-A is divided."""
+
+    split: Literal["stratified", "archive"]
+    """which images are tested on"""
+
+
+class Cub200(Divided):
+    """How CUB-200-2011 is divided."""
+
+    split: Literal["official", "stratified", "archive"]
+    """which images are tested on"""
+
+
+class DomainNet(Section):
+    """How DomainNet is divided."""
+
+    split: Literal["coda-prompt", "official"]
+    """which images are tested on, and of which domains"""
+
+
 class Fetch(Section):
     """The data sets that `sdlora fetch` can bring, by name; own images need none."""
 
@@ -62,6 +104,30 @@ class Fetch(Section):
     """scikit-learn's handwritten digits"""
     glyphs100: Glyphs100 | None = None
     """the embedded benchmark of 100 characters"""
+    mnist: Published | None = None
+    """handwritten digits, 28x28"""
+    fashion_mnist: Published | None = Field(None, alias="fashion-mnist")
+    """pictures of clothes, 28x28"""
+    cifar100: Published | None = None
+    """CIFAR-100, 32x32"""
+    imagenet_r: ImageNetR | None = Field(None, alias="imagenet-r")
+    """ImageNet-R(enditions)"""
+    imagenet_a: ImageNetA | None = Field(None, alias="imagenet-a")
+    """ImageNet-A(dversarial)"""
+    cub200: Cub200 | None = None
+    """CUB-200-2011, birds"""
+    domainnet: DomainNet | None = None
+    """DomainNet, 345 classes in several domains"""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The data sets that are known, as `params.yaml` calls them."""
+        return list(_fields(cls))
+
+    def entry(self, name: str) -> Section | None:
+        """The settings of a known data set, if it is to be brought."""
+        entry: Section | None = getattr(self, name.replace("-", "_"))
+        return entry
 
     @field_validator("*", mode="before")
     @classmethod
@@ -238,6 +304,7 @@ class Params(Section):
                 faults = _type_faults(error)
             else:
                 faults = [
+                    *_fetch_faults(params.fetch),
                     *_backbone_faults(params.backbone),
                     *_adapter_faults(params.adapter),
                     *_task_faults(params.tasks),
@@ -303,7 +370,7 @@ def class_name_fault(name: str) -> str | None:
 def missing_source(source: str | Path) -> str:
     """What to do about a source folder that is not there."""
     folder, name = posixpath.split(posixpath.normpath(str(source)))
-    if folder == "data/raw" and name in Fetch.model_fields:
+    if folder == "data/raw" and name in Fetch.names():
         return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
     return "put images there as train/<class>/ and test/<class>/, or correct the path"
 
@@ -336,7 +403,7 @@ def _type_fault(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, w
     }
     match error["type"]:
         case "extra_forbidden":
-            known = list(_section(error["loc"][:-1]).model_fields)
+            known = list(_fields(_section(error["loc"][:-1])))
             close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
             return f"unknown key; {hint}"
@@ -379,6 +446,26 @@ _KINDS = {
     "model_type": "a block of keys",
     "dict_type": "a block of keys",
 }
+
+
+def _fetch_faults(fetch: Fetch) -> Iterator[str]:
+    """A divided archive of one's own, and its hash, go with the split `archive` and with no other."""
+    for name in Fetch.names():
+        entry = fetch.entry(name)
+        if not isinstance(entry, ImageNetR | ImageNetA | Cub200):
+            continue
+        for key in ("archive", "sha256"):
+            value = getattr(entry, key)
+            if entry.split == "archive" and value is None:
+                what = (
+                    "its path" if key == "archive" else f"what `sha256sum` prints of {entry.archive or 'it'}"
+                )
+                yield f"fetch.{name}.{key}: the split is your own archive, found nothing; write {what}"
+            if entry.split != "archive" and value is not None:
+                yield (
+                    f"fetch.{name}.{key}: found {_show(value)}, but the split {entry.split} does not read it;"
+                    " remove it, or write split: archive"
+                )
 
 
 def _backbone_faults(backbone: Backbone) -> Iterator[str]:
@@ -477,16 +564,21 @@ def _section(where: tuple[str | int, ...]) -> type[Section]:
         if model == Mapping[str, Task]:
             model = Task
         else:
-            annotation = model.model_fields[part].annotation
+            annotation = _fields(model)[part].annotation
             options = [option for option in get_args(annotation) if option is not NoneType]
             model = options[0] if NoneType in get_args(annotation) else annotation
     return model
 
 
-def _field(where: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - pydantic's FieldInfo
+def _field(where: tuple[str | int, ...]) -> FieldInfo:
     while isinstance(where[-1], int):
         where = where[:-1]
-    return _section(where[:-1]).model_fields[str(where[-1])]
+    return _fields(_section(where[:-1]))[str(where[-1])]
+
+
+def _fields(model: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a block by the names that `params.yaml` has for them: an attribute has no hyphen."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _place(where: tuple[str | int, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,39 @@ def test_outside_a_project_one_line_says_where_to_go(command: str, tmp_path: Pat
     assert done.stdout == ""
     assert done.stderr == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("plan --tasks 5", "plan: give either a folder of images or --benchmark NAME"),
+        ("plan x --benchmark mnist --tasks 5", "plan: give either a folder of images or --benchmark NAME"),
+        ("run --dry", "run: --seed, --dry and --force go with --params; give the file of a parameter set"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(command: str, fault: str, tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    done = sdlora(*command.split(), folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"error: {fault}\n")
+
+
+def test_a_parameter_set_can_be_written_without_running_it(tmp_path: Path) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    chosen = REPOSITORY / "experiments" / "cifar100_10_default.yaml"
+    done = sdlora("run", "--params", str(chosen), "--seed", "7", "--dry", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "params.yaml: seed: 1993 → 7"
+    assert lines[-1] == "params.yaml: tasks: 10 of cifar100, in the order of seed 7"
+    assert not (tmp_path / "artifacts").exists()
+
+    done = sdlora("plan", "--benchmark", "mnist", "--tasks", "5", folder=tmp_path)
+    assert (
+        done.stdout.splitlines()[0]
+        == "params.yaml: 10 classes of mnist in 5 tasks, in the order of seed 1993"
+    )
 
 
 def test_an_error_goes_to_the_file_that_the_outer_run_reads_and_is_printed_by_it_alone(

@@ -9,9 +9,10 @@ from PIL import Image
 
 from pipelines import fetch as module
 from pipelines.errors import InputError
-from pipelines.fetch import KNOWN, digits, distinct_images, fetch, png
+from pipelines.fetch import KNOWN, digits, distinct_images, fetch
 from pipelines.files import sha256_of
 from pipelines.params import Digits, Fetch
+from pipelines.png import png
 
 SHIPPED = Path(__file__).parents[2] / "params.yaml"
 
@@ -30,9 +31,9 @@ def with_glyphs() -> None:
 
 def pack_glyphs(folder: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, object]]) -> None:
     """Put another benchmark in the place of the packaged one."""
-    (folder / "embedded").mkdir()
+    (folder / "embedded" / "glyphs100").mkdir(parents=True)
     table = pa.Table.from_pylist(rows)
-    with pa.ipc.new_file(folder / "embedded" / "glyphs100.arrow", table.schema) as file:
+    with pa.ipc.new_file(folder / "embedded" / "glyphs100" / "glyphs100.arrow", table.schema) as file:
         file.write_table(table)
     monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda _: folder))
 
@@ -42,7 +43,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_every_known_data_set_has_its_settings() -> None:
-    assert set(KNOWN) == set(Fetch.model_fields)
+    assert set(KNOWN) == set(Fetch.names())
 
 
 def test_digits_become_png_files_in_class_folders(project: Path) -> None:
@@ -130,13 +131,17 @@ def test_a_missing_benchmark_file_is_named(project: Path, monkeypatch: pytest.Mo
     with_glyphs()
     monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda _: project))
 
-    with pytest.raises(InputError, match=r"pipelines/embedded/glyphs100\.arrow: the file is missing"):
+    with pytest.raises(
+        InputError, match=r"pipelines/embedded/glyphs100/glyphs100\.arrow: the file is missing"
+    ):
         fetch("glyphs100", out=project / "out")
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones(project: Path) -> None:
-    with pytest.raises(InputError, match=r"'mnist' is not a data set .* known are digits, glyphs100"):
-        fetch("mnist", out=project / "out")
+    with pytest.raises(
+        InputError, match=r"'cifar10' is not a data set .* known are digits, glyphs100, cifar100"
+    ):
+        fetch("cifar10", out=project / "out")
 
 
 def test_a_data_set_without_an_entry_is_refused(project: Path) -> None:

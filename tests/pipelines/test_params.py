@@ -155,14 +155,37 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="an-unknown-data-set",
         ),
         pytest.param(
-            "digits: {test_fraction: 0.2, seed: 0}", "cifar100: {}",
-            "fetch.cifar100: unknown key; known are digits, glyphs100",
+            "digits: {test_fraction: 0.2, seed: 0}", "speech: {}",
+            "fetch.speech: unknown key; known are digits, glyphs100, mnist, fashion-mnist, cifar100, imagenet-r,"
+            " imagenet-a, cub200, domainnet",
             id="a-data-set-that-no-name-is-like",
         ),
         pytest.param(
             "digits: {test_fraction: 0.2, seed: 0}", "glyphs100:",
             "fetch.glyphs100: expected a block of keys, found nothing (null); correct it",
             id="a-data-set-without-a-block",
+        ),
+        pytest.param(
+            "digits: {test_fraction: 0.2, seed: 0}", "imagenet-r: {}",
+            "fetch.imagenet-r.split: the key is missing; add it (which images are tested on)",
+            id="a-data-set-without-its-setting",
+        ),
+        pytest.param(
+            "digits: {test_fraction: 0.2, seed: 0}", "imagenet_r: {split: stratified}",
+            "fetch.imagenet_r: unknown key; did you mean imagenet-r?",
+            id="a-data-set-by-its-attribute",
+        ),
+        pytest.param(
+            "digits: {test_fraction: 0.2, seed: 0}", "imagenet-a: {split: archive, archive: a.zip}",
+            "fetch.imagenet-a.sha256: the split is your own archive, found nothing; write what `sha256sum` prints"
+            " of a.zip",
+            id="an-archive-without-a-hash",
+        ),
+        pytest.param(
+            "digits: {test_fraction: 0.2, seed: 0}", "cub200: {split: official, archive: a.zip}",
+            'fetch.cub200.archive: found "a.zip", but the split official does not read it; remove it, or write'
+            " split: archive",
+            id="an-archive-that-is-not-read",
         ),
         pytest.param(
             "seed: 1993", "seed: 1993\nseed: 7",
