@@ -92,7 +92,7 @@ def status() -> None:
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    source: Annotated[Path, typer.Argument(help="Folder of class folders, or a manifest.")],
     tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
     classes_per_task: Annotated[int | None, typer.Option(help="Instead: classes in each task.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the order of the classes.")] = 1993,
@@ -110,7 +110,7 @@ def plan(
 
 @app.command("add-task")
 def add_task(
-    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    source: Annotated[Path, typer.Argument(help="Folder of class folders, or a manifest.")],
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
@@ -160,7 +160,7 @@ def backbone(out: Out) -> None:
 @app.command(rich_help_panel=STAGES)
 def split(
     task: Task,
-    source: Annotated[Path, typer.Option(help="Images: SOURCE/{train,test}/CLASS/*.")],
+    source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
     before: Before,
     out: Out,
 ) -> None:
@@ -215,6 +215,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder of this step.")],
     backbone: Backbone,
     test: Annotated[Path, typer.Option(help="Folder of all test files so far.")],
+    validation: Annotated[Path, typer.Option(help="Folder of all validation files so far.")],
     classes: Classes,
     out: Out,
 ) -> None:
@@ -223,7 +224,16 @@ def evaluate(
     from pipelines.evaluate import evaluate as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, model=model, backbone=backbone, test=test, classes=classes, out=out)
+    launch(
+        stage,
+        task=task,
+        model=model,
+        backbone=backbone,
+        test=test,
+        validation=validation,
+        classes=classes,
+        out=out,
+    )
 
 
 @app.command(rich_help_panel=STAGES)

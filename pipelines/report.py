@@ -323,9 +323,9 @@ def data_uri(image: bytes) -> str:
     """Encode a small copy of an image, whatever its format, as one that every browser shows."""
     from PIL import Image
 
-    from pipelines.images import open_picture, strict_pictures
+    from pipelines.images import ANY_SIZE, open_picture, strict_pictures
 
-    with strict_pictures():
+    with strict_pictures(ANY_SIZE):
         picture = open_picture(image)
     if picture.mode == "RGBA":  # white shows through, as it does for the model
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

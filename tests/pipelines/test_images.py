@@ -61,7 +61,7 @@ def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [SampleRow("t01/test/a/1.png", "test", 3, "s", "p")]
+    rows = [SampleRow("t01/test/a/1.png", "test", 3, "s", "p", "h")]
 
     write_samples(tmp_path / "samples.arrow", rows)
 

@@ -23,7 +23,7 @@ CLASSES = {"t01": ["3", "7"], "t02": ["0", "9", "1"], "t03": ["4", "8"]}
 PARAMS = """\
 seed: 1993
 fetch: {digits: {test_fraction: 0.2, seed: 0}}
-split: {duplicates: refuse}
+data: {duplicates: refuse, test_fraction: 0.2, seed: 0, validation: null, max_pixels: 1000}
 backbone: {name: glyph_vit, weights: null, sha256: null}
 adapter: {method: sdlora, head: linear, formulation: continuous, targets: null, rank: 10, rank_schedule: {t01: 10},
   magnitude_start: null, magnitudes: null, initial_up: null, tolerance: 0.5, compress: null, penalty: null,

@@ -106,6 +106,7 @@ def run_evaluation(task: str) -> None:
         model=Path(f"model/{task}"),
         backbone=Path("model/t00"),
         test=Path(f"split/{task}/test"),
+        validation=Path(f"split/{task}/validation"),
         classes=Path(f"split/{task}/classes.json"),
         out=Path(f"evaluation/{task}"),
     )
@@ -347,6 +348,7 @@ def test_a_model_is_not_evaluated_on_the_classes_of_another_step(project: Path) 
             model=Path("model/t01"),
             backbone=Path("model/t00"),
             test=Path("split/t02/test"),
+            validation=Path("split/t02/validation"),
             classes=Path("split/t02/classes.json"),
             out=Path("evaluation/t01"),
         )

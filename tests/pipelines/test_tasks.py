@@ -157,7 +157,9 @@ def test_a_plan_that_cannot_be_is_refused(settings: dict[str, int], fault: str) 
     [
         pytest.param("data/raw/own", "data/raw/own: the folder is missing; put images there", id="own"),
         pytest.param("data/raw/glyphs100", "the folder is missing; run `sdlora fetch glyphs100", id="known"),
-        pytest.param("data/raw", "data/raw/train: the folder is missing", id="without-train"),
+        pytest.param(
+            "data/raw", "data/raw/digits: a folder of folders, so data/raw holds neither", id="of-sources"
+        ),
         pytest.param("..", r"\.\.: not a folder inside the project; copy or link", id="outside"),
         pytest.param("/usr/share", "/usr/share: not a folder inside the project", id="absolute-outside"),
         pytest.param(".", r"\.: not a folder inside the project", id="the-project-itself"),
@@ -216,9 +218,7 @@ def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
         pytest.param(
             ["3"], "class '3' is already in t03 of params.yaml; a class is learned once", id="known"
         ),
-        pytest.param(
-            ["x"], "data/raw/digits/train/x: the folder is missing; classes there are 0, 1", id="absent"
-        ),
+        pytest.param(["x"], "data/raw/digits: there is no class 'x'; classes there are 0, 1, 2", id="absent"),
     ],
 )
 def test_a_task_without_new_classes_is_refused(given: list[str] | None, fault: str) -> None:
