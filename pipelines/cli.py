@@ -125,6 +125,27 @@ def add_task(
 
 
 @app.command()
+def doctor(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="Folder or manifest that would be the next task; all tasks if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every file and class.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at files only, not through the backbone.")
+    ] = False,
+) -> None:
+    """Check images before any training: files, duplicates, balance, look-alikes.
+
+    Ends with status 2 if there is an error, with 0 if there are warnings only.
+    """
+    require_project()
+    from pipelines.doctor import doctor as examine
+
+    raise SystemExit(examine(source, as_json=as_json, quick=quick))
+
+
+@app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`: digits or glyphs100.")],
     out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,

@@ -95,13 +95,14 @@ def perceptual_hash(picture: Image) -> str:
 
 def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolerated: bool) -> Iterator[Fault]:
     """What is wrong with equal pictures: one in two parts; and, unless tolerated, one in two tasks or classes."""
-    owners: dict[str, list[Print]] = {}
+    owners: dict[str, dict[tuple[str, int | str], Print]] = {}
     for known in earlier:
-        owners.setdefault(known.pixels, []).append(known)
+        owners.setdefault(known.pixels, {}).setdefault((known.part, known.label), known)
     for picture in pictures:
-        others = owners.setdefault(picture.pixels, [])
-        leak = next((other for other in others if other.part != picture.part), None)
-        conflict = next((other for other in others if other.label != picture.label), None)
+        # The first of each part and class, so that many copies cost no more than few.
+        others = owners.setdefault(picture.pixels, {})
+        leak = next((other for other in others.values() if other.part != picture.part), None)
+        conflict = next((other for other in others.values() if other.label != picture.label), None)
         if leak is not None:
             first, second = sorted((leak.part, picture.part), key=PARTS.index)
             what = f"the same picture as {leak.shown}, in {first} and {second}"
@@ -110,14 +111,15 @@ def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolera
             what = f"the same picture as {conflict.shown}, of another class"
             remedy = "remove one, or set data.duplicates: allow in params.yaml"
             yield Fault(picture.shown, what, remedy)
-        others.append(picture)
+        others.setdefault((picture.part, picture.label), picture)
 
 
 def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
-    """For each picture of `left` that nearly is one of `right`, in order, the nearest such; equal ones left out.
+    """For each picture of `left` that nearly is one of `right`, in order, one such; equal pictures are left out.
 
     Hashes that differ in fewer bits than there are chunks agree in one chunk at least, so only those that do are
-    compared: the time grows with the number of pictures that share one of 65,536 values, not with all pairs.
+    compared, until one is found: the time grows with the number of pictures that share one of 65,536 values, not with
+    the number of all pairs.
     """
     import numpy as np
 
@@ -127,28 +129,24 @@ def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[P
     if not left or not right:
         return []
     ours, theirs = _bits(left), _bits(right)
-    distance = np.full(len(left), NEAR + 1, np.int64)
-    nearest = np.full(len(left), -1, np.int64)
-    same: dict[str, int] = {}
-    pixels = [same.setdefault(picture.pixels, len(same)) for picture in (*left, *right)]
-    our_pixels, their_pixels = np.array(pixels[: len(left)]), np.array(pixels[len(left) :])
+    found = np.full(len(left), -1)
+    numbers: dict[str, int] = {}
+    pixels = np.array([numbers.setdefault(one.pixels, len(numbers)) for one in (*left, *right)])
+    our_pixels, their_pixels = pixels[: len(left)], pixels[len(left) :]
     for chunk in range(_CHUNKS):
         keys = theirs[:, chunk]
         order = np.argsort(keys, kind="stable")
-        wanted, members = np.unique(ours[:, chunk], return_inverse=True)
-        starts = np.searchsorted(keys[order], wanted, "left")
-        ends = np.searchsorted(keys[order], wanted, "right")
-        grouped = np.argsort(members, kind="stable")
-        bounds = np.searchsorted(members[grouped], np.arange(len(wanted) + 1))
-        for value in np.flatnonzero(ends > starts):
-            candidates = np.sort(order[starts[value] : ends[value]])
-            for one in grouped[bounds[value] : bounds[value + 1]]:
-                bits = np.bitwise_count(theirs[candidates] ^ ours[one]).sum(axis=1, dtype=np.int64)
-                bits[their_pixels[candidates] == our_pixels[one]] = NEAR + 1
-                best = int(bits.argmin())
-                if (bits[best], candidates[best]) < (distance[one], nearest[one]):
-                    distance[one], nearest[one] = bits[best], candidates[best]
-    return [(left[one], right[nearest[one]]) for one in np.flatnonzero(distance <= NEAR).tolist()]
+        waiting = np.flatnonzero(found < 0)
+        starts = np.searchsorted(keys[order], ours[waiting, chunk], "left")
+        ends = np.searchsorted(keys[order], ours[waiting, chunk], "right")
+        for one, start, end in zip(waiting, starts, ends, strict=True):
+            if start < end:
+                candidates = order[start:end]
+                bits = np.bitwise_count(theirs[candidates] ^ ours[one]).sum(axis=1)
+                near = candidates[(bits <= NEAR) & (their_pixels[candidates] != our_pixels[one])]
+                if len(near):
+                    found[one] = near[0]
+    return [(left[one], right[found[one]]) for one in np.flatnonzero(found >= 0).tolist()]
 
 
 def _bits(pictures: Sequence[Print]) -> np.ndarray:

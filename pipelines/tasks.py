@@ -58,10 +58,21 @@ def plan(
 
 def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
     """Append the next task: the given classes of a source, or all that are new; return lines to print."""
+    key, task, known, text = next_task(source, classes=classes, path=path)
+    replace_file(path, text, expected={**known, key: task})
+    return [
+        f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}",
+        task_line(key, task),
+    ]
+
+
+def next_task(
+    source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS
+) -> tuple[str, Task, Mapping[str, Task], str]:
+    """The task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with it."""
     folder, manifest = inside_project(source, path)
     text = read_text(path)
-    raw = read_yaml(text, origin=str(path)).get("tasks")
-    known: Mapping[str, Task] = Params.parse(text, origin=str(path)).tasks if raw else {}
+    known = known_tasks(text, path)
     names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     owner = {name: key for key, task in known.items() for name in task.classes}
     chosen = list(classes or (name for name in names if name not in owner))
@@ -78,12 +89,13 @@ def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: 
     last = list(known)[-1] if known else "t00"
     key = f"t{int(last[1:]) + 1:02d}"
     task = Task(after=last, source=folder, manifest=manifest, classes=tuple(chosen))
-    new = with_line(text, key, task) if known else with_block(text, {key: task})
-    replace_file(path, new, expected={**known, key: task})
-    return [
-        f"{path}: added {key}, {len(chosen)} {'class' if len(chosen) == 1 else 'classes'}",
-        task_line(key, task),
-    ]
+    return key, task, known, with_line(text, key, task) if known else with_block(text, {key: task})
+
+
+def known_tasks(text: str, path: Path) -> Mapping[str, Task]:
+    """The tasks of a params file; none where the block is absent or empty, the rest of the file being checked later."""
+    raw = read_yaml(text, origin=str(path)).get("tasks")
+    return Params.parse(text, origin=str(path)).tasks if raw else {}
 
 
 def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
