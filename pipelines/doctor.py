@@ -132,11 +132,8 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
         findings += backbone_findings(params.tasks, seen, base, params.data)
     for key in seen:
         if not any(finding.task == key and finding.level != "ok" for finding in findings):
-            count = len(seen[key].images)
-            classes = len(params.tasks[key].classes)
-            findings.append(
-                Finding("ok", "images", key, f"{count} images of {classes} classes, nothing amiss", [], "")
-            )
+            what = f"{count(seen[key].images, 'image')} of {count(params.tasks[key].classes, 'class')}, nothing amiss"
+            findings.append(Finding("ok", "images", key, what, [], ""))
     order = {key: position for position, key in enumerate(["", *params.tasks])}
     return sorted(findings, key=lambda finding: order[finding.task])
 

@@ -356,3 +356,119 @@ def test_a_refused_split_leaves_the_one_there_was() -> None:
         run("t01")
 
     assert tree(Path("split/t01")) == before
+
+
+def parts_of(task: str, *, root: str = "split") -> dict[str, list[str]]:
+    folder = Path(root, task)
+    files = [folder / "train.arrow", *sorted(folder.glob("validation/*.arrow")), *folder.glob("test/*.arrow")]
+    return {str(file.relative_to(folder)): read_images(file)["id"].to_pylist() for file in files}
+
+
+def noise(path: Path, seed: int) -> None:
+    """A picture with a structure, unlike every other one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = random.Random(seed).randbytes(64)
+    Image.frombytes("L", (8, 8), pixels).resize((64, 64), Image.Resampling.BICUBIC).save(path)
+
+
+def undivided(source: str) -> None:
+    """Two tasks of two classes of five images each, in one folder of class folders."""
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("data/raw/own", source))
+    for index, name in enumerate(("ant", "bee", "cat", "dog")):
+        for number in range(5):
+            noise(Path(source, name, f"{number}.png"), 10 * index + number)
+
+
+def run_of(source: str, task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
+    before = {"t01": "t00", "t02": "t01"}[task]
+    return split(task, source=Path(source), before=Path(root, before), out=Path(root, task))
+
+
+def test_without_validation_its_folder_says_so() -> None:
+    run("t01")
+
+    assert read_json(Path("split/t01/validation/tasks.json")) == {"tasks": []}
+    assert [path.name for path in Path("split/t01/validation").iterdir()] == ["tasks.json"]
+
+
+def test_validation_images_are_taken_from_train_and_handed_on() -> None:
+    undivided("data/raw/flat")
+    run_of("data/raw/flat", "t01")
+    plain = parts_of("t01")
+    choose("validation: null", "validation: 0.25")
+
+    summary = run_of("data/raw/flat", "t01")
+    run_of("data/raw/flat", "t02")
+
+    chosen = parts_of("t01")
+    assert summary == [{"class": name, "train": 3, "validation": 1, "test": 1} for name in ("cat", "ant")]
+    assert chosen["test/t01.arrow"] == plain["test/t01.arrow"]
+    names = {part: {name.split("/", 2)[2] for name in ids} for part, ids in chosen.items()}
+    assert names["train.arrow"] | names["validation/t01.arrow"] == {
+        name.split("/", 2)[2] for name in plain["train.arrow"]
+    }
+    assert not names["train.arrow"] & names["validation/t01.arrow"]
+    first, second = tree(Path("split/t01")), tree(Path("split/t02"))
+    assert second["validation/t01.arrow"] == first["validation/t01.arrow"]
+    assert read_json(Path("split/t02/validation/tasks.json")) == {"tasks": ["t01", "t02"]}
+
+
+def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:
+    undivided("data/raw/flat")
+    run_of("data/raw/flat", "t01", root="split")
+    lines = [
+        f"{path.relative_to('data/raw/flat')},{path.parent.name}"
+        for path in Path("data/raw/flat").rglob("*.png")
+    ]
+    Path("data/raw/flat/list.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
+    choose("{after: t00, source: data/raw/flat,", "{after: t00, source: data/raw/flat, manifest: list.csv,")
+    start(out=Path("listed/t00"))
+
+    summary = run_of("data/raw/flat", "t01", root="listed")
+
+    assert summary == [{"class": name, "train": 4, "test": 1} for name in ("cat", "ant")]
+    table = read_images(Path("listed/t01/train.arrow"))
+    assert table["id"][0].as_py().startswith("t01/train/cat/cat/")
+    every = {
+        root: {
+            pixels
+            for file in Path(root, "t01").rglob("*.arrow")
+            for pixels in read_images(file)["pixels"].to_pylist()
+        }
+        for root in ("split", "listed")
+    }
+    assert every["split"] == every["listed"]
+
+
+def test_a_picture_of_validation_is_refused_in_train() -> None:
+    choose("validation: null", "validation: 0.5")
+    copy("train/cat/9.png", "val/cat/1.png")
+
+    assert (
+        "data/raw/own/val/cat/1.png: the same picture as data/raw/own/train/cat/9.png, in train and val"
+        in refusal("t01")
+    )
+
+
+def test_nearly_the_same_pictures_across_parts_are_a_warning_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noise(SOURCE / "train/cat/a.png", 1)
+    noise(SOURCE / "test/dog/b.png", 2)
+    with Image.open(SOURCE / "train/cat/a.png") as image:
+        image.save(SOURCE / "test/ant/a.jpg", quality=90)
+    with Image.open(SOURCE / "test/dog/b.png") as image:
+        image.resize((50, 50)).save(SOURCE / "train/ant/b.png")
+
+    run("t01")
+    run("t02")
+
+    assert read_json(Path("split/t01/split.json"))["near_duplicates"] == 1
+    assert read_json(Path("split/t02/split.json"))["near_duplicates"] == 1
+    said = capsys.readouterr().err
+    assert (
+        "split t01: warning: 1 picture nearly stands in train and in test or validation, such as"
+        " data/raw/own/test/ant/a.jpg and data/raw/own/train/cat/a.png; `sdlora doctor` lists them"
+    ) in said
+    assert "such as data/raw/own/test/dog/b.png and t01/train/ant/b.png of an earlier task" in said

@@ -202,6 +202,61 @@ def test_an_absolute_source_inside_the_project_becomes_relative(project: Path) -
     assert Params.load().tasks["t06"].source == "data/raw/own"
 
 
+def test_a_manifest_stands_for_its_folder_and_is_named() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/my list.csv").write_text("path,label\n1.png,zebra\n2.png,c10\n3.png,c9\n")
+
+    lines = add_task("data/raw/own/my list.csv")
+
+    line = 't06: {after: t05, source: data/raw/own, manifest: "my list.csv", classes: ["c9", "c10", "zebra"]}'
+    assert lines[1] == line
+    task = Params.load().tasks["t06"]
+    assert (task.source, task.manifest) == ("data/raw/own", "my list.csv")
+
+
+def test_a_plan_of_a_manifest_names_it_in_every_task() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/list.csv").write_text("path,label\n1.png,a\n2.png,b\n")
+
+    plan("data/raw/own/list.csv", tasks=2)
+
+    assert [task.manifest for task in Params.load().tasks.values()] == ["list.csv", "list.csv"]
+
+
+def test_a_metadata_file_is_found_and_not_named() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/metadata.csv").write_text("file_name,label\n1.png,zebra\n")
+
+    assert add_task("data/raw/own")[1] == 't06: {after: t05, source: data/raw/own, classes: ["zebra"]}'
+
+
+def test_the_classes_of_an_undivided_folder_are_its_folders() -> None:
+    for name in ("c10", "c9"):
+        Path("data/raw/own", name).mkdir(parents=True)
+
+    add_task("data/raw/own")
+
+    assert classes()["t06"] == ("c9", "c10")
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        pytest.param(
+            "data/raw/own/list.csv", "list.csv: the manifest is missing; put it there", id="missing"
+        ),
+        pytest.param("list.csv", "list.csv: not a folder inside the project|not a folder", id="at-the-top"),
+        pytest.param("../x/list.csv", "not a folder inside the project", id="outside"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(source: str, fault: str) -> None:
+    Path("data/raw/own").mkdir()
+
+    with pytest.raises(InputError, match=fault):
+        add_task(source)
+    assert text() == SHIPPED.read_text()
+
+
 def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
     make_classes("data/raw/own", "a", "b", "c")
 
