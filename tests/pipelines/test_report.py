@@ -227,6 +227,21 @@ def read_page(folder: Path) -> Page:
     return Page((folder / "artifacts/report/report.html").read_text(encoding="utf-8"))
 
 
+def test_the_accuracy_on_validation_images_is_a_metric_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "validation_accuracy" not in json.loads((folder / "metrics.json").read_text())
+    path = folder / "artifacts/evaluation/t03/metrics.json"
+    extra = {"validation_correct": [3, 0, 9], "validation_samples": [4, 0, 12]}
+    dump(path, json.loads(path.read_text()) | extra)
+
+    run_report(folder, monkeypatch)
+
+    assert json.loads((folder / "metrics.json").read_text())["validation_accuracy"] == 0.75
+
+
 def test_the_metrics_follow_from_the_counts_of_right_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
