@@ -30,7 +30,12 @@ def backbone(*, out: Path) -> Summary:
     choice = Params.load().backbone
     if choice.weights:
         _check_file(Path(choice.weights), choice.sha256)
-    created = create_backbone(choice.name, weights=Path(choice.weights) if choice.weights else None)
+    created = create_backbone(
+        choice.name,
+        weights=Path(choice.weights) if choice.weights else None,
+        image_size=choice.image_size,
+        input_normalisation=choice.input_normalisation,
+    )
     with whole_folder(out) as folder:
         record = write_backbone(folder, created)
     channels, height, width = created.input_size

@@ -205,7 +205,12 @@ def load_backbone(params: Params, findings: list[Finding]) -> Backbone | None:
     try:
         base = read_backbone(FROZEN_BASE) if FROZEN_BASE.is_dir() else None
         if base is None or base.description["name"] != choice.name:
-            base = create_backbone(choice.name, weights=Path(choice.weights) if choice.weights else None)
+            base = create_backbone(
+                choice.name,
+                weights=Path(choice.weights) if choice.weights else None,
+                image_size=choice.image_size,
+                input_normalisation=choice.input_normalisation,
+            )
     except (OSError, ValueError, InputError) as error:
         what = f"{choice.name} cannot be loaded: {' '.join(str(error).split())}"
         findings.append(Finding("error", "backbone", "", what, [], "correct backbone in params.yaml"))
@@ -427,9 +432,11 @@ def backbone_findings(
     last = max((position for position, key in enumerate(tasks) if key in seen), default=-1)
     chosen = {key: sample_of(key, task, seen.get(key), data) for key, task in list(tasks.items())[: last + 1]}
     features = features_of(chosen, base)
+    config = base.description["pretrained_cfg"]
+    normalised = any(config["mean"])  # with backbone.input_normalisation: none, nothing is expected of pixels
     for key in seen:
         own = [its.pixels for its in features.values() if its.task == key]
-        if own:
+        if own and normalised:
             yield from pixel_findings(key, own)
     yield from alike_findings(features, set(seen))
 

@@ -152,7 +152,9 @@ def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
 
 def _check_continues(record: dict[str, Any], params: Params, before: Path, targets: Sequence[str]) -> None:
     """Refuse to go on with choices that cannot read what the step before has left."""
-    held = sorted({name.rpartition(".")[2] for name in record.get("targets", [])})
+    from sdlora.adapters import target_of
+
+    held = sorted({target_of(name) for name in record.get("targets", [])})
     for key, chosen, found in (
         ("method", params.adapter.method, record.get("method")),
         ("formulation", params.adapter.formulation, record.get("formulation")),

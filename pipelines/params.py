@@ -91,11 +91,15 @@ class Backbone(Section):
     """The frozen model under all tasks."""
 
     name: Text
-    """a packaged name or any timm vision transformer"""
+    """glyph_vit, or any timm vision transformer with the tag of its weights"""
     weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None
     """a local .safetensors file instead of the name's own weights, or null"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """the file's hash, so that another file under its name is noticed; null without a file"""
+    image_size: Count | None
+    """side of its images in pixels; null is the model's own"""
+    input_normalisation: Literal["model", "none"]
+    """mean and standard deviation of the model's own configuration, or pixels in [0, 1] as they are"""
 
 
 class Adapter(Section):

@@ -179,12 +179,15 @@ def _projections(
                 found = f"neither a linear `attn.qkv` nor `attn.{letter}_proj`"
                 yield f"{prefix}.attn", *_whole(backbone, index, letter, layer, found)
         for name, home, place in (("proj", attention, "attn"), ("fc1", mlp, "mlp"), ("fc2", mlp, "mlp")):
-            if name in targets:
-                layer = getattr(home, name, None)
-                yield (
-                    f"{prefix}.{place}",
-                    *_whole(backbone, index, name, layer, f"no linear `{place}.{name}`"),
-                )
+            # A gated MLP (SwiGLU) may have its first layer in two parts.
+            gated = name == "fc1" and hasattr(mlp, "fc1_g")
+            for part in ("fc1_g", "fc1_x") if gated else (name,):
+                if name in targets:
+                    layer = getattr(home, part, None)
+                    yield (
+                        f"{prefix}.{place}",
+                        *_whole(backbone, index, part, layer, f"no linear `{place}.{part}`"),
+                    )
 
 
 def _whole(
@@ -197,6 +200,11 @@ def _whole(
             "transformers, or other adapter.targets"
         )
     return layer, {name: (0, layer.out_features)}
+
+
+def target_of(name: str) -> str:
+    """Which of `TARGETS` an adapted layer is (`blocks.0.attn.q` → `q`; both halves of a gated `fc1` → `fc1`)."""
+    return name.rpartition(".")[2].partition("_")[0]
 
 
 def inject_adapters(backbone: nn.Module, targets: Sequence[str] = ("q", "v")) -> dict[str, Directions]:

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from torch import nn
 
 from sdlora.ledger import RECORD, record_bytes
@@ -44,21 +50,28 @@ class Backbone(NamedTuple):
         return channels, height, width
 
 
-def create_backbone(name: str, *, weights: Path | None = None) -> Backbone:
+def create_backbone(
+    name: str,
+    *,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    input_normalisation: str = "model",
+) -> Backbone:
     """The timm model `name` without its classifier, with its own pre-trained weights or those of a local file.
 
     Args:
+        name: `glyph_vit`, or a timm model with the tag of its weights (`vit_base_patch16_224.augreg2_in21k_ft_in1k`).
         weights: a .safetensors file of the model's state dict; None for the weights that timm knows by the name.
+        image_size: side of the images in pixels where it is not the model's own; its position embedding is resampled.
+        input_normalisation: `model` for the mean and standard deviation of the model's own configuration, `none` for
+            pixels in [0, 1] as they are, which is what the papers' code feeds whatever the model expects.
 
     Raises:
-        ValueError: timm has no such model or no weights for it, or the file is not the model's.
+        ValueError: timm has no such model or no weights for it, the tag is missing, the file is not the model's, or the
+            model does not take images of that size.
         FileNotFoundError: the weights are missing, or cannot be fetched.
     """
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
-    overlay = None
+    _require_pinned(name)
     if weights is not None:
         if weights.suffix != ".safetensors":
             raise ValueError(f"{weights}: only .safetensors files are loaded (other formats can run code)")
@@ -67,9 +80,15 @@ def create_backbone(name: str, *, weights: Path | None = None) -> Backbone:
                 f"{weights}: no such weight file; correct backbone.weights or set it to null"
             )
         read_tensors(weights)
-        overlay = {"file": str(weights)}
+    arguments = {} if image_size is None else {"img_size": image_size}
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(
+            name,
+            pretrained=True,
+            num_classes=0,
+            pretrained_cfg_overlay=_safe_source(name, weights),
+            **arguments,
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the weights of {name} are missing from the installation; install sdlora again"
@@ -81,18 +100,72 @@ def create_backbone(name: str, *, weights: Path | None = None) -> Backbone:
     except RuntimeError as error:
         source = weights or name
         raise ValueError(f"{source}: no weights that fit {name}: {_first_line(error)}") from error
-    return Backbone(model=model.eval(), description=_describe(name, model))
+    except (TypeError, AssertionError) as error:
+        if image_size is None:
+            raise
+        raise ValueError(
+            f"backbone.image_size: {name} does not take images of {image_size}×{image_size} "
+            f"({_first_line(error)}); write null or a multiple of its patch size"
+        ) from error
+    return Backbone(
+        model=model.eval(),
+        description=_describe(name, model, arguments, normalised=input_normalisation == "model"),
+    )
+
+
+def _require_pinned(name: str) -> None:
+    """Refuse a name that timm does not have, or that leaves the choice of the weights to timm's version."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture}*")[:3]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tags and tag not in tags and name != "glyph_vit":  # the packaged weights change with this package only
+        fault = f"timm {timm.__version__} has no weights {tag!r} for it"
+        if not tag:
+            fault = "no tag says which weights, and two versions of timm take two of them for the bare name"
+        raise ValueError(
+            f"backbone.name: {name}: {fault}; write {architecture}.TAG with one of {', '.join(tags)}"
+        )
+
+
+def _safe_source(name: str, weights: Path | None) -> dict[str, Any]:
+    """Where timm takes the weights from: a .safetensors file or nothing, for every other format can run code."""
+    if weights is not None:
+        return {"file": str(weights), "custom_load": False}
+    config = get_pretrained_cfg(name, allow_unregistered=False)
+    if config is None or config.file:
+        return {}
+    if not config.hf_hub_id:
+        raise ValueError(
+            f"backbone.name: {name}: timm has no .safetensors file for it (other formats can run code); convert "
+            "its weights and name the file as backbone.weights"
+        )
+    # Without the file's name timm falls back to a pickle where the hub has no other.
+    return {"hf_hub_filename": "model.safetensors", "url": ""}
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What went wrong; of a state dict that does not fit, the heading and the first fault."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def _describe(name: str, model: nn.Module) -> dict[str, Any]:
+def _describe(
+    name: str, model: nn.Module, arguments: Mapping[str, int], *, normalised: bool
+) -> dict[str, Any]:
     config = timm.data.resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if "img_size" in arguments:
+        height = width = arguments["img_size"]
+    config["input_size"] = (channels, height, width)
+    if not normalised:
+        config |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     return {
         "name": name,
         "features": model.num_features,
+        "model_args": dict(arguments),
         "pretrained_cfg": {key: config[key] for key in PREPROCESSING},
     }
 
@@ -130,6 +203,8 @@ def read_backbone(folder: Path) -> Backbone:
             f"{path}: changed since the chain began (sha256 {found[:12]}, expected {description['sha256'][:12]}); "
             "restore it with `dvc checkout`"
         )
-    model = timm.create_model(description["name"], pretrained=False, num_classes=0)
+    model = timm.create_model(
+        description["name"], pretrained=False, num_classes=0, **description["model_args"]
+    )
     model.load_state_dict(read_tensors(path))
     return Backbone(model=model.eval(), description=description)

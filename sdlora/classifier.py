@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters
+from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters, target_of
 from sdlora.head import GrowingHead, HeadBlock
 from sdlora.statistics import ClassStatistics
 
@@ -40,7 +40,7 @@ class Learned:
     def targets(self) -> tuple[str, ...]:
         """Which projections of a block the directions are of (`q`, `v`, …)."""
         names = next(iter(self.directions.values()), {})
-        return tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        return tuple(dict.fromkeys(target_of(name) for name in names))
 
 
 class IncrementalClassifier(nn.Module):

@@ -24,7 +24,7 @@ PARAMS = """\
 seed: 1993
 fetch: {digits: {test_fraction: 0.2, seed: 0}}
 data: {duplicates: refuse, test_fraction: 0.2, seed: 0, validation: null, max_pixels: 1000}
-backbone: {name: glyph_vit, weights: null, sha256: null}
+backbone: {name: glyph_vit, weights: null, sha256: null, image_size: null, input_normalisation: model}
 adapter: {method: sdlora, head: linear, formulation: continuous, targets: null, rank: 10, rank_schedule: {t01: 10},
   magnitude_start: null, magnitudes: null, initial_up: null, tolerance: 0.5, compress: null, penalty: null,
   covariance_rank: 8}

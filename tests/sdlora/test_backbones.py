@@ -58,6 +58,73 @@ def test_an_unknown_name_is_refused_with_near_ones() -> None:
         create_backbone("vit_tiny_patch16")
 
 
+def test_a_name_without_the_tag_of_its_weights_is_refused_with_the_tags() -> None:
+    with pytest.raises(ValueError, match=r"write vit_tiny_patch16_224\.TAG with one of augreg_in21k, augreg"):
+        create_backbone("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"has no weights 'mine' for it; write vit_tiny_patch16_224\.TAG"):
+        create_backbone("vit_tiny_patch16_224.mine")
+
+
+def test_weights_that_timm_has_in_a_format_that_can_run_code_only_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no \.safetensors file for it .*; convert its weights"):
+        create_backbone("gcvit_tiny.in1k")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "flexivit_small.300ep_in1k"])
+def test_the_hub_is_asked_for_the_safetensors_file_and_for_no_other(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for the default file, timm would fall back to a pickle."""
+    asked = []
+
+    def refuse(*positional: str, **named: str | None) -> str:
+        asked.append(named.get("filename") or positional[1])
+        raise OSError("no network here")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=f"the weights of {name} could not be fetched: no network here"
+    ):
+        create_backbone(name)
+    assert asked == ["model.safetensors"]
+
+
+def test_a_whole_checkpoint_with_its_classifier_loads_as_a_backbone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = timm.create_model("test_vit", num_classes=1000).eval()
+    write_tensors(tmp_path / "whole.safetensors", whole.state_dict())
+    found = create_backbone("test_vit.r160_in1k", weights=tmp_path / "whole.safetensors")
+    images = torch.rand(1, 3, 160, 160)
+
+    expected = whole.forward_head(whole.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(found.model(images), expected)
+
+
+def test_another_image_size_goes_with_the_chain(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = timm.create_model("test_vit", num_classes=0)
+    write_tensors(tmp_path / "own.safetensors", own.state_dict())
+    created = create_backbone(
+        "test_vit.r160_in1k", weights=tmp_path / "own.safetensors", image_size=64, input_normalisation="none"
+    )
+    write_backbone(tmp_path, created)
+    found = read_backbone(tmp_path)
+
+    assert found.input_size == (3, 64, 64)
+    assert found.description["pretrained_cfg"]["mean"] == [0.0, 0.0, 0.0]
+    assert found.description["pretrained_cfg"]["std"] == [1.0, 1.0, 1.0]
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(found.model(images), created.model(images))
+
+
+def test_an_image_size_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
+    write_tensors(
+        tmp_path / "own.safetensors", timm.create_model("cait_xxs24_224", num_classes=0).state_dict()
+    )
+    with pytest.raises(ValueError, match=r"backbone\.image_size: .* does not take images of 63×63"):
+        create_backbone("resnet10t.c3_in1k", weights=tmp_path / "own.safetensors", image_size=63)
+
+
 def test_a_missing_weight_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors: no such weight file"):
         create_backbone("glyph_vit", weights=tmp_path / "absent.safetensors")
