@@ -263,6 +263,12 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
             rows.append((Found(folder / relative, its, label, relative), row))
     rows = list(_by_place(rows))
     faults += _listed_twice(rows, wanted)
+    if any(found.part is not None for found, _ in rows):
+        faults += [
+            Fault(row.where, "no split, which other lines have", "write train, validation or test")
+            for found, row in rows
+            if found.part is None and found.name in wanted
+        ]
     listed = [found for found, _ in rows if found.name in wanted]
     faults += _in_linked_folders(folder, listed)
     present = {found.name for found in listed}

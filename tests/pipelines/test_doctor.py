@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -398,3 +399,18 @@ def test_the_command_says_it_in_its_exit_status() -> None:
 
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout)["errors"] == 1
+
+
+def test_the_page_about_data_names_every_check_ending_part_and_parameter() -> None:
+    from pipelines.params import Data
+    from pipelines.sources import EXTENSIONS, METADATA, WORDS
+
+    page = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+    program = (REPOSITORY / "pipelines/doctor.py").read_text(encoding="utf-8")
+    checks = set(re.findall(r'Finding\(\s*"(?:error|warning|ok)", "([a-z ]+)"', program)) - {"images"}
+    assert len(checks) == 17
+    assert {check for check in checks if f"`{check}`" not in page} == set()
+    assert {end for end in EXTENSIONS if end not in page} == set()
+    assert {name for name in METADATA if name not in page} == set()
+    assert {word for word in WORDS if f"`{word}`" not in page} == set()
+    assert {key for key in Data.model_fields if f"data.{key}" not in page} == set()

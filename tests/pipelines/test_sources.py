@@ -383,6 +383,16 @@ def test_a_label_that_is_no_name_is_refused(label: object) -> None:
     assert "row 1: the label is" in refusal("a", manifest="list.parquet")
 
 
+def test_a_line_without_the_split_that_others_have_is_refused() -> None:
+    touch("1.png", "2.png", "3.png")
+    lines = [{"path": f"{i}.png", "label": "a", "split": part} for i, part in ((1, "train"), (2, "test"))]
+    write("list.jsonl", "\n".join(map(json.dumps, [*lines, {"path": "3.png", "label": "a"}])))
+
+    assert refusal("a", manifest="list.jsonl") == (
+        "data/raw/own/list.jsonl: line 3: no split, which other lines have; write train, validation or test"
+    )
+
+
 def test_images_inside_a_parquet_file_are_not_read() -> None:
     pq.write_table(pa.table({"path": [{"bytes": b"x"}], "label": ["a"]}), OWN / "list.parquet")
 
