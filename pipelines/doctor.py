@@ -156,7 +156,9 @@ def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str
     new = [name for name in names if name not in owner and name not in bad]
     old = [name for name in names if name in owner]
     if bad:
-        where = [f"{json.dumps(name, ensure_ascii=False)} {fault}" for name, fault in bad.items()]
+        where = [
+            f"{json.dumps(name, ensure_ascii=not name.isprintable())} {fault}" for name, fault in bad.items()
+        ]
         findings.append(
             Finding(
                 "error", "class names", "", f"{count(bad, 'class')} cannot have its name", where, "rename"
@@ -248,7 +250,7 @@ def look_at(
         findings.append(Finding("error", "source", key, what, [str(fault) for fault in faults], "mend each"))
     unread = list(left_out(folder)) if task.manifest is None and folder.is_dir() else []
     if unread:
-        what = f"{len(unread)} things beside the class folders are not read"
+        what = f"{len(unread)} things are not read"
         findings.append(Finding("warning", "source", key, what, unread, "move them into a class, or away"))
 
     looks: dict[int, tuple[Print, int]] = {}
@@ -279,14 +281,20 @@ def print_of(found: Found, picture: Image) -> Print:
 
 
 def left_out(folder: Path) -> Iterator[str]:
-    """Images and folders that stand where no class folder is."""
+    """Images and folders that stand where no class folder is, and classes that are in test/ and not in train/."""
     divided = is_divided(folder)
+    learned = {path.name for path in visible(folder / "train")}
     for place in [folder, *(folder / word for word in WORDS)] if divided else [folder]:
         for path in sorted(visible(place)):
             if path.suffix.lower() in EXTENSIONS and path.is_file():
-                yield str(path)
-            elif divided and place == folder and path.is_dir() and path.name not in WORDS:
-                yield f"{path}/"
+                yield printable(str(path))
+            elif divided and path.is_dir() and path.name not in (WORDS if place == folder else learned):
+                yield printable(f"{path}/")
+
+
+def printable(text: str) -> str:
+    """The text, or its escape sequences where a terminal could not show it."""
+    return text if text.isprintable() else ascii(text)
 
 
 def balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:

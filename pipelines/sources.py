@@ -252,12 +252,10 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
                 faults.append(label)
                 continue
             file = file_of(row, path.parent, check=label in wanted)
-            if isinstance(file, Fault):
-                faults.append(file)
-                continue
             its = part_of(row, given=part)
-            if isinstance(its, Fault):
-                faults.append(its)
+            if isinstance(file, Fault) or isinstance(its, Fault):
+                if label in wanted:
+                    faults += [fault for fault in (file, its) if isinstance(fault, Fault)]
                 continue
             relative = file if path.parent == folder else f"{path.parent.name}/{file}"
             rows.append((Found(folder / relative, its, label, relative), row))
@@ -269,6 +267,7 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
             for found, row in rows
             if found.part is None and found.name in wanted
         ]
+        rows = [(found, row) for found, row in rows if found.part is not None]
     listed = [found for found, _ in rows if found.name in wanted]
     faults += _in_linked_folders(folder, listed)
     present = {found.name for found in listed}

@@ -224,6 +224,32 @@ def test_a_broken_manifest_is_an_error_of_its_task() -> None:
     assert "line 4: there is no file x.png" in places
 
 
+def test_lines_with_and_without_a_split_are_one_finding() -> None:
+    fill(OWN, "good", seed=1000)
+    lines = [
+        {"path": "train/good/0.png", "label": "good", "split": "train"},
+        {"path": "test/good/0.png", "label": "good", "split": "test"},
+        {"path": "train/good/1.png", "label": "good"},
+    ]
+    (OWN / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    (finding,) = (one for one in examine(OWN / "list.jsonl", quick=True) if one.level == "error")
+    assert finding.where[0].startswith("data/raw/own/list.jsonl: line 3: no split, which other lines have")
+
+
+def test_a_class_of_test_alone_and_a_folder_beside_the_parts_are_said_not_to_be_read() -> None:
+    fill(OWN, "good", seed=1000)
+    paint(OWN / "test/forgotten/1.png", 5000)
+    paint(OWN / "beside/1.png", 5001)
+    (OWN / os.fsdecode(b"caf\xe9")).mkdir()
+
+    assert found()["warning", "source"].where == [
+        "data/raw/own/beside/",
+        "'data/raw/own/caf\\udce9/'",
+        "data/raw/own/test/forgotten/",
+    ]
+
+
 def test_names_that_no_class_can_have_are_named_and_the_others_examined() -> None:
     fill(OWN, "good", seed=1000, test=1)
     (OWN / "train" / " bad").mkdir()

@@ -337,7 +337,7 @@ def test_a_bad_line_of_a_manifest_is_named(line: str, fault: str) -> None:
 
 def test_lines_of_classes_of_other_tasks_may_name_files_that_are_gone() -> None:
     touch("1.png", "2.png")
-    write("list.csv", "path,label,split\n1.png,a,train\n2.png,a,test\nold.png,z,train\n")
+    write("list.csv", "path,label,split\n1.png,a,train\n2.png,a,test\nold.png,z,train\n/x.png,z,?\n")
 
     assert images("a", manifest="list.csv") == {"train": ["1.png"], "test": ["2.png"]}
 
