@@ -117,7 +117,7 @@ def status() -> None:
 
 @app.command()
 def plan(
-    source: Annotated[Path | None, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")] = None,
+    source: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a manifest.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(help="Instead: a data set of the papers, such as imagenet-r; also adds it to fetch."),
@@ -150,7 +150,7 @@ def plan(
 
 @app.command("add-task")
 def add_task(
-    source: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and test/CLASS/.")],
+    source: Annotated[Path, typer.Argument(help="Folder of class folders, or a manifest.")],
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
@@ -177,6 +177,27 @@ def audit_verify(
     from pipelines.audit import show_verification
 
     raise SystemExit(show_verification(as_json=json))
+
+
+@app.command()
+def doctor(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="Folder or manifest that would be the next task; all tasks if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every file and class.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at files only, not through the backbone.")
+    ] = False,
+) -> None:
+    """Check images before any training: files, duplicates, balance, look-alikes.
+
+    Ends with status 2 if there is an error, with 0 if there are warnings only.
+    """
+    require_project()
+    from pipelines.doctor import doctor as examine
+
+    raise SystemExit(examine(source, as_json=as_json, quick=quick))
 
 
 @app.command()
@@ -218,7 +239,7 @@ def backbone(out: Out) -> None:
 @app.command(rich_help_panel=STAGES)
 def split(
     task: Task,
-    source: Annotated[Path, typer.Option(help="Images: SOURCE/{train,test}/CLASS/*.")],
+    source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
     before: Before,
     out: Out,
 ) -> None:
@@ -273,6 +294,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder of this step.")],
     backbone: Backbone,
     test: Annotated[Path, typer.Option(help="Folder of all test files so far.")],
+    validation: Annotated[Path, typer.Option(help="Folder of all validation files so far.")],
     classes: Classes,
     out: Out,
 ) -> None:
@@ -281,7 +303,16 @@ def evaluate(
     from pipelines.evaluate import evaluate as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, model=model, backbone=backbone, test=test, classes=classes, out=out)
+    launch(
+        stage,
+        task=task,
+        model=model,
+        backbone=backbone,
+        test=test,
+        validation=validation,
+        classes=classes,
+        out=out,
+    )
 
 
 @app.command(rich_help_panel=STAGES)

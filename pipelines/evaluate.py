@@ -1,6 +1,10 @@
 """Stage `evaluate`: test a step on the test images of every task so far, all classes seen being candidates."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, whole_folder, write_json
@@ -8,10 +12,19 @@ from pipelines.params import Params
 from pipelines.progress import Progress
 from pipelines.stage import Summary, stage
 
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
 
 @stage
-def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Path, out: Path) -> Summary:
-    """Leave the accuracy on each task so far and every prediction in `out`; no task id is used at test time."""
+def evaluate(
+    task: str, *, model: Path, backbone: Path, test: Path, validation: Path, classes: Path, out: Path
+) -> Summary:
+    """Leave the accuracy on each task so far and every prediction in `out`; no task id is used at test time.
+
+    Where there are validation images, the accuracy on them stands beside it: the one to select on.
+    """
     import numpy as np
     import pyarrow as pa
     import torch
@@ -37,10 +50,13 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
     classifier = merged_classifier(base.model, learned).to(device)
     config = base.description["pretrained_cfg"]
     tables = {name: read_images(test / f"{name}.arrow") for name in seen["tasks"]}
+    held = read_json(validation / "tasks.json")["tasks"]
+    selecting = {name: read_images(validation / f"{name}.arrow") for name in seen["tasks"] if name in held}
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0
-    with Progress(f"evaluate {task}", total=sum(map(len, tables.values())), unit="images") as bar:
-        for name, table in tables.items():
+    waiting = [*tables.items(), *selecting.items()]
+    with Progress(f"evaluate {task}", total=sum(len(table) for _, table in waiting), unit="images") as bar:
+        for name, table in waiting:
             pixels = decode_for(table, base.description)
             for batch in predict_batches(
                 classifier,
@@ -55,8 +71,8 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
                 done += len(batch.classes)
                 bar.update(done, task=name)
     labels = np.concatenate([table["label"].to_numpy() for table in tables.values()])
-    predictions = np.concatenate(columns["prediction"])
-    confidences = np.concatenate(columns["confidence"])
+    predictions, chosen = np.split(np.concatenate(columns["prediction"]), [len(labels)])
+    confidences = np.concatenate(columns["confidence"])[: len(labels)]
     ids = [sample for table in tables.values() for sample in table["id"].to_pylist()]
     tasks = np.repeat(list(tables), [len(table) for table in tables.values()])
     right = {name: int((predictions == labels)[tasks == name].sum()) for name in tables}
@@ -81,9 +97,33 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
                 "accuracy": [round(right[name] / counts[name], 6) for name in tables],
                 "samples": list(counts.values()),
                 "correct": list(right.values()),
+                **validation_metrics(chosen, selecting),
             },
         )
     return [
         {"step": task, "task": name, "accuracy": round(right[name] / counts[name], 4), "images": counts[name]}
         for name in tables
     ]
+
+
+def validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """Accuracy, images and right answers by task of the validation images; nothing where there are none.
+
+    A task whose classes have one training image each can spare none: its accuracy is null.
+    """
+    correct, samples, start = [], [], 0
+    for table in tables.values():
+        part = predictions[start : start + len(table)]
+        start += len(table)
+        correct.append(int((part == table["label"].to_numpy()).sum()))
+        samples.append(len(table))
+    if not start:
+        return {}
+    return {
+        "validation_tasks": list(tables),
+        "validation_accuracy": [
+            round(c / n, 6) if n else None for c, n in zip(correct, samples, strict=True)
+        ],
+        "validation_samples": samples,
+        "validation_correct": correct,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from PIL.Image import Image
+
+
+ANY_SIZE = sys.maxsize // 2
+"""A number of pixels that no picture has."""
 
 
 class ImageRow(NamedTuple):
@@ -40,10 +45,12 @@ class SampleRow(NamedTuple):
 
     id: str
     split: str
-    """train or test"""
+    """train, validation or test"""
     label: int
     sha256: str
     pixels: str
+    perceptual: str
+    """`perceptual_hash`: nearly the same for nearly the same picture"""
 
 
 def write_images(path: Path, rows: Sequence[ImageRow]) -> None:
@@ -58,7 +65,8 @@ def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     """Write samples, which are images without their bytes, in the same way."""
     import pyarrow as pa
 
-    write_rows(path, rows, {"id": pa.string(), "split": pa.string(), "label": pa.int32(), **_hashes()})
+    types = {"id": pa.string(), "split": pa.string(), "label": pa.int32(), **_hashes()}
+    write_rows(path, rows, {**types, "perceptual": pa.string()})
 
 
 def read_images(path: Path) -> pa.Table:
@@ -103,7 +111,7 @@ def decode(
         fitted = _fit(_on_white(picture).convert(mode), size, crop_pct, known[interpolation])
         out[index] = np.asarray(fitted).reshape(*size, channels).transpose(2, 0, 1)
 
-    with strict_pictures():
+    with strict_pictures(ANY_SIZE):  # `split` has refused what is above data.max_pixels
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
@@ -123,13 +131,18 @@ def decode_for(table: pa.Table, description: Mapping[str, Any]) -> np.ndarray:
 
 
 def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
-    """Decode a picture fully, upright, as 8-bit L, RGB or RGBA; a ValueError says why it cannot be."""
+    """Decode a picture fully, upright, in sRGB, as 8-bit L, RGB or RGBA; a ValueError says why it cannot be.
+
+    Of several frames or pages the first one is the picture. A colour profile that cannot be used is left out, as
+    browsers do.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
+            profile = image.info.get("icc_profile")
     except Image.UnidentifiedImageError:
         raise ValueError("it is no image that Pillow knows") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -143,9 +156,27 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
     if upright.mode.startswith("I;16"):
         # Pillow's own conversion to 8 bits clips at 255 instead of scaling.
         return upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if upright.has_transparency_data:
-        return upright.convert("RGBA")
-    return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
+    grey = upright.mode in ("1", "L", "LA", "La") and not upright.has_transparency_data
+    mode = "RGBA" if upright.has_transparency_data else "L" if grey else "RGB"
+    return (_in_srgb(upright, profile) if profile else upright).convert(mode)
+
+
+def _in_srgb(picture: Image, profile: bytes) -> Image:
+    """The picture with the colours that its profile means, in sRGB; as it is where the profile cannot be used."""
+    from PIL import ImageCms
+
+    if picture.mode in ("P", "PA", "1", "La", "RGBa"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGBA")
+    try:
+        its = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(its):
+            return picture  # it says what is the case anyway, and a conversion would only round
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, its, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return picture
+    return picture if converted is None else converted
 
 
 def picture_hash(picture: Image) -> str:
@@ -157,15 +188,24 @@ def picture_hash(picture: Image) -> str:
 
 
 @contextmanager
-def strict_pictures() -> Iterator[None]:
-    """While pictures are opened, let Pillow refuse a huge one and keep quiet about blemishes."""
+def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
+    """While pictures are opened, let Pillow refuse one of more pixels and keep quiet about blemishes.
+
+    None is Pillow's own limit.
+    """
     from PIL import Image
 
-    # Filters belong to the whole process, so they are set around all threads, not in each.
+    # Filters and the limit belong to the whole process, so they are set around all threads, not in each.
+    usual = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator[int]:

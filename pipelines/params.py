@@ -32,6 +32,7 @@ READ_BY = {
 """Keys of `adapter` that are null by default, and the methods that read them."""
 HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
+MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
 
 
@@ -137,11 +138,19 @@ class Fetch(Section):
         return value
 
 
-class Split(Section):
-    """How a task's images are packed."""
+class Data(Section):
+    """How a task's images are divided, checked and packed."""
 
     duplicates: Literal["refuse", "allow"]
     """whether the same picture may stand in two tasks or classes (never in train and test)"""
+    test_fraction: Share
+    """share of each class that becomes test images where the source is not divided"""
+    seed: Seed
+    """chooses the test and the validation images"""
+    validation: Share | None
+    """share of each class's training images that is kept from training to select on; null is none"""
+    max_pixels: Count
+    """width × height above which an image is refused"""
 
 
 class Backbone(Section):
@@ -262,9 +271,11 @@ class Task(Section):
     after: str
     """the task before it; t00 for the first"""
     source: Text
-    """the folder, inside the project, with train/<class>/ and test/<class>/"""
+    """the folder of its images, inside the project"""
+    manifest: str | None = None
+    """a file in that folder which lists the images; null for class folders or a metadata file"""
     classes: Annotated[tuple[str, ...], Field(strict=False)]
-    """its class folders, in the order of their labels"""
+    """its classes, in the order of their labels"""
 
 
 class Params(Section):
@@ -274,8 +285,8 @@ class Params(Section):
     """start of every random choice in training"""
     fetch: Fetch
     """the data sets to bring; {} for own images only"""
-    split: Split
-    """how images are packed"""
+    data: Data
+    """how images are divided, checked and packed"""
     backbone: Backbone
     """the frozen model under all tasks"""
     adapter: Adapter
@@ -372,7 +383,7 @@ def missing_source(source: str | Path) -> str:
     folder, name = posixpath.split(posixpath.normpath(str(source)))
     if folder == "data/raw" and name in Fetch.names():
         return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
-    return "put images there as train/<class>/ and test/<class>/, or correct the path"
+    return "put images there, one folder for each class, or correct the path"
 
 
 def _wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[str]:
@@ -530,6 +541,11 @@ def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
             yield f"{where}.after: found {_show(task.after)}, expected {before}; {rule}"
         if fault := _source_fault(task.source):
             yield f"{where}.source: {_show(task.source)} {fault}"
+        if task.manifest is not None and not re.fullmatch(MANIFEST, task.manifest):
+            yield (
+                f"{where}.manifest: found {_show(task.manifest)}, expected the name of a .csv, .jsonl or .parquet file"
+                " in the source folder; name that file, its folder being the source"
+            )
         if not task.classes:
             yield f"{where}.classes: the list is empty; name at least one class folder"
         for name in task.classes:

@@ -63,6 +63,8 @@ class History:
     """(tasks, tasks): after step i on task j, NaN where j > i."""
     samples: list[int]
     """Test images per task."""
+    validation: float | None
+    """Share of all validation images that the last step names right; None without such images."""
     training: list[int]
     """Training images per task."""
     magnitudes: list[dict[str, np.ndarray]]
@@ -117,6 +119,7 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         ),
         accuracy=measure.accuracy_matrix(rows),
         samples=evaluations[-1]["samples"],
+        validation=validation_accuracy(evaluations[-1]),
         training=[sum(count["train"] for count in classes.values()) for classes in counts],
         magnitudes=[read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks],
         curves=[read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
@@ -146,6 +149,12 @@ def read_evaluation(folder: Path, tasks: list[str]) -> Record:
             f" params.yaml has {', '.join(tasks)} by then; run `sdlora run` first"
         )
     return evaluation
+
+
+def validation_accuracy(evaluation: Record) -> float | None:
+    """The accuracy on all validation images of an evaluation, which has none unless `data.validation` asks for them."""
+    images = sum(evaluation.get("validation_samples", []))
+    return sum(evaluation["validation_correct"]) / images if images else None
 
 
 def read_magnitudes(path: Path) -> dict[str, np.ndarray]:
@@ -180,7 +189,10 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def headline(history: History) -> Record:
-    """The content of metrics.json: fractions, rounded; null where there is no old task to speak of."""
+    """The content of metrics.json: fractions, rounded; null where there is no old task to speak of.
+
+    Only with validation images it has their accuracy, the one number that may be selected on.
+    """
     numbers: Record = {"steps": len(history.tasks), "classes": len(history.classes)}
     for suffix, samples in (("", history.samples), ("_per_task", None)):
         numbers |= {
@@ -189,6 +201,8 @@ def headline(history: History) -> Record:
             f"forgetting{suffix}": rounded(measure.forgetting(history.accuracy, samples)),
             f"backward_transfer{suffix}": rounded(measure.backward_transfer(history.accuracy, samples)),
         }
+    if history.validation is not None:
+        numbers["validation_accuracy"] = rounded(history.validation)
     numbers["accuracy"] = dict(zip(history.tasks, map(rounded, history.accuracy[-1]), strict=True))
     return numbers
 
@@ -323,9 +337,9 @@ def data_uri(image: bytes) -> str:
     """Encode a small copy of an image, whatever its format, as one that every browser shows."""
     from PIL import Image
 
-    from pipelines.images import open_picture, strict_pictures
+    from pipelines.images import ANY_SIZE, open_picture, strict_pictures
 
-    with strict_pictures():
+    with strict_pictures(ANY_SIZE):
         picture = open_picture(image)
     if picture.mode == "RGBA":  # white shows through, as it does for the model
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

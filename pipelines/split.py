@@ -7,78 +7,101 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.errors import InputError
-from pipelines.files import natural_key, read_json, whole_folder, write_json
-from pipelines.images import (
-    ImageRow,
-    SampleRow,
-    in_parallel,
-    open_picture,
-    picture_hash,
-    read_images,
-    strict_pictures,
-    write_images,
-    write_samples,
+from pipelines.files import read_json, whole_folder, write_json
+from pipelines.images import ImageRow, SampleRow, picture_hash, read_images, write_images, write_samples
+from pipelines.params import Params
+from pipelines.pictures import (
+    Print,
+    near_across_parts,
+    near_line,
+    perceptual_hash,
+    read_pictures,
+    refuse_unreadable,
+    same_pictures,
 )
-from pipelines.params import Params, missing_source
-from pipelines.progress import Progress
-from pipelines.stage import stage
+from pipelines.sources import PARTS, Found, refuse, task_images
+from pipelines.stage import say, stage
 
-PARTS = ("train", "test")
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Picture(NamedTuple):
     """An image of this task."""
 
-    path: Path
-    part: str
+    found: Found
     row: ImageRow
+    perceptual: str
+
+    @property
+    def part(self) -> str:
+        """train, validation or test."""
+        assert self.found.part is not None
+        return self.found.part
 
     def sample(self) -> SampleRow:
         """The picture without its bytes."""
-        return SampleRow(self.row.id, self.part, self.row.label, self.row.sha256, self.row.pixels)
+        row = self.row
+        return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
 
 
 @stage
 def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str, str | int | float]]:
-    """Pack the images in `source/{train,test}/<class>/` of a task's classes, and hand on what `before` holds.
+    """Pack the images of a task's classes, divided into train, test and, if asked for, validation.
 
-    Refused, with the files named: a class of an earlier task, a missing folder, a class without images, a
-    file that is not an image or cannot be decoded, a folder inside a class. Hidden files are ignored.
+    What `before` holds is handed on. Refused, with the files named: a class of an earlier task, what
+    `pipelines.sources` finds wrong with the source, a file that cannot be decoded.
 
-    The same picture (by decoded pixels, in whatever encoding) may never stand in train and test, be it of
-    this task or of another. In two tasks or under two classes it is refused too, unless `split.duplicates`
+    The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of
+    this task or of another. In two tasks or under two classes it is refused too, unless `data.duplicates`
     is `allow`: then train may repeat train, and test may repeat test. Copies within one class of one part
-    are harmless; all copies that stay are counted in `split.json`.
+    are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
+    nearly, by a perceptual hash, pictures of validation or test.
     """
     params = Params.load()
     if task not in params.tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(params.tasks)}")
-    names = params.tasks[task].classes
+    names, data = params.tasks[task].classes, params.data
     earlier = read_json(before / "classes.json")
     refuse_known_classes(task, names, earlier["classes"])
 
     first = len(earlier["classes"])
-    pictures = read_pictures(task, list_files(source, names), first_label=first)
+    images = task_images(source, names, manifest=params.tasks[task].manifest, data=data)
+    labels = {name: first + i for i, name in enumerate(names)}
+    pictures = read_task(task, images, labels=labels, max_pixels=data.max_pixels)
     samples = [picture.sample() for picture in pictures]
-    tolerated = params.split.duplicates == "allow"
-    refuse_same_pictures(pictures, earlier_samples(before, earlier["tasks"]), tolerated=tolerated)
+    prints = [print_of(sample, shown=str(p.found.path)) for p, sample in zip(pictures, samples, strict=True)]
+    known = [
+        print_of(sample, shown=f"{sample.id} of an earlier task")
+        for sample in earlier_samples(before, earlier["tasks"])
+    ]
+    refuse(list(same_pictures(prints, known, tolerated=data.duplicates == "allow")))
+    near = near_across_parts(prints, known)
+    if near:
+        say(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
 
-    classes = [{"label": first + i, "name": name, "task": task} for i, name in enumerate(names)]
-    counts = {
-        name: {part: sum(s.label == first + i and s.split == part for s in samples) for part in PARTS}
-        for i, name in enumerate(names)
-    }
+    parts = PARTS if data.validation is not None else ("train", "test")
+    classes = [{"label": labels[name], "name": name, "task": task} for name in names]
+    counts = {name: dict.fromkeys(parts, 0) for name in names}
+    for picture in pictures:
+        counts[picture.found.name][picture.part] += 1
     with whole_folder(out) as folder:
-        for kind in ("test", "samples"):
+        for kind in ("test", "validation", "samples"):
             (folder / kind).mkdir()
-            for name in earlier["tasks"]:
-                shutil.copyfile(before / kind / f"{name}.arrow", folder / kind / f"{name}.arrow")
-        write_images(folder / "train.arrow", [p.row for p in pictures if p.part == "train"])
-        write_images(folder / "test" / f"{task}.arrow", [p.row for p in pictures if p.part == "test"])
+            for path in (before / kind / f"{name}.arrow" for name in earlier["tasks"]):
+                if kind != "validation" or path.is_file():
+                    shutil.copyfile(path, folder / kind / path.name)
+        rows = {part: [p.row for p in pictures if p.part == part] for part in PARTS}
+        write_images(folder / "train.arrow", rows["train"])
+        write_images(folder / "test" / f"{task}.arrow", rows["test"])
+        if data.validation is not None:
+            write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
+        # DVC keeps no empty folder, and `evaluate` depends on this one.
+        held = sorted(path.stem for path in (folder / "validation").iterdir())
+        write_json(folder / "validation" / "tasks.json", {"tasks": held})
         write_samples(folder / "samples" / f"{task}.arrow", samples)
         write_json(
             folder / "classes.json",
@@ -92,6 +115,7 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
                 "counts": counts,
                 "digest": digest_of(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
+                "near_duplicates": len(near),
             },
         )
     return [{"class": name, **counts[name]} for name in names]
@@ -108,70 +132,26 @@ def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[s
             )
 
 
-def list_files(source: Path, names: Sequence[str]) -> list[tuple[Path, str, str, int]]:
-    """Path, part, class and its position of every image file, by part, class and natural order of names."""
-    if not source.is_dir():
-        raise InputError(f"{source}: the folder is missing; {missing_source(source)}")
-    found = []
-    for part in PARTS:
-        for position, name in enumerate(names):
-            files = class_files(source / part / name)
-            found += [(path, part, name, position) for path in files]
-    return found
-
-
-def class_files(folder: Path) -> list[Path]:
-    """The image files of a class, in natural order; hidden ones are left out, anything else is an error."""
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: the folder is missing; make it, or correct the task's classes in params.yaml"
-        )
-    paths = sorted((p for p in folder.iterdir() if p.name[0] != "."), key=lambda path: natural_key(path.name))
-    for path in paths:
-        if not path.name.isprintable():
-            raise InputError(f"{folder}: the file name {path.name!a} is not printable text; rename the file")
-        if path.is_dir():
-            raise InputError(
-                f"{path}: a folder inside a class; move its images up or make it a class of its own"
-            )
-        if path.suffix.lower() not in EXTENSIONS:
-            raise InputError(
-                f"{path}: not an image by its name; remove it (known are {' '.join(EXTENSIONS)})"
-            )
-    if not paths:
-        raise InputError(f"{folder}: the class is empty; put at least one image there or remove the class")
-    return paths
-
-
-def read_pictures(
-    task: str, files: Sequence[tuple[Path, str, str, int]], *, first_label: int
+def read_task(
+    task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int
 ) -> list[Picture]:
     """Read and fully decode every file; all that cannot be read are refused in one error."""
-    pictures: list[Picture | None] = [None] * len(files)
-    faults: dict[int, str] = {}
+    pictures: dict[int, Picture] = {}
 
-    def read(index: int) -> None:
-        path, part, name, position = files[index]
-        try:
-            data = path.read_bytes()
-            pixels = picture_hash(open_picture(data))
-        except OSError as error:
-            faults[index] = f"{path} ({error.strerror})"
-        except ValueError as error:
-            faults[index] = f"{path} ({error})"
-        else:
-            sha256 = hashlib.sha256(data).hexdigest()
-            row = ImageRow(f"{task}/{part}/{name}/{path.name}", first_label + position, data, sha256, pixels)
-            pictures[index] = Picture(path, part, row)
+    def keep(index: int, data: bytes, picture: Image) -> None:
+        found = images[index]
+        row = ImageRow(
+            id=f"{task}/{found.part}/{found.name}/{found.file}",
+            label=labels[found.name],
+            image=data,
+            sha256=hashlib.sha256(data).hexdigest(),
+            pixels=picture_hash(picture),
+        )
+        pictures[index] = Picture(found, row, perceptual_hash(picture))
 
-    with strict_pictures(), Progress(f"split {task}", total=len(files), unit="images") as bar:
-        for done in in_parallel(read, range(len(files))):
-            bar.update(done)
-    if faults:
-        shown = ", ".join(faults[index] for index in sorted(faults)[:3])
-        rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError(f"cannot read {shown}{rest}; replace or remove what is broken")
-    return [picture for picture in pictures if picture is not None]
+    faults = read_pictures(f"split {task}", images, keep, max_pixels=max_pixels)
+    refuse_unreadable(task, images, faults)
+    return [pictures[index] for index in range(len(images))]
 
 
 def earlier_samples(before: Path, tasks: Iterable[str]) -> Iterator[SampleRow]:
@@ -182,29 +162,9 @@ def earlier_samples(before: Path, tasks: Iterable[str]) -> Iterator[SampleRow]:
             yield SampleRow(**row)
 
 
-def refuse_same_pictures(
-    pictures: Iterable[Picture], earlier: Iterable[SampleRow], *, tolerated: bool
-) -> None:
-    """Refuse a picture in train and test; and, unless tolerated, one in two tasks or under two classes."""
-    owners: dict[str, list[tuple[str, str, int]]] = {}
-    for sample in earlier:
-        owners.setdefault(sample.pixels, []).append(
-            (f"{sample.id} of an earlier task", sample.split, sample.label)
-        )
-    faults = []
-    for path, part, row in pictures:
-        known = owners.setdefault(row.pixels, [])
-        leaks = [name for name, other_part, _ in known if other_part != part]
-        others = [name for name, _, label in known if label != row.label]
-        if leaks:
-            faults.append(f"{path} is the same picture as {leaks[0]}, in train and test; remove one")
-        elif others and not tolerated:
-            hint = "remove one, or set split.duplicates: allow in params.yaml"
-            faults.append(f"{path} is the same picture as {others[0]}, of another class; {hint}")
-        known.append((str(path), part, row.label))
-    if faults:
-        more = f" (and {len(faults) - 1} more such)" if len(faults) > 1 else ""
-        raise InputError(faults[0] + more)
+def print_of(sample: SampleRow, *, shown: str) -> Print:
+    """What a sample's picture is compared by."""
+    return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)
 
 
 def digest_of(samples: Iterable[SampleRow]) -> str:

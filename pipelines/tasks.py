@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.files import natural_key, write_whole
-from pipelines.params import Params, Task, missing_source, read_text, read_yaml
+from pipelines.files import write_whole
+from pipelines.params import MANIFEST, Params, Task, read_text, read_yaml
+from pipelines.sources import class_names
 
 PARAMS = Path("params.yaml")
 
@@ -23,14 +24,14 @@ def plan(
     path: Path = PARAMS,
     force: bool = False,
 ) -> list[str]:
-    """Write a `tasks` block for all classes of a folder, in place of the present one; return lines to print.
+    """Write a `tasks` block for all classes of a source, in place of the present one; return lines to print.
 
     The order is numpy's legacy permutation of the naturally sorted names, as in the papers' code. Exactly one
     of `tasks` and `classes_per_task` is given; sizes differ by one at most, the larger first. A block of
     which a step has been computed is replaced only by `force`.
     """
-    folder = inside_project(source, path)
-    names = class_folders(path.parent / folder, shown=folder)
+    folder, manifest = inside_project(source, path)
+    names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     sizes = task_sizes(len(names), tasks=tasks, classes_per_task=classes_per_task)
     text = read_text(path)
     old = read_yaml(text, origin=str(path)).get("tasks")
@@ -42,7 +43,7 @@ def plan(
     before = "t00"
     for number, size in enumerate(sizes, start=1):
         key = f"t{number:02d}"
-        block[key] = Task(after=before, source=folder, classes=tuple(order[:size]))
+        block[key] = Task(after=before, source=folder, manifest=manifest, classes=tuple(order[:size]))
         order, before = order[size:], key
     replace_file(path, with_block(text, block), expected=block)
     lines = [f"{path}: {len(names)} classes of {folder} in {len(sizes)} tasks, in the order of seed {seed}"]
@@ -56,19 +57,30 @@ def plan(
 
 
 def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
-    """Append the next task: the given classes of a folder, or all that are new; return lines to print."""
-    folder = inside_project(source, path)
+    """Append the next task: the given classes of a source, or all that are new; return lines to print."""
+    key, task, known, text = next_task(source, classes=classes, path=path)
+    replace_file(path, text, expected={**known, key: task})
+    return [
+        f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}",
+        task_line(key, task),
+    ]
+
+
+def next_task(
+    source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS
+) -> tuple[str, Task, Mapping[str, Task], str]:
+    """The task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with it."""
+    folder, manifest = inside_project(source, path)
     text = read_text(path)
-    raw = read_yaml(text, origin=str(path)).get("tasks")
-    known: Mapping[str, Task] = Params.parse(text, origin=str(path)).tasks if raw else {}
-    names = class_folders(path.parent / folder, shown=folder)
+    known = known_tasks(text, path)
+    names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     owner = {name: key for key, task in known.items() for name in task.classes}
     chosen = list(classes or (name for name in names if name not in owner))
+    there = set(names)
     for name in chosen:
-        if name not in names:
-            raise InputError(
-                f"{folder}/train/{name}: the folder is missing; classes there are {', '.join(names)}"
-            )
+        if name not in there:
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise InputError(f"{folder}: there is no class {name!r}; classes there are {shown}")
         if name in owner:
             raise InputError(f"class {name!r} is already in {owner[name]} of {path}; a class is learned once")
     if not chosen:
@@ -76,35 +88,28 @@ def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: 
 
     last = list(known)[-1] if known else "t00"
     key = f"t{int(last[1:]) + 1:02d}"
-    task = Task(after=last, source=folder, classes=tuple(chosen))
-    new = with_line(text, key, task) if known else with_block(text, {key: task})
-    replace_file(path, new, expected={**known, key: task})
-    return [
-        f"{path}: added {key}, {len(chosen)} {'class' if len(chosen) == 1 else 'classes'}",
-        task_line(key, task),
-    ]
+    task = Task(after=last, source=folder, manifest=manifest, classes=tuple(chosen))
+    return key, task, known, with_line(text, key, task) if known else with_block(text, {key: task})
 
 
-def inside_project(source: str | Path, path: Path) -> str:
-    """The source folder as `params.yaml` names it: relative to the file's own folder, and inside it."""
+def known_tasks(text: str, path: Path) -> Mapping[str, Task]:
+    """The tasks of a params file; none where the block is absent or empty, the rest of the file being checked later."""
+    raw = read_yaml(text, origin=str(path)).get("tasks")
+    return Params.parse(text, origin=str(path)).tasks if raw else {}
+
+
+def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
+    """The source folder as `params.yaml` names it, relative to the file's own folder and inside it; its manifest.
+
+    A manifest that stands for its folder is one by its name; in every other case the manifest is None.
+    """
+    manifest = None
+    if re.fullmatch(MANIFEST, Path(source).name) and not Path(source).is_dir():
+        manifest, source = Path(source).name, Path(source).parent
     folder = Path(os.path.relpath(source, path.parent)).as_posix()
     if folder == "." or folder.startswith(".."):
         raise InputError(f"{source}: not a folder inside the project; copy or link the images into data/raw")
-    return folder
-
-
-def class_folders(source: Path, *, shown: str) -> list[str]:
-    """The classes of a source folder, in natural order."""
-    train = source / "train"
-    if not train.is_dir():
-        place = shown if not source.is_dir() else f"{shown}/train"
-        raise InputError(f"{place}: the folder is missing; {missing_source(shown)}")
-    names = [entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    if not names:
-        raise InputError(
-            f"{shown}/train: no class folders there; make one for each class and put its images there"
-        )
-    return sorted(names, key=natural_key)
+    return folder, manifest
 
 
 def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None) -> list[int]:
@@ -146,7 +151,8 @@ def task_line(key: str, task: Task) -> str:
     classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
     plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
     source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
-    return f"{key}: {{after: {task.after}, source: {source}, classes: [{classes}]}}"
+    manifest = f" manifest: {json.dumps(task.manifest, ensure_ascii=False)}," if task.manifest else ""
+    return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
 
 
 def with_block(text: str, tasks: Mapping[str, Task]) -> str:

@@ -61,7 +61,7 @@ def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
-    rows = [SampleRow("t01/test/a/1.png", "test", 3, "s", "p")]
+    rows = [SampleRow("t01/test/a/1.png", "test", 3, "s", "p", "h")]
 
     write_samples(tmp_path / "samples.arrow", rows)
 
@@ -146,6 +146,101 @@ def test_a_picture_that_the_camera_turned_is_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(turned), NOISE)
 
 
+@pytest.mark.parametrize(
+    ("mode", "file_format", "found"),
+    [
+        pytest.param("1", "PNG", "L", id="bilevel"),
+        pytest.param("L", "JPEG", "L", id="grey-jpeg"),
+        pytest.param("LA", "PNG", "RGBA", id="grey-with-alpha"),
+        pytest.param("P", "PNG", "RGB", id="palette"),
+        pytest.param("P", "GIF", "RGB", id="gif"),
+        pytest.param("RGB", "JPEG", "RGB", id="jpeg"),
+        pytest.param("RGB", "BMP", "RGB", id="bmp"),
+        pytest.param("RGB", "TIFF", "RGB", id="tiff"),
+        pytest.param("RGB", "WEBP", "RGB", id="webp"),
+        pytest.param("RGBA", "PNG", "RGBA", id="alpha"),
+        pytest.param("RGBA", "WEBP", "RGBA", id="webp-with-alpha"),
+        pytest.param("CMYK", "JPEG", "RGB", id="cmyk-jpeg"),
+        pytest.param("CMYK", "TIFF", "RGB", id="cmyk-tiff"),
+        pytest.param("YCbCr", "JPEG", "RGB", id="ycbcr"),
+        pytest.param("I;16", "PNG", "L", id="16-bit-png"),
+        pytest.param("I;16", "TIFF", "L", id="16-bit-tiff"),
+    ],
+)
+def test_every_kind_of_image_opens_as_8_bit_grey_or_colour(mode: str, file_format: str, found: str) -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 40))
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((16, 16), 85 * 257, np.uint16))
+    elif mode == "P":
+        picture = red.quantize(2)
+    else:
+        picture = red.convert(mode)
+    if mode == "RGBA":  # an opaque one may be stored without its alpha
+        picture.putalpha(254)
+
+    opened = open_picture(encoded(picture, file_format))
+
+    assert (opened.mode, opened.size) == (found, (16, 16))
+    level = np.asarray(opened.convert("L"), np.int64)
+    if mode == "1":  # dithered
+        assert set(np.unique(level)) == {0, 255}
+    else:
+        assert abs(level - 88).max() <= 4
+
+
+def exchanged_profile() -> bytes:
+    """sRGB's own profile with the primaries of red and green exchanged, under another name."""
+    from PIL import ImageCms
+
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = data.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    return data.replace("sRGB".encode("utf-16-be"), "GRBx".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colours_are_those_that_the_profile_means(file_format: str) -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 40))
+    options = {"quality": 100} if file_format in ("JPEG", "WEBP") else {}
+
+    opened = open_picture(encoded(red, file_format, icc_profile=exchanged_profile(), **options))
+
+    assert abs(np.asarray(opened, np.int64)[8, 8] - (40, 200, 40)).max() <= 5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_a_profile_leaves_transparency_alone(mode: str) -> None:
+    clear = Image.new("RGBA", (4, 4), (200, 40, 40, 0)).convert(mode)
+    options: dict[str, object] = {"transparency": 0} if mode == "P" else {}
+
+    opened = open_picture(encoded(clear, icc_profile=exchanged_profile(), **options))
+
+    assert opened.mode == "RGBA"
+    assert opened.getchannel("A").getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["junk", "srgb", "of-another-space"])
+def test_a_profile_of_srgb_or_of_no_use_changes_no_pixel(name: str) -> None:
+    from PIL import ImageCms
+
+    profiles = {
+        "junk": b"junk",
+        "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        "of-another-space": ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
+    }
+
+    opened = open_picture(encoded(Image.fromarray(NOISE), icc_profile=profiles[name]))
+
+    np.testing.assert_array_equal(np.asarray(opened), NOISE)
+
+
+def test_the_first_page_of_several_is_the_picture() -> None:
+    first, second = Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 200)
+
+    opened = open_picture(encoded(first, "TIFF", save_all=True, append_images=[second]))
+
+    assert opened.getextrema() == (10, 10)
+
+
 def test_the_same_picture_has_one_hash_in_every_encoding() -> None:
     grey = Image.fromarray(NOISE[:, :, 0])
     same = [
@@ -186,6 +281,24 @@ def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int) 
 
     with pytest.raises(ValueError, match=f"more than {limit} pixels"), strict_pictures():
         open_picture(encoded(Image.fromarray(NOISE)))
+
+
+def test_the_limit_can_be_chosen_and_holds_while_pictures_are_opened_only() -> None:
+    usual = Image.MAX_IMAGE_PIXELS
+
+    with strict_pictures(29), pytest.raises(ValueError, match="more than 29 pixels"):
+        open_picture(encoded(Image.fromarray(NOISE)))
+    with strict_pictures(30):
+        assert open_picture(encoded(Image.fromarray(NOISE))).size == (5, 6)
+    assert usual == Image.MAX_IMAGE_PIXELS
+
+
+def test_what_was_packed_is_decoded_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+
+    assert decoded(tmp_path, Image.fromarray(NOISE)).shape == (1, 3, 4, 4)
 
 
 def test_decoding_names_a_broken_image(tmp_path: Path) -> None:

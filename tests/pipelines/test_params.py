@@ -72,7 +72,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         pytest.param(
             "seed: 1993", "seed: 1993\ncolour: red",
             "colour: unknown key;"
-            " known are seed, fetch, split, backbone, adapter, training, evaluation, tasks",
+            " known are seed, fetch, data, backbone, adapter, training, evaluation, tasks",
             id="an-unknown-key",
         ),
         pytest.param(
@@ -269,6 +269,23 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="no-classes",
         ),
         pytest.param(
+            "source: data/raw/own", "source: data/raw/own, manifest: lists/all.csv",
+            'tasks.t03.manifest: found "lists/all.csv", expected the name of a .csv, .jsonl or .parquet file in the'
+            " source folder; name that file, its folder being the source",
+            id="a-manifest-in-another-folder",
+        ),
+        pytest.param(
+            "source: data/raw/own", "source: data/raw/own, manifest: all.xlsx",
+            'tasks.t03.manifest: found "all.xlsx", expected the name of a .csv, .jsonl or .parquet file in the'
+            " source folder; name that file, its folder being the source",
+            id="a-manifest-of-another-kind",
+        ),
+        pytest.param(
+            "validation: null", "validation: none",
+            'data.validation: expected a number, found the text "none"; remove the quotes or correct it',
+            id="no-validation-in-words",
+        ),
+        pytest.param(
             '["7", "6"]', '["../7", "6"]',
             'tasks.t02.classes: "../7" has a path separator; rename the class and its folder',
             id="a-class-name-that-is-a-path",
@@ -373,7 +390,9 @@ def test_broken_params_are_one_clear_line(old: str, new: str, fault: str) -> Non
         pytest.param("batch_size: 256", "0", "evaluation.batch_size: expected at least 1", id="test-batch"),
         pytest.param("crop_scale: 1.0", "1.1", "crop_scale: expected at most 1", id="crop-above"),
         pytest.param("crop_scale: 1.0", "0", "crop_scale: expected more than 0", id="crop-below"),
-        pytest.param("test_fraction: 0.2", "1", "test_fraction: expected less than 1", id="fraction"),
+        pytest.param("test_fraction: 0.2 ", "1", "data.test_fraction: expected less than 1", id="fraction"),
+        pytest.param("validation: null", "1", "data.validation: expected less than 1", id="validation"),
+        pytest.param("max_pixels: 178_956_970", "0", "max_pixels: expected at least 1", id="pixels"),
         pytest.param("checkpoint_seconds: 30", "0", "checkpoint_seconds: expected more than 0", id="seconds"),
     ],
 )

@@ -23,7 +23,7 @@ CLASSES = {"t01": ["3", "7"], "t02": ["0", "9", "1"], "t03": ["4", "8"]}
 PARAMS = """\
 seed: 1993
 fetch: {digits: {test_fraction: 0.2, seed: 0}}
-split: {duplicates: refuse}
+data: {duplicates: refuse, test_fraction: 0.2, seed: 0, validation: null, max_pixels: 1000}
 backbone: {name: glyph_vit, weights: null, sha256: null, image_size: null, input_normalisation: model}
 adapter: {method: sdlora, head: linear, formulation: continuous, targets: null, rank: 10, rank_schedule: {t01: 10},
   magnitude_start: null, magnitudes: null, initial_up: null, tolerance: 0.5, compress: null, penalty: null,
@@ -225,6 +225,21 @@ class Page(HTMLParser):
 def read_page(folder: Path) -> Page:
     """The parsed page."""
     return Page((folder / "artifacts/report/report.html").read_text(encoding="utf-8"))
+
+
+def test_the_accuracy_on_validation_images_is_a_metric_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "validation_accuracy" not in json.loads((folder / "metrics.json").read_text())
+    path = folder / "artifacts/evaluation/t03/metrics.json"
+    extra = {"validation_correct": [3, 0, 9], "validation_samples": [4, 0, 12]}
+    dump(path, json.loads(path.read_text()) | extra)
+
+    run_report(folder, monkeypatch)
+
+    assert json.loads((folder / "metrics.json").read_text())["validation_accuracy"] == 0.75
 
 
 def test_the_metrics_follow_from_the_counts_of_right_answers(

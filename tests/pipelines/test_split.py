@@ -49,9 +49,15 @@ def copy(source: str, target: str) -> None:
         image.save(SOURCE / target)
 
 
-def allow_duplicates() -> None:
+def choose(old: str, new: str) -> None:
     path = Path("params.yaml")
-    path.write_text(path.read_text().replace("duplicates: refuse", "duplicates: allow"))
+    text = path.read_text()
+    assert text.count(old) == 1, old
+    path.write_text(text.replace(old, new))
+
+
+def allow_duplicates() -> None:
+    choose("duplicates: refuse", "duplicates: allow")
 
 
 def run(task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
@@ -99,7 +105,7 @@ def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None
 
     first, second = tree(Path("split/t01")), tree(Path("split/t02"))
     assert set(second) == {
-        "train.arrow", "classes.json", "split.json",
+        "train.arrow", "classes.json", "split.json", "validation/tasks.json",
         "test/t01.arrow", "test/t02.arrow", "samples/t01.arrow", "samples/t02.arrow",
     }  # fmt: skip
     assert second["test/t01.arrow"] == first["test/t01.arrow"]
@@ -120,7 +126,7 @@ def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
     run("t01")
 
     samples = read_images(Path("split/t01/samples/t01.arrow"))
-    assert samples.schema.names == ["id", "split", "label", "sha256", "pixels"]
+    assert samples.schema.names == ["id", "split", "label", "sha256", "pixels", "perceptual"]
     assert samples["split"].to_pylist() == ["train"] * 4 + ["test"] * 2
     facts = read_json(Path("split/t01/split.json"))
     assert len(facts.pop("digest")) == 64
@@ -129,6 +135,7 @@ def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
         "after": "t00",
         "counts": {"ant": {"train": 2, "test": 1}, "cat": {"train": 2, "test": 1}},
         "duplicates": 0,
+        "near_duplicates": 0,
     }
 
 
@@ -201,7 +208,7 @@ def test_a_missing_source_is_refused() -> None:
     shutil.rmtree(SOURCE)
 
     assert refusal("t01").startswith(
-        "data/raw/own: the folder is missing; put images there as train/<class>/"
+        "data/raw/own: the folder is missing; put images there, one folder for each class"
     )
 
 
@@ -234,7 +241,7 @@ def test_of_many_unreadable_images_three_are_named_and_all_are_counted() -> None
         "cannot read data/raw/own/train/cat/9.png (it is no image that Pillow knows),"
         " data/raw/own/train/cat/10.png (it is no image that Pillow knows),"
         " data/raw/own/train/ant/9.png (it is no image that Pillow knows)"
-        " and 3 more; replace or remove what is broken"
+        " and 3 more, all of them in .sdlora/unreadable/t01.txt; replace or remove what is broken"
     )
 
 
@@ -244,8 +251,8 @@ def test_a_link_to_nothing_is_an_unreadable_image() -> None:
     assert "train/cat/x.png (No such file or directory)" in refusal("t01")
 
 
-def test_a_huge_image_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+def test_an_image_above_the_limit_is_named() -> None:
+    choose("max_pixels: 178_956_970", "max_pixels: 5")
 
     assert "train/cat/9.png (it has more than 5 pixels)" in refusal("t01")
 
@@ -278,7 +285,7 @@ def test_a_picture_in_train_and_test_is_always_refused(target: str, allowed: boo
         allow_duplicates()
 
     assert refusal("t01") == (
-        f"data/raw/own/{target} is the same picture as data/raw/own/train/cat/9.png, in train and test;"
+        f"data/raw/own/{target}: the same picture as data/raw/own/train/cat/9.png, in train and test;"
         " remove one"
     )
 
@@ -300,7 +307,7 @@ def test_a_picture_on_the_other_side_of_an_earlier_task_is_always_refused(
     run("t01")
 
     assert refusal("t02") == (
-        f"data/raw/own/{target} is the same picture as t01/{source} of an earlier task, in train and test;"
+        f"data/raw/own/{target}: the same picture as t01/{source} of an earlier task, in train and test;"
         " remove one"
     )
 
@@ -311,8 +318,8 @@ def test_a_picture_in_two_tasks_is_refused_unless_allowed(part: str) -> None:
     run("t01")
 
     assert refusal("t02") == (
-        f"data/raw/own/{part.format('dog')} is the same picture as t01/{part.format('cat')} of an earlier"
-        " task, of another class; remove one, or set split.duplicates: allow in params.yaml"
+        f"data/raw/own/{part.format('dog')}: the same picture as t01/{part.format('cat')} of an earlier"
+        " task, of another class; remove one, or set data.duplicates: allow in params.yaml"
     )
     allow_duplicates()
     assert len(run("t02")) == 2
@@ -323,8 +330,8 @@ def test_a_picture_under_two_classes_is_refused_unless_allowed() -> None:
     copy("train/cat/10.png", "train/ant/10.png")
 
     assert refusal("t01") == (
-        "data/raw/own/train/ant/9.png is the same picture as data/raw/own/train/cat/9.png, of another class;"
-        " remove one, or set split.duplicates: allow in params.yaml (and 1 more such)"
+        "data/raw/own/train/ant/9.png: the same picture as data/raw/own/train/cat/9.png, of another class;"
+        " remove one, or set data.duplicates: allow in params.yaml (and 1 more)"
     )
     allow_duplicates()
     run("t01")
@@ -349,3 +356,119 @@ def test_a_refused_split_leaves_the_one_there_was() -> None:
         run("t01")
 
     assert tree(Path("split/t01")) == before
+
+
+def parts_of(task: str, *, root: str = "split") -> dict[str, list[str]]:
+    folder = Path(root, task)
+    files = [folder / "train.arrow", *sorted(folder.glob("validation/*.arrow")), *folder.glob("test/*.arrow")]
+    return {str(file.relative_to(folder)): read_images(file)["id"].to_pylist() for file in files}
+
+
+def noise(path: Path, seed: int) -> None:
+    """A picture with a structure, unlike every other one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = random.Random(seed).randbytes(64)
+    Image.frombytes("L", (8, 8), pixels).resize((64, 64), Image.Resampling.BICUBIC).save(path)
+
+
+def undivided(source: str) -> None:
+    """Two tasks of two classes of five images each, in one folder of class folders."""
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("data/raw/own", source))
+    for index, name in enumerate(("ant", "bee", "cat", "dog")):
+        for number in range(5):
+            noise(Path(source, name, f"{number}.png"), 10 * index + number)
+
+
+def run_of(source: str, task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
+    before = {"t01": "t00", "t02": "t01"}[task]
+    return split(task, source=Path(source), before=Path(root, before), out=Path(root, task))
+
+
+def test_without_validation_its_folder_says_so() -> None:
+    run("t01")
+
+    assert read_json(Path("split/t01/validation/tasks.json")) == {"tasks": []}
+    assert [path.name for path in Path("split/t01/validation").iterdir()] == ["tasks.json"]
+
+
+def test_validation_images_are_taken_from_train_and_handed_on() -> None:
+    undivided("data/raw/flat")
+    run_of("data/raw/flat", "t01")
+    plain = parts_of("t01")
+    choose("validation: null", "validation: 0.25")
+
+    summary = run_of("data/raw/flat", "t01")
+    run_of("data/raw/flat", "t02")
+
+    chosen = parts_of("t01")
+    assert summary == [{"class": name, "train": 3, "validation": 1, "test": 1} for name in ("cat", "ant")]
+    assert chosen["test/t01.arrow"] == plain["test/t01.arrow"]
+    names = {part: {name.split("/", 2)[2] for name in ids} for part, ids in chosen.items()}
+    assert names["train.arrow"] | names["validation/t01.arrow"] == {
+        name.split("/", 2)[2] for name in plain["train.arrow"]
+    }
+    assert not names["train.arrow"] & names["validation/t01.arrow"]
+    first, second = tree(Path("split/t01")), tree(Path("split/t02"))
+    assert second["validation/t01.arrow"] == first["validation/t01.arrow"]
+    assert read_json(Path("split/t02/validation/tasks.json")) == {"tasks": ["t01", "t02"]}
+
+
+def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:
+    undivided("data/raw/flat")
+    run_of("data/raw/flat", "t01", root="split")
+    lines = [
+        f"{path.relative_to('data/raw/flat')},{path.parent.name}"
+        for path in Path("data/raw/flat").rglob("*.png")
+    ]
+    Path("data/raw/flat/list.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
+    choose("{after: t00, source: data/raw/flat,", "{after: t00, source: data/raw/flat, manifest: list.csv,")
+    start(out=Path("listed/t00"))
+
+    summary = run_of("data/raw/flat", "t01", root="listed")
+
+    assert summary == [{"class": name, "train": 4, "test": 1} for name in ("cat", "ant")]
+    table = read_images(Path("listed/t01/train.arrow"))
+    assert table["id"][0].as_py().startswith("t01/train/cat/cat/")
+    every = {
+        root: {
+            pixels
+            for file in Path(root, "t01").rglob("*.arrow")
+            for pixels in read_images(file)["pixels"].to_pylist()
+        }
+        for root in ("split", "listed")
+    }
+    assert every["split"] == every["listed"]
+
+
+def test_a_picture_of_validation_is_refused_in_train() -> None:
+    choose("validation: null", "validation: 0.5")
+    copy("train/cat/9.png", "val/cat/1.png")
+
+    assert (
+        "data/raw/own/val/cat/1.png: the same picture as data/raw/own/train/cat/9.png, in train and val"
+        in refusal("t01")
+    )
+
+
+def test_nearly_the_same_pictures_across_parts_are_a_warning_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noise(SOURCE / "train/cat/a.png", 1)
+    noise(SOURCE / "test/dog/b.png", 2)
+    with Image.open(SOURCE / "train/cat/a.png") as image:
+        image.save(SOURCE / "test/ant/a.jpg", quality=90)
+    with Image.open(SOURCE / "test/dog/b.png") as image:
+        image.resize((50, 50)).save(SOURCE / "train/ant/b.png")
+
+    run("t01")
+    run("t02")
+
+    assert read_json(Path("split/t01/split.json"))["near_duplicates"] == 1
+    assert read_json(Path("split/t02/split.json"))["near_duplicates"] == 1
+    said = capsys.readouterr().err
+    assert (
+        "split t01: warning: 1 picture nearly stands in train and in test or validation, such as"
+        " data/raw/own/test/ant/a.jpg and data/raw/own/train/cat/a.png; `sdlora doctor` lists them"
+    ) in said
+    assert "such as data/raw/own/test/dog/b.png and t01/train/ant/b.png of an earlier task" in said

@@ -106,6 +106,7 @@ def run_evaluation(task: str) -> None:
         model=Path(f"model/{task}"),
         backbone=Path("model/t00"),
         test=Path(f"split/{task}/test"),
+        validation=Path(f"split/{task}/validation"),
         classes=Path(f"split/{task}/classes.json"),
         out=Path(f"evaluation/{task}"),
     )
@@ -254,6 +255,26 @@ def test_two_steps_leave_whole_folders_and_evaluations(project: Path, method: st
     assert set(table["prediction"].to_pylist()) <= {0, 1, 2, 3}
 
 
+def test_validation_images_are_evaluated_beside_the_tests_and_never_trained_on(project: Path) -> None:
+    run_step("t01", "t00")
+    run_evaluation("t01")
+    plain = read_json(Path("evaluation/t01/metrics.json"))
+    Path("params.yaml").write_text(settings(validation="0.4"))
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        split(task, source=Path("pictures"), before=Path(f"split/{before}"), out=Path(f"split/{task}"))
+        run_step(task, before)
+        run_evaluation(task)
+    metrics = read_json(Path("evaluation/t02/metrics.json"))
+
+    assert "validation_accuracy" not in plain
+    assert len(read_images(Path("split/t02/train.arrow"))) == 6
+    assert metrics["samples"] == [4, 4]
+    assert metrics["validation_tasks"] == ["t01", "t02"]
+    assert metrics["validation_samples"] == [4, 4]
+    assert metrics["validation_accuracy"] == [right / 4 for right in metrics["validation_correct"]]
+    assert len(read_images(Path("evaluation/t02/predictions.arrow"))) == 8
+
+
 def test_each_record_holds_the_hash_of_the_one_before_and_earlier_files_keep_their_bytes(
     project: Path,
 ) -> None:
@@ -347,6 +368,7 @@ def test_a_model_is_not_evaluated_on_the_classes_of_another_step(project: Path) 
             model=Path("model/t01"),
             backbone=Path("model/t00"),
             test=Path("split/t02/test"),
+            validation=Path("split/t02/validation"),
             classes=Path("split/t02/classes.json"),
             out=Path("evaluation/t01"),
         )

@@ -157,7 +157,9 @@ def test_a_plan_that_cannot_be_is_refused(settings: dict[str, int], fault: str) 
     [
         pytest.param("data/raw/own", "data/raw/own: the folder is missing; put images there", id="own"),
         pytest.param("data/raw/glyphs100", "the folder is missing; run `sdlora fetch glyphs100", id="known"),
-        pytest.param("data/raw", "data/raw/train: the folder is missing", id="without-train"),
+        pytest.param(
+            "data/raw", "data/raw/digits: a folder of folders, so data/raw holds neither", id="of-sources"
+        ),
         pytest.param("..", r"\.\.: not a folder inside the project; copy or link", id="outside"),
         pytest.param("/usr/share", "/usr/share: not a folder inside the project", id="absolute-outside"),
         pytest.param(".", r"\.: not a folder inside the project", id="the-project-itself"),
@@ -200,6 +202,61 @@ def test_an_absolute_source_inside_the_project_becomes_relative(project: Path) -
     assert Params.load().tasks["t06"].source == "data/raw/own"
 
 
+def test_a_manifest_stands_for_its_folder_and_is_named() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/my list.csv").write_text("path,label\n1.png,zebra\n2.png,c10\n3.png,c9\n")
+
+    lines = add_task("data/raw/own/my list.csv")
+
+    line = 't06: {after: t05, source: data/raw/own, manifest: "my list.csv", classes: ["c9", "c10", "zebra"]}'
+    assert lines[1] == line
+    task = Params.load().tasks["t06"]
+    assert (task.source, task.manifest) == ("data/raw/own", "my list.csv")
+
+
+def test_a_plan_of_a_manifest_names_it_in_every_task() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/list.csv").write_text("path,label\n1.png,a\n2.png,b\n")
+
+    plan("data/raw/own/list.csv", tasks=2)
+
+    assert [task.manifest for task in Params.load().tasks.values()] == ["list.csv", "list.csv"]
+
+
+def test_a_metadata_file_is_found_and_not_named() -> None:
+    Path("data/raw/own").mkdir()
+    Path("data/raw/own/metadata.csv").write_text("file_name,label\n1.png,zebra\n")
+
+    assert add_task("data/raw/own")[1] == 't06: {after: t05, source: data/raw/own, classes: ["zebra"]}'
+
+
+def test_the_classes_of_an_undivided_folder_are_its_folders() -> None:
+    for name in ("c10", "c9"):
+        Path("data/raw/own", name).mkdir(parents=True)
+
+    add_task("data/raw/own")
+
+    assert classes()["t06"] == ("c9", "c10")
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        pytest.param(
+            "data/raw/own/list.csv", "list.csv: the manifest is missing; put it there", id="missing"
+        ),
+        pytest.param("list.csv", "list.csv: not a folder inside the project|not a folder", id="at-the-top"),
+        pytest.param("../x/list.csv", "not a folder inside the project", id="outside"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(source: str, fault: str) -> None:
+    Path("data/raw/own").mkdir()
+
+    with pytest.raises(InputError, match=fault):
+        add_task(source)
+    assert text() == SHIPPED.read_text()
+
+
 def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
     make_classes("data/raw/own", "a", "b", "c")
 
@@ -216,9 +273,7 @@ def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
         pytest.param(
             ["3"], "class '3' is already in t03 of params.yaml; a class is learned once", id="known"
         ),
-        pytest.param(
-            ["x"], "data/raw/digits/train/x: the folder is missing; classes there are 0, 1", id="absent"
-        ),
+        pytest.param(["x"], "data/raw/digits: there is no class 'x'; classes there are 0, 1, 2", id="absent"),
     ],
 )
 def test_a_task_without_new_classes_is_refused(given: list[str] | None, fault: str) -> None:
