@@ -16,12 +16,13 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
     import pyarrow as pa
     import torch
 
-    from pipelines.images import decode_for, read_images, write_rows
+    from pipelines.images import decode, read_images, write_rows
     from sdlora.backbones import read_backbone
     from sdlora.classifier import merged_classifier
     from sdlora.devices import best_device, set_deterministic
     from sdlora.evaluation import predict_batches
     from sdlora.model_folder import read_model
+    from sdlora.preprocessing import Preprocessing
 
     params = Params.load()
     set_deterministic(params.training.deterministic)
@@ -35,18 +36,18 @@ def evaluate(task: str, *, model: Path, backbone: Path, test: Path, classes: Pat
             "run `sdlora run` to bring both up to date"
         )
     classifier = merged_classifier(base.model, learned).to(device)
-    config = base.description["pretrained_cfg"]
+    preprocessing = Preprocessing.of(base.description)
     tables = {name: read_images(test / f"{name}.arrow") for name in seen["tasks"]}
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0
     with Progress(f"evaluate {task}", total=sum(map(len, tables.values())), unit="images") as bar:
         for name, table in tables.items():
-            pixels = decode_for(table, base.description)
+            pixels = decode(table, preprocessing)
             for batch in predict_batches(
                 classifier,
                 torch.from_numpy(pixels),
-                mean=config["mean"],
-                std=config["std"],
+                mean=preprocessing.mean,
+                std=preprocessing.std,
                 batch_size=params.evaluation.batch_size,
                 device=device,
             ):
