@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Picture(Protocol):
     def crop(self, box: tuple[int, int, int, int]) -> Self: ...
     def paste(self, im: Any, box: Any = None) -> None: ...  # noqa: ANN401
     def alpha_composite(self, im: Any) -> None: ...  # noqa: ANN401
+
+
+P = TypeVar("P", bound=Picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +148,13 @@ def _offset(found: int, wanted: int) -> int:
     return round((found - wanted) / 2) if found >= wanted else -((wanted - found) // 2)
 
 
-def upright(picture: Picture) -> Picture:
+def upright(picture: P) -> P:
     """The picture as it was seen, whichever way the camera was held."""
     method = TRANSPOSITIONS.get(picture.getexif().get(ORIENTATION, 1))
     return picture if method is None else picture.transpose(method)
 
 
-def on_white(picture: Picture) -> Picture:
+def on_white(picture: P) -> P:
     """A transparent picture on white: its hidden colours, often black like the ink, are not part of it."""
     if not picture.has_transparency_data:
         return picture
