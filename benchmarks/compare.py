@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipelines.fetch import KNOWN
 from pipelines.files import natural_key
-from pipelines.images import ImageRow, decode_for, read_images, write_images
+from pipelines.images import ImageRow, decode, read_images, write_images
 from pipelines.params import HEADS_OF, Digits, Glyphs100
 from sdlora.backbones import Backbone, create_backbone
 from sdlora.classifier import Learned, merged_classifier
@@ -35,6 +35,7 @@ from sdlora.freezing import freeze, measured, settle_head
 from sdlora.heads import HEADS
 from sdlora.methods import METHODS, Settings
 from sdlora.metrics import average_accuracy, forgetting, last_accuracy
+from sdlora.preprocessing import Preprocessing
 from sdlora.seeding import generator_for
 from sdlora.training import Fit, Schedule, TaskImages
 
@@ -106,7 +107,7 @@ class Images:
         packed = folder / f"{name}.arrow"
         packed.parent.mkdir(parents=True, exist_ok=True)
         write_images(packed, rows)
-        self.pixels = torch.from_numpy(decode_for(read_images(packed), backbone.description))
+        self.pixels = torch.from_numpy(decode(read_images(packed), Preprocessing.of(backbone.description)))
         paths = [Path(row.id) for row in rows]
         self.classes = sorted({path.parts[1] for path in paths}, key=natural_key)
         self.of: dict[tuple[str, str], torch.Tensor] = {}

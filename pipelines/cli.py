@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -198,6 +198,68 @@ def doctor(
     from pipelines.doctor import doctor as examine
 
     raise SystemExit(examine(source, as_json=as_json, quick=quick))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Model folder, or a step of this project: t03 or 3.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders (with all in them), or - for a list on standard input."),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.")] = 1,
+    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="What is written.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of standard output.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; 64, on a GPU 256.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 on a GPU that is fast at it.")
+    ] = "auto",
+    backbone: Annotated[
+        Path | None, typer.Option(help="Folder of step t00; the one beside MODEL if not given.")
+    ] = None,
+) -> None:
+    """Name the class of images, as soon as they are read.
+
+    Exit status 1 says that some image could not be read (named, the others are done), 2 that nothing was done.
+    """
+    from pipelines.model_folders import find_model
+    from pipelines.predict import Settings
+    from pipelines.predict import predict as work
+
+    settings = Settings(
+        top=top, batch_size=batch_size, device=device, precision=precision, format=format, out=out
+    )
+    raise SystemExit(work(find_model(model), backbone, images, settings))
+
+
+@app.command()
+def export(
+    format: Annotated[
+        Literal["timm", "peft", "onnx", "hub"], typer.Argument(help="hub is timm with a model card.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to leave; an earlier export is replaced.")],
+    step: Annotated[str | None, typer.Option(help="Step, such as 3; the latest if not given.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder instead of a step.")] = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="Folder of step t00; the one beside the model if not given.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images for the check; the step's test images if not given.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many images the check takes.")] = 64,
+) -> None:
+    """Write a step's model for other programs, checked: equal logits on real images.
+
+    Exit status 1 says that the check failed and nothing was kept.
+    """
+    if step is not None and model is not None:
+        raise InputError("--step and --model: give one of them")
+    from pipelines.export import run as work
+    from pipelines.model_folders import find_model
+
+    folder = find_model(str(model) if model else step)
+    raise SystemExit(work(format, out, model=folder, backbone=backbone, images=images, count=count))
 
 
 @app.command()

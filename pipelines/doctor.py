@@ -540,13 +540,13 @@ def features_of(chosen: Mapping[str, Mapping[str, Sequence[Loader]]], base: Back
     import pyarrow as pa
     import torch
 
-    from pipelines.images import decode_for
+    from pipelines.images import decode
     from sdlora.devices import best_device
-    from sdlora.preprocessing import normalise
+    from sdlora.preprocessing import Preprocessing, normalise
 
     device = best_device()
     model = base.model.to(device)
-    config = base.description["pretrained_cfg"]
+    preprocessing = Preprocessing.of(base.description)
     total = sum(len(readers) for classes in chosen.values() for readers in classes.values())
     found: dict[str, Features] = {}
     done = 0
@@ -555,8 +555,8 @@ def features_of(chosen: Mapping[str, Mapping[str, Sequence[Loader]]], base: Back
             for name, readers in classes.items():
                 images = pa.array([reader() for reader in readers], pa.large_binary())
                 table = pa.table({"id": [name] * len(images), "image": images})
-                pixels = torch.from_numpy(decode_for(table, base.description)).to(device)
-                normal = normalise(pixels, mean=config["mean"], std=config["std"])
+                pixels = torch.from_numpy(decode(table, preprocessing)).to(device)
+                normal = normalise(pixels, mean=preprocessing.mean, std=preprocessing.std)
                 values = model(normal).double().cpu().numpy()
                 variance = values.var(axis=0, ddof=1).sum() if len(values) > 1 else np.nan
                 facts = (normal.mean().item(), normal.square().mean().item())

@@ -29,12 +29,13 @@ def evaluate(
     import pyarrow as pa
     import torch
 
-    from pipelines.images import decode_for, read_images, write_rows
+    from pipelines.images import decode, read_images, write_rows
     from sdlora.backbones import read_backbone
     from sdlora.classifier import merged_classifier
     from sdlora.devices import best_device, set_deterministic
     from sdlora.evaluation import predict_batches
     from sdlora.model_folder import read_model
+    from sdlora.preprocessing import Preprocessing
 
     params = Params.load()
     set_deterministic(params.training.deterministic)
@@ -48,7 +49,7 @@ def evaluate(
             "run `sdlora run` to bring both up to date"
         )
     classifier = merged_classifier(base.model, learned).to(device)
-    config = base.description["pretrained_cfg"]
+    preprocessing = Preprocessing.of(base.description)
     tables = {name: read_images(test / f"{name}.arrow") for name in seen["tasks"]}
     held = read_json(validation / "tasks.json")["tasks"]
     selecting = {name: read_images(validation / f"{name}.arrow") for name in seen["tasks"] if name in held}
@@ -57,12 +58,12 @@ def evaluate(
     waiting = [*tables.items(), *selecting.items()]
     with Progress(f"evaluate {task}", total=sum(len(table) for _, table in waiting), unit="images") as bar:
         for name, table in waiting:
-            pixels = decode_for(table, base.description)
+            pixels = decode(table, preprocessing)
             for batch in predict_batches(
                 classifier,
                 torch.from_numpy(pixels),
-                mean=config["mean"],
-                std=config["std"],
+                mean=preprocessing.mean,
+                std=preprocessing.std,
                 batch_size=params.evaluation.batch_size,
                 device=device,
             ):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode_for, read_images
+from pipelines.images import decode, read_images
 from pipelines.params import Params
 from pipelines.progress import Progress
 from pipelines.stage import Summary, say, stage
@@ -87,6 +87,7 @@ def _prepare(
     from sdlora.backbones import read_backbone
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model
+    from sdlora.preprocessing import Preprocessing
     from sdlora.training import Fit, Schedule, TaskImages
 
     params = Params.load()
@@ -95,20 +96,20 @@ def _prepare(
     learned, record = read_model(before)
     targets = params.adapter.targets or method.targets
     _check_continues(record, params, before, targets)
-    config = base.description["pretrained_cfg"]
+    preprocessing = Preprocessing.of(base.description)
     tasks = {}
     for name in [*record["tasks"], task] if method.joint else [task]:
         table = read_images(train if name == task else _earlier_images(name, task, train, record))
         labels = torch.tensor(table["label"].to_pylist())
-        pixels = torch.from_numpy(decode_for(table, base.description))
+        pixels = torch.from_numpy(decode(table, preprocessing))
         tasks[name] = TaskImages(pixels, labels - labels.min())
     settings = params.training
     return Fit(
         base.model,
         learned,
         tasks=tasks,
-        mean=config["mean"],
-        std=config["std"],
+        mean=preprocessing.mean,
+        std=preprocessing.std,
         method=method,
         settings=settings_of(params.adapter),
         targets=targets,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode_for, read_images
+from pipelines.images import decode, read_images
 from pipelines.params import Params
 from pipelines.stage import Summary, stage
 
@@ -142,8 +142,10 @@ class TrainingFeatures:
         import torch
 
         from sdlora.backbones import read_backbone
+        from sdlora.preprocessing import Preprocessing
 
-        return torch.from_numpy(decode_for(self._table, read_backbone(self._backbone).description))
+        preprocessing = Preprocessing.of(read_backbone(self._backbone).description)
+        return torch.from_numpy(decode(self._table, preprocessing))
 
     def labels(self) -> "Tensor":
         """(n,), 0 … classes − 1 within the task."""

@@ -6,11 +6,11 @@ import hashlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.errors import InputError
 from pipelines.files import naming
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from PIL.Image import Image
+
+    from sdlora.preprocessing import Preprocessing
 
 
 ANY_SIZE = sys.maxsize // 2
@@ -82,25 +84,11 @@ def read_images(path: Path) -> pa.Table:
         raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
 
 
-def decode(
-    table: pa.Table, *, channels: int, size: tuple[int, int], crop_pct: float, interpolation: str
-) -> np.ndarray:
-    """All images of a table as uint8 (images, channels, height, width).
-
-    An image is scaled with Pillow's filter of that name until it just covers `size` / `crop_pct` (for a
-    square size the shorter side decides) and its centre is cut out; one of exactly `size` stays as it is.
-    Transparent parts become white. 1 channel is grey, 3 are RGB.
-    """
+def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:
+    """All images of a table as the backbone takes them, uint8 (images, channels, height, width)."""
     import numpy as np
-    from PIL.Image import Resampling
 
-    if channels not in (1, 3):
-        raise InputError(f"backbone: it takes images of {channels} channels; choose one that takes 1 or 3")
-    known = {resampling.name.lower(): resampling for resampling in Resampling}
-    if interpolation not in known:
-        raise InputError(f"backbone: its interpolation is {interpolation!r}; known are {', '.join(known)}")
-    out = np.empty((len(table), channels, *size), np.uint8)
-    mode = "L" if channels == 1 else "RGB"
+    out = np.empty((len(table), *preprocessing.input_size), np.uint8)
     ids, images = table["id"], table["image"]
 
     def fill(index: int) -> None:
@@ -108,26 +96,12 @@ def decode(
             picture = open_picture(images[index].as_buffer())
         except ValueError as error:
             raise InputError(f"{ids[index]}: {error}; replace the image") from None
-        fitted = _fit(_on_white(picture).convert(mode), size, crop_pct, known[interpolation])
-        out[index] = np.asarray(fitted).reshape(*size, channels).transpose(2, 0, 1)
+        out[index] = preprocessing.pixels(picture)
 
     with strict_pictures(ANY_SIZE):  # `split` has refused what is above data.max_pixels
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
-
-
-def decode_for(table: pa.Table, description: Mapping[str, Any]) -> np.ndarray:
-    """All images of a table as the backbone of that `description` (backbone.json) takes them, uint8."""
-    config = description["pretrained_cfg"]
-    channels, height, width = config["input_size"]
-    return decode(
-        table,
-        channels=channels,
-        size=(height, width),
-        crop_pct=config["crop_pct"],
-        interpolation=config["interpolation"],
-    )
 
 
 def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
@@ -214,27 +188,6 @@ def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator
     with ThreadPoolExecutor() as pool:
         for done, _ in enumerate(pool.map(work, indices), start=1):
             yield done
-
-
-def _fit(image: Image, size: tuple[int, int], crop_pct: float, resampling: int) -> Image:
-    height, width = size
-    if image.size == (width, height):
-        return image
-    scale = max(round(height / crop_pct) / image.height, round(width / crop_pct) / image.width)
-    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if scaled != image.size:
-        image = image.resize(scaled, resampling)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _on_white(picture: Image) -> Image:
-    """A transparent picture on white: its hidden colours, often black like the ink, are not part of it."""
-    from PIL import Image
-
-    if picture.mode != "RGBA":
-        return picture
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
 
 
 def _hashes() -> dict[str, pa.DataType]:

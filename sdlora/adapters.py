@@ -156,6 +156,23 @@ class AdaptedWeight(nn.Module):
                 end = stop
             return torch.cat([*pieces, weight[end:]])
 
+    @torch.no_grad()
+    def summed(self, rows: int) -> Factors | None:
+        """All frozen directions of a weight of so many rows as one B·A of the summed rank, magnitudes within B.
+
+        B (rows, Σr) is zero outside the rows of the block that a direction belongs to; None where there is none.
+        """
+        ups, downs = [], []
+        for (start, stop), directions in self._blocks.items():
+            if directions.magnitudes is None or not directions.owner.numel():
+                continue
+            scales = directions.owner @ directions.magnitudes[: directions.owner.shape[1]]
+            up = directions.stacked_up.new_zeros(rows, len(scales))
+            up[start:stop] = directions.stacked_up * scales
+            ups.append(up)
+            downs.append(directions.stacked_down)
+        return Factors(torch.cat(ups, dim=1), torch.cat(downs)) if ups else None
+
 
 def _projections(
     backbone: nn.Module, targets: Sequence[str]

@@ -110,11 +110,8 @@ class IncrementalClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
-    """The step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
-
-    It costs what the plain timm model costs. `backbone` is changed in place.
-    """
+def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClassifier:
+    """The step's model with its directions still apart from the weights, nothing trainable; changes `backbone`."""
     model = IncrementalClassifier(backbone, learned, targets=learned.targets)
     if learned.directions:
         missing = [task for task in learned.directions if task not in learned.magnitudes]
@@ -122,5 +119,14 @@ def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
             raise ValueError(f"directions without magnitudes: {', '.join(missing)}")
         magnitudes = torch.stack([learned.magnitudes[task] for task in learned.directions])
         model.set_directions(learned.directions, magnitudes, trained=False)
-    merge_adapters(model.backbone)
     return model.eval()
+
+
+def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
+    """The step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
+
+    It costs what the plain timm model costs. `backbone` is changed in place.
+    """
+    model = adapted_classifier(backbone, learned)
+    merge_adapters(model.backbone)
+    return model

@@ -1,73 +1,96 @@
-"""One tiny model with random weights of every family of timm's vision transformers that can be a backbone."""
+"""The families of timm's vision transformers at tiny size, registered with timm under names of their own.
 
+It imports nothing of this project, so that a process that has timm alone can load what was exported of them.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.beit import Beit
+from timm.models.cait import Cait
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.xcit import Xcit
+from torch import nn
 
-from sdlora.backbones import PREPROCESSING, Backbone
+SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-FLEXIBLE = {key: value for key, value in TINY.items() if key != "img_size"}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "vit_base_patch16_224": TINY,
-    "vit_base_patch16_clip_224": TINY,  # a norm before the blocks
-    "vit_large_patch14_clip_quickgelu_224": TINY,
-    "vit_base_patch16_siglip_224": TINY,  # attention pooling
-    "vit_base_patch16_siglip_gap_224": TINY,
-    "vit_base_patch16_rpn_224": TINY,  # norms after attention and MLP
-    "vit_small_patch14_dinov2": TINY,  # layer-scale
-    "vit_small_patch14_reg4_dinov2": TINY,  # register tokens
-    "vit_giant_patch14_dinov2": TINY,  # a gated MLP, packed
-    "vit_little_patch16_reg4_gap_256": TINY,
-    "vit_dwee_patch16_reg1_gap_256": TINY,  # differential attention
-    "vit_intern300m_patch14_448": TINY,
-    "vit_so150m_patch16_reg4_map_256": TINY,
-    "flexivit_small": TINY,
-    "aimv2_large_patch14_224": TINY,  # a gated MLP in two parts
-    "vit_relpos_small_patch16_224": TINY,  # a relative position bias
-    "samvit_base_patch16_224": TINY,  # window attention
-    "vit_tiny_r_s16_p8_224": {key: value for key, value in TINY.items() if key != "patch_size"},  # a stem
-    "deit_tiny_patch16_224": TINY,
-    "deit_tiny_distilled_patch16_224": TINY,  # two class tokens
-    "deit3_small_patch16_224": TINY,
-    "beit_base_patch16_224": TINY,  # separate biases
-    "beitv2_base_patch16_224": TINY,
-    "eva_large_patch14_196": TINY,
-    "eva02_tiny_patch14_224": TINY,  # rotary positions, split projections
-    "eva02_base_patch16_clip_224": TINY,
-    "vit_small_patch16_dinov3": TINY,
-    "vit_small_plus_patch16_dinov3": TINY,
-    "vit_small_patch16_rope_mixed_ape_224": TINY,
-    "vit_medium_patch16_rope_reg1_gap_256": TINY,
-    "vit_pe_core_base_patch16_224": TINY,
-    "naflexvit_base_patch16_gap": FLEXIBLE,
-    "naflexvit_base_patch16_map": FLEXIBLE,
-    "cait_xxs24_224": TINY,
-    "xcit_nano_12_p16_224": {**TINY, "patch_size": 16},  # attention between channels
-}
-"""timm's architecture → what makes it tiny."""
-
-
-def tiny_backbone(architecture: str, *, seed: int = 0) -> Backbone:
-    """The architecture at tiny size, with random weights, for 32×32 images (naflexvit: of its own size)."""
-    arguments = FAMILIES[architecture]
-    torch.manual_seed(seed)
-    model = timm.create_model(architecture, num_classes=0, **arguments).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # some start so near zero that nothing would reach the features
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    config = timm.data.resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    if "img_size" in arguments:
-        height = width = arguments["img_size"]
-    config["input_size"] = (channels, height, width)
-    return Backbone(
-        model=model,
-        description={
-            "name": architecture,
-            "features": model.num_features,
-            "model_args": arguments,
-            "pretrained_cfg": {key: config[key] for key in PREPROCESSING},
+ARCHITECTURES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "tiny_vit": (VisionTransformer, {}),
+    "tiny_vit_pooled": (VisionTransformer, {"class_token": False, "global_pool": "avg"}),
+    "tiny_deit3": (VisionTransformer, {"no_embed_class": True, "init_values": 0.1}),
+    "tiny_deit_distilled": (VisionTransformerDistilled, {}),
+    "tiny_dinov2_registers": (
+        VisionTransformer,
+        {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.1},
+    ),
+    "tiny_siglip": (VisionTransformer, {"class_token": False, "global_pool": "map"}),
+    "tiny_clip": (VisionTransformer, {"pre_norm": True, "act_layer": "quick_gelu"}),
+    "tiny_relative_positions": (VisionTransformerRelPos, {}),
+    "tiny_beit": (Beit, {"use_rel_pos_bias": True, "init_values": 0.1}),
+    "tiny_eva": (Eva, {"qkv_fused": True, "init_values": 0.1}),
+    "tiny_eva02": (
+        Eva,
+        {
+            "qkv_fused": False,
+            "swiglu_mlp": True,
+            "scale_mlp": True,
+            "use_rot_pos_emb": True,
+            "ref_feat_shape": (2, 2),
         },
-    )
+    ),
+    "tiny_cait": (Cait, {"depth_token_only": 1, "init_values": 0.1}),
+    "tiny_xcit": (Xcit, {"eta": 0.1}),
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.random": {
+            "url": "",
+            "num_classes": 0,
+            "input_size": (3, 16, 16),
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "crop_mode": "center",
+            "license": "apache-2.0",
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name in ARCHITECTURES
+    }
+)
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    kind, options = ARCHITECTURES[name]
+
+    def make(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: ANN401 - timm's own protocol
+        return build_model_with_cfg(kind, name, pretrained, **{**SIZE, **options, **kwargs})
+
+    make.__name__ = name
+    return make
+
+
+def _factory(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=0).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # many start at 0, where a mistake would not show
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    return make
+
+
+for _name in ARCHITECTURES:
+    register_model(_entrypoint(_name))
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {name: _factory(name) for name in ARCHITECTURES}
+"""Name in timm's registry → the model without a classifier, with random weights, the same every time."""

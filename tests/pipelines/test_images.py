@@ -18,6 +18,7 @@ from pipelines.images import (
     write_images,
     write_samples,
 )
+from sdlora.preprocessing import Preprocessing
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 
@@ -45,7 +46,20 @@ def decoded(
     crop_pct: float = 1.0,
 ) -> np.ndarray:
     table = table_of(tmp_path, *(encoded(image) for image in images))
-    return decode(table, channels=channels, size=size, crop_pct=crop_pct, interpolation="bilinear")
+    return decode(table, preprocessing(channels=channels, size=size, crop_pct=crop_pct))
+
+
+def preprocessing(
+    *, channels: int = 3, size: tuple[int, int] = (4, 4), crop_pct: float = 1.0
+) -> Preprocessing:
+    return Preprocessing(
+        input_size=(channels, *size),
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        interpolation="bilinear",
+        crop_pct=crop_pct,
+        crop_mode="center",
+    )
 
 
 def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -90,7 +104,7 @@ def test_a_cut_off_file_of_images_is_named(tmp_path: Path) -> None:
 
 
 def test_an_image_of_the_exact_size_is_not_resampled(tmp_path: Path) -> None:
-    out = decoded(tmp_path, Image.fromarray(NOISE), size=(6, 5), crop_pct=0.5)
+    out = decoded(tmp_path, Image.fromarray(NOISE), size=(6, 5))
 
     np.testing.assert_array_equal(out[0].transpose(1, 2, 0), NOISE)
 
@@ -102,6 +116,16 @@ def test_the_shorter_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> No
     out = decoded(tmp_path, wide, size=(8, 8))
 
     np.testing.assert_array_equal(out[0], np.asarray(Image.new("RGB", (8, 8), "blue")).transpose(2, 0, 1))
+
+
+def test_the_embedded_pictures_are_decoded_to_their_own_pixels(tmp_path: Path) -> None:
+    embedded = Path(__file__).parents[2] / "pipelines/embedded/glyphs100.arrow"
+    images = [bytes(image) for image in pa.ipc.open_file(embedded).read_all()["image"][::400].to_pylist()]
+    expected = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+
+    out = decode(table_of(tmp_path, *images), preprocessing(channels=1, size=(32, 32)))
+
+    np.testing.assert_array_equal(out[:, 0], expected)
 
 
 def test_crop_pct_cuts_the_border_off(tmp_path: Path) -> None:
@@ -305,20 +329,4 @@ def test_decoding_names_a_broken_image(tmp_path: Path) -> None:
     table = table_of(tmp_path, b"hello")
 
     with pytest.raises(InputError, match=r"t01/train/a/0\.png: it is no image"):
-        decode(table, channels=3, size=(4, 4), crop_pct=1.0, interpolation="bilinear")
-
-
-@pytest.mark.parametrize(
-    ("channels", "interpolation", "fault"),
-    [
-        pytest.param(4, "bilinear", "images of 4 channels; choose one", id="channels"),
-        pytest.param(3, "random", "'random'; known are nearest", id="interpolation"),
-    ],
-)
-def test_a_backbone_with_other_needs_is_refused(
-    tmp_path: Path, channels: int, interpolation: str, fault: str
-) -> None:
-    table = table_of(tmp_path, encoded(Image.fromarray(NOISE)))
-
-    with pytest.raises(InputError, match=fault):
-        decode(table, channels=channels, size=(4, 4), crop_pct=1.0, interpolation=interpolation)
+        decode(table, preprocessing())

@@ -1,0 +1,151 @@
+"""A step of a chain as a model to use: a plain timm module with its transform and its class names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sdlora.adapters import AdaptedWeight, Factors
+from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
+from sdlora.classifier import Learned, adapted_classifier, merged_classifier
+from sdlora.devices import best_device
+from sdlora.ledger import RECORD
+from sdlora.model_folder import read_model
+from sdlora.preprocessing import Preprocessing
+
+
+class Model(NamedTuple):
+    """The model of a step, in evaluation mode: `module(transform(picture)[None])` are logits (1, classes)."""
+
+    module: nn.Module
+    """The plain timm model with merged weights and all rows of the head; float32 (n, c, h, w) → logits (n, classes)."""
+    transform: Preprocessing
+    """A Pillow picture → float32 (c, h, w); all that is known of the input stands in its fields."""
+    classes: list[str]
+    """Their names in the order of the logits."""
+    tasks: list[str]
+    """The tasks so far, in order of arrival."""
+
+
+class Step(NamedTuple):
+    """A step as its files hold it, hashes checked."""
+
+    backbone: Backbone
+    learned: Learned
+    record: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of the logits."""
+        return [entry["name"] for entry in self.record["classes"]]
+
+
+def load(folder: Path | str, *, backbone: Path | str | None = None, device: str | None = None) -> Model:
+    """The model of the step in `folder` (artifacts/model/t05).
+
+    Args:
+        backbone: the folder of step t00; None for the one beside `folder`.
+        device: of torch; None for the accelerator where there is one.
+
+    Raises:
+        FileNotFoundError: a folder, or a file that a record names, is missing.
+        ValueError: a file is not the one that its record names, or the step has no classes.
+    """
+    step = read_step(Path(folder), backbone=None if backbone is None else Path(backbone))
+    return Model(
+        module=timm_classifier(step).to(torch.device(device) if device else best_device()),
+        transform=Preprocessing.of(step.backbone.description),
+        classes=step.classes,
+        tasks=list(step.record["tasks"]),
+    )
+
+
+def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
+    """What `folder` and its chain's backbone hold; raises as `load` does."""
+    base_folder = backbone or folder.resolve().parent / "t00"
+    if not (base_folder / RECORD).is_file():
+        raise FileNotFoundError(f"{base_folder}: no backbone there (step t00 of the chain); say where it is")
+    learned, record = read_model(folder)
+    if not learned.rows:
+        raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")
+    base = read_backbone(base_folder)
+    if base.description["sha256"] != record["backbone"]:
+        raise ValueError(
+            f"{folder}: it began from another backbone (sha256 {record['backbone'][:12]}) than the one in "
+            f"{base_folder} ({base.description['sha256'][:12]}); say where its own is"
+        )
+    return Step(base, learned, record)
+
+
+def timm_classifier(step: Step) -> nn.Module:
+    """The step as timm itself builds it: merged weights, and the head's rows in timm's own classifier.
+
+    The step's backbone is changed in place. Where timm has several classifiers whose mean it takes (distilled
+    models), each of them gets the rows: the head reads the mean of what they read.
+
+    Raises:
+        ValueError: the model's classifier is no linear layer on its features.
+    """
+    model = step.backbone.model
+    merged_classifier(model, step.learned)
+    head = head_rows(step.learned)
+    model.reset_classifier(len(head["bias"]))  # type: ignore[operator]
+    for name in classifier_names(model):
+        model.get_submodule(name).load_state_dict(head)
+    return model.eval().requires_grad_(False)
+
+
+def head_rows(learned: Learned) -> dict[str, Tensor]:
+    """All rows of the head: `weight` (classes, d), `bias` (classes,)."""
+    blocks = learned.rows.values()
+    return {
+        "weight": torch.cat([block.weight for block in blocks]),
+        "bias": torch.cat([block.bias for block in blocks]),
+    }
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """The names of a timm model's classifying layers; a ValueError where they are not linear on its features."""
+    found = model.get_classifier()  # type: ignore[operator]
+    layers = list(found) if isinstance(found, tuple | list) else [found]
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in layers:
+        if not isinstance(layer, nn.Linear) or layer.in_features != model.num_features:
+            raise ValueError(
+                f"{type(model).__name__}: its classifier is a {type(layer).__name__}, expected a linear layer on its "
+                f"{model.num_features} features; this backbone cannot carry the head"
+            )
+    return [names[id(layer)] for layer in layers]
+
+
+def summed_directions(step: Step) -> dict[str, Factors]:
+    """Layer name (`blocks.0.attn.qkv`) → all its directions as one B·A: SD-LoRA is a LoRA of the summed rank.
+
+    W = W₀ + Σ αₖBₖAₖ = W₀ + [α₁B₁ … αₙBₙ][A₁; …; Aₙ], with zeros in B where a layer holds rows of other targets.
+    The step's backbone is changed in place.
+    """
+    model = adapted_classifier(step.backbone.model, step.learned).backbone
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and parametrize.is_parametrized(layer, "weight"):
+            weight = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+            assert isinstance(weight, AdaptedWeight)
+            factors = weight.summed(layer.out_features)
+            if factors is not None:
+                found[name] = factors
+    return found
+
+
+def timm_architecture(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of an architecture that timm ships, and its arguments, for a backbone's description (backbone.json).
+
+    The packaged backbone is timm's own class at other sizes, so timm can build it under one of its own names.
+    """
+    name, _, _ = description["name"].partition(".")
+    arguments = dict(description["model_args"])
+    if name == "glyph_vit":
+        return "vit_tiny_patch16_224", {**GLYPH_VIT["architecture"], **arguments}
+    return name, arguments

@@ -1,0 +1,102 @@
+"""docs/serving.md does what it says: its server, run as written, answers as the model does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.export import export
+from pipelines.exports.subject import Subject, reference_logits
+from pipelines.images import open_picture
+from sdlora.ledger import record_hash
+from tests.chains import encoded, make_chain, picture
+
+PAGE = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """artifacts/model of a chain on the packaged backbone, whose step t02 is exported beside."""
+    root = tmp_path_factory.mktemp("served")
+    models = make_chain(root, "glyph_vit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's exporter
+        warnings.simplefilter("ignore", FutureWarning)
+        export("onnx", root / "served", model=models / "t02", backbone=None, images=None, count=4)
+    (root / "server.py").write_text(PAGE.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    return models
+
+
+@pytest.fixture(scope="module")
+def address(models: Path) -> Iterator[str]:
+    """Where the page's server answers, in a process that cannot import this package."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "import sys; sys.modules['sdlora'] = sys.modules['pipelines'] = None; import uvicorn; uvicorn.main()"
+    )
+    command = [sys.executable, "-c", program, "server:app", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {key: value for key, value in os.environ.items() if key != "MODEL"}
+    process = subprocess.Popen(
+        command,
+        cwd=models.parent.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/model").close()
+                break
+            except urllib.error.URLError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask(url: str, data: bytes | None = None) -> dict[str, object]:
+    with urllib.request.urlopen(url, data=data) as answer:
+        return json.load(answer)
+
+
+def test_the_server_answers_as_the_model_does(models: Path, address: str) -> None:
+    subject = Subject(model=models / "t02", backbone=models / "t00")
+    files = [encoded(picture(seed, mode=mode)) for seed in range(4) for mode in ("L", "RGB", "RGBA")]
+    shares = reference_logits(subject, [open_picture(data) for data in files]).softmax(dim=1)
+    expected, best = shares.max(dim=1)
+
+    for data, share, label in zip(files, expected, best, strict=True):
+        found = ask(f"{address}/predict", data)
+        assert found["class"] == f"class {int(label)} | ä"
+        torch.testing.assert_close(torch.tensor(found["probability"]), share, rtol=0, atol=1e-5)
+
+
+def test_the_server_says_which_step_answers(models: Path, address: str) -> None:
+    assert ask(f"{address}/model") == {
+        "step": "t02",
+        "sha256": record_hash(models / "t02"),
+        "classes": [f"class {label} | ä" for label in range(4)],
+    }
+
+
+def test_the_server_refuses_what_is_no_image(address: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        ask(f"{address}/predict", b"no image")
+    refused.value.close()
