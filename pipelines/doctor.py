@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.errors import InputError
 from pipelines.images import picture_hash, read_images
 from pipelines.params import Data, Params, Task, class_name_fault, read_text
-from pipelines.pictures import Print, near_across_parts, near_pictures, perceptual_hash, read_pictures
+from pipelines.pictures import (
+    Print,
+    leaking_pictures,
+    near_across_parts,
+    near_pictures,
+    perceptual_hash,
+    read_pictures,
+)
 from pipelines.pictures import same_pictures as find_same
 from pipelines.progress import Progress
 from pipelines.sources import EXTENSIONS, WORDS, Found, class_names, divide, is_divided, read_source, visible
@@ -352,7 +359,16 @@ def duplicate_findings(
     """Pictures that stand where they must not, copies, and pictures that nearly are others."""
     strict = list(find_same(prints, earlier, tolerated=False))
     refused = strict
-    if data.duplicates == "allow":
+    if data.duplicates == "leave_out":
+        left_out = leaking_pictures(prints, earlier)
+        if left_out:
+            what = f"{count(left_out, 'picture')} left out, because others in another part are the same"
+            yield Finding(
+                "warning", "same picture", key, what, [prints[i].shown for i in left_out], "nothing"
+            )
+        prints = [one for index, one in enumerate(prints) if index not in set(left_out)]
+        strict = list(find_same(prints, earlier, tolerated=False))
+    if data.duplicates != "refuse":
         refused = list(find_same(prints, earlier, tolerated=True))
         allowed = [fault for fault in strict if fault not in refused]
         if allowed:

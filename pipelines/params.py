@@ -141,7 +141,7 @@ class Fetch(Section):
 class Data(Section):
     """How a task's images are divided, checked and packed."""
 
-    duplicates: Literal["refuse", "allow"]
+    duplicates: Literal["refuse", "allow", "leave_out"]
     """whether the same picture may stand in two tasks or classes (never in train and test)"""
     test_fraction: Share
     """share of each class that becomes test images where the source is not divided"""

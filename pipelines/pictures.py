@@ -114,6 +114,25 @@ def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolera
         others.setdefault((picture.part, picture.label), picture)
 
 
+def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> list[int]:
+    """Positions of the pictures without which none stands in two parts, of this task or an earlier one.
+
+    What was packed for an earlier task stays; within a task the test keeps its picture and training loses it.
+    """
+    places: dict[str, set[str]] = {}
+    for known in earlier:
+        places.setdefault(known.pixels, set()).add(known.part)
+    found = {index for index, one in enumerate(pictures) if places.get(one.pixels, {one.part}) != {one.part}}
+    highest: dict[str, str] = {}
+    for index, one in enumerate(pictures):
+        if index not in found:
+            highest[one.pixels] = max(one.part, highest.get(one.pixels, one.part), key=PARTS.index)
+    found |= {
+        index for index, one in enumerate(pictures) if index not in found and highest[one.pixels] != one.part
+    }
+    return sorted(found)
+
+
 def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
     """For each picture of `left` that nearly is one of `right`, in order, one such; equal pictures are left out.
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, whole_folder, write_json
@@ -15,6 +15,7 @@ from pipelines.images import ImageRow, SampleRow, picture_hash, read_images, wri
 from pipelines.params import Params
 from pipelines.pictures import (
     Print,
+    leaking_pictures,
     near_across_parts,
     near_line,
     perceptual_hash,
@@ -27,6 +28,8 @@ from pipelines.stage import say, stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+T = TypeVar("T")
 
 
 class Picture(NamedTuple):
@@ -56,8 +59,9 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
     `pipelines.sources` finds wrong with the source, a file that cannot be decoded.
 
     The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of
-    this task or of another. In two tasks or under two classes it is refused too, unless `data.duplicates`
-    is `allow`: then train may repeat train, and test may repeat test. Copies within one class of one part
+    this task or of another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two
+    tasks or under two classes it is refused too, unless `data.duplicates` is `allow` or `leave_out`: then train
+    may repeat train, and test may repeat test. Copies within one class of one part
     are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
     nearly, by a perceptual hash, pictures of validation or test.
     """
@@ -78,7 +82,16 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
         print_of(sample, shown=f"{sample.id} of an earlier task")
         for sample in earlier_samples(before, earlier["tasks"])
     ]
-    refuse(list(same_pictures(prints, known, tolerated=data.duplicates == "allow")))
+    left_out: list[int] = []
+    if data.duplicates == "leave_out":
+        left_out = leaking_pictures(prints, known)
+        pictures, samples, prints = (
+            without(pictures, left_out),
+            without(samples, left_out),
+            without(prints, left_out),
+        )
+        refuse_emptied(task, names, pictures, left_out)
+    refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
     near = near_across_parts(prints, known)
     if near:
         say(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
@@ -116,9 +129,33 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
                 "digest": digest_of(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
                 "near_duplicates": len(near),
+                "left_out": len(left_out),
             },
         )
     return [{"class": name, **counts[name]} for name in names]
+
+
+def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:
+    """The rows but for those at some positions."""
+    out = set(positions)
+    return [row for index, row in enumerate(rows) if index not in out]
+
+
+def refuse_emptied(
+    task: str, names: Sequence[str], pictures: Iterable[Picture], left_out: Sequence[int]
+) -> None:
+    """Say what was left out; refuse a class of which nothing to train on, or to test, is left."""
+    held = {(picture.found.name, picture.part) for picture in pictures}
+    for name in names:
+        for part in ("train", "test"):
+            if (name, part) not in held:
+                raise InputError(
+                    f"{task}: class {name!r}: every {part} image stands in another part too, and would be left out; "
+                    "give it images of its own"
+                )
+    if left_out:
+        count = "1 picture stands" if len(left_out) == 1 else f"{len(left_out)} pictures stand"
+        say(f"split {task}: {count} in another part too and left out, as data.duplicates says")
 
 
 def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:

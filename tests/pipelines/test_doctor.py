@@ -341,6 +341,16 @@ def test_what_duplicates_allow_lets_pass_is_a_warning() -> None:
     assert list(found()) == [("warning", "same picture")]
 
 
+def test_what_will_be_left_out_is_a_warning() -> None:
+    choose("duplicates: refuse", "duplicates: leave_out")
+    fill(OWN, "good", seed=1000)
+    shutil.copy("data/raw/first/train/1/0.png", OWN / "test/good/old.png")
+
+    findings = found()
+    assert list(findings) == [("warning", "same picture")]
+    assert findings["warning", "same picture"].where == [f"{OWN}/test/good/old.png"]
+
+
 def test_small_and_dark_images_are_a_warning() -> None:
     for part, number in (("train", 12), ("test", 6)):
         for index in range(number):

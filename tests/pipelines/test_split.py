@@ -136,6 +136,7 @@ def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
         "counts": {"ant": {"train": 2, "test": 1}, "cat": {"train": 2, "test": 1}},
         "duplicates": 0,
         "near_duplicates": 0,
+        "left_out": 0,
     }
 
 
@@ -323,6 +324,42 @@ def test_a_picture_in_two_tasks_is_refused_unless_allowed(part: str) -> None:
     )
     allow_duplicates()
     assert len(run("t02")) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "task", "left"),
+    [
+        pytest.param("train/cat/9.png", "test/ant/2.png", "t01", "train/cat/9.png", id="within-a-task"),
+        pytest.param("train/cat/9.png", "test/dog/2.png", "t02", "test/dog/2.png", id="trained-on-before"),
+        pytest.param("test/cat/1.png", "train/dog/2.png", "t02", "train/dog/2.png", id="tested-before"),
+    ],
+)
+def test_a_picture_in_two_parts_is_left_out_if_wanted(source: str, target: str, task: str, left: str) -> None:
+    copy(source, target)
+    choose("duplicates: refuse", "duplicates: leave_out")
+    run("t01")
+    if task == "t02":
+        run("t02")
+
+    samples = read_images(Path(f"split/{task}/samples/{task}.arrow"))["id"].to_pylist()
+    assert f"{task}/{left}" not in samples
+    assert read_json(Path(f"split/{task}/split.json"))["left_out"] == 1
+    parts: dict[str, set[str]] = {}
+    for step in ("t01", task):
+        for row in read_images(Path(f"split/{step}/samples/{step}.arrow")).to_pylist():
+            parts.setdefault(row["pixels"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in parts.values())
+
+
+def test_a_class_of_which_nothing_is_left_is_refused() -> None:
+    for name in ("9.png", "10.png"):
+        copy(f"train/cat/{name}", f"test/ant/{name}")
+    choose("duplicates: refuse", "duplicates: leave_out")
+
+    assert refusal("t01") == (
+        "t01: class 'cat': every train image stands in another part too, and would be left out; "
+        "give it images of its own"
+    )
 
 
 def test_a_picture_under_two_classes_is_refused_unless_allowed() -> None:

@@ -111,11 +111,12 @@ def test_a_classifier_that_is_not_linear_is_refused() -> None:
 
 
 def test_the_packaged_backbone_has_a_name_of_timms_own() -> None:
-    name, arguments = timm_architecture("glyph_vit.fonts")
+    name, arguments = timm_architecture({"name": "glyph_vit.fonts", "model_args": {}})
     ours = timm.create_model("glyph_vit", num_classes=0)
     theirs = timm.create_model(name, num_classes=0, **arguments)
 
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
-    assert timm_architecture("vit_base_patch16_224.augreg_in21k") == ("vit_base_patch16_224", {})
+    described = {"name": "vit_base_patch16_224.augreg_in21k", "model_args": {"img_size": 384}}
+    assert timm_architecture(described) == ("vit_base_patch16_224", {"img_size": 384})
