@@ -119,7 +119,7 @@ def test_the_shorter_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> No
 
 
 def test_the_embedded_pictures_are_decoded_to_their_own_pixels(tmp_path: Path) -> None:
-    embedded = Path(__file__).parents[2] / "pipelines/embedded/glyphs100.arrow"
+    embedded = Path(__file__).parents[2] / "pipelines/embedded/glyphs100/glyphs100.arrow"
     images = [bytes(image) for image in pa.ipc.open_file(embedded).read_all()["image"][::400].to_pylist()]
     expected = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
 

@@ -63,11 +63,13 @@ def test_predictions_are_those_of_the_evaluation(project: Path, tmp_path: Path) 
             "classes": json.loads(Path("artifacts/model/t02/step.json").read_bytes())["classes"],
         },
     )
+    write_json(tmp_path / "validation/tasks.json", {"tasks": []})
     evaluate(
         "t02",
         model=Path("artifacts/model/t02"),
         backbone=Path("artifacts/model/t00"),
         test=Path("artifacts/split/t02/test"),
+        validation=tmp_path / "validation",
         classes=tmp_path / "classes.json",
         out=tmp_path / "evaluation",
     )
