@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -77,10 +78,13 @@ def damage_named(path: Path) -> Iterator[None]:
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
-        gzip.BadGzipFile,
+        lzma.LZMAError,
         EOFError,
         NotImplementedError,
+        OSError,  # of gzip and bz2, for damage
     ) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         fault = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: a damaged archive ({fault}); delete it and run the same again") from None
 
@@ -105,6 +109,15 @@ def _tar_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, by
                 if len(data) != member.size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 yield name, data
+        # tarfile takes a damaged header for the end; the true one is a block of zeros, and what follows it is read
+        # because the checksum of a compressed archive stands at its end.
+        rest = archive.fileobj
+        assert rest is not None
+        rest.seek(archive.offset)
+        if any(rest.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError("a header in the middle cannot be read")
+        while rest.read(2**20):
+            pass
 
 
 def _zip_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
 from pipelines.images import read_images
-from pipelines.params import Params, read_yaml
+from pipelines.params import Fetch, Params, read_yaml
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +43,7 @@ def verify() -> Iterator[Finding]:
     is not in the workspace is read from DVC's cache.
     """
     params = Params.load()
-    lock = read_lock()
+    lock = read_lock(params)
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
         place = Place(lock, cache_folder(), Path(scratch))
         before: Path | None = None
@@ -80,16 +80,24 @@ class Lock:
     """Stage → path → md5 of what it read."""
 
 
-def read_lock() -> Lock:
-    """Read dvc.lock; an `InputError` where there is none."""
+def read_lock(params: Params) -> Lock:
+    """Read what dvc.lock says of the stages that there are; an `InputError` where there is none."""
     if not LOCK.is_file():
         raise InputError(f"{LOCK}: the file is missing; run `sdlora run`, or restore it from version control")
-    stages = read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK)).get("stages", {})
-    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-    deps = {
-        name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
-        for name, stage in stages.items()
-    }
+    items = {*params.tasks, *(name for name in Fetch.names() if params.fetch.entry(name) is not None)}
+    try:
+        stages = {
+            name: stage
+            for name, stage in read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK))["stages"].items()
+            if "@" not in name or name.partition("@")[2] in items  # DVC keeps those of removed tasks
+        }
+        outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+        deps = {
+            name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
+            for name, stage in stages.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{LOCK}: not what DVC writes; restore it from version control") from None
     return Lock(outs, deps)
 
 
@@ -107,15 +115,28 @@ class Place:
     def __init__(self, lock: Lock, cache: Path, scratch: Path) -> None:
         self.lock = lock
         self._cache, self._scratch = cache, scratch
-        self._checked: dict[str, int] = {}
+        self._checked: dict[str, Mapping[str, str]] = {}
 
     def checked(self, path: str) -> bool:
         """Whether an output has been compared with dvc.lock."""
         return path in self._checked
 
-    def mark(self, path: str, files: int) -> None:
-        """An output has been compared."""
-        self._checked[path] = files
+    def mark(self, path: str, hashes: Mapping[str, str]) -> None:
+        """An output has been compared; the md5 of its files by name."""
+        self._checked[path] = hashes
+
+    def md5(self, path: str) -> str | None:
+        """The md5 of a file or folder within a compared output; None for what is in none."""
+        for out, hashes in self._checked.items():
+            if path.startswith(f"{out}/"):
+                part = path.removeprefix(f"{out}/")
+                within = {
+                    name.removeprefix(f"{part}/"): md5
+                    for name, md5 in hashes.items()
+                    if name.startswith(f"{part}/")
+                }
+                return hashes.get(part) or (folder_md5(within) if within else None)
+        return self.lock.outs.get(path)
 
     def find(self, path: Path) -> Path:
         """Where an output can be read."""
@@ -149,8 +170,12 @@ class Place:
             raise FaultError(f"{path}: it is neither here nor in DVC's cache; fetch it with `dvc fetch`")
         if not md5.endswith(".dir"):
             return {"": whole}
+        if md5_of_listing(whole) != md5:
+            raise FaultError(f"{path}: DVC's cache has another listing of its files than {LOCK} names")
         found = {}
         for entry in json.loads(whole.read_bytes()):
+            if ".." in entry["relpath"].split("/") or entry["relpath"].startswith("/"):
+                raise FaultError(f"{path}: DVC's listing of its files leads out of it: {entry['relpath']!r}")
             file = self._cache / entry["md5"][:2] / entry["md5"][2:]
             if not file.is_file():
                 raise FaultError(
@@ -162,6 +187,10 @@ class Place:
 
 def check_bytes(place: Place, path: str) -> int:
     """Compare an output with dvc.lock by all its bytes; return the number of its files."""
+    if path not in place.lock.outs:
+        raise FaultError(
+            f"{path}: {LOCK} does not know it; restore {LOCK} from version control, or run `sdlora run`"
+        )
     found, expected = place.find(Path(path)), place.lock.outs[path]
     if found.is_dir():
         names = sorted(file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file())
@@ -174,7 +203,7 @@ def check_bytes(place: Place, path: str) -> int:
         raise FaultError(
             f"{changed}: its bytes are not those of {LOCK} (md5 {md5[:12]}, expected {expected[:12]})"
         )
-    place.mark(path, len(names))
+    place.mark(path, hashes or {"": md5})
     return len(names)
 
 
@@ -208,8 +237,11 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
 
     model = place.find(ARTIFACTS / "model" / step)
     # The folder's own record first: it can say which tensor of which file is wrong.
-    for fault in faults_of_step(model, step, before):
-        raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
+    try:
+        for fault in faults_of_step(model, step, before):
+            raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: it is not a record of a step") from None
     kinds = ["model", "split"] if step == "t00" else ["model", "split", "fit", "evaluation"]
     files = sum(check_bytes(place, f"artifacts/{kind}/{step}") for kind in kinds)
     if step != "t00":
@@ -232,7 +264,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     for stage, deps in place.lock.deps.items():
         if stage.endswith(f"@{step}"):
             for path, md5 in deps.items():
-                if place.lock.outs.get(path, md5) != md5:
+                if (place.md5(path) or md5) != md5:
                     raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
 
 
@@ -241,7 +273,6 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     split = place.find(ARTIFACTS / "split" / step)
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
-    pictures: dict[str, set[str]] = {}
     for name in ("train.arrow", f"test/{step}.arrow"):
         table = read_images(split / name)
         for row in range(len(table)):
@@ -250,9 +281,18 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
                 raise FaultError(
                     f"{ARTIFACTS / 'split' / step / name}: {table['id'][row]} is not the picture of its hash"
                 )
-        pictures[name] = set(table["pixels"].to_pylist())
-    if set.intersection(*pictures.values()):
-        raise FaultError(f"{ARTIFACTS / 'split' / step}: a picture is in train and test")
+    trained = set(read_images(split / "train.arrow")["pixels"].to_pylist())
+    for path in sorted([*(split / "test").glob("*.arrow"), *(split / "validation").glob("*.arrow")]):
+        if not trained.isdisjoint(read_images(path)["pixels"].to_pylist()):
+            raise FaultError(
+                f"{ARTIFACTS / 'split' / step}: a picture of train.arrow is in {path.parent.name}/{path.name}"
+            )
+        earlier = f"artifacts/split/{record['tasks'][-2]}" if len(record["tasks"]) > 1 else ""
+        was = place.md5(f"{earlier}/{path.parent.name}/{path.name}") if path.stem != step else None
+        if was is not None and was != md5_of(path):
+            raise FaultError(
+                f"{ARTIFACTS / 'split' / step / path.parent.name / path.name}: not that of the step before"
+            )
 
 
 def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
@@ -268,7 +308,15 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
             raise FaultError(
                 f"{folder}/predictions.arrow: its column {column} is not that of the test images"
             )
-    if metrics["accuracy"] != accuracies(predictions, tests):
+    counts = [len(table) for table in tests.values()]
+    right = [
+        round(share * count) for share, count in zip(accuracies(predictions, tests), counts, strict=True)
+    ]
+    if (metrics["accuracy"], metrics["samples"], metrics["correct"]) != (
+        accuracies(predictions, tests),
+        counts,
+        right,
+    ):
         raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.errors import InputError
 from pipelines.images import picture_hash, read_images
-from pipelines.params import Data, Params, Task, class_name_fault, read_text
+from pipelines.params import Data, Fetch, Params, Task, class_name_fault, read_text
 from pipelines.pictures import (
     Print,
     leaking_pictures,
@@ -124,7 +124,7 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
             return findings
         params, checked = found
     base = None if quick else load_backbone(params, findings)
-    fetched = frozenset(name for name, choice in params.fetch if choice is not None)
+    fetched = frozenset(name for name in Fetch.names() if params.fetch.entry(name) is not None)
     seen: dict[str, Seen] = {}
     earlier: list[Print] = []
     for key, task in params.tasks.items():
@@ -360,17 +360,18 @@ def duplicate_findings(
     strict = list(find_same(prints, earlier, tolerated=False))
     refused = strict
     if data.duplicates == "leave_out":
-        left_out = leaking_pictures(prints, earlier)
+        left_out = dict.fromkeys(leaking_pictures(prints, earlier))
         if left_out:
             what = f"{count(left_out, 'picture')} left out, because others in another part are the same"
             yield Finding(
                 "warning", "same picture", key, what, [prints[i].shown for i in left_out], "nothing"
             )
-        prints = [one for index, one in enumerate(prints) if index not in set(left_out)]
+        prints = [one for index, one in enumerate(prints) if index not in left_out]
         strict = list(find_same(prints, earlier, tolerated=False))
     if data.duplicates != "refuse":
         refused = list(find_same(prints, earlier, tolerated=True))
-        allowed = [fault for fault in strict if fault not in refused]
+        kept = set(refused)
+        allowed = [fault for fault in strict if fault not in kept]
         if allowed:
             what = f"{count(allowed, 'picture')} under two classes, as data.duplicates allows"
             where = [f"{fault.where}: {fault.what}" for fault in allowed]

@@ -198,9 +198,11 @@ def uncommitted(path: Path) -> bool:
     command = ["git", "status", "--porcelain", "--", path.name]
     try:
         done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except FileNotFoundError:
         return False
-    return done.returncode == 0 and bool(done.stdout.strip())
+    except subprocess.TimeoutExpired:
+        return True
+    return bool(done.stdout.strip()) if done.returncode == 0 else "not a git repository" not in done.stderr
 
 
 def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -23,6 +23,16 @@ LIMIT, ROUNDING = 1e-4, 1e-6
 the heads `ncm` and `lda` do: on the packaged backbone (logits up to 267) float32 itself is up to 2e-4 away from
 float64 there, with the other heads 1e-5."""
 CARRIED = {"classes.json", "preprocessing.json", "ledger.json"}
+WRITTEN = CARRIED | {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.onnx",
+    "model.onnx.data",
+    "model.safetensors",
+}
+"""All that any format writes: a folder with anything else in it, such as a clone of a hub's, is not replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +186,7 @@ def _check_out(out: Path) -> None:
     """Refuse to replace anything but an earlier export."""
     if out.is_dir() and not out.is_symlink():
         names = {path.name for path in out.iterdir()}
-        if not names or names >= CARRIED:
+        if not names or CARRIED <= names <= WRITTEN:
             return
     elif not out.exists():
         return

@@ -76,10 +76,14 @@ def read_images(path: Path) -> pa.Table:
     import pyarrow as pa
 
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+        return table
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing; run `sdlora run`, which makes it") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         fault = " ".join(str(error).split())
         raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
 
@@ -104,6 +108,12 @@ def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:
     return out
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is opened, of all that Pillow knows: for some of the others it starts programs of the machine (Ghostscript)."""
+LONGEST = 100
+"""How many times its shorter side a picture may be long: scaled by the shorter one, a strip would fill the memory."""
+
+
 def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
     """Decode a picture fully, upright, in sRGB, as 8-bit L, RGB or RGBA; a ValueError says why it cannot be.
 
@@ -113,7 +123,7 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
             profile = image.info.get("icc_profile")
@@ -123,6 +133,10 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow raises a dozen types on broken bytes
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    if max(upright.size) > LONGEST * min(upright.size):
+        raise ValueError(
+            f"it is {upright.width}×{upright.height}, one side more than {LONGEST} times the other; cut it"
+        )
     if upright.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are 32-bit numbers without a range (mode {upright.mode}); save it with 8 bits"

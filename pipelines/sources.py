@@ -136,6 +136,9 @@ def of_folders(folder: Path, names: Sequence[str]) -> Source:
     """The images of class folders, under train/ and test/ (and validation/) or without parts."""
     if not is_divided(folder):
         return _joined(class_files(folder / name, part=None, name=name) for name in names)
+    linked = [folder / word for word in WORDS if (folder / word).is_symlink()]
+    if linked:
+        return Source([], [_linked(part) for part in linked])
     listed = [_joined(class_files(folder / "train" / name, part="train", name=name) for name in names)]
     for word in (word for word, part in WORDS.items() if part == "validation"):
         listed += [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -169,3 +171,30 @@ def test_a_single_compressed_file_is_unpacked_within_the_same_limits(
     (tmp_path / "c.gz").write_bytes(gzip.compress(bytes(1000))[:-6])
     with pytest.raises(InputError, match=r"c\.gz: a damaged archive"):
         gunzip(tmp_path / "c.gz")
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+def test_a_damaged_header_in_the_middle_is_no_end(tmp_path: Path, kind: str) -> None:
+    """tarfile itself takes it for the end, and half of the images would be missing without a word."""
+    plain = pack(tmp_path / "whole.tar", {f"set/{i}.jpg": bytes(700) for i in range(8)})
+    data = bytearray(plain.read_bytes())
+    data[data.index(b"set/5.jpg")] ^= 1
+    packed = {"tar": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    path = tmp_path / kind
+    path.write_bytes(packed[kind.rpartition(".")[2]](bytes(data)))
+
+    with pytest.raises(InputError, match=r"a damaged archive \(a header in the middle cannot be read\)"):
+        names(path)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_damage_behind_the_last_member_of_a_compressed_archive_is_found(tmp_path: Path, kind: str) -> None:
+    plain = pack(tmp_path / "whole.tar", {f"set/{i}.jpg": bytes(700) for i in range(8)})
+    packed = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    data = bytearray(packed[kind](plain.read_bytes()))
+    data[-6] ^= 1
+    path = tmp_path / f"a.tar.{kind}"
+    path.write_bytes(data)
+
+    with pytest.raises(InputError, match="a damaged archive"):
+        names(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.params import Params
 from sdlora.ledger import record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 from tests.pipelines.conftest import call, environment
@@ -130,7 +131,7 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
     forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
     from pipelines.audit import read_lock
 
-    lock.write_text(lock.read_text().replace(read_lock().outs["artifacts/model/t01"], forged))
+    lock.write_text(lock.read_text().replace(read_lock(Params.load()).outs["artifacts/model/t01"], forged))
     assert "t02 artifacts/model/t02/step.json: its step before is" in str(first_fault())
 
 
@@ -166,3 +167,39 @@ def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: dvc.lock: the file is missing; run `sdlora run`")
+
+
+def test_what_the_lock_does_not_know_and_records_that_are_none_are_one_line(project: Path) -> None:
+    lock = project / "dvc.lock"
+    text = lock.read_text()
+    lock.write_text(text.replace("artifacts/fit/t02", "artifacts/fit/t09"))
+    assert "t02 artifacts/fit/t02: dvc.lock does not know it" in str(first_fault())
+    lock.write_text(text)
+    record = project / "artifacts/model/t01/step.json"
+    record.chmod(0o644)
+    for data in (b"[]", b'{"step": "t01", "files": []}', b"{"):
+        record.write_bytes(data)
+        assert "t01 artifacts/model/t01/step.json: " in str(first_fault())
+
+
+def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path) -> None:
+    """Whoever runs `split` again and stops there leaves an evaluation of what is gone."""
+    from pipelines.audit import read_lock
+
+    lock, folder = project / "dvc.lock", project / "artifacts/split/t02/test"
+    out = read_lock(Params.load()).deps["evaluate@t02"]["artifacts/split/t02/test"]
+    assert out in lock.read_text()
+    lock.write_text(lock.read_text().replace(out, "0" * 32 + ".dir"))
+    assert "dvc.lock: evaluate@t02 read another artifacts/split/t02/test than" in str(first_fault())
+    assert folder.is_dir()
+
+
+def test_a_listing_of_the_cache_that_leads_elsewhere_is_not_followed(project: Path) -> None:
+    from pipelines.audit import read_lock
+
+    md5 = read_lock(Params.load()).outs["artifacts/fit/t01"]
+    listing = project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    listing.chmod(0o644)
+    listing.write_text(listing.read_text().replace("fit.json", "../../../evil"))
+    shutil.rmtree(project / "artifacts/fit/t01")
+    assert "t01 artifacts/fit/t01: DVC's cache has another listing of its files" in str(first_fault())

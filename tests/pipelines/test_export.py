@@ -299,6 +299,10 @@ def test_nothing_but_an_earlier_export_is_replaced(chain: Callable[[str], Path],
         with pytest.raises(InputError, match="exists and is no export"):
             run_export("timm", tmp_path / name, model)
     assert (tmp_path / "mine/thesis.txt").is_file()
+    (tmp_path / "empty/.git").mkdir()
+    with pytest.raises(InputError, match="exists and is no export"):
+        run_export("hub", tmp_path / "empty", model)
+    assert (tmp_path / "empty/.git").is_dir()
 
 
 def test_a_broken_chain_is_not_exported(tmp_path: Path) -> None:

@@ -330,3 +330,30 @@ def test_decoding_names_a_broken_image(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"t01/train/a/0\.png: it is no image"):
         decode(table, preprocessing())
+
+
+def test_a_strip_that_would_fill_the_memory_when_scaled_is_refused() -> None:
+    with pytest.raises(ValueError, match="it is 5000×2, one side more than 100 times the other; cut it"):
+        open_picture(encoded(Image.new("L", (5000, 2))))
+
+
+def test_no_format_is_opened_for_which_pillow_starts_another_program() -> None:
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(ValueError, match="it is no image that Pillow knows"):
+        open_picture(drawing)
+
+
+def test_damage_anywhere_in_a_file_of_images_is_one_line_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "images.arrow"
+    write_images(path, rows_of(*(encoded(Image.new("L", (4, 4), value)) for value in range(3))))
+    whole = path.read_bytes()
+    said = set()
+    for at in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[at] ^= 0xFF
+        path.write_bytes(data)
+        try:
+            read_images(path).to_pylist()
+        except InputError as error:
+            said.add(str(error).partition(" (")[0])
+    assert said == {f"{path}: not an Arrow file"}

@@ -161,6 +161,15 @@ def test_a_linked_class_folder_is_refused_because_dvc_would_not_look_into_it() -
     assert refusal("x", manifest="list.csv").startswith("data/raw/own/b: a link to a folder")
 
 
+def test_a_linked_part_is_refused_because_dvc_would_not_look_into_it() -> None:
+    touch("test/ant/1.png")
+    (OWN / "elsewhere/ant").mkdir(parents=True)
+    (OWN / "elsewhere/ant/2.png").touch()
+    (OWN / "train").symlink_to("elsewhere")
+
+    assert refusal("ant").startswith(f"{OWN}/train: a link to a folder, in which DVC would not notice")
+
+
 def test_a_name_with_its_accent_in_another_form_is_explained() -> None:
     touch("e\u0301/1.png", "e\u0301/2.png")
 
