@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.errors import InputError
+from pipelines.files import read_json
 from pipelines.images import picture_hash, read_images
 from pipelines.params import Data, Fetch, Params, Task, class_name_fault, read_text
 from pipelines.pictures import (
@@ -325,18 +326,22 @@ def balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:
         yield Finding("warning", "imbalance", key, what, [], remedy)
 
 
+def packed_names(key: str) -> dict[int, str]:
+    """Label → class of what was packed for a task: its classes in params.yaml may have changed since."""
+    return {entry["label"]: entry["name"] for entry in read_json(SPLITS / key / "classes.json")["classes"]}
+
+
 def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> list[Print]:
     """What the pictures of a task that is not examined are compared by: as it was packed, else from its source."""
     packed = SPLITS / key / "samples" / f"{key}.arrow"
     if packed.is_file():
         rows = read_images(packed).to_pylist()
-        names = task.classes
-        first = min((row["label"] for row in rows), default=0)
+        names = packed_names(key)
         return [
             Print(
                 f"{row['id']} of {key}",
                 row["split"],
-                names[row["label"] - first],
+                names[row["label"]],
                 row["pixels"],
                 row["perceptual"],
             )
@@ -518,9 +523,9 @@ def sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, 
     if seen is None and packed.is_file():
         table = read_images(packed)
         labels, ids = table["label"].to_pylist(), table["id"].to_pylist()
-        first = min(labels, default=0)
+        names = packed_names(key)
         for row, (label, name) in enumerate(zip(labels, ids, strict=True)):
-            readers[task.classes[label - first]].append((name, partial(packed_image, table, row)))
+            readers[names[label]].append((name, partial(packed_image, table, row)))
     else:
         images = seen.images if seen else known_images(task, data)
         for found in images:

@@ -316,6 +316,24 @@ def test_old_pictures_are_compared_as_they_were_packed_when_their_source_is_gone
     assert len(findings) == 1
 
 
+def test_a_task_whose_classes_changed_since_it_was_packed_is_compared_as_it_was_packed() -> None:
+    start(out=Path("artifacts/split/t00"))
+    split(
+        "t01",
+        source=Path("data/raw/first"),
+        before=Path("artifacts/split/t00"),
+        out=Path("artifacts/split/t01"),
+    )
+    classes = Path("artifacts/split/t01/classes.json")
+    names = [entry["name"] for entry in json.loads(classes.read_text())["classes"]]
+    assert len(names) == 2
+    listed = ", ".join(f'"{name}"' for name in names)
+    choose(f"classes: [{listed}]", f'classes: ["{names[1]}"]')
+    fill(OWN, "good", seed=1000)
+
+    assert not [finding for finding in examine(OWN) if finding.level == "error"]
+
+
 def test_old_pictures_that_are_nowhere_are_said() -> None:
     shutil.rmtree("data/raw/first")
     fill(OWN, "good", seed=1000)
