@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -309,30 +310,20 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
                 f"{folder}/predictions.arrow: its column {column} is not that of the test images"
             )
     counts = [len(table) for table in tests.values()]
-    right = [
-        round(share * count) for share, count in zip(accuracies(predictions, tests), counts, strict=True)
-    ]
-    if (metrics["accuracy"], metrics["samples"], metrics["correct"]) != (
-        accuracies(predictions, tests),
-        counts,
-        right,
-    ):
+    correct = correct_of(predictions, counts)
+    accuracy = [round(right / count, 6) for right, count in zip(correct, counts, strict=True)]
+    if (metrics["accuracy"], metrics["samples"], metrics["correct"]) != (accuracy, counts, correct):
         raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
 
 
-def accuracies(predictions: pa.Table, tests: Mapping[str, pa.Table]) -> list[float]:
-    """The accuracy on each task, from the predictions."""
+def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
+    """How many predictions of each task are right, tasks having so many images in a row."""
+    labels = predictions["label"].to_pylist()
     right = [
-        prediction == label
-        for prediction, label in zip(
-            predictions["prediction"].to_pylist(), predictions["label"].to_pylist(), strict=True
-        )
+        guess == label for guess, label in zip(predictions["prediction"].to_pylist(), labels, strict=True)
     ]
-    values, start = [], 0
-    for table in tests.values():
-        values.append(round(sum(right[start : start + len(table)]) / len(table), 6))
-        start += len(table)
-    return values
+    ends = list(accumulate(counts))
+    return [sum(right[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def show_verification(*, as_json: bool) -> int:

@@ -15,6 +15,7 @@ from pipelines.files import write_whole
 from pipelines.params import Params, Task, read_text, read_yaml
 from pipelines.tasks import (
     PARAMS,
+    chained,
     last_index,
     line_end,
     refuse_computed,
@@ -154,16 +155,8 @@ def benchmark_tasks(
         )
     benchmark = load(name)
     classes = own_classes(benchmark, root) if is_own(name, raw, root) else benchmark.classes
-    order = shuffled(classes, seed)
-    block: dict[str, Task] = {}
-    before = "t00"
-    for number, size in enumerate(
-        task_sizes(len(order), tasks=tasks, classes_per_task=classes_per_task), start=1
-    ):
-        key = f"t{number:02d}"
-        block[key] = Task(after=before, source=(RAW / name).as_posix(), classes=tuple(order[:size]))
-        order, before = order[size:], key
-    return block
+    sizes = task_sizes(len(classes), tasks=tasks, classes_per_task=classes_per_task)
+    return chained(shuffled(classes, seed), sizes, source=(RAW / name).as_posix())
 
 
 def is_own(name: str, raw: Mapping[str, Any], root: Path) -> bool:

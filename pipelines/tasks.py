@@ -38,13 +38,7 @@ def plan(
     if not force:
         refuse_computed(old if isinstance(old, dict) else {}, path)
 
-    order = shuffled(names, seed)
-    block: dict[str, Task] = {}
-    before = "t00"
-    for number, size in enumerate(sizes, start=1):
-        key = f"t{number:02d}"
-        block[key] = Task(after=before, source=folder, manifest=manifest, classes=tuple(order[:size]))
-        order, before = order[size:], key
+    block = chained(shuffled(names, seed), sizes, source=folder, manifest=manifest)
     replace_file(path, with_block(text, block), expected=block)
     lines = [f"{path}: {len(names)} classes of {folder} in {len(sizes)} tasks, in the order of seed {seed}"]
     if sizes[0] != sizes[-1]:
@@ -123,6 +117,20 @@ def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None)
         raise InputError(f"plan: {asked} {what} for {classes} classes; give a number from 1 to {classes}")
     number = asked if tasks is not None else -(-classes // asked)
     return [classes // number + (position < classes % number) for position in range(number)]
+
+
+def chained(
+    order: Sequence[str], sizes: Sequence[int], *, source: str, manifest: str | None = None
+) -> dict[str, Task]:
+    """The classes in their order as tasks of these sizes, each after the one before it."""
+    block: dict[str, Task] = {}
+    before, start = "t00", 0
+    for number, size in enumerate(sizes, start=1):
+        key = f"t{number:02d}"
+        classes = tuple(order[start : start + size])
+        block[key] = Task(after=before, source=source, manifest=manifest, classes=classes)
+        before, start = key, start + size
+    return block
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:
