@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -217,6 +218,21 @@ def _whole(
             "transformers, or other adapter.targets"
         )
     return layer, {name: (0, layer.out_features)}
+
+
+def projection_norms(backbone: nn.Module) -> dict[str, float]:
+    """‖W₀‖_F of everything in `backbone` that can be adapted, by target name, to six significant digits.
+
+    What every change of a weight is measured against (`sdlora.change`), so that nobody has to read the weights again.
+    """
+    norms = {}
+    for target in TARGETS:
+        with suppress(ValueError):  # a backbone need not have them all
+            for prefix, layer, rows in _projections(backbone, (target,)):
+                weight = layer.weight.detach().double().numpy()
+                for name, (start, stop) in rows.items():
+                    norms[f"{prefix}.{name}"] = float(f"{np.linalg.norm(weight[start:stop]):.6g}")
+    return norms
 
 
 def target_of(name: str) -> str:

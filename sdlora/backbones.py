@@ -16,6 +16,7 @@ from timm.models import (
 )
 from torch import nn
 
+from sdlora.adapters import projection_norms
 from sdlora.ledger import RECORD, record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 
@@ -182,6 +183,7 @@ def write_backbone(folder: Path, backbone: Backbone) -> dict[str, Any]:
         "tasks": [],
         "directions": [],
         "backbone": digest,
+        "norms": projection_norms(backbone.model),
         "files": {name: file_sha256(folder / name) for name in (DESCRIPTION, WEIGHTS)},
     }
     (folder / RECORD).write_bytes(record_bytes(record))

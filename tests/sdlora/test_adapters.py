@@ -14,6 +14,7 @@ from sdlora.adapters import (
     inject_adapters,
     merge_adapters,
     product_norm,
+    projection_norms,
     truncate,
 )
 from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
@@ -206,3 +207,17 @@ def test_a_backbone_whose_attention_is_of_another_kind_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"neither a linear `attn\.qkv`"):
         inject_adapters(model)
+
+
+def test_norms_are_those_of_the_rows_that_a_target_adapts() -> None:
+    model = tiny_vit()
+    norms = projection_norms(model)
+    assert list(norms)[:2] == ["blocks.0.attn.q", "blocks.1.attn.q"]
+    assert {name.rpartition(".")[2] for name in norms} == {"q", "k", "v", "proj", "fc1", "fc2"}
+    block = model.get_submodule("blocks.1")
+    weight = block.get_parameter("attn.qkv.weight").detach()
+    third = weight.shape[0] // 3
+    assert norms["blocks.1.attn.v"] == pytest.approx(float(weight[2 * third :].norm()), rel=1e-5)
+    assert norms["blocks.1.mlp.fc2"] == pytest.approx(
+        float(block.get_parameter("mlp.fc2.weight").detach().norm()), rel=1e-5
+    )

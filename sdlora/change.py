@@ -1,0 +1,156 @@
+"""How far steps moved the weights and the features: norms, overlaps and angles, all from factors, never from d×d.
+
+A low-rank matrix B·A is a `Pair` of arrays: `up` is B (rows, r), `down` is A (r, columns). Everything here is plain
+numpy in double precision, so that what reads a model folder to show it loads neither torch nor a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors.numpy import load_file
+
+from sdlora.ledger import read_record
+
+Array = NDArray[np.float64]
+
+
+class Pair(NamedTuple):
+    """A low-rank matrix B·A: `up` is B (rows, r), `down` is A (r, columns)."""
+
+    up: Array
+    down: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What the steps so far add to the weights of the backbone, as a model folder holds it."""
+
+    targets: tuple[str, ...]
+    """Names of the adapted projections (`blocks.0.attn.q`), in the model's order; none where nothing is adapted."""
+    directions: Mapping[str, Mapping[str, Pair]]
+    """Task id → target → the frozen direction."""
+    magnitudes: Mapping[str, Array]
+    """Task id → (targets,)."""
+
+    def scale(self, task: str, target: str) -> float:
+        """The magnitude of a task's direction at a target."""
+        return float(self.magnitudes[task][self.targets.index(target)])
+
+    def at(self, target: str) -> Pair:
+        """Σ αₖ BₖAₖ at one target, as one pair of the summed rank; of rank 0 where there is no direction."""
+        scales = {task: self.scale(task, target) for task in self.directions}
+        return weighted_sum([(scales[task], pairs[target]) for task, pairs in self.directions.items()])
+
+
+def read_update(folder: Path) -> Update:
+    """Read what a model folder adds to the backbone.
+
+    Raises:
+        FileNotFoundError: the folder, its record or a file that the record names is missing.
+    """
+    record: Mapping[str, Any] = read_record(folder)
+    targets = tuple(record.get("targets", []))
+    directions = {}
+    for task in record.get("directions", []):
+        tensors = load_file(folder / f"directions/{task}.safetensors")
+        directions[task] = {
+            target: Pair(_double(tensors[f"{target}.up"]), _double(tensors[f"{target}.down"]))
+            for target in targets
+        }
+    path = folder / "magnitudes.safetensors"
+    held = load_file(path) if directions else {}
+    return Update(
+        targets=targets,
+        directions=directions,
+        magnitudes={task: _double(held[task]) for task in directions},
+    )
+
+
+def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:
+    """Σ sₖ BₖAₖ as one pair (rows, Σr), (Σr, columns); an empty one for no terms."""
+    if not terms:
+        return Pair(np.zeros((0, 0)), np.zeros((0, 0)))
+    return Pair(
+        np.concatenate([scale * pair.up for scale, pair in terms], axis=1),
+        np.concatenate([pair.down for _, pair in terms], axis=0),
+    )
+
+
+def norm(pair: Pair) -> float:
+    """‖BA‖_F = √tr((BᵀB)(AAᵀ)), from two r×r Gram matrices."""
+    squared = float(((pair.up.T @ pair.up) * (pair.down @ pair.down.T)).sum())
+    return max(squared, 0.0) ** 0.5
+
+
+def relative_changes(now: Update, then: Update, base_norms: Mapping[str, float]) -> dict[str, float]:
+    """‖ΔW_now − ΔW_then‖_F / ‖W₀‖_F of every target that either has, ΔW = Σ αₖDₖ; both may be of any two steps.
+
+    Where both hold the same frozen direction only the difference of its magnitudes enters, so that a direction that
+    did not move gives exactly 0 and not the rounding of two large sums.
+
+    Args:
+        base_norms: target → ‖W₀‖_F (`norms` in the record of step t00).
+    """
+    changes = {}
+    for target in dict.fromkeys([*then.targets, *now.targets]):
+        terms: list[tuple[float, Pair]] = []
+        for task in dict.fromkeys([*then.directions, *now.directions]):
+            sides = [
+                (sign * side.scale(task, target), side.directions[task][target])
+                for sign, side in ((1.0, now), (-1.0, then))
+                if target in side.directions.get(task, {})
+            ]
+            if len(sides) == 2 and all(
+                np.array_equal(a, b) for a, b in zip(sides[0][1], sides[1][1], strict=True)
+            ):
+                sides = [(sides[0][0] + sides[1][0], sides[0][1])]
+            terms += [(scale, pair) for scale, pair in sides if scale]
+        changes[target] = norm(weighted_sum(terms)) / base_norms[target]
+    return changes
+
+
+def principal_cosines(left: Array, right: Array) -> Array:
+    """Cosines of the principal angles between two column spaces, largest first: (min(r, s),) for (d, r) and (d, s).
+
+    From the QR decompositions and the SVD of an r×s matrix (Björck & Golub, 1973). A space that is a part of the
+    other has ones only; spaces that are perpendicular have zeros. Columns that depend on others are left out.
+    """
+    left, right = _orthonormal(left), _orthonormal(right)
+    if not left.shape[1] or not right.shape[1]:
+        return np.zeros(0)
+    return np.clip(np.linalg.svd(left.T @ right, compute_uv=False), 0.0, 1.0)
+
+
+def overlap(left: Array, right: Array) -> float:
+    """Mean squared cosine of the principal angles: 0 perpendicular, 1 one space within the other; NaN of nothing."""
+    cosines = principal_cosines(left, right)
+    return float(np.square(cosines).mean()) if cosines.size else float("nan")
+
+
+def linear_cka(left: ArrayLike, right: ArrayLike) -> float:
+    """Linear centred kernel alignment of two sets of features of the same images, (n, d) and (n, e).
+
+    ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of centred features (Kornblith et al., ICML 2019): 1 where they are equal up to
+    rotation, scale and offset. NaN where either does not vary.
+    """
+    x, y = (np.asarray(features, dtype=np.float64) for features in (left, right))
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(np.square(np.linalg.norm(y.T @ x)) / scale) if scale > 0 else float("nan")
+
+
+def _orthonormal(columns: Array) -> Array:
+    """An orthonormal basis of a column space."""
+    if not columns.size:
+        return columns[:, :0]
+    u, values, _ = np.linalg.svd(columns, full_matrices=False)
+    kept = values > max(columns.shape) * np.finfo(np.float32).eps * values[0] if values[0] > 0 else values > 0
+    return u[:, kept]
+
+
+def _double(array: NDArray[Any]) -> Array:
+    return array.astype(np.float64)
