@@ -174,7 +174,7 @@ def audit_verify(
     not in the workspace is read from DVC's cache.
     """
     require_project()
-    from pipelines.audit import show_verification
+    from pipelines.audits.verify import show_verification
 
     raise SystemExit(show_verification(as_json=json))
 

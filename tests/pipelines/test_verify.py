@@ -38,7 +38,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
 
 def first_fault() -> str | None:
     """The first thing that does not hold in the working directory, found in this process: faster."""
-    from pipelines.audit import verify
+    from pipelines.audits.verify import verify
 
     return next((f"{finding.step} {finding.fault}" for finding in verify() if finding.fault), None)
 
@@ -125,11 +125,11 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
 
     assert "t01 artifacts/model/t01/step.json: its bytes are not those of dvc.lock" in str(first_fault())
     # Whoever rewrites dvc.lock too is betrayed by the next record.
-    from pipelines.audit import folder_md5, md5_of
+    from pipelines.audits.verify import folder_md5, md5_of
 
     names = [file for file in (path.parent).rglob("*") if file.is_file()]
     forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
-    from pipelines.audit import read_lock
+    from pipelines.audits.verify import read_lock
 
     lock.write_text(lock.read_text().replace(read_lock(Params.load()).outs["artifacts/model/t01"], forged))
     assert "t02 artifacts/model/t02/step.json: its step before is" in str(first_fault())
@@ -184,7 +184,7 @@ def test_what_the_lock_does_not_know_and_records_that_are_none_are_one_line(proj
 
 def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path) -> None:
     """Whoever runs `split` again and stops there leaves an evaluation of what is gone."""
-    from pipelines.audit import read_lock
+    from pipelines.audits.verify import read_lock
 
     lock, folder = project / "dvc.lock", project / "artifacts/split/t02/test"
     out = read_lock(Params.load()).deps["evaluate@t02"]["artifacts/split/t02/test"]
@@ -195,7 +195,7 @@ def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path
 
 
 def test_a_listing_of_the_cache_that_leads_elsewhere_is_not_followed(project: Path) -> None:
-    from pipelines.audit import read_lock
+    from pipelines.audits.verify import read_lock
 
     md5 = read_lock(Params.load()).outs["artifacts/fit/t01"]
     listing = project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]

@@ -1,0 +1,1 @@
+"""The commands of `sdlora audit`: what holds, what changed, who says so."""
