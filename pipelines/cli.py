@@ -164,6 +164,24 @@ def add_task(
         typer.echo(line)
 
 
+@app.command()
+def approve(
+    task: Annotated[str, typer.Argument(help="Step that broke a limit of `gate`, such as t03.")],
+    by: Annotated[str, typer.Option(help="Who decides.")],
+    why: Annotated[str, typer.Option(help="The reason, for those who audit it later.")],
+) -> None:
+    """Let a step through its gate although a limit is broken.
+
+    Written to params.yaml, and from there into the ledger; it holds for the results that are there now, and for no
+    others. Look at them first: `sdlora audit diff`.
+    """
+    require_project()
+    from pipelines.approvals import approve as write
+
+    for line in write(task, by=by, why=why):
+        typer.echo(line)
+
+
 @audit.command("verify")
 def audit_verify(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
@@ -279,13 +297,17 @@ def fetch(
 
 
 @app.command(rich_help_panel=STAGES)
-def start(out: Out) -> None:
+def start(
+    out: Out,
+    evaluation: Annotated[Path, typer.Option(help="Folder for the results before any task: none.")],
+    gate: Annotated[Path, typer.Option(help="Folder for the first verdict.")],
+) -> None:
     """Leave the empty class map of step t00."""
     require_project()
     from pipelines.stage import launch
     from pipelines.start import start as stage
 
-    launch(stage, out=out)
+    launch(stage, out=out, evaluation=evaluation, gate=gate)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -316,7 +338,7 @@ def split(
 @app.command(rich_help_panel=STAGES)
 def fit(
     task: Task,
-    train: Annotated[Path, typer.Option(help="The task's training images, train.arrow.")],
+    train: Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")],
     classes: Classes,
     before: Before,
     backbone: Backbone,
@@ -337,7 +359,7 @@ def fit(
 def freeze(
     task: Task,
     fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
-    train: Annotated[Path, typer.Option(help="The task's training images, train.arrow.")],
+    train: Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")],
     before: Before,
     backbone: Backbone,
     out: Out,
@@ -373,6 +395,36 @@ def evaluate(
         test=test,
         validation=validation,
         classes=classes,
+        out=out,
+    )
+
+
+@app.command(rich_help_panel=STAGES)
+def gate(
+    task: Task,
+    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
+    split: Annotated[Path, typer.Option(help="What `split` says of the task, split.json.")],
+    evaluation: Annotated[Path, typer.Option(help="What `evaluate` left for this step.")],
+    evaluation_before: Annotated[Path, typer.Option(help="The same folder of the step before.")],
+    before: Before,
+    out: Out,
+) -> None:
+    """Let the next task be learned if this step keeps every limit.
+
+    The limits are `gate` in params.yaml; `sdlora approve` lets a step through all the same.
+    """
+    require_project()
+    from pipelines.gate import gate as stage
+    from pipelines.stage import launch
+
+    launch(
+        stage,
+        task=task,
+        model=model,
+        split=split,
+        evaluation=evaluation,
+        evaluation_before=evaluation_before,
+        before=before,
         out=out,
     )
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode, read_images
+from pipelines.images import decode, read_images, training_images
 from pipelines.params import Params
 from pipelines.progress import Progress
+from pipelines.provenance import code_hash, library_versions
 from pipelines.stage import Summary, say, stage
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
                 "task": task,
                 "classes": _own_classes(task, classes),
                 "adapter": params.adapter.of_the_fit,
-                "train": sha256_of(train),
+                "split": read_json(train),
+                "code": code_hash("fit"),
+                "versions": library_versions(),
                 "training": _decisive(params),
                 "seed": params.seed,
                 "steps": learner.total_steps,
@@ -99,7 +102,8 @@ def _prepare(
     preprocessing = Preprocessing.of(base.description)
     tasks = {}
     for name in [*record["tasks"], task] if method.joint else [task]:
-        table = read_images(train if name == task else _earlier_images(name, task, train, record))
+        path = training_images(train) if name == task else _earlier_images(name, task, train, record)
+        table = read_images(path)
         labels = torch.tensor(table["label"].to_pylist())
         pixels = torch.from_numpy(decode(table, preprocessing))
         tasks[name] = TaskImages(pixels, labels - labels.min())
@@ -135,7 +139,7 @@ def _earlier_images(name: str, task: str, train: Path, record: dict[str, Any]) -
     They are no declared input of the stage, but the step before is, and its ledger holds their hash: images that are
     not those are refused, so what DVC stores under the declared inputs was made of these images alone.
     """
-    path = train.parent.parent / name / train.name
+    path = train.parent.parent / name / "train.arrow"
     if not path.is_file():
         raise InputError(
             f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "

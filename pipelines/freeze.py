@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode, read_images
+from pipelines.images import decode, read_images, training_images
 from pipelines.params import Params
+from pipelines.provenance import code_hash, library_versions
 from pipelines.stage import Summary, stage
 
 if TYPE_CHECKING:
@@ -84,7 +85,12 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
                 "needs_old_images": METHODS[adapter.method].joint,
                 "formulation": adapter.formulation,
                 "head": adapter.head,
-                "images": {**record.get("images", {}), task: described["train"]},
+                "images": {**record.get("images", {}), task: described["split"]["images"]},
+                "split": described["split"],
+                "code": {"fit": described["code"], "freeze": code_hash("freeze")},
+                "versions": {"fit": described["versions"], "freeze": library_versions()},
+                "determinism": "algorithms" if params.training.deterministic else "none",
+                "metrics": last_epoch(fit),
                 "rank": max(
                     (pair.down.shape[0] for pair in frozen.directions.get(task, {}).values()), default=0
                 ),
@@ -117,6 +123,14 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
     ]
 
 
+def last_epoch(fit: Path) -> dict[str, float]:
+    """Loss and accuracy on the task's own training images in the last pass over them; nothing where none was made."""
+    from sdlora.fit_folder import read_curve
+
+    curve = read_curve(fit)
+    return {"loss": curve[-1].loss, "training_accuracy": curve[-1].accuracy} if curve else {}
+
+
 def remembered(learned: "Learned") -> dict[str, Any]:
     """What the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
     numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
@@ -135,7 +149,7 @@ class TrainingFeatures:
 
     @cached_property
     def _table(self) -> "pa.Table":
-        return read_images(self._train)
+        return read_images(training_images(self._train))
 
     @cached_property
     def _pixels(self) -> "Tensor":

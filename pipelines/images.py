@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.errors import InputError
-from pipelines.files import naming
+from pipelines.files import naming, read_json, sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from sdlora.preprocessing import Preprocessing
 
+
+TRAINING = "train.json"
+"""What describes the training images of a task, beside them."""
 
 ANY_SIZE = sys.maxsize // 2
 """A number of pixels that no picture has."""
@@ -71,6 +75,14 @@ def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     write_rows(path, rows, {**types, "perceptual": pa.string()})
 
 
+def digest_of(samples: Iterable[SampleRow]) -> str:
+    """One hash for all samples in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps(sample, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def read_images(path: Path) -> pa.Table:
     """Open a file of images or samples, memory-mapped; an `InputError` names a missing or damaged one."""
     import pyarrow as pa
@@ -86,6 +98,26 @@ def read_images(path: Path) -> pa.Table:
             raise
         fault = " ".join(str(error).split())
         raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
+
+
+def training_images(described: Path) -> Path:
+    """The training images that a `train.json` describes; an `InputError` where they are missing or others.
+
+    Stages depend on the description, which holds the hash of the images, and not on the images: so a step whose images
+    were deleted afterwards is as up to date as it was, and no step can be made of other images than it says.
+    """
+    path = described.with_suffix(".arrow")
+    if not path.is_file():
+        raise InputError(
+            f"{path}: the training images of {described.parent.name} are missing; restore them with "
+            f"`dvc checkout {described.parent}` or `dvc pull {described.parent}`"
+        )
+    if sha256_of(path) != read_json(described)["images"]:
+        raise InputError(
+            f"{path}: not the images that {described.name} beside it describes; restore both with "
+            f"`dvc checkout {described.parent}`"
+        )
+    return path
 
 
 def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:

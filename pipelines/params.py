@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -265,6 +265,30 @@ class Evaluation(Section):
     """images in one forward pass"""
 
 
+class Gate(Section):
+    """What a step must keep before the next one is learned; null is no limit."""
+
+    fall: Annotated[float, Field(ge=0, le=1)] | None
+    """most that the accuracy of any old task may fall in the step"""
+    negative_flips: Annotated[float, Field(ge=0, le=1)] | None
+    """largest share of the old tasks' test images that were right before the step and are wrong after it"""
+    calibration_error: Annotated[float, Field(ge=0, le=1)] | None
+    """largest expected calibration error on all test images so far"""
+    new_task: Annotated[float, Field(ge=0, le=1)] | None
+    """least accuracy on the task just learned"""
+
+
+class Approval(Section):
+    """A person's decision to go on although a limit is broken; `sdlora approve` writes it."""
+
+    by: Text
+    """who decided"""
+    why: Text
+    """the reason"""
+    evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """hash of the metrics that were looked at: it holds for no others"""
+
+
 class Task(Section):
     """A set of classes that arrives together."""
 
@@ -295,6 +319,10 @@ class Params(Section):
     """how each task is fitted"""
     evaluation: Evaluation
     """how each step is tested"""
+    gate: Gate
+    """what a step must keep before the next one is learned"""
+    approvals: Mapping[str, Approval]
+    """steps that a person let through all the same; {} for none"""
     tasks: Mapping[str, Task]
     """the tasks in order of arrival"""
 
@@ -319,6 +347,7 @@ class Params(Section):
                     *_backbone_faults(params.backbone),
                     *_adapter_faults(params.adapter),
                     *_task_faults(params.tasks),
+                    *_approval_faults(params.approvals, params.tasks),
                 ]
                 if not faults:
                     return params
@@ -559,6 +588,12 @@ def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
         before = key
 
 
+def _approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]) -> Iterator[str]:
+    for key in approvals:
+        if key not in tasks:
+            yield f"approvals.{_show_key(key)}: there is no such task; known are {', '.join(tasks)}"
+
+
 def _source_fault(source: str) -> str | None:
     if posixpath.isabs(source):
         return "is absolute, which no other machine shares; give a path inside the project (a link will do)"
@@ -577,8 +612,8 @@ def _section(where: tuple[str | int, ...]) -> type[Section]:
     for part in where:
         if isinstance(part, int):  # an entry of a list, whose kind the field of the list says
             continue
-        if model == Mapping[str, Task]:
-            model = Task
+        if get_origin(model) is Mapping:
+            model = get_args(model)[1]
         else:
             annotation = _fields(model)[part].annotation
             options = [option for option in get_args(annotation) if option is not NoneType]

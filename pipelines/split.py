@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipelines.errors import InputError
-from pipelines.files import read_json, whole_folder, write_json
-from pipelines.images import ImageRow, SampleRow, picture_hash, read_images, write_images, write_samples
+from pipelines.files import read_json, sha256_of, whole_folder, write_json
+from pipelines.images import (
+    TRAINING,
+    ImageRow,
+    SampleRow,
+    digest_of,
+    picture_hash,
+    read_images,
+    write_images,
+    write_samples,
+)
 from pipelines.params import Params
 from pipelines.pictures import (
     Print,
@@ -116,6 +124,16 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
         held = sorted(path.stem for path in (folder / "validation").iterdir())
         write_json(folder / "validation" / "tasks.json", {"tasks": held})
         write_samples(folder / "samples" / f"{task}.arrow", samples)
+        trained = [sample for sample in samples if sample.split == "train"]
+        write_json(
+            folder / TRAINING,
+            {
+                "task": task,
+                "images": sha256_of(folder / "train.arrow"),
+                "counts": {name: counts[name]["train"] for name in names},
+                "digest": digest_of(trained),
+            },
+        )
         write_json(
             folder / "classes.json",
             {"classes": earlier["classes"] + classes, "tasks": [*earlier["tasks"], task]},
@@ -202,11 +220,3 @@ def earlier_samples(before: Path, tasks: Iterable[str]) -> Iterator[SampleRow]:
 def print_of(sample: SampleRow, *, shown: str) -> Print:
     """What a sample's picture is compared by."""
     return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)
-
-
-def digest_of(samples: Iterable[SampleRow]) -> str:
-    """One hash for all samples in order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(json.dumps(sample, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()

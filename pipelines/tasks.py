@@ -165,10 +165,14 @@ def task_line(key: str, task: Task) -> str:
 
 def with_block(text: str, tasks: Mapping[str, Task]) -> str:
     """The text with its `tasks` block, or its end if it has none, replaced."""
+    return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
+
+
+def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
+    """The text with the block called `name`, or its end if it has none, replaced by one of these lines."""
     end = "\r\n" if "\r\n" in text else "\n"
-    lines = ["tasks:", *(f"  {task_line(key, task)}" for key, task in tasks.items())]
-    block = end.join(lines) + end
-    nodes = tasks_nodes(text)
+    block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
+    nodes = block_nodes(text, name)
     if nodes is None:
         return text + ("" if text.endswith(end) else end) + block
     key, value = nodes
@@ -177,7 +181,7 @@ def with_block(text: str, tasks: Mapping[str, Task]) -> str:
 
 def with_line(text: str, key: str, task: Task) -> str:
     """The text with one task more after the last one of its block."""
-    nodes = tasks_nodes(text)
+    nodes = block_nodes(text, "tasks")
     assert nodes is not None
     _, value = nodes
     last_key, last_value = value.value[-1]
@@ -197,12 +201,12 @@ def with_line(text: str, key: str, task: Task) -> str:
     )
 
 
-def tasks_nodes(text: str) -> tuple[Any, Any] | None:
-    """The nodes of the key `tasks` and its value, which know their places in the text."""
+def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
+    """The nodes of a key at the top level and its value, which know their places in the text."""
     from ruamel.yaml import YAML
 
     root = YAML(typ="rt", pure=True).compose(text)
-    return next(((key, value) for key, value in root.value if key.value == "tasks"), None)
+    return next(((key, value) for key, value in root.value if key.value == name), None)
 
 
 def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes

@@ -52,6 +52,18 @@ def write_fit(
     (folder / DESCRIPTION).write_bytes(record_bytes({**description, "targets": list(fit.factors)}))
 
 
+def read_curve(folder: Path) -> list[EpochRecord]:
+    """The training curve of a fit folder, one record per epoch."""
+    with (folder / CURVE).open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return [
+            EpochRecord(
+                int(row["step"]), int(row["epoch"]), *(float(row[name]) for name in EpochRecord._fields[2:])
+            )
+            for row in rows
+        ]
+
+
 def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence[str]) -> FitResult:
     """The result of the fit of `task`.
 

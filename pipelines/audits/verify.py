@@ -22,8 +22,9 @@ from pipelines.audits.places import (
 )
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
-from pipelines.images import read_images
-from pipelines.params import Params
+from pipelines.images import SampleRow, digest_of, read_images
+from pipelines.params import Gate, Params
+from pipelines.verdicts import broken, measure
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +37,7 @@ class Finding(NamedTuple):
     files: int
     """How many files were read."""
     record: str
-    """The hash of its ledger record; empty where there is none."""
+    """The hash of its verdict, which holds that of its record and of the verdict before; empty where there is none."""
     fault: str | None
     """The first thing that does not hold: the file, and what is wrong with it."""
 
@@ -62,7 +63,9 @@ def verify() -> Iterator[Finding]:
             except InputError as fault:  # a file that is damaged names itself
                 yield Finding(step, 0, "", str(fault))
                 return
-            yield Finding(step, files, hashlib.sha256((model / "step.json").read_bytes()).hexdigest(), None)
+            yield Finding(
+                step, files, sha256_of(place.find(ARTIFACTS / "gate" / step) / "verdict.json"), None
+            )
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
@@ -105,13 +108,14 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
             raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
     except (AttributeError, KeyError, TypeError, IndexError):
         raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: it is not a record of a step") from None
-    kinds = ["model", "split"] if step == "t00" else ["model", "split", "fit", "evaluation"]
+    kinds = ["model", "split", "evaluation", "gate"] + ([] if step == "t00" else ["fit"])
     files = sum(check_bytes(place, f"artifacts/{kind}/{step}") for kind in kinds)
     if step != "t00":
         record = read_json(model / "step.json")
         check_origins(place, step, record)
         check_split(place, step, record)
         check_evaluation(place, step, record)
+        check_verdict(place, step, record)
     return files, model
 
 
@@ -122,6 +126,9 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
         if not (fit / name).is_file() or sha256_of(fit / name) != expected:
             raise FaultError(f"{ARTIFACTS / 'fit' / step / name}: not the file that the ledger names")
     train = place.find(ARTIFACTS / "split" / step) / "train.arrow"
+    described = read_json(train.with_suffix(".json"))
+    if described != record["split"]:
+        raise FaultError(f"{ARTIFACTS / 'split' / step}/train.json: not what the ledger says of the images")
     if sha256_of(train) != record["images"][step]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/train.arrow: not the images that the ledger names")
     for stage, deps in place.lock.deps.items():
@@ -134,6 +141,13 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
 def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     """Every packed picture is the one whose hash stands beside it, and none of the test is in training."""
     split = place.find(ARTIFACTS / "split" / step)
+    samples = read_images(split / f"samples/{step}.arrow").to_pylist()
+    rows = [SampleRow(**row) for row in samples]
+    if (digest_of(rows), digest_of(row for row in rows if row.split == "train")) != (
+        read_json(split / "split.json")["digest"],
+        record["split"]["digest"],
+    ):
+        raise FaultError(f"{ARTIFACTS / 'split' / step}/samples/{step}.arrow: not the samples of the ledger")
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
     for name in ("train.arrow", f"test/{step}.arrow"):
@@ -176,6 +190,33 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
     accuracy = [round(right / count, 6) for right, count in zip(correct, counts, strict=True)]
     if (metrics["accuracy"], metrics["samples"], metrics["correct"]) != (accuracy, counts, correct):
         raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
+
+
+def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
+    """The verdict holds the hash of the one before, of the record, the samples and the results; its numbers follow."""
+    folder, before = ARTIFACTS / "gate" / step, ("t00", *record["tasks"])[-2]
+    verdict = read_json(place.find(folder) / "verdict.json")
+    evaluation, earlier = (place.find(ARTIFACTS / "evaluation" / name) for name in (step, before))
+    was = read_json(earlier / "metrics.json")
+    expected = {
+        "step": step,
+        "previous": sha256_of(place.find(ARTIFACTS / "gate" / before) / "verdict.json"),
+        "record": sha256_of(place.find(ARTIFACTS / "model" / step) / "step.json"),
+        "samples": read_json(place.find(ARTIFACTS / "split" / step) / "split.json")["digest"],
+        "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
+        "measured": measure(
+            read_json(evaluation / "metrics.json"),
+            was,
+            read_images(evaluation / "predictions.arrow"),
+            read_images(earlier / "predictions.arrow") if was["tasks"] else None,
+        ),
+    }
+    for name, value in expected.items():
+        if verdict.get(name) != value:
+            raise FaultError(f"{folder}/verdict.json: its {name} is not what follows from the files")
+    faults = broken(Gate.model_validate(verdict["limits"]), verdict["measured"])
+    if verdict["broken"] != faults or (faults and not verdict["approved"]):
+        raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
 
 
 def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:

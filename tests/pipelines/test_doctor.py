@@ -167,7 +167,7 @@ def test_every_fault_is_named_in_one_report_and_the_mended_folder_becomes_a_task
     assert doctor(OWN, as_json=True, quick=False) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == 0
     add_task(OWN)
-    start(out=Path("split/t00"))
+    start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     for task, before in (("t01", "t00"), ("t02", "t01")):
         source = Path(Params.load().tasks[task].source)
         split(task, source=source, before=Path("split", before), out=Path("split", task))
@@ -298,7 +298,7 @@ def test_uneven_classes_are_said_with_numbers() -> None:
 
 
 def test_old_pictures_are_compared_as_they_were_packed_when_their_source_is_gone() -> None:
-    start(out=Path("artifacts/split/t00"))
+    start(out=Path("artifacts/split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     split(
         "t01",
         source=Path("data/raw/first"),
@@ -317,7 +317,7 @@ def test_old_pictures_are_compared_as_they_were_packed_when_their_source_is_gone
 
 
 def test_a_task_whose_classes_changed_since_it_was_packed_is_compared_as_it_was_packed() -> None:
-    start(out=Path("artifacts/split/t00"))
+    start(out=Path("artifacts/split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     split(
         "t01",
         source=Path("data/raw/first"),

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARY = sorted((REPOSITORY / "sdlora").rglob("*.py"))
 PIPELINES = sorted((REPOSITORY / "pipelines").rglob("*.py"))
-STAGES = {"fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "report"}
+STAGES = {"fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report"}
 ALLOWED = {"sdlora", "torch", "timm", "numpy", "safetensors"}
 
 

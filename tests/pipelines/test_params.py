@@ -72,7 +72,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         pytest.param(
             "seed: 1993", "seed: 1993\ncolour: red",
             "colour: unknown key;"
-            " known are seed, fetch, data, backbone, adapter, training, evaluation, tasks",
+            " known are seed, fetch, data, backbone, adapter, training, evaluation, gate, approvals, tasks",
             id="an-unknown-key",
         ),
         pytest.param(

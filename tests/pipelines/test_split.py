@@ -33,7 +33,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("ant", "bee", "cat", "dog"):
         for file in (f"train/{name}/10.png", f"train/{name}/9.png", f"test/{name}/1.png"):
             paint(SOURCE / file, next(shade))
-    start(out=Path("split/t00"))
+    start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     return tmp_path
 
 
@@ -105,7 +105,7 @@ def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None
 
     first, second = tree(Path("split/t01")), tree(Path("split/t02"))
     assert set(second) == {
-        "train.arrow", "classes.json", "split.json", "validation/tasks.json",
+        "train.arrow", "train.json", "classes.json", "split.json", "validation/tasks.json",
         "test/t01.arrow", "test/t02.arrow", "samples/t01.arrow", "samples/t02.arrow",
     }  # fmt: skip
     assert second["test/t01.arrow"] == first["test/t01.arrow"]
@@ -157,7 +157,7 @@ def test_the_same_images_give_the_same_bytes_in_whatever_order_the_disk_lists_th
         return (folder / name for name in shuffled(str(folder)))
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    start(out=Path("again/t00"))
+    start(out=Path("again/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     run("t01", root="again")
     run("t02", root="again")
 
@@ -460,7 +460,7 @@ def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:
     ]
     Path("data/raw/flat/list.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
     choose("{after: t00, source: data/raw/flat,", "{after: t00, source: data/raw/flat, manifest: list.csv,")
-    start(out=Path("listed/t00"))
+    start(out=Path("listed/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
 
     summary = run_of("data/raw/flat", "t01", root="listed")
 

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "params.yaml").write_text(settings())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        start(out=Path("split/t00"))
+        start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
         backbone(out=Path("model/t00"))
         for task, before in (("t01", "t00"), ("t02", "t01")):
             split(task, source=Path("pictures"), before=Path(f"split/{before}"), out=Path(f"split/{task}"))
@@ -76,7 +76,7 @@ def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def run_fit(task: str, before: str, out: str) -> None:
     fit(
         task,
-        train=Path(f"split/{task}/train.arrow"),
+        train=Path(f"split/{task}/train.json"),
         classes=Path(f"split/{task}/classes.json"),
         before=Path(f"model/{before}"),
         backbone=Path("model/t00"),
@@ -93,7 +93,7 @@ def run_freeze(task: str, before: str, fit: str | None = None) -> None:
     freeze(
         task,
         fit=Path(fit or f"fit/{task}"),
-        train=Path(f"split/{task}/train.arrow"),
+        train=Path(f"split/{task}/train.json"),
         before=Path(f"model/{before}"),
         backbone=Path("model/t00"),
         out=Path(f"model/{task}"),

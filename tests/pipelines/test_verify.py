@@ -55,7 +55,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 def test_a_finished_chain_holds_and_says_its_head(project: Path) -> None:
     status, lines = verify(project)
-    head = file_sha256(project / "artifacts/model/t02/step.json")
+    head = file_sha256(project / "artifacts/gate/t02/verdict.json")
 
     assert status == 0
     assert [line.split()[:2] for line in lines[:-1]] == [
@@ -124,15 +124,50 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
     lock = project / "dvc.lock"
 
     assert "t01 artifacts/model/t01/step.json: its bytes are not those of dvc.lock" in str(first_fault())
-    # Whoever rewrites dvc.lock too is betrayed by the next record.
-    from pipelines.audits.verify import folder_md5, md5_of
+    # Whoever rewrites dvc.lock too is betrayed by the verdict.
+    from pipelines.audits.places import folder_md5, md5_of, read_lock
 
     names = [file for file in (path.parent).rglob("*") if file.is_file()]
     forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
-    from pipelines.audits.verify import read_lock
+    known = read_lock(Params.load())
+    text = lock.read_text().replace(known.outs["artifacts/model/t01"], forged)
+    lock.write_text(text)
+    assert "t01 dvc.lock: gate@t01 read another artifacts/model/t01/step.json" in str(first_fault())
+    lock.write_text(text.replace(known.deps["gate@t01"]["artifacts/model/t01/step.json"], md5_of(path)))
+    assert "t01 artifacts/gate/t01/verdict.json: its record is not what follows" in str(first_fault())
 
-    lock.write_text(lock.read_text().replace(read_lock(Params.load()).outs["artifacts/model/t01"], forged))
-    assert "t02 artifacts/model/t02/step.json: its step before is" in str(first_fault())
+
+def test_a_verdict_that_was_rewritten_with_the_lock_is_found(project: Path) -> None:
+    """A step that broke a limit cannot be let through afterwards by whoever can write every file."""
+    from pipelines.audits.places import folder_md5, md5_of, read_lock
+
+    path, lock = project / "artifacts/gate/t01/verdict.json", project / "dvc.lock"
+    verdict = json.loads(path.read_text())
+    assert verdict["record"] == file_sha256(project / "artifacts/model/t01/step.json")
+    for change, fault in (
+        ({"record": "0" * 64}, "its record is not what follows"),
+        ({"samples": "0" * 64}, "its samples is not what follows"),
+        ({"measured": {**verdict["measured"], "new_task": 1.01}}, "its measured is not what follows"),
+        (
+            {"limits": {**verdict["limits"], "calibration_error": 0.0}},
+            "it let a step through that breaks a limit",
+        ),
+        ({"measured": {**verdict["measured"]}}, None),
+    ):
+        path.chmod(0o644)
+        path.write_text(json.dumps({**verdict, **change}))
+        forged = folder_md5({file.name: md5_of(file) for file in path.parent.iterdir()})
+        before = lock.read_text()
+        lock.write_text(before.replace(read_lock(Params.load()).outs["artifacts/gate/t01"], forged))
+        found = str(first_fault())
+        lock.write_text(before)
+        if fault:
+            assert f"t01 artifacts/gate/t01/verdict.json: {fault}" in found
+        else:  # the same content in other bytes: the next verdict holds the hash of these
+            assert (
+                "t02 artifacts/gate/t02/verdict.json: its previous is not what follows" in found
+                or "dvc.lock" in found
+            )
 
 
 def test_a_file_too_many_and_one_too_few_are_found(project: Path) -> None:
@@ -184,7 +219,7 @@ def test_what_the_lock_does_not_know_and_records_that_are_none_are_one_line(proj
 
 def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path) -> None:
     """Whoever runs `split` again and stops there leaves an evaluation of what is gone."""
-    from pipelines.audits.verify import read_lock
+    from pipelines.audits.places import read_lock
 
     lock, folder = project / "dvc.lock", project / "artifacts/split/t02/test"
     out = read_lock(Params.load()).deps["evaluate@t02"]["artifacts/split/t02/test"]
@@ -195,7 +230,7 @@ def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path
 
 
 def test_a_listing_of_the_cache_that_leads_elsewhere_is_not_followed(project: Path) -> None:
-    from pipelines.audits.verify import read_lock
+    from pipelines.audits.places import read_lock
 
     md5 = read_lock(Params.load()).outs["artifacts/fit/t01"]
     listing = project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
