@@ -8,6 +8,7 @@ import http.client
 import logging
 import os
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -77,12 +78,16 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     die_with(os.getppid())
     task = arguments.get("task", arguments.get("name"))
     label = f"{stage.name}@{task}" if task else stage.name
-    missing = server_missing()
+    from pipelines.journal import keep
+
+    missing, started = server_missing(), time.monotonic()
     if missing:
         say(f"prefect: no server ({missing}); running {label} plainly")
-        stage(**arguments)
+        summary = stage(**arguments)
     else:
-        run_linked(stage, label, arguments)
+        summary = run_linked(stage, label, arguments)
+    if "out" in arguments:
+        keep(label, arguments, summary, seconds=time.monotonic() - started)
 
 
 def say(line: str) -> None:

@@ -57,6 +57,12 @@ launch(measure, task="t07", out=Path("out"))
 """
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage cost is written into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_stage_called_is_its_plain_function(tmp_path: Path) -> None:
     assert measure.name == "measure"
     assert measure("t01", out=tmp_path / "out") == measure.fn("t01", out=tmp_path / "out")
