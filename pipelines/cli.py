@@ -184,17 +184,35 @@ def approve(
 
 @audit.command("verify")
 def audit_verify(
+    signers: Annotated[
+        Path | None, typer.Option(help="File of allowed signers (ssh-keygen): whose the signatures are.")
+    ] = None,
+    retrain: Annotated[
+        list[str] | None, typer.Option(help="Learn this step again and compare every byte; repeatable.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock.
 
     One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
-    not in the workspace is read from DVC's cache.
+    not in the workspace is read from DVC's cache or remote.
     """
     require_project()
-    from pipelines.audits.verify import show_verification
+    from pipelines.audits.outcome import show_verification
 
-    raise SystemExit(show_verification(as_json=json))
+    raise SystemExit(show_verification(as_json=json, signers=signers, again=retrain or []))
+
+
+@audit.command("sign")
+def audit_sign(
+    key: Annotated[Path, typer.Option(help="Private SSH key, or the public one of a key in ssh-agent.")],
+) -> None:
+    """Sign the head of the ledger, once the whole chain has been verified."""
+    require_project()
+    from pipelines.audits.sign import sign
+
+    for line in sign(key):
+        typer.echo(line)
 
 
 @app.command()

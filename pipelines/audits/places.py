@@ -51,20 +51,37 @@ def read_lock(params: Params) -> Lock:
     return Lock(outs, deps)
 
 
-def cache_folder() -> Path:
-    """Where DVC keeps files by their md5."""
-    from dvc.repo import Repo
+class Objects:
+    """Files by their md5: those of DVC's cache, and those of its remote, each fetched into a scratch folder."""
 
-    with contextlib.closing(Repo()) as repo:
-        return Path(repo.cache.local.path)
+    def __init__(self, scratch: Path) -> None:
+        from dvc.repo import Repo
+
+        self._scratch = scratch
+        with contextlib.closing(Repo()) as repo:
+            self.cache = Path(repo.cache.local.path)
+            self._remote = repo.cloud.get_remote_odb() if repo.config["core"].get("remote") else None
+
+    def find(self, md5: str) -> Path | None:
+        """Where the file of a hash can be read; None where neither the cache nor the remote has it."""
+        path = self.cache / md5[:2] / md5[2:]
+        if path.is_file():
+            return path
+        copy = self._scratch / md5
+        if self._remote is not None and not copy.exists():
+            with contextlib.suppress(FileNotFoundError):
+                self._remote.fs.get_file(self._remote.oid_to_path(md5), str(copy))
+        return copy if copy.is_file() else None
 
 
 class Place:
-    """Outputs by path: in the workspace, or else in DVC's cache, as links in a scratch folder."""
+    """Outputs by path: in the workspace, or else in DVC's cache or remote, as links in a scratch folder."""
 
-    def __init__(self, lock: Lock, cache: Path, scratch: Path) -> None:
+    def __init__(self, lock: Lock, scratch: Path) -> None:
         self.lock = lock
-        self._cache, self._scratch = cache, scratch
+        self._scratch = scratch / "outs"
+        (scratch / "objects").mkdir()
+        self._objects = Objects(scratch / "objects")
         self._checked: dict[str, Mapping[str, str]] = {}
 
     def checked(self, path: str) -> bool:
@@ -86,7 +103,18 @@ class Place:
                     if name.startswith(f"{part}/")
                 }
                 return hashes.get(part) or (folder_md5(within) if within else None)
-        return self.lock.outs.get(path)
+        return self.lock.outs.get(path) or self._md5_of_parts(path)
+
+    def _md5_of_parts(self, path: str) -> str | None:
+        """The md5 of a folder of outputs, with what else lies in it; None where not all of them were compared."""
+        outs = [out for out in self.lock.outs if out.startswith(f"{path}/")]
+        if not outs or not all(self.checked(out) for out in outs):
+            return None
+        hashes = {f"{out}/{name}": md5 for out in outs for name, md5 in self._checked[out].items()}
+        for file in Path(path).rglob("*"):  # what a removed task has left
+            if file.is_file() and not any(file.is_relative_to(out) for out in outs):
+                hashes[file.as_posix()] = md5_of(file)
+        return folder_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in hashes.items()})
 
     def find(self, path: Path) -> Path:
         """Where an output can be read."""
@@ -106,8 +134,8 @@ class Place:
     def changed_file(self, path: str, hashes: Mapping[str, str]) -> str:
         """The first file of an output that is not the one it was, as far as DVC's cache can say; else the output."""
         md5 = self.lock.outs[path]
-        listing = self._cache / md5[:2] / md5[2:]
-        if not md5.endswith(".dir") or md5_of_listing(listing) != md5:
+        listing = self._objects.find(md5)
+        if listing is None or not md5.endswith(".dir") or md5_of_listing(listing) != md5:
             return path
         made = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
         differing = [name for name in sorted(made.keys() | hashes) if made.get(name) != hashes.get(name)]
@@ -115,9 +143,9 @@ class Place:
 
     def _cached(self, path: Path, md5: str) -> dict[str, Path]:
         """The files of an output in the cache by name; one without a name if it is a file."""
-        whole = self._cache / md5[:2] / md5[2:]
-        if not whole.is_file():
-            raise FaultError(f"{path}: it is neither here nor in DVC's cache; fetch it with `dvc fetch`")
+        whole = self._objects.find(md5)
+        if whole is None:
+            raise FaultError(f"{path}: it is neither here nor in DVC's cache or remote; run `sdlora run`")
         if not md5.endswith(".dir"):
             return {"": whole}
         if md5_of_listing(whole) != md5:
@@ -126,10 +154,10 @@ class Place:
         for entry in json.loads(whole.read_bytes()):
             if ".." in entry["relpath"].split("/") or entry["relpath"].startswith("/"):
                 raise FaultError(f"{path}: DVC's listing of its files leads out of it: {entry['relpath']!r}")
-            file = self._cache / entry["md5"][:2] / entry["md5"][2:]
-            if not file.is_file():
+            file = self._objects.find(entry["md5"])
+            if file is None:
                 raise FaultError(
-                    f"{path}/{entry['relpath']}: it is neither here nor in DVC's cache; fetch it with `dvc fetch`"
+                    f"{path}/{entry['relpath']}: it is neither here nor in DVC's cache or remote; run `sdlora run`"
                 )
             found[entry["relpath"]] = file
         return found

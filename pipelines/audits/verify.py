@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,6 @@ from pipelines.audits.places import (
     LOCK,
     FaultError,
     Place,
-    cache_folder,
     folder_md5,
     md5_of,
     read_lock,
@@ -47,12 +45,12 @@ def verify() -> Iterator[Finding]:
 
     Of every step: all outputs of its stages are those of dvc.lock, by their bytes; its model folder is what its record
     and the step before say; the images, the fit and the evaluation are those that the record and each other name. What
-    is not in the workspace is read from DVC's cache.
+    is not in the workspace is read from DVC's cache, or fetched from its remote.
     """
     params = Params.load()
     lock = read_lock(params)
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
-        place = Place(lock, cache_folder(), Path(scratch))
+        place = Place(lock, Path(scratch))
         before: Path | None = None
         for step in ("t00", *params.tasks):
             try:
@@ -69,6 +67,7 @@ def verify() -> Iterator[Finding]:
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
+            check_inputs(place, [stage for stage in lock.deps if "@" not in stage])
         except FaultError as fault:
             yield Finding("report", 0, "", str(fault))
             return
@@ -131,11 +130,15 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/train.json: not what the ledger says of the images")
     if sha256_of(train) != record["images"][step]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/train.arrow: not the images that the ledger names")
-    for stage, deps in place.lock.deps.items():
-        if stage.endswith(f"@{step}"):
-            for path, md5 in deps.items():
-                if (place.md5(path) or md5) != md5:
-                    raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
+    check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
+
+
+def check_inputs(place: Place, stages: Iterable[str]) -> None:
+    """What a stage read is what another one made, by the hashes of both in dvc.lock."""
+    for stage in stages:
+        for path, md5 in place.lock.deps[stage].items():
+            if (place.md5(path) or md5) != md5:
+                raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
 
 
 def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
@@ -227,26 +230,3 @@ def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
     ]
     ends = list(accumulate(counts))
     return [sum(right[end - count : end]) for end, count in zip(ends, counts, strict=True)]
-
-
-def show_verification(*, as_json: bool) -> int:
-    """Print a line for each step; return the exit status: 1 if something does not hold."""
-    import sys
-
-    findings = []
-    for finding in verify():
-        findings.append(finding)
-        if not as_json:
-            state = finding.fault or f"holds  {finding.files} files  {finding.record[:12]}".rstrip()
-            sys.stdout.write(f"{finding.step:6}  {state}\n")
-            sys.stdout.flush()
-    fault = findings[-1].fault
-    head = next((finding.record for finding in reversed(findings) if finding.record), "")
-    if as_json:
-        report = {"holds": fault is None, "head": head, "steps": [f._asdict() for f in findings]}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    elif fault is None:
-        sys.stdout.write(f"the chain holds; its head is {head}\n")
-    else:
-        sys.stdout.write(f"the chain does not hold at {findings[-1].step}\n")
-    return 0 if fault is None else 1

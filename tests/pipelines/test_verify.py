@@ -190,9 +190,73 @@ def test_what_is_not_in_the_workspace_is_verified_from_the_cache(project: Path) 
 def test_what_is_nowhere_is_named(project: Path) -> None:
     shutil.rmtree(project / "artifacts/fit")
     shutil.rmtree(project / ".dvc/cache")
-    assert "t01 artifacts/fit/t01: it is neither here nor in DVC's cache; fetch it with `dvc fetch`" in str(
+    assert "t01 artifacts/fit/t01: it is neither here nor in DVC's cache or remote; run `sdlora run`" in str(
         first_fault()
     )
+
+
+def test_what_only_the_remote_has_is_verified_from_there_and_nothing_is_left_behind(
+    project: Path, tmp_path: Path
+) -> None:
+    remote = tmp_path / "remote"
+    call(project, "dvc", "remote", "add", "-q", "-d", "store", str(remote))
+    call(project, "dvc", "push", "-q")
+    shutil.rmtree(project / "artifacts")
+    shutil.rmtree(project / ".dvc/cache")
+    assert first_fault() is None
+    assert not (project / "artifacts").exists()
+    assert not list((project / ".dvc/cache").rglob("*.*"))
+    stored = [path for path in remote.rglob("*") if path.is_file()]
+    flip(max(stored, key=lambda path: path.stat().st_size), 100_000)
+    assert "t00 artifacts/model/t00/backbone.safetensors" in str(first_fault())
+
+
+def test_a_report_of_other_results_than_there_are_is_found(project: Path) -> None:
+    from pipelines.audits.places import read_lock
+
+    lock = project / "dvc.lock"
+    was = read_lock(Params.load()).deps["report"]["artifacts/evaluation"]
+    lock.write_text(lock.read_text().replace(was, "0" * 32 + ".dir"))
+    assert first_fault() == (
+        "report dvc.lock: report read another artifacts/evaluation than the one that was made"
+    )
+
+
+def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
+    project: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(
+        params.replace("checkpoint_store: null", f"checkpoint_store: {store}").replace(
+            "checkpoint_seconds: 30 ", "checkpoint_seconds: 0.0001 "
+        )
+    )
+    assert (project / "params.yaml").read_text() != params
+    before = sorted(path for path in project.rglob("*") if path.is_file())
+    lines = call(project, "sdlora", "audit", "verify", "--retrain", "t02").splitlines()
+
+    assert lines[-2].startswith("t02     learned again in ")
+    assert not store.exists()  # a checkpoint would have learned nothing again
+    assert sorted(path for path in project.rglob("*") if path.is_file()) == before
+
+    (project / "params.yaml").write_text(params.replace("  momentum: 0.9", "  momentum: 0.8"))
+    done = subprocess.run(
+        ["sdlora", "audit", "verify", "--retrain", "t01", "--json"],
+        cwd=project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["holds"], report["retrained"]) == (1, False, [])
+    assert report["fault"].startswith("artifacts/fit/t01/curve.csv: learned again it is another")
+
+
+def test_a_step_that_does_not_exist_is_not_learned_again(project: Path) -> None:
+    done = subprocess.run(
+        ["sdlora", "audit", "verify", "--retrain", "t09"],
+        cwd=project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: --retrain t09: there is no such task; known are t01, t02\n"
 
 
 def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:

@@ -1,0 +1,120 @@
+"""`sdlora audit verify --retrain`: learn a step again from its inputs, and compare what comes out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipelines.audits.places import ARTIFACTS, FaultError, Place, read_lock
+from pipelines.errors import InputError
+from pipelines.files import read_json
+from pipelines.params import Params, read_text, read_yaml
+from pipelines.provenance import library_versions
+
+
+def retrain(step: str) -> float:
+    """Run `fit` and `freeze` of a step again, elsewhere; a `FaultError` names the first file that differs.
+
+    Bytes repeat on one kind of machine, with the same libraries (docs/method.md); the error says which were others.
+    Returns the seconds that it took.
+    """
+    params = Params.load()
+    if step not in params.tasks:
+        raise InputError(f"--retrain {step}: there is no such task; known are {', '.join(params.tasks)}")
+    if not params.training.deterministic:
+        raise InputError(
+            "--retrain: training.deterministic is false in params.yaml, so no two fits are alike"
+        )
+    started = time.monotonic()
+    with TemporaryDirectory(prefix="sdlora-retrain-") as scratch:
+        (Path(scratch) / "found").mkdir()
+        place = Place(read_lock(params), Path(scratch) / "found")
+        project = Path(scratch) / "project"
+        before = params.tasks[step].after
+        for path in {
+            *(ARTIFACTS / "model" / name for name in ("t00", before)),
+            *(ARTIFACTS / "split" / name for name in read_tasks(params, step)),
+        }:
+            (project / path).parent.mkdir(parents=True, exist_ok=True)
+            (project / path).symlink_to(place.find(path).resolve())
+        shutil.copy("dvc.yaml", project)
+        write_params(project / "params.yaml")
+        split, model = ARTIFACTS / "split" / step, ARTIFACTS / "model"
+        shared: list[str | Path] = [
+            "--train",
+            split / "train.json",
+            "--before",
+            model / before,
+            "--backbone",
+            model / "t00",
+        ]
+        _run(
+            project,
+            ["fit", step, *shared, "--classes", split / "classes.json", "--out", ARTIFACTS / "fit" / step],
+        )
+        _compare(project, place, ARTIFACTS / "fit" / step)
+        made = [*shared, "--fit", ARTIFACTS / "fit" / step, "--out", model / step]
+        _run(project, ["freeze", step, *made])
+        _compare(project, place, model / step)
+    return time.monotonic() - started
+
+
+def read_tasks(params: Params, step: str) -> list[str]:
+    """Whose images a fit reads: those of its task, and of all before it where the method learns them all."""
+    from sdlora.methods import METHODS
+
+    tasks = list(params.tasks)
+    return tasks[: tasks.index(step) + 1] if METHODS[params.adapter.method].joint else [step]
+
+
+def write_params(path: Path) -> None:
+    """The parameters as they are, but for the store of checkpoints: from one nothing would be learned again."""
+    from ruamel.yaml import YAML
+
+    raw = read_yaml(read_text(Path("params.yaml")), origin="params.yaml")
+    raw["training"]["checkpoint_store"] = None
+    YAML(typ="safe", pure=True).dump(raw, path)
+
+
+def _run(project: Path, arguments: list[str | Path]) -> None:
+    """Run a stage in a project of its own: nothing of the one that is audited is written."""
+    command = [sys.executable, "-P", "-m", "pipelines", *map(str, arguments)]
+    settings = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+    done = subprocess.run(command, cwd=project, env=settings, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise InputError(f"{arguments[0]} {arguments[1]} could not be run again; its reason stands above")
+
+
+def _compare(project: Path, place: Place, path: Path) -> None:
+    """Compare a folder that was made again with the one that was there."""
+    was, now = place.find(path), project / path
+    names = sorted(
+        {
+            file.relative_to(root).as_posix()
+            for root in (was, now)
+            for file in root.rglob("*")
+            if file.is_file()
+        }
+    )
+    for name in names:
+        old, new = was / name, now / name
+        if not old.is_file() or not new.is_file() or old.read_bytes() != new.read_bytes():
+            raise FaultError(f"{path}/{name}: learned again it is another{_because(was)}")
+
+
+def _because(folder: Path) -> str:
+    """Which libraries are other ones than those that made a fit or a step."""
+    record = read_json(folder / ("fit.json" if (folder / "fit.json").is_file() else "step.json"))
+    versions = record["versions"].get("fit", record["versions"])
+    here = library_versions()
+    others = [
+        f"{name} {versions.get(name)}, here {version}"
+        for name, version in here.items()
+        if versions.get(name) != version
+    ]
+    return f" ({'; '.join(others)})" if others else ""

@@ -1,0 +1,117 @@
+"""`sdlora audit sign`: put a name to the head of the ledger, with the keys and the format of OpenSSH."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.audits.places import FaultError
+from pipelines.audits.verify import Finding, verify
+from pipelines.errors import InputError
+from pipelines.files import write_whole
+
+SIGNATURES = Path("ledger/signatures")
+NAMESPACE = "sdlora-ledger"
+"""What a signature is for: one of another namespace, such as git's, is none of the ledger."""
+STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\n"
+
+
+class Signature(NamedTuple):
+    """A signature that holds."""
+
+    step: str
+    by: str
+    """Whom the file of signers knows the key as; else the key's fingerprint."""
+    known: bool
+    """Whether the file of signers knows the key."""
+
+
+def sign(key: Path) -> list[str]:
+    """Verify the whole chain, sign its head with an SSH key, and return lines to print.
+
+    The statement is a file of three lines, `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong
+    into version control. `ssh-keygen -Y verify` needs nothing of ours to check them (docs/audit.md).
+    """
+    if not key.is_file():
+        raise InputError(f"{key}: no such key; make one with `ssh-keygen -t ed25519 -f {key}`")
+    findings = list(verify())
+    if findings[-1].fault:
+        raise InputError(
+            f"{findings[-1].step}: {findings[-1].fault}; a chain that does not hold is not signed"
+        )
+    last = head_of(findings)
+    statement = SIGNATURES / last.step
+    text = f"sdlora ledger\nstep {last.step}\nhead {last.record}\n".encode()
+    # Signed on the way through, so that nothing is there until all of it is.
+    done = ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], text=text)
+    if done.returncode:
+        raise InputError(f"{key}: ssh-keygen does not sign with it ({last_line(done)}); nothing was written")
+    write_whole(statement, text)
+    write_whole(statement.with_suffix(".sig"), done.stdout)
+    return [
+        f"{statement}.sig: {last.step} signed, head {last.record}",
+        f"commit {SIGNATURES}; `sdlora audit verify --signers FILE` checks it",
+    ]
+
+
+def head_of(findings: list[Finding]) -> Finding:
+    """The last step that was verified: its hash is the head of the chain."""
+    return [finding for finding in findings if finding.record][-1]
+
+
+def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator[Signature]:
+    """Check every signature that there is against the chain; a `FaultError` at the first that does not hold.
+
+    Args:
+        heads: step → the hash of its verdict.
+        signers: a file of allowed signers (ssh-keygen(1)); without one the key is only named.
+    """
+    for path in sorted(SIGNATURES.glob("*.sig")):
+        statement = path.with_suffix("")
+        found = re.fullmatch(STATEMENT, statement.read_text() if statement.is_file() else "")
+        if found is None:
+            raise FaultError(f"{statement}: not the statement that {path.name} signs")
+        step, head = found.groups()
+        if heads.get(step) != head:
+            raise FaultError(
+                f"{path}: it signs another ledger (head {head[:12]} at {step}); sign anew, or remove it"
+            )
+        yield check(path, statement.read_bytes(), step, signers)
+
+
+def check(path: Path, text: bytes, step: str, signers: Path | None) -> Signature:
+    """Check one signature of a statement."""
+    checked = ssh_keygen(["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(path)], text=text)
+    if checked.returncode:
+        raise FaultError(f"{path}: the signature does not hold ({last_line(checked)})")
+    key = re.search(r"SHA256:\S+", checked.stdout.decode())
+    fingerprint = key[0] if key else "unknown key"
+    if signers is None:
+        return Signature(step, fingerprint, known=False)
+    found = ssh_keygen(["-Y", "find-principals", "-f", str(signers), "-s", str(path)], text=b"")
+    for name in found.stdout.decode().split("\n") if found.returncode == 0 else []:
+        asked = ["-Y", "verify", "-f", str(signers), "-I", name.strip(), "-n", NAMESPACE, "-s", str(path)]
+        if name.strip() and ssh_keygen(asked, text=text).returncode == 0:
+            return Signature(step, name.strip(), known=True)
+    raise FaultError(f"{path}: {signers} knows nobody who signs with {fingerprint}")
+
+
+def ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProcess[bytes]:
+    """Run OpenSSH's ssh-keygen on a text; an `InputError` where there is none."""
+    try:
+        # A passphrase is asked for on the terminal, which is not the standard input.
+        return subprocess.run(
+            ["ssh-keygen", *arguments], input=text, capture_output=True, env={**os.environ, "LC_ALL": "C"}
+        )
+    except FileNotFoundError:
+        raise InputError("ssh-keygen is not installed; install OpenSSH's client (openssh-client)") from None
+
+
+def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What ssh-keygen said at the end."""
+    lines = (done.stderr or done.stdout).decode(errors="replace").split("\n")
+    return " ".join([line.strip() for line in lines if line.strip()][-1:]) or f"status {done.returncode}"
