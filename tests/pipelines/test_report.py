@@ -32,6 +32,8 @@ training: {optimizer: sgd, learning_rate: 0.01, momentum: 0.9, schedule: constan
   crop_scale: 1.0, flip: false, precision: fp32, deterministic: true,
   checkpoint_seconds: 30, checkpoint_store: null}
 evaluation: {batch_size: 256}
+gate: {fall: null, negative_flips: null, calibration_error: null, new_task: null}
+approvals: {}
 tasks:
 """
 
