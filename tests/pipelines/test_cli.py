@@ -65,7 +65,9 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["run", "status", "start --out x --evaluation y --gate z", "plan x --tasks 2", "add-task x"])
+@pytest.mark.parametrize(
+    "command", ["run", "status", "start --out x --evaluation y --gate z", "plan x --tasks 2", "add-task x"]
+)
 def test_outside_a_project_one_line_says_where_to_go(command: str, tmp_path: Path) -> None:
     done = sdlora(*command.split(), folder=tmp_path)
     assert done.returncode == 2
@@ -110,7 +112,17 @@ def test_a_parameter_set_can_be_written_without_running_it(tmp_path: Path) -> No
 def test_an_error_goes_to_the_file_that_the_outer_run_reads_and_is_printed_by_it_alone(
     tmp_path: Path,
 ) -> None:
-    done = sdlora("start", "--out", "x", "--evaluation", "y", "--gate", "z", folder=tmp_path, SDLORA_ERROR_FILE=str(tmp_path / "error"))
+    done = sdlora(
+        "start",
+        "--out",
+        "x",
+        "--evaluation",
+        "y",
+        "--gate",
+        "z",
+        folder=tmp_path,
+        SDLORA_ERROR_FILE=str(tmp_path / "error"),
+    )
     assert done.returncode == 2
     assert done.stderr == ""
     assert (tmp_path / "error").read_text().startswith("2 error: no params.yaml in ")
