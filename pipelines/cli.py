@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 audit = typer.Typer(
-    help="Prove that nothing has changed since it was made.",
+    help="Prove that nothing was touched, and see what changed between steps, and why.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -213,6 +213,55 @@ def audit_sign(
 
     for line in sign(key):
         typer.echo(line)
+
+
+@audit.command("diff")
+def audit_diff(
+    then: Annotated[str, typer.Argument(metavar="A", help="Step (t03, 3), or any artifacts/model/t03.")],
+    now: Annotated[str, typer.Argument(metavar="B", help="The step to compare with it.")],
+    features: Annotated[
+        bool, typer.Option("--features/--no-features", help="Run both models on the test images.")
+    ] = True,
+    html: Annotated[Path | None, typer.Option(help="Write all of it to a page, too.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what changed from step A to step B, or between two runs of a step.
+
+    Accuracy with intervals, flipped images with exact tests (corrected for many
+    looks), where errors went, calibration, features, magnitudes and weights.
+    """
+    require_project()
+    from pipelines.audits.diff import diff
+
+    diff(then, now, features=features, as_json=json, page=html)
+
+
+@audit.command("show")
+def audit_show(
+    class_name: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="A class through all steps since it came.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE|ID", help="What each step says of a picture, or a test image.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="What a task's step was, and what became of it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show the history of one class, one image or one task."""
+    require_project()
+    if sum(given is not None for given in (class_name, image, task)) != 1:
+        raise InputError("audit show: give one of --class, --image and --task")
+    from pipelines.audits.show import show_class, show_image, show_task
+
+    if class_name is not None:
+        show_class(class_name, as_json=json)
+    elif image is not None:
+        show_image(image, as_json=json)
+    else:
+        assert task is not None
+        show_task(task, as_json=json)
 
 
 @app.command()

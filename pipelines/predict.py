@@ -22,6 +22,7 @@ from pipelines.files import naming, natural_key
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import nn
 
     from sdlora.preprocessing import Preprocessing
 
@@ -66,15 +67,12 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
 
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
     """
-    import numpy as np
-    import torch
-
     from pipelines.images import strict_pictures
     from pipelines.progress import Progress
     from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
     from sdlora.loading import read_step
-    from sdlora.preprocessing import Preprocessing, normalise
+    from sdlora.preprocessing import Preprocessing
 
     for name in images:
         if name != "-" and not os.path.lexists(name):
@@ -91,17 +89,6 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     classifier = merged_classifier(step.backbone.model, step.learned).to(device)
     size = settings.batch_size or (256 if device.type == "cuda" else 64)
     top = min(settings.top, len(step.classes))
-
-    def guesses_of(pixels: Sequence[np.ndarray]) -> list[list[Guess]]:
-        batch = torch.from_numpy(np.stack(pixels)).to(device)
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
-        found = logits.float().softmax(dim=1).topk(top, dim=1)
-        return [
-            [Guess(step.classes[label], label, round(p, 6)) for p, label in zip(ps, labels, strict=True)]
-            for ps, labels in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        ]
-
     done = failed = 0
     with ExitStack() as stack:
         sink = stack.enter_context(opened(settings.out))
@@ -113,7 +100,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
         stack.enter_context(strict_pictures())
         for some, decoded in _decoded_batches(itertools.chain([first], names), preprocessing, size):
             good = [item for item in decoded if not isinstance(item, str)]
-            found = iter(guesses_of(good) if good else [])
+            found = iter(best_guesses(classifier, good, preprocessing, step.classes, top=top, bf16=bf16))
             for name, item in zip(some, decoded, strict=True):
                 if isinstance(item, str):
                     failed += 1
@@ -128,6 +115,34 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     if failed:
         sys.stderr.write(f"{failed} of {done} images could not be read\n")
     return 1 if failed else 0
+
+
+def best_guesses(
+    classifier: nn.Module,
+    pixels: Sequence[np.ndarray],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    top: int,
+    bf16: bool,
+) -> list[list[Guess]]:
+    """The `top` best guesses of each image, from uint8 pixels (channels, height, width) each, in one forward pass."""
+    import numpy as np
+    import torch
+
+    from sdlora.preprocessing import normalise
+
+    if not pixels:
+        return []
+    device = next(classifier.parameters()).device
+    batch = torch.from_numpy(np.stack(pixels)).to(device)
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
+    found = logits.float().softmax(dim=1).topk(top, dim=1)
+    return [
+        [Guess(classes[label], label, round(p, 6)) for p, label in zip(ps, labels, strict=True)]
+        for ps, labels in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]
 
 
 def files(images: Iterable[str]) -> Iterator[str]:

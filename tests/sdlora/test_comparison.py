@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sdlora.comparison import Flips, calibration_bins, calibration_error, flips, wilson_interval
+from sdlora.comparison import Flips, calibration_bins, calibration_error, flips, holm, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 5), (1, 5), (5, 5), (98, 100), (731, 2000)])
@@ -39,6 +39,14 @@ def test_flips_count_each_way() -> None:
 def test_flips_of_other_images_are_refused() -> None:
     with pytest.raises(ValueError, match="answers to 2 and 3 images"):
         flips([True, True], [True, True, False])
+
+
+def test_looking_often_is_paid_for_as_holm_says() -> None:
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04; none may be below one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
 
 
 def test_calibration_by_hand() -> None:

@@ -1,0 +1,113 @@
+"""How audits show figures: plain tables of 80 columns, and JSON that is the same for the same inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipelines.predict import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+WIDTH = 80
+SHORT = 10
+"""A name of this width or less is never cut."""
+DASH = "\N{EN DASH}"
+
+
+def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """The same with six significant digits, null for NaN and no negative zero."""
+    if isinstance(value, Mapping):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.6g}") + 0.0
+    return value
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object with sorted keys."""
+    sys.stdout.write(json.dumps(rounded(value), sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, or 80 columns without one."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    texts: Collection[int] = (0,),
+) -> Group:
+    """A titled table whose columns `texts` hold names and the others numbers; nothing in it is markup.
+
+    A name that is too long for the width is cut.
+    """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [[shown(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *lines, strict=True)]
+    long = [index for index in texts if widths[index] > SHORT]
+    # Left to itself, rich takes from all columns alike, and a number without its last digit is another number.
+    room = console().width - sum(widths) - 2 * len(columns) + sum(widths[index] for index in long)
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    for index, name in enumerate(columns):
+        made.add_column(
+            Text(name),
+            justify="left" if index in texts else "right",
+            overflow="ellipsis",
+            no_wrap=True,
+            max_width=max(SHORT, room // len(long)) if index in long else None,
+        )
+    for line in lines:
+        made.add_row(*map(Text, line))
+    return Group(Text(title, style="bold"), made)
+
+
+def percent(value: float | None, *, digits: int = 1) -> str:
+    """A share in per cent; nothing is a dash."""
+    return DASH if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def interval(score: Mapping[str, Any] | None) -> str:
+    """An accuracy in per cent with its interval: `95.0 (89–98)`."""
+    if score is None or not score["images"]:
+        return DASH
+    return f"{percent(score['accuracy'])} ({100 * score['low']:.0f}{DASH}{100 * score['high']:.0f})"
+
+
+def chance(p_value: float | None) -> str:
+    """A p-value for people."""
+    if p_value is None:
+        return DASH
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number for people; nothing is a dash."""
+    return DASH if value is None or math.isnan(value) else format(value, form)
+
+
+def count(things: int, word: str) -> str:
+    """A number of things in words."""
+    plural = {"class": "classes"}.get(word, f"{word}s")
+    return f"{things:,} {word if things == 1 else plural}"
+
+
+def plain(value: object) -> str:
+    """A parameter as params.yaml has it: texts as they are, others as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
