@@ -7,7 +7,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.params import Fetch, Params, read_yaml
@@ -55,22 +57,27 @@ class Objects:
     """Files by their md5: those of DVC's cache, and those of its remote, each fetched into a scratch folder."""
 
     def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+
+    @cached_property
+    def _stores(self) -> tuple[Path, Any]:
+        """The folder of the cache, and the remote; asked for at first use, because loading DVC takes a while."""
         from dvc.repo import Repo
 
-        self._scratch = scratch
         with contextlib.closing(Repo()) as repo:
-            self.cache = Path(repo.cache.local.path)
-            self._remote = repo.cloud.get_remote_odb() if repo.config["core"].get("remote") else None
+            remote = repo.cloud.get_remote_odb() if repo.config["core"].get("remote") else None
+            return Path(repo.cache.local.path), remote
 
     def find(self, md5: str) -> Path | None:
         """Where the file of a hash can be read; None where neither the cache nor the remote has it."""
-        path = self.cache / md5[:2] / md5[2:]
+        cache, remote = self._stores
+        path = cache / md5[:2] / md5[2:]
         if path.is_file():
             return path
         copy = self._scratch / md5
-        if self._remote is not None and not copy.exists():
+        if remote is not None and not copy.exists():
             with contextlib.suppress(FileNotFoundError):
-                self._remote.fs.get_file(self._remote.oid_to_path(md5), str(copy))
+                remote.fs.get_file(remote.oid_to_path(md5), str(copy))
         return copy if copy.is_file() else None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from pipelines.audits.places import ARTIFACTS, LOCK, FaultError, Lock, Place, cache_folder, read_lock
+from pipelines.audits.places import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
 from pipelines.errors import InputError
 from pipelines.images import read_images
 from pipelines.params import Params
@@ -105,8 +105,7 @@ class Project:
 
     @cached_property
     def _place(self) -> Place:
-        # Asking DVC for its cache takes a second, which a whole workspace need not pay.
-        return Place(self._lock, cache_folder(), self._scratch)
+        return Place(self._lock, self._scratch)
 
     def find(self, kind: str, step: str) -> Path:
         """Where an output of a step can be read; an `InputError` where it is nowhere."""
