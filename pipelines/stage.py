@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
-from pipelines.processes import die_with
+from pipelines.processes import die_with_starter
 
 if TYPE_CHECKING:
     from prefect import Flow, State
@@ -74,7 +74,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
 
     The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
     """
-    die_with(os.getppid())
+    die_with_starter()
     task = arguments.get("task", arguments.get("name"))
     label = f"{stage.name}@{task}" if task else stage.name
     missing = server_missing()
