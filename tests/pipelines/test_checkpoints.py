@@ -133,8 +133,11 @@ def test_a_snapshot_that_vanishes_is_passed_over_and_what_came_instead_is_found(
     assert capsys.readouterr().err.count("has vanished") == 2
 
 
-def test_writers_of_one_fit_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_writers_of_one_fit_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each state is written by several at once; everyone who reads meanwhile finds whole ones only."""
+    monkeypatch.setattr(checkpoints, "WRITE_WAITS", ())
     failures: list[str] = []
 
     def work() -> None:
