@@ -123,7 +123,7 @@ class Outcome:
     """What became of the work, whatever became of the server."""
 
     summary: Summary | None = None
-    error: Exception | None = field(default=None, repr=False)
+    error: BaseException | None = field(default=None, repr=False)
 
 
 def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> Summary:
@@ -158,6 +158,11 @@ def _observed(stage: Stage, label: str, outcome: Outcome) -> Callable[..., State
         except Exception as error:
             outcome.error = error
             return Failed(message=complaint(error) or f"{type(error).__name__}: {error}")
+        except BaseException as end:
+            outcome.error = (
+                end  # told to stop: a server that cannot be told of it is no reason to begin again
+            )
+            raise
         _publish(outcome.summary, label)
         return Completed(message=f"{label} is done")
 
