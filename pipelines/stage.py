@@ -159,9 +159,8 @@ def _observed(stage: Stage, label: str, outcome: Outcome) -> Callable[..., State
             outcome.error = error
             return Failed(message=complaint(error) or f"{type(error).__name__}: {error}")
         except BaseException as end:
-            outcome.error = (
-                end  # told to stop: a server that cannot be told of it is no reason to begin again
-            )
+            # Told to stop: a server that cannot be told of it is no reason to begin again.
+            outcome.error = end
             raise
         _publish(outcome.summary, label)
         return Completed(message=f"{label} is done")
