@@ -10,6 +10,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import decode, read_images, training_images
 from pipelines.params import Params
+from pipelines.processes import TERMINATED, stop_asked
 from pipelines.progress import Progress
 from pipelines.provenance import code_hash, library_versions
 from pipelines.stage import Summary, say, stage
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from sdlora.training import Fit
+
+CODE = ("adapters.py", "checkpoints.py", "files.py", "fit.py", "images.py")
+"""Modules beside this one that decide the result, as dvc.yaml has them."""
 
 
 @stage
@@ -174,11 +178,14 @@ def _check_continues(record: dict[str, Any], params: Params, before: Path, targe
 
 
 def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
-    """Train to the end, saving a checkpoint every so many seconds; returns the images seen."""
+    """Train to the end, saving a checkpoint every so many seconds, and on SIGTERM; returns the images seen."""
+    import torch
+
     schedule, images, before = learner.schedule, learner.images, learner.images_seen
     seen, saved = 0, time.monotonic()
     total = learner.total_steps and schedule.epochs * images
-    with Progress(f"fit {learner.task}", total=total, unit="images") as bar:
+    pause, micro_batch = every, learner.micro_batch
+    with stop_asked() as stop, Progress(f"fit {learner.task}", total=total, unit="images") as bar:
         try:
             for seen in learner.run():
                 facts = learner.curve[-1]._asdict() if learner.curve else {}
@@ -191,11 +198,28 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
                     epoch=f"{epoch}/{schedule.epochs}",
                     **shown,
                 )
-                if time.monotonic() - saved >= every and learner.step < learner.total_steps:
+                if learner.micro_batch < micro_batch:
+                    micro_batch = learner.micro_batch
+                    say(f"fit {learner.task}: out of memory; going on with {micro_batch} images at a time")
+                if stop():
                     store.save(learner.snapshot())
+                    say(
+                        f"fit {learner.task}: stopped by SIGTERM at step {learner.step}; the same goes on from here"
+                    )
+                    raise SystemExit(TERMINATED)
+                if time.monotonic() - saved >= pause and learner.step < learner.total_steps:
+                    begun = time.monotonic()
+                    stored = store.save(learner.snapshot())
                     saved = time.monotonic()
+                    # A store that is away may take a tenth of the time, and no more.
+                    pause = every if stored else max(every, 9 * (saved - begun))
         except FloatingPointError as error:
             raise InputError(f"params.yaml: training.learning_rate: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"fit {learner.task}: not even one image at a time fits the memory that is free; free some (is another "
+                "program on the device?), or choose a smaller backbone.image_size or backbone"
+            ) from error
     return seen
 
 
@@ -208,7 +232,7 @@ def _key(task: str, params: Params, train: Path, classes: Path, before: Path, ba
     """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
     import sdlora
 
-    code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), Path(__file__)]
+    code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), *(Path(__file__).with_name(f) for f in CODE)]
     settings = {
         "task": task,
         "adapter": params.adapter.of_the_fit,

@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import queue
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 STOP_SECONDS = 5.0
+GRACE_SECONDS = 20.0
+"""How long work may take to come to a good end after SIGTERM; a spot machine is gone after 30 seconds."""
+TERMINATED = 128 + signal.SIGTERM
+"""The exit status of a process that was ended by SIGTERM, as a shell has it."""
 
 # Looked up here, because it is called between fork and exec.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -26,11 +35,72 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def die_with_starter() -> None:
+    """End when what started this process dies, also where a shell stands between the two.
+
+    DVC starts a stage through a shell. Bash makes way for a command that is its only one; dash, which DVC takes
+    where SHELL is not set, as in most containers and services, waits for it, and outlives DVC.
+    """
+    parent = os.getppid()
+    die_with(parent)
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        before = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        if b"-c" in words:
+            _end_with(os.pidfd_open(before))
+    except (OSError, AttributeError):  # none of this system's, or nobody to outlive
+        return
+
+
+def _end_with(handle: int) -> None:
+    def watch() -> None:
+        select.select([handle], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Let work come to a good end on SIGTERM: what is yielded says whether to.
+
+    `GRACE_SECONDS` after the signal the process ends with status 143 whatever it is at, so that a store that hangs
+    keeps no process alive. Outside of the main thread, where Python takes no signals, nobody asks.
+    """
+    asked = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: asked
+        return
+    # Of what wakes a thread, this alone may be called in a signal handler.
+    wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def watch() -> None:
+        if wake.get():
+            time.sleep(GRACE_SECONDS)
+            os._exit(TERMINATED)
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            wake.put(True)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: asked
+    finally:
+        if not asked:  # once asked, the signal comes again from all that die above
+            signal.signal(signal.SIGTERM, before)
+            wake.put(False)
+
+
 def end_group(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     """End a process that leads a group, and all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
+            os.killpg(process.pid, signal.SIGCONT)  # one that was stopped takes no other signal
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
             return

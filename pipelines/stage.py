@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
-from pipelines.processes import die_with
+from pipelines.processes import die_with_starter
 
 if TYPE_CHECKING:
     from prefect import Flow, State
@@ -75,7 +75,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
 
     The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
     """
-    die_with(os.getppid())
+    die_with_starter()
     task = arguments.get("task", arguments.get("name"))
     label = f"{stage.name}@{task}" if task else stage.name
     from pipelines.journal import keep
@@ -128,7 +128,7 @@ class Outcome:
     """What became of the work, whatever became of the server."""
 
     summary: Summary | None = None
-    error: Exception | None = field(default=None, repr=False)
+    error: BaseException | None = field(default=None, repr=False)
 
 
 def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> Summary:
@@ -163,6 +163,10 @@ def _observed(stage: Stage, label: str, outcome: Outcome) -> Callable[..., State
         except Exception as error:
             outcome.error = error
             return Failed(message=complaint(error) or f"{type(error).__name__}: {error}")
+        except BaseException as end:
+            # Told to stop: a server that cannot be told of it is no reason to begin again.
+            outcome.error = end
+            raise
         _publish(outcome.summary, label)
         return Completed(message=f"{label} is done")
 

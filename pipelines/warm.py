@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.processes import die_with, end_group, environment
+from pipelines.processes import die_with, die_with_starter, end_group, environment
 
 SOCKET = "SDLORA_WARM"
 """Environment variable: where the warm process listens."""
@@ -64,7 +64,7 @@ def ask(arguments: list[str]) -> int | None:
     path = os.environ.get(SOCKET)
     if not path:
         return None
-    die_with(os.getppid())
+    die_with_starter()
     request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     data = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as link:
@@ -126,6 +126,7 @@ def wait(child: int, link: socket.socket) -> int:
         ready, _, _ = select.select([handle, link.fileno()], [], [])
         if handle not in ready:
             os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGCONT)  # one that was stopped takes no other signal
     finally:
         os.close(handle)
     _, status = os.waitpid(child, 0)

@@ -135,6 +135,8 @@ class Fit:
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
+        self.micro_batch = schedule.batch_size
+        """Images that go through the model at once; fewer than `schedule.batch_size` once memory has run out."""
         self.step = 0
         self._constant = self._constant_features()
         self.curve: list[EpochRecord] = []
@@ -183,29 +185,66 @@ class Fit:
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        features = self._features(chosen) if self._constant is None else self._constant[chosen]
-        logits = self.model.head.newest(features, blocks=len(self._grown))
-        loss = nn.functional.cross_entropy(logits, labels)
-        if self._method.penalty is not None:
-            loss = loss + self._method.penalty(self.model, settings=self._settings)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        inputs = self._augmented(chosen) if self._constant is None else self._constant[chosen]
+        loss, right = self._backward(inputs, labels)
         self._optimizer.step()
-        right = (logits.argmax(dim=1) == labels).sum()
-        self._sums += torch.stack([loss.detach().double() * len(chosen), right.double()])
+        self._sums += torch.stack([loss * len(chosen), right])
         self.step += 1
         if within + 1 == self._steps_per_epoch:
             self._close_epoch(epoch, rate)
         return len(chosen)
 
-    def _features(self, chosen: Tensor) -> Tensor:
-        """Features (chosen, d) of the images at these indices, augmented for the current step."""
-        batch = crop_and_flip(
+    def _backward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the gradients of the batch's mean loss; returns that loss and how many are right, in double.
+
+        Where memory runs out the batch is begun again in micro-batches of half the size, and stays so for the rest of
+        the fit. Nothing but the gradients has been touched by then, so no step is lost and none is done twice.
+        """
+        while True:
+            try:
+                return self._accumulate(inputs, labels)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            # Out here nothing refers to what the failed pass has allocated.
+            self.micro_batch = (min(self.micro_batch, len(labels)) + 1) // 2
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_backward`, from parts of at most `micro_batch` images, each weighted by how many it has.
+
+        No image's logits depend on the images beside it (no layer here has statistics of a batch), so the gradients
+        are those of the whole batch within rounding; in one part they are those to the bit.
+        """
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        rights: list[Tensor] = []
+        for part, own in zip(inputs.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
+            features = self._features(part) if self._constant is None else part
+            logits = self.model.head.newest(features, blocks=len(self._grown))
+            loss = nn.functional.cross_entropy(logits, own)
+            if len(own) < len(labels):
+                loss = loss * (len(own) / len(labels))
+            if self._method.penalty is not None and not losses:  # of the parameters alone, so once
+                loss = loss + self._method.penalty(self.model, settings=self._settings)
+            loss.backward()
+            losses.append(loss.detach().double())
+            rights.append((logits.argmax(dim=1) == own).sum().double())
+        return torch.stack(losses).sum(), torch.stack(rights).sum()
+
+    def _augmented(self, chosen: Tensor) -> Tensor:
+        """The images at these indices, normalised and augmented for the current step."""
+        return crop_and_flip(
             normalise(self._images[chosen], mean=self._mean, std=self._std).to(self._dtype),
             crop_scale=self.schedule.crop_scale,
             flip=self.schedule.flip,
             generator=generator_for(self.seed, "augmentation", self.task, self.step),
         )
+
+    def _features(self, batch: Tensor) -> Tensor:
+        """Features (batch, d) of images as the model takes them."""
         bf16 = self.schedule.precision == "bf16"
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.model.features(batch).to(self._dtype)
@@ -222,7 +261,8 @@ class Fit:
         if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
         everything = torch.arange(len(self._images), device=self._device)
-        return torch.cat([self._features(part) for part in everything.split(self.schedule.batch_size)])
+        parts = everything.split(self.schedule.batch_size)
+        return torch.cat([self._features(self._augmented(part)) for part in parts])
 
     def _learning_rate(self) -> float:
         if self.schedule.decay == "cosine":

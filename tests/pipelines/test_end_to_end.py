@@ -90,6 +90,40 @@ def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(projec
     assert entries(project) == entries_of(lock)
 
 
+@pytest.mark.parametrize("victim", ["run", "dvc", "warm", "dvc alone"])
+def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
+    victim: str, project: Path
+) -> None:
+    before = hashes(project)
+    forget_second_fit(project)
+    alone = victim == "dvc alone"
+    settings = environment()
+    if alone:
+        settings["SHELL"] = waiting_shell(project)
+    with subprocess.Popen(
+        ["dvc", "repro"] if alone else ["sdlora", "run"],
+        cwd=project,
+        env=settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        wait_until(lambda: any((project / ".sdlora/checkpoints").rglob("*.safetensors")), process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        sought = {"run": "run", "dvc": "dvc", "warm": "pipelines.warm"}.get(victim, "repro")
+        next(member for member in family if sought in member.cmdline()).kill()
+        process.wait(timeout=60)
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert left == []
+    assert not (project / "artifacts/fit/t02").exists()
+
+    done = subprocess.run(
+        ["sdlora", "run"], cwd=project, env=environment(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fit t02: going on from step" in done.stderr
+    assert hashes(project) == before
+
+
 def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(project: Path) -> None:
     before = hashes(project)
     call(project, "sdlora", "add-task", "more")
@@ -113,6 +147,36 @@ def entries_of(lock: str) -> dict[str, object]:
     return dict(YAML(typ="safe").load(lock)["stages"])
 
 
+def forget_second_fit(folder: Path) -> None:
+    """Delete the second fit's outputs everywhere, and have the next one save itself all the time."""
+    stage = entries(folder)["fit@t02"]
+    assert isinstance(stage, dict)
+    digest = stage["outs"][0]["md5"]
+    (folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+    for name in ("artifacts/fit/t02", ".dvc/cache/runs", ".sdlora"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    params = folder / "params.yaml"
+    often = params.read_text().replace("checkpoint_seconds: 30", "checkpoint_seconds: 0.01")
+    assert often != params.read_text()
+    params.write_text(often)
+
+
+def waiting_shell(folder: Path) -> str:
+    """A shell that waits for its command, as dash does, and bash does not."""
+    shell = folder / ".sdlora-shell"
+    shell.write_text('#!/bin/sh\ntest "$1" = -c || exit 1\neval "$2"\nexit $?\n')
+    shell.chmod(0o755)
+    return str(shell)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def checkpoints_of_second_fit(folder: Path) -> bool:
     """Whether a second fit has saved itself at least twice."""
     keys = [key for key in (folder / ".sdlora/checkpoints").glob("*") if key.is_dir()]
@@ -128,11 +192,7 @@ def kill_when(folder: Path, condition: Callable[[], bool]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_until(condition, process)
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
         os.kill(pid, signal.SIGKILL)

@@ -166,6 +166,33 @@ with prefect_server(Path("prefect")) as wait:
 
 
 @pytest.mark.slow
+def test_work_that_was_told_to_stop_is_not_begun_again_when_the_server_is_gone_too(tmp_path: Path) -> None:
+    """As when `sdlora run` is killed: its server dies, and the fit stops on SIGTERM."""
+    done = run_script(
+        """
+import os
+from pathlib import Path
+from pipelines.server import prefect_server
+from pipelines.stage import launch, stage
+
+@stage
+def measure(task):
+    with Path("begun").open("a") as file:
+        file.write("once\\n")
+    os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), 9)
+    raise SystemExit(143)
+
+with prefect_server(Path("prefect")) as wait:
+    wait()
+    launch(measure, task="t07")
+""",
+        tmp_path,
+    )
+    assert done.returncode == 143, done.stderr
+    assert (tmp_path / "begun").read_text() == "once\n"
+
+
+@pytest.mark.slow
 def test_with_a_server_a_stage_is_a_flow_run_below_the_outer_one(prefect_url: str, tmp_path: Path) -> None:
     outer = f"""
 import os, json, subprocess, sys

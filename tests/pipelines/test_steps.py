@@ -1,11 +1,18 @@
 """The stages from images to evaluations, called in order on a tiny project: what each leaves, and how fit resumes."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from pipelines.backbone import backbone
@@ -17,6 +24,7 @@ from pipelines.freeze import freeze
 from pipelines.images import read_images
 from pipelines.split import split
 from pipelines.start import start
+from sdlora.classifier import IncrementalClassifier
 from sdlora.ledger import record_hash
 from sdlora.methods import METHODS
 
@@ -313,6 +321,129 @@ def test_an_interrupted_fit_goes_on_from_its_checkpoint_and_leaves_the_same_byte
     run_fit("t01", "t00", "fit/resumed")
     assert "going on from step 5 of 6" in capsys.readouterr().err
     assert contents(Path("fit/resumed")) == contents(Path("fit/undisturbed"))
+
+
+FIT = """
+import sys, time
+from pathlib import Path
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pipelines import processes
+from pipelines.fit import fit
+
+class Hanging(LocalFileSystem):
+    protocol = "hanging"
+
+    def pipe_file(self, path, value, **kwargs):
+        Path("hangs").touch()
+        time.sleep(3600)
+
+fsspec.register_implementation("hanging", Hanging)
+processes.GRACE_SECONDS = float(sys.argv[1])
+fit(
+    "t01", train=Path("split/t01/train.arrow"), classes=Path("split/t01/classes.json"),
+    before=Path("model/t00"), backbone=Path("model/t00"), out=Path("fit/stopped"),
+)
+"""
+
+
+def terminate_fit(when: str, *, grace: float = 20.0) -> tuple[int, str]:
+    """Run the fit of t01 in a process, send SIGTERM when a file is there; its status, and what it said."""
+    command = [sys.executable, "-c", FIT, str(grace)]
+    environment = {**os.environ, "PYTHONPATH": str(PARAMS.parent)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not any(Path().glob(when)):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.terminate()
+        _, error = process.communicate(timeout=15)
+    return process.returncode, error
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_told_to_stop_saves_itself_at_once_and_the_same_goes_on_to_the_same_bytes(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("params.yaml").write_text(settings(epochs="80", checkpoint_seconds="0.2"))
+    status, error = terminate_fit(".sdlora/checkpoints/*/*.safetensors")
+
+    assert status == 143
+    found = re.search(r"fit t01: stopped by SIGTERM at step (\d+)", error)
+    assert found
+    newest = max(Path().glob(".sdlora/checkpoints/*/*.safetensors"))
+    assert int(newest.name.partition("-")[0]) == int(found[1])
+    assert not Path("fit").exists()
+
+    run_fit("t01", "t00", "fit/stopped")
+    assert f"going on from step {found[1]} of 240" in capsys.readouterr().err
+    shutil.rmtree(".sdlora")
+    run_fit("t01", "t00", "fit/undisturbed")
+    assert contents(Path("fit/stopped")) == contents(Path("fit/undisturbed"))
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_told_to_stop_ends_though_its_store_hangs(project: Path) -> None:
+    Path("params.yaml").write_text(
+        settings(epochs="200", checkpoint_seconds="0.000001", checkpoint_store="hanging://store")
+    )
+    status, _ = terminate_fit("hangs", grace=0.5)
+
+    assert status == 143
+    assert not Path("fit").exists()
+
+
+def test_a_fit_that_runs_out_of_memory_goes_on_with_fewer_images_at_once_and_says_so(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_fit("t01", "t00", "fit/rich")
+    give_memory_for(2, monkeypatch)
+    run_fit("t01", "t00", "fit/poor")
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert lines == ["fit t01: out of memory; going on with 2 images at a time"]
+    rich, poor = contents(Path("fit/rich")), contents(Path("fit/poor"))
+    assert rich["fit.json"] == poor["fit.json"]
+    for name in ("factors.safetensors", "head.safetensors", "magnitudes.safetensors"):
+        known, found = safetensors.torch.load(rich[name]), safetensors.torch.load(poor[name])
+        assert known.keys() == found.keys()
+        for key in known:
+            torch.testing.assert_close(found[key], known[key], rtol=0, atol=1e-5)
+
+
+def test_a_fit_without_memory_for_one_image_is_one_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_memory_for(0, monkeypatch)
+    with pytest.raises(InputError, match=r"^fit t01: not even one image at a time fits the memory"):
+        run_fit("t01", "t00", "fit/t01")
+    assert not Path("fit/t01").exists()
+
+
+def give_memory_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model fail, as on an accelerator, with more images at once."""
+    features = IncrementalClassifier.features
+
+    def limited(model: IncrementalClassifier, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > images:
+            raise torch.OutOfMemoryError("out of memory")
+        return features(model, batch)
+
+    monkeypatch.setattr(IncrementalClassifier, "features", limited)
+
+
+def test_a_fit_whose_store_takes_nothing_is_finished_all_the_same(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.checkpoints.WRITE_WAITS", ())
+    run_fit("t01", "t00", "fit/kept")
+    Path("closed").touch()  # a file, where a folder would have to be
+    Path("params.yaml").write_text(settings(checkpoint_seconds="0.000001", checkpoint_store="closed"))
+    run_fit("t01", "t00", "fit/lost")
+
+    assert "warning: no checkpoint of step 1 could be kept" in capsys.readouterr().err
+    assert contents(Path("fit/lost")) == contents(Path("fit/kept"))
 
 
 def test_a_checkpoint_of_other_settings_is_not_picked_up(

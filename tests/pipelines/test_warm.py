@@ -65,8 +65,9 @@ def test_a_command_that_finds_no_warm_process_runs_by_itself(
     assert process.returncode == 2
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_a_command_ends_with_the_process_that_asked_for_it(
-    warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: bool, warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
@@ -77,6 +78,8 @@ def test_a_command_ends_with_the_process_that_asked_for_it(
             connection, _ = silent.accept()
             with connection:
                 (forked,) = (child for child in psutil.Process().children(recursive=True) if is_forked(child))
+                if stopped:
+                    forked.suspend()
                 process.kill()
                 process.wait()
                 forked.wait(timeout=1.5)

@@ -268,6 +268,97 @@ def test_bf16_trains_nearly_the_same_and_keeps_its_parameters_in_fp32() -> None:
     torch.testing.assert_close(half.head["t01"].weight, full.head["t01"].weight, rtol=0.1, atol=0.05)
 
 
+def gradients(fit: Fit, batch: list[int]) -> dict[str, Tensor]:
+    """The gradients of one step on these images, and its loss and how many are right."""
+    chosen = torch.tensor(batch)
+    inputs = fit._augmented(chosen) if fit._constant is None else fit._constant[chosen]
+    sums = torch.stack(fit._backward(inputs, fit._labels[chosen]))
+    found = {name: p.grad.clone() for name, p in fit.model.named_parameters() if p.grad is not None}
+    return {**found, "loss and right": sums}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].trains_head])
+def test_micro_batches_leave_the_gradients_of_the_whole_batch(method: str, micro_batch: int) -> None:
+    before = learn(1, method=method)
+    options = {"method": method, "crop_scale": 0.5, "flip": True}
+    whole = make_fit(before, 2, **options)
+    # Off the start, where B is zero and A has no gradient.
+    for _ in whole.run():
+        if whole.step == 3:
+            break
+    parts = make_fit(before, 2, **options)
+    parts.restore(whole.snapshot())
+    parts.micro_batch = micro_batch
+    expected, found = gradients(whole, list(range(7))), gradients(parts, list(range(7)))
+
+    assert len(expected) > 1
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+class SmallMemory:
+    """A backbone's forward that has memory for so many images, and then fails as the accelerator does."""
+
+    def __init__(self, fit: Fit, images: int) -> None:
+        self.images, self.seen = images, list[int]()
+        self._forward = fit.model.features
+        fit.model.features = self.features  # type: ignore[method-assign]
+
+    def features(self, batch: Tensor) -> Tensor:
+        self.seen.append(len(batch))
+        if len(batch) > self.images:
+            raise torch.OutOfMemoryError("out of memory")
+        return self._forward(batch)
+
+
+def test_a_fit_that_runs_out_of_memory_takes_the_same_steps_with_fewer_images_at_once() -> None:
+    expected = make_fit(Learned(), 1, crop_scale=0.5)
+    finish(expected)
+    poor = make_fit(Learned(), 1, crop_scale=0.5)
+    memory = SmallMemory(poor, 2)
+    finish(poor)
+
+    assert memory.seen[:8] == [7, 4, 2, 2, 2, 1, 2, 2]  # and not with seven again
+    assert poor.micro_batch == 2
+    assert poor.step == expected.step
+    for found, known in zip(poor.curve, expected.curve, strict=True):
+        assert found == pytest.approx(known, rel=1e-4)
+    found, known = everything(poor.result()), everything(expected.result())
+    for name in known:
+        torch.testing.assert_close(found[name], known[name], rtol=0, atol=1e-5)
+
+
+def test_memory_that_fails_in_the_middle_of_a_batch_repeats_no_update() -> None:
+    """The parts before have left gradients, which must not be counted again."""
+    whole, poor = make_fit(Learned(), 1), make_fit(Learned(), 1)
+    poor.micro_batch = 4
+    memory = SmallMemory(poor, 4)
+    forward = memory._forward
+
+    def fail_once(batch: Tensor) -> Tensor:
+        if len(memory.seen) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(batch)
+
+    memory._forward = fail_once  # type: ignore[method-assign]
+    expected, found = gradients(whole, list(range(7))), gradients(poor, list(range(7)))
+
+    assert memory.seen == [4, 3, 2, 2, 2, 1]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_an_image_that_does_not_fit_by_itself_is_an_error() -> None:
+    fit = make_fit(Learned(), 1)
+    SmallMemory(fit, 0)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        finish(fit)
+    assert fit.step == 0
+
+
 def test_growing_the_head_keeps_the_old_logits(three_steps: dict[str, Learned]) -> None:
     features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     model = IncrementalClassifier(tiny_vit(), three_steps["continuous"])

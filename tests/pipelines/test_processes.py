@@ -1,0 +1,125 @@
+"""Processes end with those that started them, and work that is told to stop comes to a good end in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.processes import STOP_SECONDS, TERMINATED, end_group, stop_asked
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+WORK = """
+import sys, time
+from pathlib import Path
+from pipelines import processes
+
+processes.GRACE_SECONDS = float(sys.argv[1])
+with processes.stop_asked() as stop:
+    Path("ready").touch()
+    while not stop():
+        time.sleep(0.01)
+    Path("asked").touch()
+    time.sleep(float(sys.argv[2]))
+    Path("saved").touch()
+    raise SystemExit(processes.TERMINATED)
+"""
+
+
+def start(program: str, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Run a program in a process of its own until it says that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,
+    )
+    wait_for(lambda: (folder / "ready").exists())
+    return process
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_work_that_is_told_to_stop_comes_to_its_end_however_often_it_is_told(tmp_path: Path) -> None:
+    """A group, the kernel and a supervisor all send the signal when something above dies."""
+    process = start(WORK, tmp_path, "20", "0.2")
+    process.terminate()
+    wait_for(lambda: (tmp_path / "asked").exists())
+    for _ in range(3):
+        process.terminate()
+    assert process.wait(timeout=10) == TERMINATED == 143
+    assert (tmp_path / "saved").exists()
+
+
+def test_work_that_does_not_come_to_its_end_is_ended(tmp_path: Path) -> None:
+    process = start(WORK, tmp_path, "0.2", "60")
+    process.terminate()
+    assert process.wait(timeout=10) == TERMINATED
+    assert (tmp_path / "asked").exists()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_nothing_stays_behind_of_work_that_was_not_told_to_stop() -> None:
+    handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    with stop_asked() as stop:
+        assert not stop()
+        assert signal.getsignal(signal.SIGTERM) is not handler
+    assert signal.getsignal(signal.SIGTERM) is handler
+    wait_for(lambda: threading.active_count() == threads)
+
+
+def test_work_in_another_thread_is_never_told() -> None:
+    found = []
+
+    def work() -> None:
+        with stop_asked() as stop:
+            found.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_a_process_ends_with_its_starter_though_a_shell_stands_between(tmp_path: Path) -> None:
+    """As DVC without SHELL in its environment starts a stage: the shell waits, and survives DVC."""
+    (tmp_path / "child.py").write_text(
+        """
+import os, time
+from pathlib import Path
+from pipelines.processes import die_with_starter
+
+die_with_starter()
+Path("child").write_text(str(os.getpid()))
+Path("ready").touch()
+time.sleep(60)
+"""
+    )
+    command = [f"{sys.executable} child.py; true"]  # two commands: no shell makes way for the first
+    starter = start(f"import subprocess; subprocess.run({command!r}, shell=True)", tmp_path)
+    child = Path(f"/proc/{(tmp_path / 'child').read_text()}/status")
+    assert child.exists()
+    starter.kill()
+    starter.wait()
+    wait_for(lambda: not child.exists() or "(zombie)" in child.read_text())
+
+
+def test_a_stopped_process_is_ended_as_gently_as_another(tmp_path: Path) -> None:
+    process = start(WORK, tmp_path, "20", "0")
+    process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    end_group(process)
+    assert process.returncode == TERMINATED
+    assert time.monotonic() - started < STOP_SECONDS
+    assert (tmp_path / "saved").exists()
