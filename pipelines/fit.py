@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from sdlora.training import Fit
 
-CODE = ("adapters.py", "checkpoints.py", "files.py", "fit.py", "images.py")
-"""Modules beside this one that decide the result, as dvc.yaml has them."""
-
 
 @stage
 def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, out: Path) -> Summary:
@@ -230,14 +227,12 @@ def _decisive(params: Params) -> dict[str, object]:
 
 def _key(task: str, params: Params, train: Path, classes: Path, before: Path, backbone: Path) -> str:
     """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
-    import sdlora
-
-    code = [*sorted(Path(sdlora.__file__).parent.rglob("*.py")), *(Path(__file__).with_name(f) for f in CODE)]
     settings = {
+        "code": code_hash("fit"),
         "task": task,
         "adapter": params.adapter.of_the_fit,
         "training": _decisive(params),
         "seed": params.seed,
         "classes": _own_classes(task, classes),
     }
-    return input_key(settings, [train, before / "step.json", backbone / "step.json", *code])
+    return input_key(settings, [train, before / "step.json", backbone / "step.json"])

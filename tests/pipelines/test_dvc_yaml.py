@@ -170,9 +170,3 @@ def test_the_plots_are_of_files_that_the_report_leaves() -> None:
         template = settings.get("template")
         if template not in (None, "confusion", "linear"):
             assert (REPOSITORY / ".dvc" / "plots" / f"{template}.json").is_file()
-
-
-def test_checkpoints_are_keyed_by_the_code_that_the_fit_depends_on() -> None:
-    from pipelines.fit import CODE
-
-    assert {f"pipelines/{name}" for name in CODE} == {f for f in code("fit") if f.startswith("pipelines/")}
