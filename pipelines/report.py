@@ -8,9 +8,10 @@ from pipelines.files import whole_folder, write_json
 from pipelines.params import Params
 from pipelines.reports.history import read_history
 from pipelines.reports.numbers import headline, shown
-from pipelines.reports.pages import render_page
+from pipelines.reports.pages import Pictures, render_page
 from pipelines.reports.plots import write_plots
-from pipelines.reports.samples import sample_images
+from pipelines.reports.samples import Album, flipped_images, sample_images
+from pipelines.reports.weights import read_movement
 from pipelines.stage import Summary, stage
 
 
@@ -18,10 +19,14 @@ from pipelines.stage import Summary, stage
 def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
     """Write the metrics to `metrics`, the plot data and the page to `out`; return the headline numbers."""
     history = read_history(artifacts, list(Params.load().tasks))
+    movement = read_movement(artifacts, history)
+    album = Album(artifacts, history)
     numbers = headline(history)
     with whole_folder(out) as folder:
-        write_plots(folder / "plots", history)
-        page = render_page(history, sample_images(artifacts, history))
+        write_plots(folder / "plots", history, movement)
+        page = render_page(
+            history, movement, Pictures(sample_images(album, history), flipped_images(album, history))
+        )
         (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
     write_json(metrics, numbers)
     return [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.reports.history import History
+from pipelines.reports.numbers import calibration_errors, flip_rows, head_bias, reliability
+from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ MANY_TASKS = 20
 PALETTE = 10
 """Up to this number of tasks each has its own colour, marker and label; above it colour tells the order."""
 
-INK, MUTED, GRID = "#fe0001", "#fe0002", "#fe0003"
+INK, MUTED, GRID, GOOD, BAD = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
+ROLES = {1: "var(--ink)", 2: "var(--muted)", 3: "var(--grid)", 4: "var(--good)", 5: "var(--bad)"}
 MARKERS = "os^DvPX<>p"
 FIGURE_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -80,7 +84,7 @@ def css_colour(sentinel: re.Match[str]) -> str:
     value = int(sentinel[2], 16)
     if sentinel[1] == "d":
         return f"color-mix(in oklab, var(--late) {value}%, var(--early))"
-    return {1: "var(--ink)", 2: "var(--muted)", 3: "var(--grid)"}.get(value) or f"var(--c{value - 0x10})"
+    return ROLES.get(value) or f"var(--c{value - 0x10})"
 
 
 def task_lines(
@@ -107,6 +111,24 @@ def task_lines(
     ]
 
 
+@contextmanager
+def blank(alt: str, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of so many inches in the style of the page, whatever the user's own style is."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(FIGURE_STYLE | {"svg.hashsalt": alt})
+        yield Figure(figsize=(width, height))
+
+
+def some(names: Sequence[str], most: int = 8) -> tuple[list[int], list[str]]:
+    """Places and names of all where they are few, else of every second, third, … one."""
+    stride = -(-len(names) // most) if len(names) > PALETTE else 1
+    return list(range(0, len(names), stride)), list(names[::stride])
+
+
 def draw_lines(
     lines: list[Line],
     *,
@@ -115,16 +137,12 @@ def draw_lines(
     y_label: str,
     steps: list[str] | None = None,
     percent: bool = False,
+    zero: bool = False,
 ) -> str:
     """Draw lines that are labelled at their ends, as SVG; with `steps`, x runs over the steps."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(FIGURE_STYLE | {"svg.hashsalt": alt})
-        figure = Figure(figsize=(5.2, 3.3))
+    with blank(alt, 5.2, 3.3) as figure:
         longest = max(len(line.label) for line in lines)
         axes = figure.add_axes((0.125, 0.16, 0.83 - 0.019 * longest, 0.8))
         for line in lines:
@@ -135,9 +153,11 @@ def draw_lines(
         if percent:
             low = min(min(line.y) for line in lines)
             axes.set_ylim(max(-2.0, 10 * np.floor((low - 1) / 10)), 102)
+        if zero:
+            axes.axhline(0, color=MUTED, linewidth=1)
         if steps:
-            stride = -(-len(steps) // 8) if len(steps) > PALETTE else 1
-            axes.set_xticks(range(1, len(steps) + 1, stride), steps[::stride])
+            places, names = some(steps)
+            axes.set_xticks([place + 1 for place in places], names)
             axes.set_xlim(0.8, len(steps) + 0.2 if len(steps) > 1 else 1.2)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -199,8 +219,131 @@ def to_svg(figure: Figure, alt: str) -> str:
     return f'<svg class="plot" viewBox="{viewbox}" role="img" aria-label="{escape(alt)}">{body}</svg>'
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heat:
+    """A map of numbers: one cell for each row and column, NaN where there is nothing."""
+
+    values: np.ndarray
+    """(rows, columns)"""
+    rows: Sequence[str]
+    columns: Sequence[str]
+    row_label: str
+    column_label: str
+    low: float
+    """What has no colour; in a signed map 0 has none and this is as deep as `high`."""
+    high: float
+    """What has the whole colour."""
+
+    @property
+    def depth(self) -> np.ndarray:
+        """(rows, columns): place on the scale of colours, 0 … 1, or −1 … 1 where the map is signed."""
+        if self.low < 0:
+            return np.clip(self.values / self.high, -1, 1)
+        return np.clip((self.values - self.low) / (self.high - self.low), 0, 1)
+
+
+HEAT, COLD = (46, 118, 214), (208, 92, 16)
+"""Colours of a map, red green blue, that stand out from a light page and from a dark one: more, and less than 0."""
+
+
+def draw_heat(heat: Heat, *, alt: str) -> str:
+    """Draw a map as SVG; its cells are the pixels of one image, so that any number of them stays small."""
+    rows, columns = heat.values.shape
+    with blank(alt, 5.2, min(5.0, 1.1 + max(0.7, 0.19 * rows))) as figure:
+        inches = figure.get_size_inches()[1]
+        longest = max(len(name) for name in heat.rows)
+        left = 0.085 + 0.0165 * longest
+        axes = figure.add_axes((left, 0.56 / inches, 0.985 - left, 1 - 0.66 / inches))
+        depth = np.nan_to_num(heat.depth)
+        pixels = np.zeros((rows, columns, 4), np.uint8)
+        pixels[..., :3] = np.where(depth[..., None] < 0, COLD, HEAT)
+        pixels[..., 3] = np.round(255 * np.abs(depth))
+        axes.imshow(pixels, aspect="auto", interpolation="none")
+        axes.grid(False)
+        for ticks, names, most in (
+            (axes.set_xticks, heat.columns, 8),
+            (axes.set_yticks, heat.rows, 16),
+        ):
+            ticks(*some(names, most))
+        axes.set_xlabel(heat.column_label)
+        axes.set_ylabel(heat.row_label)
+        return to_svg(figure, alt)
+
+
+def accuracy_heat(history: History) -> Heat:
+    """The accuracy matrix; its colours begin at the lowest accuracy, rounded down to a tenth."""
+    return Heat(
+        values=history.accuracy,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="accuracy on task",
+        low=min(0.9, float(np.floor(10 * np.nanmin(history.accuracy)) / 10)),
+        high=1.0,
+    )
+
+
+def change_heat(history: History, movement: Movement) -> Heat:
+    """The change of every block at every step."""
+    return Heat(
+        values=movement.by_block.T,
+        rows=movement.blocks,
+        columns=history.tasks,
+        row_label="block",
+        column_label="step",
+        low=0.0,
+        high=float(movement.by_block.max()) or 1.0,
+    )
+
+
+def overlap_heat(movement: Movement, values: np.ndarray) -> Heat:
+    """Overlaps of tasks, from perpendicular to the same."""
+    return Heat(
+        values=values,
+        rows=movement.tasks,
+        columns=movement.tasks,
+        row_label="task",
+        column_label="task",
+        low=0.0,
+        high=1.0,
+    )
+
+
+def bias_heat(history: History) -> Heat:
+    """Share of predictions minus share of images of every task after every step."""
+    values = head_bias(history)
+    most = float(np.nanmax(np.abs(values), initial=0.01))
+    return Heat(
+        values=values,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="task",
+        low=-most,
+        high=most,
+    )
+
+
+def magnitude_heat(history: History) -> Heat:
+    """Mean magnitude of every direction at every step."""
+    values = np.full((len(history.tasks), len(history.tasks)), np.nan)
+    for step, held in enumerate(history.magnitudes):
+        for task in held:
+            values[step, history.tasks.index(task)] = held[task].mean()
+    most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    return Heat(
+        values=values,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="magnitude of task",
+        low=-most if np.nanmin(values) < 0 else 0.0,
+        high=most,
+    )
+
+
 def accuracy_figures(history: History) -> dict[str, str]:
-    """Accuracy over steps: of all classes so far, and of each task."""
+    """Accuracy and forgetting of all classes so far over the steps; of each task where there are not too many."""
     steps, count = history.tasks, len(history.tasks)
     percent = 100 * history.accuracy
     over = {
@@ -212,17 +355,61 @@ def accuracy_figures(history: History) -> dict[str, str]:
         Line(label="now", x=x, y=over["now"], colour=task_colour(0, 1), marker="o"),
         Line(label="average", x=x, y=over["average"], colour=task_colour(1, 2), marker="s", dashed=True),
     ]
-    draw = partial(draw_lines, steps=steps, percent=True, x_label="after step", y_label="accuracy, %")
-    return {
+    draw = partial(draw_lines, steps=steps, x_label="after step")
+    figures = {
         "together": draw(
             together,
+            percent=True,
+            y_label="accuracy, %",
             alt=f"Accuracy on all classes so far after each step: {percents(over['now'])}",
-        ),
-        "by_task": draw(
-            task_lines(history, {task: percent[i:, i].tolist() for i, task in enumerate(steps)}),
-            alt=f"Accuracy of each task after each step; after the last: {percents(percent[-1])}",
-        ),
+        )
     }
+    if 1 < count <= MANY_TASKS:
+        figures["by_task"] = draw(
+            task_lines(history, {task: percent[i:, i].tolist() for i, task in enumerate(steps)}),
+            percent=True,
+            y_label="accuracy, %",
+            alt=f"Accuracy of each task after each step; after the last: {percents(percent[-1])}",
+        )
+    if count > 1:
+        lost = (100 * measure.forgetting_curve(history.accuracy, history.samples)[1:]).tolist()
+        moved = (100 * measure.backward_transfer_curve(history.accuracy, history.samples)[1:]).tolist()
+        figures["forgetting"] = draw(
+            [
+                Line(label="forgetting", x=x[1:], y=lost, colour=task_colour(3, 4), marker="o"),
+                Line(
+                    label="transfer",
+                    x=x[1:],
+                    y=moved,
+                    colour=task_colour(2, 4),
+                    marker="s",
+                    dashed=True,
+                ),
+            ],
+            zero=True,
+            y_label="points of accuracy",
+            alt=f"Forgetting of the old tasks after each step: {percents(lost)}",
+        )
+    return figures
+
+
+def bias_figure(history: History) -> str | None:
+    """How much each step favours each task: lines, or a map of many tasks; nothing for a single one."""
+    if len(history.tasks) == 1:
+        return None
+    values = 100 * head_bias(history)
+    last = ", ".join(f"{task} {value:+.1f}" for task, value in zip(history.tasks, values[-1], strict=True))
+    alt = f"Share of predictions minus share of images of each task after each step; after the last: {last}"
+    if len(history.tasks) > MANY_TASKS:
+        return draw_heat(bias_heat(history), alt=alt)
+    return draw_lines(
+        task_lines(history, {task: values[i:, i].tolist() for i, task in enumerate(history.tasks)}),
+        alt=alt,
+        x_label="after step",
+        y_label="predicted too often, points",
+        steps=history.tasks,
+        zero=True,
+    )
 
 
 def magnitude_figure(history: History) -> str | None:
@@ -231,6 +418,11 @@ def magnitude_figure(history: History) -> str | None:
         return None
     if not history.magnitudes[-1]:
         return None
+    held = history.magnitudes[-1]
+    last = ", ".join(f"{task} {held[task].mean():.3g}" for task in history.tasks if task in held)
+    alt = f"Mean magnitude of each task's direction after each step; after the last: {last}"
+    if len(history.tasks) > MANY_TASKS:
+        return draw_heat(magnitude_heat(history), alt=alt)
     kept = [
         task
         for i, task in enumerate(history.tasks)
@@ -243,14 +435,72 @@ def magnitude_figure(history: History) -> str | None:
         low={task: [values.min() for values in steps] for task, steps in of.items()},
         high={task: [values.max() for values in steps] for task, steps in of.items()},
     )
-    return draw_lines(
-        lines,
-        alt="Mean magnitude of each task's direction after each step; after the last: "
-        + ", ".join(f"{line.label} {line.y[-1]:.3g}" for line in lines),
-        x_label="after step",
-        y_label="magnitude",
-        steps=history.tasks,
-    )
+    return draw_lines(lines, alt=alt, x_label="after step", y_label="magnitude", steps=history.tasks)
+
+
+def flip_figure(history: History) -> str | None:
+    """Bars of the images that each step gained and lost; nothing before there is an old task."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = flip_rows(history)
+    if not rows:
+        return None
+    lost = [row["lost"] for row in rows]
+    alt = f"Images right before and wrong now at each step: {', '.join(map(str, lost))}"
+    with blank(alt, 5.2, 3.3) as figure:
+        axes = figure.add_axes((0.125, 0.16, 0.86, 0.8))
+        x = range(len(rows))
+        axes.bar(x, [row["gained"] for row in rows], color=GOOD, width=0.7, linewidth=0)
+        axes.bar(x, [-count for count in lost], color=BAD, width=0.7, linewidth=0)
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.set_xticks(*some([row["step"] for row in rows]))
+        axes.set_xlim(-0.6, max(len(rows), 3) - 0.4)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        axes.set_ylabel("images")
+        return to_svg(figure, alt)
+
+
+def calibration_figures(history: History) -> dict[str, str]:
+    """The reliability diagram of the last step, and the calibration error after each."""
+    errors = [100 * error for error in calibration_errors(history)]
+    bins = [each for each in reliability(history) if each.images]
+    pairs = ", ".join(f"{100 * each.confidence:.0f} sure {100 * each.accuracy:.0f} right" for each in bins)
+    alt = f"Reliability of the last step, in %: {pairs}"
+    with blank(alt, 5.2, 3.3) as figure:
+        axes = figure.add_axes((0.125, 0.36, 0.84, 0.6))
+        places = [50 * (each.lowest + each.highest) for each in bins]
+        width = [94 * (each.highest - each.lowest) for each in bins]
+        axes.bar(places, [100 * each.accuracy for each in bins], width, color=task_colour(0, 1), linewidth=0)
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set(xlim=(0, 100), ylim=(0, 102), ylabel="right, %", xticks=range(0, 101, 20))
+        axes.tick_params(labelbottom=False)
+        below = figure.add_axes((0.125, 0.16, 0.84, 0.16))
+        total = sum(each.images for each in bins)
+        below.bar(places, [100 * each.images / total for each in bins], width, color=MUTED, linewidth=0)
+        below.set(xlim=(0, 100), ylim=(0, 105), xlabel="sure, %", ylabel="images, %", yticks=(0, 100))
+        below.set_xticks(range(0, 101, 20))
+        diagram = to_svg(figure, alt)
+    return {
+        "reliability": diagram,
+        "over_steps": draw_lines(
+            [
+                Line(
+                    label="",
+                    x=range(1, len(errors) + 1),
+                    y=errors,
+                    colour=task_colour(0, 1),
+                    marker="o",
+                )
+            ],
+            alt=f"Expected calibration error after each step: {percents(errors)}",
+            x_label="after step",
+            y_label="calibration error, points",
+            steps=history.tasks,
+            zero=True,
+        ),
+    }
 
 
 def training_figures(history: History) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,18 +13,31 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
 from sdlora import metrics as measure
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What the model of the last step says of every test image, in the order of the test files."""
+    """What the model of one step says of every test image, in the order of the test files."""
 
-    id: list[str]
-    task: list[str]
-    label: list[int]
-    prediction: list[int]
-    confidence: list[float]
+    id: pa.ChunkedArray
+    """(images,) names of the images."""
+    task: np.ndarray
+    """(images,) index of the task that an image is of."""
+    label: np.ndarray
+    """(images,)"""
+    prediction: np.ndarray
+    """(images,)"""
+    confidence: np.ndarray
+    """(images,) probability that the model gives its prediction."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """(images,) booleans."""
+        return self.prediction == self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +59,20 @@ class History:
     """Of each step: task → (targets,); empty for a method without directions."""
     curves: list[list[dict[str, float]]]
     """Of each step: one record per epoch."""
+    origin: Record
+    """The record of step t00, the backbone."""
     records: list[Record]
     """Of each step: its step.json."""
     hashes: list[str]
-    """Of each step: the SHA-256 of its step.json."""
+    """SHA-256 of the records, that of t00 before those of the tasks."""
     backbone: str
-    predictions: Predictions
+    predictions: list[Predictions]
+    """Of each step: of the test images of all tasks so far."""
+
+
+def head_of(history: History) -> str:
+    """The hash that stands for the whole chain: that of the last record."""
+    return history.hashes[-1]
 
 
 def read_history(artifacts: Path, tasks: list[str]) -> History:
@@ -60,7 +81,8 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         read_evaluation(artifacts / "evaluation" / task, tasks[: i + 1]) for i, task in enumerate(tasks)
     ]
     rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
-    steps = [needed(artifacts / "model" / task / "step.json") for task in tasks]
+    steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
+    origin, *records = [read_json(step) for step in steps]
     counts = [read_json(needed(artifacts / "split" / task / "split.json"))["counts"] for task in tasks]
     last = tasks[-1]
     return History(
@@ -75,10 +97,11 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         training=[sum(count["train"] for count in classes.values()) for classes in counts],
         magnitudes=[read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks],
         curves=[read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
-        records=[read_json(step) for step in steps],
+        origin=origin,
+        records=records,
         hashes=[sha256_of(step) for step in steps],
         backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
-        predictions=read_predictions(needed(artifacts / "evaluation" / last / "predictions.arrow")),
+        predictions=read_all_predictions(artifacts / "evaluation", tasks, evaluations),
     )
 
 
@@ -126,12 +149,28 @@ def read_curve(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read all predictions of one evaluation."""
+def read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Record]) -> list[Predictions]:
+    """Read the predictions of every step, which must be of the images of the step before and of more after them."""
+    found: list[Predictions] = []
+    for task, evaluation in zip(tasks, evaluations, strict=True):
+        path = needed(folder / task / "predictions.arrow")
+        found.append(read_predictions(path, evaluation["samples"]))
+        if len(found) > 1 and not found[-1].id[: len(found[-2].id)].equals(found[-2].id):
+            raise InputError(
+                f"{path}: its images are not those of the step before and new ones; run `sdlora run` first"
+            )
+    return found
+
+
+def read_predictions(path: Path, samples: list[int]) -> Predictions:
+    """Read the predictions of one step, of so many images per task."""
     from pipelines.images import read_images
 
     table = read_images(path)
-    columns = {
-        name: table.column(name).to_pylist() for name in ("id", "task", "label", "prediction", "confidence")
-    }
-    return Predictions(**columns)
+    if len(table) != sum(samples):
+        raise InputError(
+            f"{path}: {len(table)} predictions, metrics.json beside it is of {sum(samples)} images;"
+            " run `sdlora run` first"
+        )
+    columns = {name: table.column(name).to_numpy() for name in ("label", "prediction", "confidence")}
+    return Predictions(id=table.column("id"), task=np.repeat(np.arange(len(samples)), samples), **columns)
