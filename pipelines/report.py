@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pipelines.files import whole_folder, write_json
 from pipelines.params import Params
+from pipelines.reports.exhibits import make_exhibits
 from pipelines.reports.history import read_history
 from pipelines.reports.numbers import headline, shown
 from pipelines.reports.pages import Pictures, render_page
 from pipelines.reports.plots import write_plots
 from pipelines.reports.samples import Album, flipped_images, sample_images
 from pipelines.reports.weights import read_movement
-from pipelines.stage import Summary, stage
+from pipelines.stage import Summary, publish_markdown, stage
 
 
 @stage
@@ -29,6 +30,7 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
         )
         (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
     write_json(metrics, numbers)
+    publish_markdown(lambda: make_exhibits(history, movement))
     return [
         {
             "metric": name.replace("_", " "),

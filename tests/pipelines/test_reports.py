@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from scipy.linalg import subspace_angles
 from scipy.stats import binomtest
 
+from pipelines.reports.exhibits import make_exhibits
 from pipelines.reports.figures import COLD, HEAT, Heat, accuracy_heat, draw_heat, overlap_heat
 from pipelines.reports.history import History, head_of, read_history
 from pipelines.reports.numbers import parameter_spans, version_spans
@@ -256,3 +257,15 @@ def test_the_head_is_the_hash_of_the_last_record(project: Path, history: History
     assert head_of(history) == sha256(project / "artifacts/model/t03/step.json")
     page = (project / "artifacts/report/report.html").read_text(encoding="utf-8")
     assert page.count(head_of(history)) >= 3
+
+
+def test_what_prefect_shows_stands_alone(project: Path, history: History) -> None:
+    exhibits = make_exhibits(history, read_movement(project / "artifacts", history))
+    assert all(re.fullmatch("[a-z0-9-]+", key) for key in exhibits)
+    images = [data for text in exhibits.values() for data in re.findall(r"svg\+xml;base64,([^)]*)\)", text)]
+    assert len(images) == 3 + 1 + 1 + 2 + 4
+    for data in images:
+        svg = base64.b64decode(data).decode()
+        assert "var(--" not in svg
+        assert 'xmlns="http://www.w3.org/2000/svg"' in svg
+    assert f"| t03 | {100 * history.accuracy[2, 0]:.1f} |" in exhibits["report-accuracy"]
