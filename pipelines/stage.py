@@ -12,7 +12,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,6 +227,23 @@ def _publish(summary: Summary, label: str) -> None:
         create_table_artifact(table=summary, key=label.replace("@", "-").replace("_", "-").lower())
     except Exception as trouble:
         say(f"prefect: no table of {label} ({first_line(trouble)})")
+
+
+def publish_markdown(make: Callable[[], Mapping[str, str]]) -> None:
+    """Show texts by their keys in the flow run that this code is called in; outside of one nothing is made.
+
+    Finished work never fails for it: the first thing that goes wrong costs a line, and the rest is not tried.
+    """
+    if current_flow_run() is None:
+        return
+    from prefect.artifacts import create_markdown_artifact
+
+    key = "artifacts"
+    try:
+        for key, text in make().items():
+            create_markdown_artifact(text, key=key)
+    except Exception as trouble:
+        say(f"prefect: no {key} ({first_line(trouble)})")
 
 
 def complaint(error: BaseException) -> str | None:

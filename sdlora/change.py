@@ -86,6 +86,19 @@ def norm(pair: Pair) -> float:
     return max(squared, 0.0) ** 0.5
 
 
+def inner_products(pairs: Sequence[Pair]) -> Array:
+    """⟨BᵢAᵢ, BⱼAⱼ⟩_F of every two of n pairs of one shape, (n, n); ‖Σ cᵢBᵢAᵢ‖² is cᵀGc for any coefficients c.
+
+    Two products of all stacked factors, so that a chain of hundreds of steps is compared in one go.
+    """
+    if not pairs:
+        return np.zeros((0, 0))
+    up = np.concatenate([pair.up for pair in pairs], axis=1)
+    down = np.concatenate([pair.down for pair in pairs], axis=0)
+    of = _membership([pair.up.shape[1] for pair in pairs])
+    return of.T @ ((up.T @ up) * (down @ down.T)) @ of
+
+
 def relative_changes(now: Update, then: Update, base_norms: Mapping[str, float]) -> dict[str, float]:
     """‖ΔW_now − ΔW_then‖_F / ‖W₀‖_F of every target that either has, ΔW = Σ αₖDₖ; both may be of any two steps.
 
@@ -131,6 +144,22 @@ def overlap(left: Array, right: Array) -> float:
     return float(np.square(cosines).mean()) if cosines.size else float("nan")
 
 
+def overlaps(spaces: Sequence[Array]) -> Array:
+    """`overlap` of every two of n column spaces of one height, (n, n).
+
+    In one product: the sum of squared cosines is ‖QᵢᵀQⱼ‖²_F of orthonormal bases Q.
+    """
+    if not spaces:
+        return np.zeros((0, 0))
+    bases = [_orthonormal(space) for space in spaces]
+    ranks = [basis.shape[1] for basis in bases]
+    stacked, of = np.concatenate(bases, axis=1), _membership(ranks)
+    shared = of.T @ np.square(stacked.T @ stacked) @ of
+    least = np.minimum.outer(ranks, ranks)
+    found = np.divide(shared, least, out=np.full_like(shared, np.nan), where=least > 0)
+    return np.clip(found, 0.0, 1.0)
+
+
 def linear_cka(left: ArrayLike, right: ArrayLike) -> float:
     """Linear centred kernel alignment of two sets of features of the same images, (n, d) and (n, e).
 
@@ -150,6 +179,11 @@ def _orthonormal(columns: Array) -> Array:
     u, values, _ = np.linalg.svd(columns, full_matrices=False)
     kept = values > max(columns.shape) * np.finfo(np.float32).eps * values[0] if values[0] > 0 else values > 0
     return u[:, kept]
+
+
+def _membership(ranks: Sequence[int]) -> Array:
+    """(Σr, n): which of n matrices each stacked column is of."""
+    return np.repeat(np.eye(len(ranks)), ranks, axis=0)
 
 
 def _double(array: NDArray[Any]) -> Array:

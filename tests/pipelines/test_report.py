@@ -5,7 +5,10 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +22,10 @@ from pipelines.errors import InputError
 from pipelines.report import report
 
 CLASSES = {"t01": ["3", "7"], "t02": ["0", "9", "1"], "t03": ["4", "8"]}
+
+SIZE = 8
+TARGETS = [f"blocks.{block}.attn.{name}" for block in range(6) for name in ("q", "v")]
+NORMS = {target: 2.0 + place for place, target in enumerate(TARGETS)}
 
 PARAMS = """\
 seed: 1993
@@ -59,8 +66,10 @@ def write_project(
     known: list[dict[str, object]] = []
     tests: dict[str, pa.Table] = {}
     magnitudes: dict[str, np.ndarray] = {}
-    previous = "0" * 64
     dump(artifacts / "model/t00/backbone.json", {"name": "glyph_vit"})
+    dump(artifacts / "model/t00/step.json", {"step": "t00", "previous": None, "norms": NORMS})
+    previous = sha256(artifacts / "model/t00/step.json")
+    directions: dict[str, str] = {}
     for i, task in enumerate(tasks):
         mine = [{"label": len(known) + j, "name": name, "task": task} for j, name in enumerate(classes[task])]
         known += mine
@@ -80,6 +89,16 @@ def write_project(
             magnitudes[task] = rng.uniform(0.8, 1.3, 12).astype(np.float32)
             model.mkdir(parents=True)
             safetensors.numpy.save_file(magnitudes, model / "magnitudes.safetensors")
+            (model / "directions").mkdir()
+            safetensors.numpy.save_file(
+                a_direction(rng, rank=2 + i % 2), model / f"directions/{task}.safetensors"
+            )
+            for earlier in tasks[:i]:
+                os.link(
+                    artifacts / f"model/{earlier}/directions/{earlier}.safetensors",
+                    model / f"directions/{earlier}.safetensors",
+                )
+            directions[task] = sha256(model / f"directions/{task}.safetensors")
         record = {
             "step": task,
             "previous": previous,
@@ -88,10 +107,24 @@ def write_project(
             "head": "aligned",
             "needs_old_images": False,
             "rank": 10,
-            "parameters": {"training": {"epochs": 4, "learning_rate": 0.01}, "backbone": {"weights": None}},
+            "targets": TARGETS if directions else [],
+            "directions": list(directions),
+            "files": {f"directions/{name}.safetensors": hash for name, hash in directions.items()},
+            "parameters": {
+                "training": {"epochs": 4 if i else 8, "learning_rate": 0.01},
+                "backbone": {"weights": None},
+            },
+            "versions": {"torch": "2.9.0", "timm": "1.0.22"},
+            "code": {
+                "fit": hashlib.sha256(b"fit").hexdigest(),
+                "freeze": hashlib.sha256(b"freeze").hexdigest(),
+            },
+            "split": {"counts": {}, "digest": hashlib.sha256(task.encode()).hexdigest(), "train": "0" * 64},
+            "metrics": {"loss": 0.01, "training_accuracy": 0.75},
+            "determinism": "bitwise on one machine",
         }
         dump(model / "step.json", record)
-        previous = hashlib.sha256((model / "step.json").read_bytes()).hexdigest()
+        previous = sha256(model / "step.json")
         curve = [
             f"{10 * epoch},{epoch},{1.2 * left + 0.02 * i:.6f},{1 - 0.6 * left - 0.01 * i:.6f},0.01\n"
             for epoch, left in ((epoch, 0.5**epoch) for epoch in range(1, 5))
@@ -100,6 +133,21 @@ def write_project(
         fit.mkdir(parents=True)
         (fit / "curve.csv").write_text("step,epoch,loss,accuracy,learning_rate\n" + "".join(curve))
     return folder
+
+
+def a_direction(rng: np.random.Generator, *, rank: int) -> dict[str, np.ndarray]:
+    """Random factors of every target."""
+    shapes = {"up": (SIZE, rank), "down": (rank, SIZE)}
+    return {
+        f"{target}.{side}": rng.normal(0, 0.1, shape).astype(np.float32)
+        for target in TARGETS
+        for side, shape in shapes.items()
+    }
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_evaluation(
@@ -165,6 +213,11 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """Read one Arrow IPC file into memory, so that it can be written again."""
+    return pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
 
 
 def dump(path: Path, value: object) -> None:
@@ -288,7 +341,7 @@ def test_the_same_files_give_the_same_bytes_in_any_folder(
     run_report(first, monkeypatch)
     run_report(second, monkeypatch)
     once = outputs(first)
-    assert len(once) == 7
+    assert len(once) == 2 + 11
     assert once == outputs(second)
     run_report(first, monkeypatch)
     assert outputs(first) == once
@@ -304,12 +357,22 @@ def test_the_page_refers_to_nothing_outside_itself(finished: Path) -> None:
     html = (finished / "artifacts/report/report.html").read_text(encoding="utf-8")
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
+
+
+def test_only_the_script_that_sorts_tables_may_run(finished: Path) -> None:
+    html = (finished / "artifacts/report/report.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'\"" in html
+    tables = [attributes for tag, attributes in read_page(finished).tags if tag == "table"]
+    assert sum("rows" in (attributes.get("class") or "") for attributes in tables) == 8
+    assert "<button" not in html, "without script a heading is no button"
 
 
 def test_the_page_shows_the_figures_and_the_ledger(finished: Path) -> None:
     page = read_page(finished)
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    assert sum(tag == "svg" for tag, _ in page.tags) == 10
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     assert not re.search(r"#f[ed]00", str(page.tags)), "a colour that stands for a role is left in a figure"
@@ -323,7 +386,7 @@ def test_the_page_has_no_id_twice(finished: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_sample_images_are_those_of_the_predictions(finished: Path) -> None:
+def test_images_are_those_of_the_predictions(finished: Path) -> None:
     shown = [attributes for tag, attributes in read_page(finished).tags if tag == "img"]
     assert {attributes["title"][:3] for attributes in shown} == set(CLASSES)
     for attributes in shown:
@@ -352,7 +415,8 @@ def test_classes_may_have_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_report(folder, monkeypatch)
     page = read_page(folder)
     assert all(name in page.text for name in awkward)
-    assert not any(tag == "script" or "onload" in attributes for tag, attributes in page.tags)
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert not any("onload" in attributes for _, attributes in page.tags)
     assert set(awkward) == {row["actual"] for row in read_csv(folder, "confusion.csv")}
 
 
@@ -362,7 +426,9 @@ def test_a_method_without_directions_has_no_magnitudes_to_show(
     folder = write_project(tmp_path, method="frozen")
     run_report(folder, monkeypatch)
     assert "no magnitudes to follow" in read_page(folder).text
-    assert read_csv(folder, "magnitudes.csv") == []
+    assert "changes no weight of the backbone" in read_page(folder).text
+    for name in ("magnitudes", "changes", "changes_by_block", "overlap"):
+        assert read_csv(folder, f"{name}.csv") == []
 
 
 def test_a_single_task_has_no_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +438,7 @@ def test_a_single_task_has_no_forgetting(tmp_path: Path, monkeypatch: pytest.Mon
     assert numbers["forgetting"] is numbers["backward_transfer_per_task"] is None
     assert summary[2]["per sample"] == "-"
     assert "there is no old task yet" in read_page(folder).text
+    assert "There is no step before the first to compare with" in read_page(folder).text
 
 
 def test_a_model_without_mistakes_has_none_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,13 +455,17 @@ def test_a_model_that_is_always_wrong_can_be_shown(tmp_path: Path, monkeypatch: 
     assert json.loads((folder / "metrics.json").read_text())["last_accuracy"] == 0
 
 
-def test_fifty_tasks_of_a_hundred_classes_stay_a_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = {f"t{i:02d}": [f"class {i}a", f"class {i}b"] for i in range(1, 51)}
-    folder = write_project(tmp_path, names, images=1)
+@pytest.mark.parametrize("count", [21, 60])
+def test_many_tasks_stay_a_page(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"t{i:02d}": [f"class {i}a", f"class {i}b"] for i in range(1, count + 1)}
+    folder = write_project(tmp_path, names, images=3)
     run_report(folder, monkeypatch)
     assert (folder / "artifacts/report/report.html").stat().st_size < 2_000_000
+    page = read_page(folder)
+    assert sum(tag == "img" for tag, _ in page.tags) <= 160 + 60
+    text = " ".join(page.text.split())
+    assert "the 20 tasks with the lowest accuracy" in text
+    assert "Each task, then and now" in text
 
 
 def test_a_stale_folder_of_a_task_that_is_gone_is_left_alone(
@@ -411,7 +482,10 @@ def test_a_stale_folder_of_a_task_that_is_gone_is_left_alone(
     "missing",
     [
         "evaluation/t02/metrics.json",
+        "evaluation/t02/predictions.arrow",
         "evaluation/t03/predictions.arrow",
+        "model/t00/step.json",
+        "model/t02/directions/t02.safetensors",
         "model/t01/step.json",
         "model/t00/backbone.json",
         "fit/t02/curve.csv",
@@ -439,3 +513,73 @@ def test_an_evaluation_of_other_tasks_is_refused(tmp_path: Path, monkeypatch: py
     dump(path, json.loads(path.read_text()) | {"tasks": ["t02", "t01"]})
     with pytest.raises(InputError, match=r"is of the tasks t02, t01, params\.yaml has t01, t02"):
         run_report(folder, monkeypatch)
+
+
+def test_predictions_of_other_images_than_before_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    path = folder / "artifacts/evaluation/t02/predictions.arrow"
+    table = read_arrow(path)
+    write_arrow(path, table.take(list(reversed(range(len(table))))))
+    with pytest.raises(InputError, match=r"t02/predictions\.arrow: its images are not those of the step"):
+        run_report(folder, monkeypatch)
+    write_arrow(path, table.slice(0, 49))
+    with pytest.raises(InputError, match=r"49 predictions, metrics\.json beside it is of 50 images"):
+        run_report(folder, monkeypatch)
+
+
+def test_a_picture_is_never_shown_beside_the_prediction_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    path = folder / "artifacts/split/t03/test/t02.arrow"
+    table = read_arrow(path)
+    write_arrow(path, table.take(list(reversed(range(len(table))))))
+    with pytest.raises(InputError, match=r"t02\.arrow: t02/test/\S+ is not where its prediction says"):
+        run_report(folder, monkeypatch)
+
+
+def test_records_of_an_older_release_are_shown_without_what_they_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    for task in CLASSES:
+        path = folder / f"artifacts/model/{task}/step.json"
+        record = json.loads(path.read_text())
+        dump(path, {"step": task, "previous": record["previous"], "method": "sdlora", "formulation": "paper",
+                    "head": "linear", "needs_old_images": False, "rank": 10})  # fmt: skip
+    dump(folder / "artifacts/model/t00/step.json", {"step": "t00", "previous": None})
+    run_report(folder, monkeypatch)
+    assert "The records of these steps name no versions" in read_page(folder).text
+    assert read_csv(folder, "changes.csv") == []
+
+
+def test_a_broken_chain_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "every record holds the hash of the one before" in read_page(folder).text
+    path = folder / "artifacts/model/t01/step.json"
+    dump(path, json.loads(path.read_text()) | {"rank": 11})
+    run_report(folder, monkeypatch)
+    assert "broken at t02" in read_page(folder).text
+
+
+def test_the_report_needs_neither_torch_nor_timm(unreported: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from pipelines.report import report
+report(artifacts=Path("artifacts"), out=Path("report"), metrics=Path("numbers.json"))
+print(sorted({"torch", "timm", "prefect", "dvc"} & set(sys.modules)))
+"""
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=unreported,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"

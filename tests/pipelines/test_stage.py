@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.stage import ERROR_FILE, PARENT_FLOW_RUN, Stage, Summary, complaint, launch, stage
+from pipelines.stage import (
+    ERROR_FILE,
+    PARENT_FLOW_RUN,
+    Stage,
+    Summary,
+    complaint,
+    launch,
+    publish_markdown,
+    stage,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -255,6 +264,44 @@ except InputError as error:
     )
     assert done.stdout == "params.yaml: no such task\n"
     assert done.stderr == ""
+
+
+def test_without_a_flow_run_nothing_is_made_to_be_shown() -> None:
+    def make() -> dict[str, str]:
+        raise AssertionError("nobody would see it")
+
+    publish_markdown(make)
+
+
+@pytest.mark.slow
+def test_what_prefect_cannot_show_costs_a_line_and_nothing_more(prefect_url: str, tmp_path: Path) -> None:
+    done = run_script(
+        """
+from pathlib import Path
+from pipelines.stage import launch, publish_markdown, stage
+
+@stage
+def measure(out):
+    publish_markdown(lambda: {"measure-text": "# Good", "No such KEY": "# Bad", "measure-more": "# More"})
+    out.write_text("done")
+    return []
+
+launch(measure, out=Path("out"))
+
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
+    print(found["measure-text"], "measure-more" in found)
+""",
+        tmp_path,
+        PREFECT_API_URL=prefect_url,
+        PREFECT_HOME=str(tmp_path / "home"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text() == "done"
+    assert done.stdout == "# Good False\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("prefect: no No such KEY (")
 
 
 def test_the_flow_of_a_stage_is_named_after_it_and_caches_nothing() -> None:

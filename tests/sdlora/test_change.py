@@ -7,9 +7,11 @@ from scipy.linalg import subspace_angles
 from sdlora.change import (
     Pair,
     Update,
+    inner_products,
     linear_cka,
     norm,
     overlap,
+    overlaps,
     principal_cosines,
     relative_changes,
     weighted_sum,
@@ -113,3 +115,20 @@ def test_alignment_knows_rotation_scale_and_offset() -> None:
     expected = (k * other).sum() / np.sqrt((k * k).sum() * (other * other).sum())
     assert linear_cka(x, y) == pytest.approx(expected)
     assert np.isnan(linear_cka(np.ones((5, 2)), RNG.normal(size=(5, 2))))
+
+
+def test_inner_products_are_those_of_the_products() -> None:
+    pairs = [a_pair(), a_pair(rank=1), a_pair(rank=0), a_pair(rank=5)]
+    products = [pair.up @ pair.down for pair in pairs]
+    expected = [[float((one * other).sum()) for other in products] for one in products]
+    np.testing.assert_allclose(inner_products(pairs), expected, atol=1e-12)
+    assert inner_products([]).shape == (0, 0)
+
+
+def test_overlaps_are_those_of_every_two_spaces() -> None:
+    first = RNG.normal(size=(12, 3))
+    spaces = [first, first @ RNG.normal(size=(3, 2)), RNG.normal(size=(12, 5)), np.zeros((12, 2))]
+    expected = [[overlap(one, other) for other in spaces] for one in spaces]
+    np.testing.assert_allclose(overlaps(spaces), expected)
+    assert overlaps(spaces)[0, 1] == pytest.approx(1)
+    assert overlaps([]).shape == (0, 0)

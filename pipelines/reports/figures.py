@@ -1,0 +1,546 @@
+"""Figures as SVG, in the colours of the page around them.
+
+matplotlib knows nothing of the reader's light or dark page. So figures are drawn in colours that stand for roles, and
+the SVG gets the page's CSS variables in their place.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.reports.history import History
+from pipelines.reports.numbers import calibration_errors, flip_rows, head_bias, reliability
+from pipelines.reports.weights import Movement
+from sdlora import metrics as measure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MANY_TASKS = 20
+"""Above this number of tasks the cells of the accuracy matrix hold no numbers."""
+
+PALETTE = 10
+"""Up to this number of tasks each has its own colour, marker and label; above it colour tells the order."""
+
+INK, MUTED, GRID, GOOD, BAD = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
+ROLES = {1: "var(--ink)", 2: "var(--muted)", 3: "var(--grid)", 4: "var(--good)", 5: "var(--bad)"}
+MARKERS = "os^DvPX<>p"
+FIGURE_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.unicode_minus": False,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a chart; `low` and `high` give it a band."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    marker: str
+    dashed: bool = False
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def task_colour(index: int, count: int) -> str:
+    """A colour that stands for a task: one of ten, or its place between the first and the last of many."""
+    return f"#fe00{0x10 + index:02x}" if count <= PALETTE else f"#fd00{round(100 * index / (count - 1)):02x}"
+
+
+def css_colour(sentinel: re.Match[str]) -> str:
+    """The page's colour for a colour that stands for a role."""
+    value = int(sentinel[2], 16)
+    if sentinel[1] == "d":
+        return f"color-mix(in oklab, var(--late) {value}%, var(--early))"
+    return ROLES.get(value) or f"var(--c{value - 0x10})"
+
+
+def task_lines(
+    history: History,
+    y: Mapping[str, Sequence[float]],
+    *,
+    low: Mapping[str, Sequence[float]] | None = None,
+    high: Mapping[str, Sequence[float]] | None = None,
+) -> list[Line]:
+    """One line per task, each from its own step to the last."""
+    count = len(history.tasks)
+    return [
+        Line(
+            label=task,
+            x=range(count - len(y[task]) + 1, count + 1),
+            y=y[task],
+            colour=task_colour(i, count),
+            marker=MARKERS[i] if count <= PALETTE else "",
+            low=low[task] if low else None,
+            high=high[task] if high else None,
+        )
+        for i, task in enumerate(history.tasks)
+        if task in y
+    ]
+
+
+@contextmanager
+def blank(alt: str, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of so many inches in the style of the page, whatever the user's own style is."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(FIGURE_STYLE | {"svg.hashsalt": alt})
+        yield Figure(figsize=(width, height))
+
+
+def some(names: Sequence[str], most: int = 8) -> tuple[list[int], list[str]]:
+    """Places and names of all where they are few, else of every second, third, … one."""
+    stride = -(-len(names) // most) if len(names) > PALETTE else 1
+    return list(range(0, len(names), stride)), list(names[::stride])
+
+
+def draw_lines(
+    lines: list[Line],
+    *,
+    alt: str,
+    x_label: str,
+    y_label: str,
+    steps: list[str] | None = None,
+    percent: bool = False,
+    zero: bool = False,
+) -> str:
+    """Draw lines that are labelled at their ends, as SVG; with `steps`, x runs over the steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    with blank(alt, 5.2, 3.3) as figure:
+        longest = max(len(line.label) for line in lines)
+        axes = figure.add_axes((0.125, 0.16, 0.83 - 0.019 * longest, 0.8))
+        for line in lines:
+            add_line(axes, line)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(x=0.03, y=0.06)
+        if percent:
+            low = min(min(line.y) for line in lines)
+            axes.set_ylim(max(-2.0, 10 * np.floor((low - 1) / 10)), 102)
+        if zero:
+            axes.axhline(0, color=MUTED, linewidth=1)
+        if steps:
+            places, names = some(steps)
+            axes.set_xticks([place + 1 for place in places], names)
+            axes.set_xlim(0.8, len(steps) + 0.2 if len(steps) > 1 else 1.2)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label_ends(axes, lines)
+        return to_svg(figure, alt)
+
+
+def add_line(axes: Axes, line: Line) -> None:
+    """Draw one line, and its band if it has one."""
+    few = len(line.x) <= MANY_TASKS
+    if line.low is not None and line.high is not None:
+        if len(line.x) > 1:
+            axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.13, linewidth=0)
+        else:
+            axes.vlines(line.x, line.low, line.high, color=line.colour, alpha=0.35, linewidth=3)
+    axes.plot(
+        line.x,
+        line.y,
+        color=line.colour,
+        linewidth=1.8 if line.marker else 0.9,
+        linestyle=(0, (4, 2)) if line.dashed else "-",
+        marker=line.marker if few else "",
+        markersize=5 if len(line.x) > 1 else 7,
+        markeredgewidth=0,
+    )
+
+
+def label_ends(axes: Axes, lines: list[Line]) -> None:
+    """Write each line's label beside its end, pushed apart where they would lie on each other."""
+    labelled = lines if len(lines) <= PALETTE else [lines[0], lines[-1]]
+    bottom, top = axes.get_ylim()
+    ends = sorted(((line.y[-1] - bottom) / (top - bottom), line.label, line.colour) for line in labelled)
+    gap = 0.075
+    places: list[float] = []
+    for end, _, _ in ends:
+        places.append(max(end, places[-1] + gap) if places else end)
+    limit = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    for place, (_, label, colour) in zip(places, ends, strict=True):
+        axes.text(1.015, place, label, color=colour, va="center", fontsize=10, transform=axes.transAxes)
+
+
+def to_svg(figure: Figure, alt: str) -> str:
+    """The figure as an SVG element that scales, follows the page's colours and says what it shows."""
+    from markupsafe import escape
+
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    body = buffer.getvalue()
+    width, height = 72 * figure.get_size_inches()
+    body = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # names such as axes_1, the same in every figure
+    body = re.sub(r"#f([ed])00([0-9a-f]{2})", css_colour, body)
+    viewbox = f"0 0 {width:g} {height:g}"
+    return f'<svg class="plot" viewBox="{viewbox}" role="img" aria-label="{escape(alt)}">{body}</svg>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heat:
+    """A map of numbers: one cell for each row and column, NaN where there is nothing."""
+
+    values: np.ndarray
+    """(rows, columns)"""
+    rows: Sequence[str]
+    columns: Sequence[str]
+    row_label: str
+    column_label: str
+    low: float
+    """What has no colour; in a signed map 0 has none and this is as deep as `high`."""
+    high: float
+    """What has the whole colour."""
+
+    @property
+    def depth(self) -> np.ndarray:
+        """(rows, columns): place on the scale of colours, 0 … 1, or −1 … 1 where the map is signed."""
+        if self.low < 0:
+            return np.clip(self.values / self.high, -1, 1)
+        return np.clip((self.values - self.low) / (self.high - self.low), 0, 1)
+
+
+HEAT, COLD = (46, 118, 214), (208, 92, 16)
+"""Colours of a map, red green blue, that stand out from a light page and from a dark one: more, and less than 0."""
+
+
+def draw_heat(heat: Heat, *, alt: str) -> str:
+    """Draw a map as SVG; its cells are the pixels of one image, so that any number of them stays small."""
+    rows, columns = heat.values.shape
+    with blank(alt, 5.2, min(5.0, 1.1 + max(0.7, 0.19 * rows))) as figure:
+        inches = figure.get_size_inches()[1]
+        longest = max(len(name) for name in heat.rows)
+        left = 0.085 + 0.0165 * longest
+        axes = figure.add_axes((left, 0.56 / inches, 0.985 - left, 1 - 0.66 / inches))
+        depth = np.nan_to_num(heat.depth)
+        pixels = np.zeros((rows, columns, 4), np.uint8)
+        pixels[..., :3] = np.where(depth[..., None] < 0, COLD, HEAT)
+        pixels[..., 3] = np.round(255 * np.abs(depth))
+        axes.imshow(pixels, aspect="auto", interpolation="none")
+        axes.grid(False)
+        for ticks, names, most in (
+            (axes.set_xticks, heat.columns, 8),
+            (axes.set_yticks, heat.rows, 16),
+        ):
+            ticks(*some(names, most))
+        axes.set_xlabel(heat.column_label)
+        axes.set_ylabel(heat.row_label)
+        return to_svg(figure, alt)
+
+
+def accuracy_heat(history: History) -> Heat:
+    """The accuracy matrix; its colours begin at the lowest accuracy, rounded down to a tenth."""
+    return Heat(
+        values=history.accuracy,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="accuracy on task",
+        low=min(0.9, float(np.floor(10 * np.nanmin(history.accuracy)) / 10)),
+        high=1.0,
+    )
+
+
+def change_heat(history: History, movement: Movement) -> Heat:
+    """The change of every block at every step."""
+    return Heat(
+        values=movement.by_block.T,
+        rows=movement.blocks,
+        columns=history.tasks,
+        row_label="block",
+        column_label="step",
+        low=0.0,
+        high=float(movement.by_block.max()) or 1.0,
+    )
+
+
+def overlap_heat(movement: Movement, values: np.ndarray) -> Heat:
+    """Overlaps of tasks, from perpendicular to the same."""
+    return Heat(
+        values=values,
+        rows=movement.tasks,
+        columns=movement.tasks,
+        row_label="task",
+        column_label="task",
+        low=0.0,
+        high=1.0,
+    )
+
+
+def bias_heat(history: History) -> Heat:
+    """Share of predictions minus share of images of every task after every step."""
+    values = head_bias(history)
+    most = float(np.nanmax(np.abs(values), initial=0.01))
+    return Heat(
+        values=values,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="task",
+        low=-most,
+        high=most,
+    )
+
+
+def magnitude_heat(history: History) -> Heat:
+    """Mean magnitude of every direction at every step."""
+    values = np.full((len(history.tasks), len(history.tasks)), np.nan)
+    for step, held in enumerate(history.magnitudes):
+        for task in held:
+            values[step, history.tasks.index(task)] = held[task].mean()
+    most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    return Heat(
+        values=values,
+        rows=history.tasks,
+        columns=history.tasks,
+        row_label="after step",
+        column_label="magnitude of task",
+        low=-most if np.nanmin(values) < 0 else 0.0,
+        high=most,
+    )
+
+
+def accuracy_figures(history: History) -> dict[str, str]:
+    """Accuracy and forgetting of all classes so far over the steps; of each task where there are not too many."""
+    steps, count = history.tasks, len(history.tasks)
+    percent = 100 * history.accuracy
+    over = {
+        "now": (100 * measure.accuracy_curve(history.accuracy, history.samples)).tolist(),
+        "average": (100 * measure.average_accuracy_curve(history.accuracy, history.samples)).tolist(),
+    }
+    x = range(1, count + 1)
+    together = [
+        Line(label="now", x=x, y=over["now"], colour=task_colour(0, 1), marker="o"),
+        Line(label="average", x=x, y=over["average"], colour=task_colour(1, 2), marker="s", dashed=True),
+    ]
+    draw = partial(draw_lines, steps=steps, x_label="after step")
+    figures = {
+        "together": draw(
+            together,
+            percent=True,
+            y_label="accuracy, %",
+            alt=f"Accuracy on all classes so far after each step: {percents(over['now'])}",
+        )
+    }
+    if 1 < count <= MANY_TASKS:
+        figures["by_task"] = draw(
+            task_lines(history, {task: percent[i:, i].tolist() for i, task in enumerate(steps)}),
+            percent=True,
+            y_label="accuracy, %",
+            alt=f"Accuracy of each task after each step; after the last: {percents(percent[-1])}",
+        )
+    if count > 1:
+        lost = (100 * measure.forgetting_curve(history.accuracy, history.samples)[1:]).tolist()
+        moved = (100 * measure.backward_transfer_curve(history.accuracy, history.samples)[1:]).tolist()
+        figures["forgetting"] = draw(
+            [
+                Line(label="forgetting", x=x[1:], y=lost, colour=task_colour(3, 4), marker="o"),
+                Line(
+                    label="transfer",
+                    x=x[1:],
+                    y=moved,
+                    colour=task_colour(2, 4),
+                    marker="s",
+                    dashed=True,
+                ),
+            ],
+            zero=True,
+            y_label="points of accuracy",
+            alt=f"Forgetting of the old tasks after each step: {percents(lost)}",
+        )
+    return figures
+
+
+def bias_figure(history: History) -> str | None:
+    """How much each step favours each task: lines, or a map of many tasks; nothing for a single one."""
+    if len(history.tasks) == 1:
+        return None
+    values = 100 * head_bias(history)
+    last = ", ".join(f"{task} {value:+.1f}" for task, value in zip(history.tasks, values[-1], strict=True))
+    alt = f"Share of predictions minus share of images of each task after each step; after the last: {last}"
+    if len(history.tasks) > MANY_TASKS:
+        return draw_heat(bias_heat(history), alt=alt)
+    return draw_lines(
+        task_lines(history, {task: values[i:, i].tolist() for i, task in enumerate(history.tasks)}),
+        alt=alt,
+        x_label="after step",
+        y_label="predicted too often, points",
+        steps=history.tasks,
+        zero=True,
+    )
+
+
+def magnitude_figure(history: History) -> str | None:
+    """Magnitudes over steps, or nothing where no step holds the magnitude of an earlier task."""
+    if not any(len(values) > 1 for values in history.magnitudes) and len(history.tasks) > 1:
+        return None
+    if not history.magnitudes[-1]:
+        return None
+    held = history.magnitudes[-1]
+    last = ", ".join(f"{task} {held[task].mean():.3g}" for task in history.tasks if task in held)
+    alt = f"Mean magnitude of each task's direction after each step; after the last: {last}"
+    if len(history.tasks) > MANY_TASKS:
+        return draw_heat(magnitude_heat(history), alt=alt)
+    kept = [
+        task
+        for i, task in enumerate(history.tasks)
+        if all(task in values for values in history.magnitudes[i:])  # an absorbed direction has no line
+    ]
+    of = {task: [values[task] for values in history.magnitudes[history.tasks.index(task) :]] for task in kept}
+    lines = task_lines(
+        history,
+        {task: [values.mean() for values in steps] for task, steps in of.items()},
+        low={task: [values.min() for values in steps] for task, steps in of.items()},
+        high={task: [values.max() for values in steps] for task, steps in of.items()},
+    )
+    return draw_lines(lines, alt=alt, x_label="after step", y_label="magnitude", steps=history.tasks)
+
+
+def flip_figure(history: History) -> str | None:
+    """Bars of the images that each step gained and lost; nothing before there is an old task."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = flip_rows(history)
+    if not rows:
+        return None
+    lost = [row["lost"] for row in rows]
+    alt = f"Images right before and wrong now at each step: {', '.join(map(str, lost))}"
+    with blank(alt, 5.2, 3.3) as figure:
+        axes = figure.add_axes((0.125, 0.16, 0.86, 0.8))
+        x = range(len(rows))
+        axes.bar(x, [row["gained"] for row in rows], color=GOOD, width=0.7, linewidth=0)
+        axes.bar(x, [-count for count in lost], color=BAD, width=0.7, linewidth=0)
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.set_xticks(*some([row["step"] for row in rows]))
+        axes.set_xlim(-0.6, max(len(rows), 3) - 0.4)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        axes.set_ylabel("images")
+        return to_svg(figure, alt)
+
+
+def calibration_figures(history: History) -> dict[str, str]:
+    """The reliability diagram of the last step, and the calibration error after each."""
+    errors = [100 * error for error in calibration_errors(history)]
+    bins = [each for each in reliability(history) if each.images]
+    pairs = ", ".join(f"{100 * each.confidence:.0f} sure {100 * each.accuracy:.0f} right" for each in bins)
+    alt = f"Reliability of the last step, in %: {pairs}"
+    with blank(alt, 5.2, 3.3) as figure:
+        axes = figure.add_axes((0.125, 0.36, 0.84, 0.6))
+        places = [50 * (each.lowest + each.highest) for each in bins]
+        width = [94 * (each.highest - each.lowest) for each in bins]
+        axes.bar(places, [100 * each.accuracy for each in bins], width, color=task_colour(0, 1), linewidth=0)
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set(xlim=(0, 100), ylim=(0, 102), ylabel="right, %", xticks=range(0, 101, 20))
+        axes.tick_params(labelbottom=False)
+        below = figure.add_axes((0.125, 0.16, 0.84, 0.16))
+        total = sum(each.images for each in bins)
+        below.bar(places, [100 * each.images / total for each in bins], width, color=MUTED, linewidth=0)
+        below.set(xlim=(0, 100), ylim=(0, 105), xlabel="sure, %", ylabel="images, %", yticks=(0, 100))
+        below.set_xticks(range(0, 101, 20))
+        diagram = to_svg(figure, alt)
+    return {
+        "reliability": diagram,
+        "over_steps": draw_lines(
+            [
+                Line(
+                    label="",
+                    x=range(1, len(errors) + 1),
+                    y=errors,
+                    colour=task_colour(0, 1),
+                    marker="o",
+                )
+            ],
+            alt=f"Expected calibration error after each step: {percents(errors)}",
+            x_label="after step",
+            y_label="calibration error, points",
+            steps=history.tasks,
+            zero=True,
+        ),
+    }
+
+
+def training_figures(history: History) -> dict[str, str]:
+    """Loss and accuracy over the epochs of every fit."""
+    count = len(history.tasks)
+
+    def lines(name: str, scale: float) -> list[Line]:
+        return [
+            Line(
+                label=task,
+                x=[row["epoch"] for row in curve],
+                y=[scale * row[name] for row in curve],
+                colour=task_colour(i, count),
+                marker=MARKERS[i] if count <= PALETTE else "",
+            )
+            for i, (task, curve) in enumerate(zip(history.tasks, history.curves, strict=True))
+            if curve
+        ]
+
+    loss, accuracy = lines("loss", 1), lines("accuracy", 100)
+    if not loss:
+        return {}
+    ends = ", ".join(f"{line.label} {line.y[-1]:.3g}" for line in loss)
+    return {
+        "loss": draw_lines(
+            loss,
+            alt=f"Training loss over epochs; at the end: {ends}",
+            x_label="epoch",
+            y_label="training loss",
+        ),
+        "accuracy": draw_lines(
+            accuracy,
+            alt=f"Training accuracy over epochs; at the end: {percents([line.y[-1] for line in accuracy])}",
+            x_label="epoch",
+            y_label="training accuracy, %",
+            percent=True,
+        ),
+    }
+
+
+def percents(values: Iterable[float]) -> str:
+    """Numbers in percent as a text."""
+    return ", ".join(f"{value:.1f}\N{NO-BREAK SPACE}%" for value in values)

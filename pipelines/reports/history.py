@@ -1,0 +1,176 @@
+"""All that a report shows, read once from what the stages before it left."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.errors import InputError
+from pipelines.files import read_json, sha256_of
+from sdlora import metrics as measure
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What the model of one step says of every test image, in the order of the test files."""
+
+    id: pa.ChunkedArray
+    """(images,) names of the images."""
+    task: np.ndarray
+    """(images,) index of the task that an image is of."""
+    label: np.ndarray
+    """(images,)"""
+    prediction: np.ndarray
+    """(images,)"""
+    confidence: np.ndarray
+    """(images,) probability that the model gives its prediction."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """(images,) booleans."""
+        return self.prediction == self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """All that the report shows, read once; lists run over the steps, in the order of params.yaml."""
+
+    tasks: list[str]
+    classes: list[Record]
+    """All classes so far, each its `label`, `name` and `task`; the index is the label."""
+    accuracy: np.ndarray
+    """(tasks, tasks): after step i on task j, NaN where j > i."""
+    samples: list[int]
+    """Test images per task."""
+    validation: float | None
+    """Share of all validation images that the last step names right; None without such images."""
+    training: list[int]
+    """Training images per task."""
+    magnitudes: list[dict[str, np.ndarray]]
+    """Of each step: task → (targets,); empty for a method without directions."""
+    curves: list[list[dict[str, float]]]
+    """Of each step: one record per epoch."""
+    origin: Record
+    """The record of step t00, the backbone."""
+    records: list[Record]
+    """Of each step: its step.json."""
+    hashes: list[str]
+    """SHA-256 of the records, that of t00 before those of the tasks."""
+    backbone: str
+    predictions: list[Predictions]
+    """Of each step: of the test images of all tasks so far."""
+
+
+def head_of(history: History) -> str:
+    """The hash that stands for the whole chain: that of the last record."""
+    return history.hashes[-1]
+
+
+def read_history(artifacts: Path, tasks: list[str]) -> History:
+    """Read the steps of `tasks` and no others: a folder that a removed task has left does not count."""
+    evaluations = [
+        read_evaluation(artifacts / "evaluation" / task, tasks[: i + 1]) for i, task in enumerate(tasks)
+    ]
+    rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
+    steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
+    origin, *records = [read_json(step) for step in steps]
+    counts = [read_json(needed(artifacts / "split" / task / "split.json"))["counts"] for task in tasks]
+    last = tasks[-1]
+    return History(
+        tasks=tasks,
+        classes=sorted(
+            read_json(needed(artifacts / "split" / last / "classes.json"))["classes"],
+            key=lambda entry: entry["label"],
+        ),
+        accuracy=measure.accuracy_matrix(rows),
+        samples=evaluations[-1]["samples"],
+        validation=validation_accuracy(evaluations[-1]),
+        training=[sum(count["train"] for count in classes.values()) for classes in counts],
+        magnitudes=[read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks],
+        curves=[read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
+        origin=origin,
+        records=records,
+        hashes=[sha256_of(step) for step in steps],
+        backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
+        predictions=read_all_predictions(artifacts / "evaluation", tasks, evaluations),
+    )
+
+
+def needed(path: Path) -> Path:
+    """Return the path, or raise InputError if an earlier stage has not left it."""
+    if not path.exists():
+        raise InputError(
+            f"{path} is missing: the report needs every task of params.yaml; run `sdlora run` first"
+        )
+    return path
+
+
+def read_evaluation(folder: Path, tasks: list[str]) -> Record:
+    """Read one evaluation, which must be of just these tasks, in this order."""
+    path = needed(folder / "metrics.json")
+    evaluation = read_json(path)
+    if evaluation["tasks"] != tasks:
+        raise InputError(
+            f"{path} is of the tasks {', '.join(evaluation['tasks'])},"
+            f" params.yaml has {', '.join(tasks)} by then; run `sdlora run` first"
+        )
+    return evaluation
+
+
+def validation_accuracy(evaluation: Record) -> float | None:
+    """The accuracy on all validation images of an evaluation, which has none unless `data.validation` asks for them."""
+    images = sum(evaluation.get("validation_samples", []))
+    return sum(evaluation["validation_correct"]) / images if images else None
+
+
+def read_magnitudes(path: Path) -> dict[str, np.ndarray]:
+    """Read task → magnitudes (targets,); a method without directions has none, or no file."""
+    from safetensors.numpy import load_file
+
+    return (
+        {task: values.astype(np.float64).ravel() for task, values in load_file(path).items()}
+        if path.exists()
+        else {}
+    )
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """Read the training curve, one record per epoch."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Record]) -> list[Predictions]:
+    """Read the predictions of every step, which must be of the images of the step before and of more after them."""
+    found: list[Predictions] = []
+    for task, evaluation in zip(tasks, evaluations, strict=True):
+        path = needed(folder / task / "predictions.arrow")
+        found.append(read_predictions(path, evaluation["samples"]))
+        if len(found) > 1 and not found[-1].id[: len(found[-2].id)].equals(found[-2].id):
+            raise InputError(
+                f"{path}: its images are not those of the step before and new ones; run `sdlora run` first"
+            )
+    return found
+
+
+def read_predictions(path: Path, samples: list[int]) -> Predictions:
+    """Read the predictions of one step, of so many images per task."""
+    from pipelines.images import read_images
+
+    table = read_images(path)
+    if len(table) != sum(samples):
+        raise InputError(
+            f"{path}: {len(table)} predictions, metrics.json beside it is of {sum(samples)} images;"
+            " run `sdlora run` first"
+        )
+    columns = {name: table.column(name).to_numpy() for name in ("label", "prediction", "confidence")}
+    return Predictions(id=table.column("id"), task=np.repeat(np.arange(len(samples)), samples), **columns)

@@ -1,0 +1,242 @@
+"""From a history to the numbers that are reported: for metrics.json, for tables, for figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.reports.history import History, Record
+from sdlora import comparison
+from sdlora import metrics as measure
+
+
+def headline(history: History) -> Record:
+    """The content of metrics.json: fractions, rounded; null where there is no old task to speak of.
+
+    Only with validation images it has their accuracy, the one number that may be selected on.
+    """
+    numbers: Record = {"steps": len(history.tasks), "classes": len(history.classes)}
+    for suffix, samples in (("", history.samples), ("_per_task", None)):
+        numbers |= {
+            f"last_accuracy{suffix}": rounded(measure.last_accuracy(history.accuracy, samples)),
+            f"average_accuracy{suffix}": rounded(measure.average_accuracy(history.accuracy, samples)),
+            f"forgetting{suffix}": rounded(measure.forgetting(history.accuracy, samples)),
+            f"backward_transfer{suffix}": rounded(measure.backward_transfer(history.accuracy, samples)),
+        }
+    if history.validation is not None:
+        numbers["validation_accuracy"] = rounded(history.validation)
+    numbers["accuracy"] = dict(zip(history.tasks, map(rounded, history.accuracy[-1]), strict=True))
+    return numbers
+
+
+def curves_over_steps(history: History) -> dict[str, list[float | None]]:
+    """Each metric after every step, per sample and per task."""
+    curves = {}
+    for suffix, samples in (("", history.samples), ("_per_task", None)):
+        curves[f"accuracy{suffix}"] = measure.accuracy_curve(history.accuracy, samples)
+        curves[f"average{suffix}"] = measure.average_accuracy_curve(history.accuracy, samples)
+        curves[f"forgetting{suffix}"] = measure.forgetting_curve(history.accuracy, samples)
+        curves[f"backward_transfer{suffix}"] = measure.backward_transfer_curve(history.accuracy, samples)
+    return {name: [rounded(value) for value in curve] for name, curve in curves.items()}
+
+
+def rounded(value: float, decimals: int = 6) -> float | None:
+    """So many decimals, None for NaN, and no negative zero."""
+    return None if np.isnan(value) else round(float(value), decimals) + 0.0
+
+
+def shown(value: float | None) -> str | float:
+    """A number for a table, in which nothing is a dash."""
+    return "-" if value is None else value
+
+
+def task_rows(history: History) -> list[Record]:
+    """One record per task: its accuracy when it was learned, at its best and now, and what it lost since its best."""
+    best = np.nanmax(history.accuracy, axis=0)
+    return [
+        {
+            "task": task,
+            "images": history.samples[i],
+            "learned": float(history.accuracy[i, i]),
+            "best": float(best[i]),
+            "now": float(history.accuracy[-1, i]),
+            "lost": float(best[i] - history.accuracy[-1, i]) + 0.0,
+        }
+        for i, task in enumerate(history.tasks)
+    ]
+
+
+class Shares(NamedTuple):
+    """Of each task after each step, (steps, tasks), NaN where the task has not come yet."""
+
+    predicted: np.ndarray
+    """Share of all predictions that name a class of the task."""
+    actual: np.ndarray
+    """Share of the test images that are of the task."""
+
+
+def prediction_shares(history: History) -> Shares:
+    """How often each step names each task's classes, and how often it should: without a head bias both are equal."""
+    place = {task: index for index, task in enumerate(history.tasks)}
+    task_of = np.array([place[entry["task"]] for entry in history.classes])
+    shares = Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
+    for step, found in enumerate(history.predictions):
+        for share, tasks in ((shares.predicted, task_of[found.prediction]), (shares.actual, found.task)):
+            share[step, : step + 1] = np.bincount(tasks, minlength=step + 1) / len(tasks)
+    return shares
+
+
+def head_bias(history: History) -> np.ndarray:
+    """(steps, tasks): share of the predictions minus share of the images; above 0 a task is favoured."""
+    shares = prediction_shares(history)
+    return shares.predicted - shares.actual
+
+
+def worst_confusions(history: History, *, rows: int = 10) -> list[Record]:
+    """The pairs of classes that the last step confuses most often."""
+    found = history.predictions[-1]
+    labels = found.label.tolist()
+    images = Counter(labels)
+    pairs = Counter(zip(labels, found.prediction.tolist(), strict=True))
+    wrong = sorted(((-count, a, b) for (a, b), count in pairs.items() if a != b))[:rows]
+    return [
+        {"actual": history.classes[a], "predicted": history.classes[b], "count": -count, "of": images[a]}
+        for count, a, b in wrong
+    ]
+
+
+def flip_rows(history: History) -> list[Record]:
+    """One record per step but the first: what it changed on the test images of the tasks before it.
+
+    `p` is McNemar's exact p-value of as many flips one way and the other from a step that changed nothing.
+    """
+    rows = []
+    for task, before, now in zip(
+        history.tasks[1:], history.predictions, history.predictions[1:], strict=False
+    ):
+        old = len(before.label)
+        found = comparison.flips(before.right, now.right[:old])
+        rows.append(
+            {
+                "step": task,
+                "images": old,
+                "lost": found.lost,
+                "gained": found.gained,
+                "change": (found.gained - found.lost) / old,
+                "p": found.p_value,
+            }
+        )
+    return rows
+
+
+def calibration_errors(history: History) -> list[float]:
+    """Of each step: the expected calibration error on the test images of all tasks so far."""
+    return [comparison.calibration_error(found.confidence, found.right) for found in history.predictions]
+
+
+def reliability(history: History) -> list[comparison.Bin]:
+    """The test images of the last step by its confidence."""
+    found = history.predictions[-1]
+    return comparison.calibration_bins(found.confidence, found.right)
+
+
+def step_rows(history: History) -> list[Record]:
+    """One record per step: what it learned from, and how well."""
+    over = curves_over_steps(history)
+    return [
+        {
+            "step": step,
+            "classes": [entry["name"] for entry in history.classes if entry["task"] == step],
+            "training": history.training[i],
+            "test": history.samples[i],
+            "fitted": history.records[i].get("metrics", {}).get("training_accuracy"),
+            "new": float(history.accuracy[i, i]),
+            "all": over["accuracy"][i],
+            "forgetting": over["forgetting"][i],
+        }
+        for i, step in enumerate(history.tasks)
+    ]
+
+
+def ledger_rows(history: History) -> list[Record]:
+    """One record per step from t00 on: the hashes that its record holds, and whether it follows the one before."""
+    rows = []
+    records = [history.origin, *history.records]
+    for i, (step, record) in enumerate(zip(("t00", *history.tasks), records, strict=True)):
+        code = record.get("code", {})
+        rows.append(
+            {
+                "step": step,
+                "hash": history.hashes[i],
+                "follows": record.get("previous") == (history.hashes[i - 1] if i else None),
+                "split": record.get("split", {}).get("digest"),
+                "fit": code.get("fit"),
+                "freeze": code.get("freeze"),
+            }
+        )
+    return rows
+
+
+class Span(NamedTuple):
+    """A value that so many steps in a row share; `steps` is empty where all of them do."""
+
+    steps: str
+    value: str
+
+
+def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Span]]]:
+    """Of each dotted name in one tree per step: its values over the steps; an en dash where a step has none."""
+    flat = [dict(flattened(tree)) for tree in trees]
+    table = []
+    for name in sorted({name for each in flat for name in each}):
+        runs: list[tuple[int, int, str]] = []
+        for i, each in enumerate(flat):
+            value = each.get(name, "\N{EN DASH}")
+            if runs and runs[-1][2] == value:
+                runs[-1] = (runs[-1][0], i, value)
+            else:
+                runs.append((i, i, value))
+        table.append((name, [Span(steps_text(history, a, b), value) for a, b, value in runs]))
+    return table
+
+
+def steps_text(history: History, first: int, last: int) -> str:
+    """A run of steps as a text."""
+    if last - first + 1 == len(history.tasks):
+        return ""
+    ends = history.tasks[first], history.tasks[last]
+    return ends[0] if first == last else "\N{EN DASH}".join(ends)
+
+
+def parameter_spans(history: History) -> list[tuple[str, list[Span]]]:
+    """Every parameter over the steps, as the records have it."""
+    return spans(history, [record.get("parameters", {}) for record in history.records])
+
+
+def version_spans(history: History) -> list[tuple[str, list[Span]]]:
+    """Every library's version over the steps, and how far the results are determined, as the records have it."""
+    return spans(
+        history,
+        [
+            {
+                **record.get("versions", {}),
+                **{name: record[name] for name in ("determinism",) if name in record},
+            }
+            for record in history.records
+        ],
+    )
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested parameters as (dotted name, text) pairs, sorted."""
+    pairs = []
+    for name in sorted(tree):
+        value = tree[name]
+        if isinstance(value, Mapping):
+            pairs += flattened(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", "null" if value is None else str(value)))
+    return pairs

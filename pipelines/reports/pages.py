@@ -1,0 +1,207 @@
+"""The page: one file that needs nothing else, whoever opens it, wherever."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.reports.figures import (
+    MANY_TASKS,
+    PALETTE,
+    Heat,
+    accuracy_figures,
+    accuracy_heat,
+    bias_figure,
+    bias_heat,
+    calibration_figures,
+    change_heat,
+    draw_heat,
+    flip_figure,
+    magnitude_figure,
+    magnitude_heat,
+    overlap_heat,
+    training_figures,
+)
+from pipelines.reports.history import History, Record, head_of
+from pipelines.reports.numbers import (
+    calibration_errors,
+    flip_rows,
+    headline,
+    ledger_rows,
+    parameter_spans,
+    prediction_shares,
+    step_rows,
+    task_rows,
+    version_spans,
+    worst_confusions,
+)
+from pipelines.reports.weights import Movement
+from sdlora import metrics as measure
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+class Pictures(NamedTuple):
+    """The test images that the page shows."""
+
+    samples: list[Record]
+    """One record per task."""
+    flips: dict[str, list[Record]]
+    """Step → its surest negative flips."""
+
+
+def render_page(history: History, movement: Movement | None, pictures: Pictures) -> str:
+    """Fill the template; everything that a user could have named is escaped there."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["percent"] = lambda value: typeset(value, "{:.1f}\N{NO-BREAK SPACE}%")
+    environment.filters["count"] = "{:,}".format
+    environment.filters["points"] = lambda value: typeset(value, "{:+z.1f}").replace("+0.0", "0.0")
+    environment.filters["chance"] = chance
+    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    many = len(history.tasks) > MANY_TASKS
+    magnitudes, flips, bias = magnitude_figure(history), flip_figure(history), bias_figure(history)
+    return environment.get_template("report.html.j2").render(
+        history=history,
+        numbers=headline(history),
+        record=history.records[-1],
+        many=many,
+        ordered=len(history.tasks) > PALETTE,
+        script=Markup(script),
+        script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        matrix=accuracy_map(history, many),
+        accuracy={name: Markup(svg) for name, svg in accuracy_figures(history).items()},
+        tasks_table=task_rows(history),
+        bias=bias_rows(history),
+        bias_figure=Markup(bias) if bias else None,
+        bias_most=bias_heat(history).high,
+        confusions=worst_confusions(history),
+        flips=flip_rows(history),
+        flip_figure=Markup(flips) if flips else None,
+        flipped=pictures.flips,
+        earlier_flips={step: shown for step, shown in list(pictures.flips.items())[1:] if shown},
+        calibration={name: Markup(svg) for name, svg in calibration_figures(history).items()},
+        calibration_error=calibration_errors(history)[-1],
+        samples=pictures.samples,
+        magnitudes=Markup(magnitudes) if magnitudes else None,
+        magnitude_scale=magnitude_heat(history) if magnitudes and many else None,
+        movement=movement,
+        changes=movement and change_map(history, movement, many),
+        targets=movement and target_rows(history, movement),
+        overlaps=overlap_maps(movement) if movement and len(movement.tasks) > 1 else [],
+        training={name: Markup(svg) for name, svg in training_figures(history).items()},
+        steps=step_rows(history),
+        ledger=ledger_rows(history),
+        head=head_of(history),
+        parameters=parameter_spans(history),
+        versions=version_spans(history),
+    )
+
+
+def typeset(value: float | None, form: str) -> str:
+    """A fraction as a text in hundredths, with a true minus; nothing is a dash."""
+    return "\N{EN DASH}" if value is None else form.format(100 * value).replace("-", "\N{MINUS SIGN}")
+
+
+def chance(p: float) -> str:
+    """A p-value as a text."""
+    return "<\N{NO-BREAK SPACE}0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def accuracy_map(history: History, many: bool) -> Record:
+    """The accuracy matrix, with the accuracy on all tasks so far beside it."""
+    pooled = measure.accuracy_curve(history.accuracy, history.samples)
+    alt = "Accuracy of each task after each step"
+    table = heat_map(accuracy_heat(history), many, text="{:.1f}".format, scale="{:.0f} %".format, alt=alt)
+    return table | {"totals": [f"{100 * value:.1f}" for value in pooled]}
+
+
+def change_map(history: History, movement: Movement, many: bool) -> Record:
+    """The change of the weights by block and step."""
+    heat = change_heat(history, movement)
+    alt = "Change of the weights of each block at each step"
+    return heat_map(heat, many, text="{:.2f}".format, scale="{:.2f} %".format, alt=alt)
+
+
+def overlap_maps(movement: Movement) -> list[Record]:
+    """The overlap of tasks: of what their directions write, and of what they read."""
+    sides = (
+        ("column spaces", "What directions write", movement.columns, movement.chance_columns),
+        ("row spaces", "What directions read", movement.rows, movement.chance_rows),
+    )
+    return [
+        heat_map(
+            overlap_heat(movement, values),
+            len(movement.tasks) > MANY_TASKS,
+            text="{:.0f}".format,
+            scale="{:.0f} %".format,
+            alt=f"Overlap of the {spaces} of every two tasks",
+        )
+        | {"title": title, "spaces": spaces, "chance": by_chance}
+        for spaces, title, values, by_chance in sides
+    ]
+
+
+def heat_map(
+    heat: Heat, many: bool, *, text: Callable[[float], str], scale: Callable[[float], str], alt: str
+) -> Record:
+    """A map of fractions as cells with their numbers in percent, or, where there are too many cells, as a figure."""
+    from markupsafe import Markup
+
+    found: Record = {"low": scale(100 * heat.low), "high": scale(100 * heat.high), "totals": None}
+    if many:
+        return found | {"figure": Markup(draw_heat(heat, alt=alt))}
+    cells = [
+        [
+            None
+            if np.isnan(value)
+            else {"heat": round(100 * depth), "text": text(100 * value), "new": row == column}
+            for column, value, depth in zip(heat.columns, values.tolist(), depths.tolist(), strict=True)
+        ]
+        for row, values, depths in zip(heat.rows, heat.values, heat.depth, strict=True)
+    ]
+    return found | {
+        "figure": None,
+        "rows": list(zip(heat.rows, cells, strict=True)),
+        "columns": heat.columns,
+        "alt": alt,
+    }
+
+
+def bias_rows(history: History) -> list[Record]:
+    """Of each task: its share of the test images, and of the predictions of the last step."""
+    shares = prediction_shares(history)
+    return [
+        {"task": task, "actual": actual, "predicted": predicted}
+        for task, actual, predicted in zip(
+            history.tasks, shares.actual[-1].tolist(), shares.predicted[-1].tolist(), strict=True
+        )
+    ]
+
+
+def target_rows(history: History, movement: Movement) -> list[Record]:
+    """Of each target: its change at the last step, at the step that changed it most, and by all steps."""
+    return [
+        {
+            "target": target,
+            "last": float(movement.steps[-1, i]),
+            "most": float(movement.steps[:, i].max()),
+            "step": history.tasks[int(movement.steps[:, i].argmax())],
+            "total": float(movement.total[i]),
+        }
+        for i, target in enumerate(movement.targets)
+    ]

@@ -1,0 +1,177 @@
+"""The data of the plots that dvc.yaml names: one CSV file each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.reports.history import History
+from pipelines.reports.numbers import (
+    calibration_errors,
+    curves_over_steps,
+    flip_rows,
+    prediction_shares,
+    reliability,
+    rounded,
+)
+from pipelines.reports.weights import Movement, block_of
+
+Table = tuple[list[str], Iterable[Sequence[object]]]
+"""Names of the columns, and the rows."""
+
+
+def write_plots(folder: Path, history: History, movement: Movement | None) -> None:
+    """Write one CSV per plot: long form, fractions, tasks and steps by their ids."""
+    folder.mkdir()
+    tables = {
+        "accuracy": accuracy_table(history),
+        "steps": steps_table(history),
+        "bias": bias_table(history),
+        "magnitudes": magnitudes_table(history),
+        "changes": changes_table(history, movement),
+        "changes_by_block": changes_by_block_table(history, movement),
+        "overlap": overlap_table(movement),
+        "flips": flips_table(history),
+        "reliability": reliability_table(history),
+        "training": training_table(history),
+        "confusion": confusion_table(history),
+    }
+    for name, (header, rows) in tables.items():
+        write_csv(folder / f"{name}.csv", header, rows)
+
+
+def accuracy_table(history: History) -> Table:
+    """The accuracy of each step on each task."""
+    return ["after", "task", "accuracy"], over_matrix(history, history.accuracy)
+
+
+def steps_table(history: History) -> Table:
+    """Each metric after every step."""
+    over_steps = curves_over_steps(history) | {
+        "calibration_error": list(map(rounded, calibration_errors(history)))
+    }
+    return ["step", *over_steps], zip(history.tasks, *over_steps.values(), strict=True)
+
+
+def bias_table(history: History) -> Table:
+    """How often each step names each task, and how often it occurs."""
+    shares = prediction_shares(history)
+    pairs = zip(
+        over_matrix(history, shares.predicted),
+        over_matrix(history, shares.actual),
+        over_matrix(history, shares.predicted - shares.actual),
+        strict=True,
+    )
+    return (
+        ["after", "task", "predictions", "images", "difference"],
+        ([*predicted, actual[-1], difference[-1]] for predicted, actual, difference in pairs),
+    )
+
+
+def magnitudes_table(history: History) -> Table:
+    """The magnitudes of each step, over the targets."""
+    return (
+        ["step", "task", "mean", "lowest", "highest"],
+        (
+            [step, task, *map(rounded, (values[task].mean(), values[task].min(), values[task].max()))]
+            for step, values in zip(history.tasks, history.magnitudes, strict=True)
+            for task in sorted(values)
+        ),
+    )
+
+
+def changes_table(history: History, movement: Movement | None) -> Table:
+    """How far each step moved the weights of each target."""
+    header = ["step", "block", "target", "change"]
+    if movement is None:
+        return header, []
+    return header, (
+        [step, block_of(target), target, rounded(value, 9)]
+        for step, row in zip(history.tasks, movement.steps, strict=True)
+        for target, value in zip(movement.targets, row, strict=True)
+    )
+
+
+def changes_by_block_table(history: History, movement: Movement | None) -> Table:
+    """How far each step moved the adapted weights of each block."""
+    header = ["step", "block", "change"]
+    if movement is None:
+        return header, []
+    return header, (
+        [step, block, rounded(value, 9)]
+        for step, row in zip(history.tasks, movement.by_block, strict=True)
+        for block, value in zip(movement.blocks, row, strict=True)
+    )
+
+
+def overlap_table(movement: Movement | None) -> Table:
+    """What the directions of every two tasks have in common."""
+    header = ["task", "other", "columns", "rows"]
+    if movement is None:
+        return header, []
+    return header, (
+        [task, other, rounded(movement.columns[i, j]), rounded(movement.rows[i, j])]
+        for i, task in enumerate(movement.tasks)
+        for j, other in enumerate(movement.tasks)
+    )
+
+
+def flips_table(history: History) -> Table:
+    """What each step changed on the images of the tasks before it, each way in a row of its own."""
+    return (
+        ["step", "flip", "images", "of", "p"],
+        (
+            [row["step"], name, row[key], row["images"], rounded(row["p"])]
+            for row in flip_rows(history)
+            for name, key in (("right before, wrong now", "lost"), ("wrong before, right now", "gained"))
+        ),
+    )
+
+
+def reliability_table(history: History) -> Table:
+    """The test images of the last step by its confidence."""
+    return (
+        ["lowest", "highest", "images", "confidence", "accuracy"],
+        (
+            [rounded(each.lowest), rounded(each.highest), each.images, *map(rounded, each[3:])]
+            for each in reliability(history)
+        ),
+    )
+
+
+def training_table(history: History) -> Table:
+    """Loss and accuracy over the epochs of every fit."""
+    return (
+        ["task", "epoch", "loss", "accuracy"],
+        (
+            [task, int(row["epoch"]), rounded(row["loss"]), rounded(row["accuracy"])]
+            for task, curve in zip(history.tasks, history.curves, strict=True)
+            for row in curve
+        ),
+    )
+
+
+def confusion_table(history: History) -> Table:
+    """What every test image is, and what the last step takes it for."""
+    names = [entry["name"] for entry in history.classes]
+    found = history.predictions[-1]
+    pairs = zip(found.label.tolist(), found.prediction.tolist(), strict=True)
+    return ["actual", "predicted"], ([names[a], names[b]] for a, b in pairs)
+
+
+def over_matrix(history: History, values: np.ndarray) -> Iterator[list[object]]:
+    """Step, task and value of a (steps, tasks) matrix, of the tasks that each step knows."""
+    for i, after in enumerate(history.tasks):
+        for j, task in enumerate(history.tasks[: i + 1]):
+            yield [after, task, rounded(values[i, j])]
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file that is the same on every machine; None is an empty cell."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,116 @@
+"""Which test images a report shows, and what the models say of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipelines.errors import InputError
+from pipelines.reports.history import History, Record, needed
+from pipelines.thumbnails import data_uri
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGES_ON_THE_PAGE = 160
+TASKS_WITH_IMAGES = 20
+"""Of more tasks only those with the lowest accuracy show images."""
+
+FLIPS_OF_LAST_STEP = 12
+FLIPS_OF_EARLIER_STEP = 6
+FLIPS_ON_THE_PAGE = 60
+
+
+class Album:
+    """The test images of all tasks so far, each read when it is wanted."""
+
+    def __init__(self, artifacts: Path, history: History) -> None:
+        self._history = history
+        self._folder = artifacts / "split" / history.tasks[-1] / "test"
+        self._starts = np.cumsum([0, *history.samples])
+        self._tables: dict[int, pa.Table] = {}
+
+    def picture(self, step: int, row: int) -> Record:
+        """One test image, and what the model of a step says of it."""
+        history, found = self._history, self._history.predictions[step]
+        answer = int(found.prediction[row])
+        return {
+            "id": found.id[row].as_py(),
+            "uri": data_uri(self._bytes(row)),
+            "actual": history.classes[int(found.label[row])]["name"],
+            "predicted": history.classes[answer]["name"],
+            "confidence": float(found.confidence[row]),
+        }
+
+    def _bytes(self, row: int) -> bytes:
+        from pipelines.images import read_images
+
+        task = int(self._history.predictions[-1].task[row])
+        path = self._folder / f"{self._history.tasks[task]}.arrow"
+        if task not in self._tables:
+            self._tables[task] = read_images(needed(path))
+        table, place = self._tables[task], int(row - self._starts[task])
+        name = self._history.predictions[-1].id[row]
+        if place >= len(table) or not table.column("id")[place].equals(name):
+            raise InputError(f"{path}: {name} is not where its prediction says; run `sdlora run` first")
+        return table.column("image")[place].as_py()
+
+
+def sample_images(album: Album, history: History) -> list[Record]:
+    """Choose for each task some test images that the last model names right, and its surest mistakes."""
+    lowest = np.argsort(history.accuracy[-1], kind="stable")[:TASKS_WITH_IMAGES]
+    each = max(1, min(6, IMAGES_ON_THE_PAGE // (2 * len(lowest))))
+    found, last = history.predictions[-1], len(history.tasks) - 1
+    hit = found.right
+    chosen = []
+    for task in sorted(lowest.tolist()):
+        mine = surest(found.confidence, np.flatnonzero(found.task == task))
+        right, wrong = [row for row in mine if hit[row]], [row for row in mine if not hit[row]]
+        chosen.append(
+            {
+                "task": history.tasks[task],
+                "right": [album.picture(last, row) for row in one_of_each(right, found.label)[:each]],
+                "wrong": [album.picture(last, row) for row in wrong[:each]],
+                "right_count": len(right),
+                "wrong_count": len(wrong),
+            }
+        )
+    return chosen
+
+
+def flipped_images(album: Album, history: History) -> dict[str, list[Record]]:
+    """Step → images that it names wrong and the step before named right, the surest first; the last step first.
+
+    The pictures of earlier steps end where the page has enough of them.
+    """
+    left = FLIPS_ON_THE_PAGE
+    chosen: dict[str, list[Record]] = {}
+    for step in range(len(history.tasks) - 1, 0, -1):
+        before, now = history.predictions[step - 1], history.predictions[step]
+        old = len(before.label)
+        rows = surest(now.confidence, np.flatnonzero(before.right & ~now.right[:old]))
+        most = FLIPS_OF_LAST_STEP if not chosen else FLIPS_OF_EARLIER_STEP
+        rows = rows[: min(most, left)]
+        left -= len(rows)
+        chosen[history.tasks[step]] = [
+            album.picture(step, row) | {"confidence_before": float(before.confidence[row])} for row in rows
+        ]
+    return chosen
+
+
+def surest(confidence: np.ndarray, rows: np.ndarray) -> list[int]:
+    """Reorder rows by confidence, highest first; equally sure ones stay in order."""
+    return rows[np.argsort(-confidence[rows], kind="stable")].tolist()
+
+
+def one_of_each(rows: list[int], label: np.ndarray) -> list[int]:
+    """Reorder rows so that every class comes once before any comes twice; the order is kept otherwise."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for row in rows:
+        turns.append((seen[label[row]], row))
+        seen[label[row]] += 1
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])]

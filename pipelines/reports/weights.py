@@ -1,0 +1,160 @@
+"""How far every step moved the adapted weights, and what the directions of two tasks have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.reports.history import History, needed
+from sdlora.change import Pair, inner_products, overlaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Movement:
+    """What all steps did to the weights; the axis of targets is in the model's order."""
+
+    targets: list[str]
+    steps: np.ndarray
+    """(steps, targets): ‖ΔW_t − ΔW_{t−1}‖_F / ‖W₀‖_F, ΔW being what step t adds to the backbone; ΔW_0 = 0."""
+    total: np.ndarray
+    """(targets,): ‖ΔW_T‖_F / ‖W₀‖_F after the last step."""
+    base: np.ndarray
+    """(targets,): ‖W₀‖_F."""
+    tasks: list[str]
+    """Tasks that left a direction of their own."""
+    columns: np.ndarray
+    """(tasks, tasks): overlap of the column spaces (what a direction writes), mean over the targets."""
+    rows: np.ndarray
+    """(tasks, tasks): overlap of the row spaces (what a direction reads), mean over the targets."""
+    chance_columns: float
+    """The overlap of column spaces that directions of these ranks have by chance; NaN for a single one."""
+    chance_rows: float
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in the model's order."""
+        return list(dict.fromkeys(map(block_of, self.targets)))
+
+    @property
+    def by_block(self) -> np.ndarray:
+        """(steps, blocks): the same change of all adapted weights of a block, taken as one: √Σ‖·‖² / √Σ‖W₀‖²."""
+        mine = np.array([[block_of(target) == block for block in self.blocks] for target in self.targets])
+        squared = np.square(self.base)
+        return np.sqrt(np.square(self.steps) * squared @ mine / (squared @ mine))
+
+
+class Version(NamedTuple):
+    """One file of a direction; a frozen one is the same at every later step."""
+
+    task: str
+    path: Path
+
+
+def block_of(target: str) -> str:
+    """The block that a target is in: `blocks.3.attn.q` → `blocks.3`."""
+    found = re.match(r"(?:.*\.)?\d+(?=\.)", target)
+    return found[0] if found else target
+
+
+def read_movement(artifacts: Path, history: History) -> Movement | None:
+    """Compare the directions of all steps; None where no step has one, or t00 has no norms to measure against."""
+    norms = history.origin.get("norms", {})
+    targets = list(
+        dict.fromkeys(target for record in history.records for target in record.get("targets", []))
+    )
+    versions = find_versions(artifacts / "model", history)
+    if not versions or not all(target in norms for target in targets):
+        return None
+    files = list(dict.fromkeys(version for step in versions for version in step.values()))
+    own = [
+        files.index(step[task]) for task, step in zip(history.tasks, versions, strict=True) if task in step
+    ]
+    base = np.array([norms[target] for target in targets])
+    steps, total, columns, rows, chances = [], [], [], [], []
+    for place, target in enumerate(targets):
+        pairs = [read_pair(needed(file.path), target) for file in files]
+        gram = inner_products(pairs)
+        scales = coefficients(history, versions, files, target)
+        moved = np.diff(scales, axis=0, prepend=0)
+        steps.append(lengths(moved, gram) / base[place])
+        total.append(lengths(scales[-1:], gram)[0] / base[place])
+        mine = [pairs[index] for index in own]
+        columns.append(overlaps([pair.up for pair in mine]))
+        rows.append(overlaps([pair.down.T for pair in mine]))
+        chances.append(chance(mine))
+    return Movement(
+        targets=targets,
+        steps=np.stack(steps, axis=1),
+        total=np.array(total),
+        base=base,
+        tasks=[files[index].task for index in own],
+        columns=mean_of_known(columns),
+        rows=mean_of_known(rows),
+        chance_columns=float(np.mean([columns for columns, _ in chances])),
+        chance_rows=float(np.mean([rows for _, rows in chances])),
+    )
+
+
+def find_versions(models: Path, history: History) -> list[dict[str, Version]]:
+    """Of each step: task → the file of its direction, under the first step that has it; empty if no step has any.
+
+    Records name the hash of every file, so what is frozen is recognised, and read once.
+    """
+    first: dict[tuple[str, str], Version] = {}
+    steps = []
+    for step, record in zip(history.tasks, history.records, strict=True):
+        found = {}
+        for task in record.get("directions", []):
+            name = f"directions/{task}.safetensors"
+            version = Version(task, models / step / name)
+            found[task] = first.setdefault((task, record["files"][name]), version)
+        steps.append(found)
+    return steps if any(steps) else []
+
+
+def read_pair(path: Path, target: str) -> Pair:
+    """Read the direction at one target, in double precision."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return Pair(*(file.get_tensor(f"{target}.{side}").astype(np.float64) for side in ("up", "down")))
+
+
+def coefficients(
+    history: History, versions: Sequence[dict[str, Version]], files: Sequence[Version], target: str
+) -> np.ndarray:
+    """(steps, files): the magnitude of each direction at a target, 0 where a step does not hold it."""
+    scales = np.zeros((len(versions), len(files)))
+    place = {file: index for index, file in enumerate(files)}
+    for step, held in enumerate(versions):
+        index = history.records[step]["targets"].index(target) if held else 0
+        for task, version in held.items():
+            scales[step, place[version]] = history.magnitudes[step][task][index]
+    return scales
+
+
+def lengths(scales: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """(rows,): ‖Σ cᵢDᵢ‖_F of each row of coefficients, from the inner products of the directions."""
+    return np.sqrt(np.maximum(((scales @ gram) * scales).sum(axis=1), 0))
+
+
+def chance(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Overlap that random column and row spaces of these ranks have on average: larger rank / dimension."""
+    ranks = np.array([pair.down.shape[0] for pair in pairs])
+    larger = np.maximum.outer(ranks, ranks)[np.triu_indices(len(ranks), 1)]
+    if not larger.size:
+        return float("nan"), float("nan")
+    return float(larger.mean()) / pairs[0].up.shape[0], float(larger.mean()) / pairs[0].down.shape[1]
+
+
+def mean_of_known(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over matrices, cell by cell, of what is not NaN; NaN where all are."""
+    stacked = np.array(matrices)
+    known = (~np.isnan(stacked)).sum(axis=0)
+    summed = np.nansum(stacked, axis=0)
+    return np.divide(summed, known, out=np.full(summed.shape, np.nan), where=known > 0)
