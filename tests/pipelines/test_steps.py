@@ -341,7 +341,7 @@ class Hanging(LocalFileSystem):
 fsspec.register_implementation("hanging", Hanging)
 processes.GRACE_SECONDS = float(sys.argv[1])
 fit(
-    "t01", train=Path("split/t01/train.arrow"), classes=Path("split/t01/classes.json"),
+    "t01", train=Path("split/t01/train.json"), classes=Path("split/t01/classes.json"),
     before=Path("model/t00"), backbone=Path("model/t00"), out=Path("fit/stopped"),
 )
 """
