@@ -88,7 +88,7 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
                 "images": {**record.get("images", {}), task: described["split"]["images"]},
                 "split": described["split"],
                 "code": {"fit": described["code"], "freeze": code_hash("freeze")},
-                "versions": {"fit": described["versions"], "freeze": library_versions()},
+                "versions": library_versions(),
                 "determinism": "algorithms" if params.training.deterministic else "none",
                 "metrics": last_epoch(fit),
                 "rank": max(

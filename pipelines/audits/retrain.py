@@ -110,7 +110,7 @@ def _compare(project: Path, place: Place, path: Path) -> None:
 def _because(folder: Path) -> str:
     """Which libraries are other ones than those that made a fit or a step."""
     record = read_json(folder / ("fit.json" if (folder / "fit.json").is_file() else "step.json"))
-    versions = record["versions"].get("fit", record["versions"])
+    versions = record["versions"]
     here = library_versions()
     others = [
         f"{name} {versions.get(name)}, here {version}"

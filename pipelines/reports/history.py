@@ -65,14 +65,18 @@ class History:
     """Of each step: its step.json."""
     hashes: list[str]
     """SHA-256 of the records, that of t00 before those of the tasks."""
+    verdicts: list[Record]
+    """The verdict of t00, then of each step: what its gate measured, and the second half of the ledger."""
+    verdict_hashes: list[str]
+    """SHA-256 of the verdicts."""
     backbone: str
     predictions: list[Predictions]
     """Of each step: of the test images of all tasks so far."""
 
 
 def head_of(history: History) -> str:
-    """The hash that stands for the whole chain: that of the last record."""
-    return history.hashes[-1]
+    """The hash that stands for the whole chain: that of the last verdict, which holds that of the last record."""
+    return history.verdict_hashes[-1]
 
 
 def read_history(artifacts: Path, tasks: list[str]) -> History:
@@ -83,6 +87,7 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
     rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
     steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
     origin, *records = [read_json(step) for step in steps]
+    verdicts = [needed(artifacts / "gate" / task / "verdict.json") for task in ("t00", *tasks)]
     counts = [read_json(needed(artifacts / "split" / task / "split.json"))["counts"] for task in tasks]
     last = tasks[-1]
     return History(
@@ -100,6 +105,8 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         origin=origin,
         records=records,
         hashes=[sha256_of(step) for step in steps],
+        verdicts=[read_json(verdict) for verdict in verdicts],
+        verdict_hashes=[sha256_of(verdict) for verdict in verdicts],
         backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
         predictions=read_all_predictions(artifacts / "evaluation", tasks, evaluations),
     )

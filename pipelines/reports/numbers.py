@@ -162,7 +162,7 @@ def step_rows(history: History) -> list[Record]:
 
 
 def ledger_rows(history: History) -> list[Record]:
-    """One record per step from t00 on: the hashes that its record holds, and whether it follows the one before."""
+    """One row per step from t00 on: hashes of its record and its verdict, and whether both follow those before."""
     rows = []
     records = [history.origin, *history.records]
     for i, (step, record) in enumerate(zip(("t00", *history.tasks), records, strict=True)):
@@ -171,13 +171,46 @@ def ledger_rows(history: History) -> list[Record]:
             {
                 "step": step,
                 "hash": history.hashes[i],
-                "follows": record.get("previous") == (history.hashes[i - 1] if i else None),
+                "verdict": history.verdict_hashes[i],
+                "follows": follows(history, i),
                 "split": record.get("split", {}).get("digest"),
                 "fit": code.get("fit"),
                 "freeze": code.get("freeze"),
             }
         )
     return rows
+
+
+def follows(history: History, i: int) -> bool:
+    """Whether the record and the verdict of step i hold the hashes of those before, and the verdict the record's."""
+    record, verdict = (history.origin, *history.records)[i], history.verdicts[i]
+    if not i:
+        return record.get("previous") is None and verdict.get("previous") is None
+    return (
+        record.get("previous") == history.hashes[i - 1]
+        and verdict.get("previous") == history.verdict_hashes[i - 1]
+        and verdict.get("record") == history.hashes[i]
+    )
+
+
+def gate_rows(history: History) -> list[Record]:
+    """One row per step: what its gate measured, each with its limit, and who let it through although it broke one."""
+    return [
+        {
+            "step": step,
+            "cells": [
+                {"value": value, "limit": verdict["limits"][name]}
+                for name, value in ((name, verdict["measured"][name]) for name in GATE)
+            ],
+            "broken": verdict["broken"],
+            "approved": verdict["approved"],
+        }
+        for step, verdict in zip(history.tasks, history.verdicts[1:], strict=True)
+    ]
+
+
+GATE = ("fall", "negative_flips", "calibration_error", "new_task")
+"""What a gate measures, in the order of the page."""
 
 
 class Span(NamedTuple):

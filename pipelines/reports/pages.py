@@ -31,6 +31,7 @@ from pipelines.reports.history import History, Record, head_of
 from pipelines.reports.numbers import (
     calibration_errors,
     flip_rows,
+    gate_rows,
     headline,
     ledger_rows,
     parameter_spans,
@@ -106,6 +107,7 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         training={name: Markup(svg) for name, svg in training_figures(history).items()},
         steps=step_rows(history),
         ledger=ledger_rows(history),
+        gate=gate_rows(history),
         head=head_of(history),
         parameters=parameter_spans(history),
         versions=version_spans(history),

@@ -69,6 +69,7 @@ def write_project(
     dump(artifacts / "model/t00/backbone.json", {"name": "glyph_vit"})
     dump(artifacts / "model/t00/step.json", {"step": "t00", "previous": None, "norms": NORMS})
     previous = sha256(artifacts / "model/t00/step.json")
+    dump(artifacts / "gate/t00/verdict.json", {"step": "t00", "previous": None})
     directions: dict[str, str] = {}
     for i, task in enumerate(tasks):
         mine = [{"label": len(known) + j, "name": name, "task": task} for j, name in enumerate(classes[task])]
@@ -125,6 +126,7 @@ def write_project(
         }
         dump(model / "step.json", record)
         previous = sha256(model / "step.json")
+        dump(artifacts / f"gate/{task}/verdict.json", a_verdict(artifacts, task, f"t{i:02d}"))
         curve = [
             f"{10 * epoch},{epoch},{1.2 * left + 0.02 * i:.6f},{1 - 0.6 * left - 0.01 * i:.6f},0.01\n"
             for epoch, left in ((epoch, 0.5**epoch) for epoch in range(1, 5))
@@ -148,6 +150,25 @@ def a_direction(rng: np.random.Generator, *, rank: int) -> dict[str, np.ndarray]
 def sha256(path: Path) -> str:
     """The hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def a_verdict(artifacts: Path, task: str, before: str) -> dict[str, object]:
+    """A verdict that lets the second step through although it broke a limit."""
+    late = task == "t02"
+    return {
+        "step": task,
+        "previous": sha256(artifacts / f"gate/{before}/verdict.json"),
+        "record": sha256(artifacts / f"model/{task}/step.json"),
+        "measured": {
+            "fall": 0.125 if late else None,
+            "negative_flips": 0.0,
+            "calibration_error": 0.034,
+            "new_task": 0.9,
+        },
+        "limits": {"fall": 0.1, "negative_flips": None, "calibration_error": None, "new_task": None},
+        "broken": ["made an old task fall"] if late else [],
+        "approved": {"by": "Ana <b>", "why": "a new camera"} if late else None,
+    }
 
 
 def write_evaluation(
@@ -366,7 +387,7 @@ def test_only_the_script_that_sorts_tables_may_run(finished: Path) -> None:
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{allowed}'\"" in html
     tables = [attributes for tag, attributes in read_page(finished).tags if tag == "table"]
-    assert sum("rows" in (attributes.get("class") or "") for attributes in tables) == 8
+    assert sum("rows" in (attributes.get("class") or "") for attributes in tables) == 9
     assert "<button" not in html, "without script a heading is no button"
 
 
@@ -376,9 +397,12 @@ def test_the_page_shows_the_figures_and_the_ledger(finished: Path) -> None:
     assert all(attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg")
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     assert not re.search(r"#f[ed]00", str(page.tags)), "a colour that stands for a role is left in a figure"
-    last = hashlib.sha256((finished / "artifacts/model/t03/step.json").read_bytes()).hexdigest()
-    assert any(attributes.get("title") == last for _, attributes in page.tags)
-    assert last[:12] in page.text
+    for file in ("model/t03/step.json", "gate/t03/verdict.json"):
+        last = hashlib.sha256((finished / "artifacts" / file).read_bytes()).hexdigest()
+        assert any(attributes.get("title") == last for _, attributes in page.tags)
+        assert last[:12] in page.text
+    assert "let through by Ana <b>: a new camera" in " ".join(page.text.split())
+    assert "12.5 (limit 10.0)" in " ".join(page.text.split())
 
 
 def test_the_page_has_no_id_twice(finished: Path) -> None:
@@ -488,6 +512,7 @@ def test_a_stale_folder_of_a_task_that_is_gone_is_left_alone(
         "model/t02/directions/t02.safetensors",
         "model/t01/step.json",
         "model/t00/backbone.json",
+        "gate/t02/verdict.json",
         "fit/t02/curve.csv",
         "split/t03/classes.json",
         "split/t03/test/t01.arrow",
@@ -558,11 +583,14 @@ def test_records_of_an_older_release_are_shown_without_what_they_lack(
 def test_a_broken_chain_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_project(tmp_path)
     run_report(folder, monkeypatch)
-    assert "every record holds the hash of the one before" in read_page(folder).text
-    path = folder / "artifacts/model/t01/step.json"
-    dump(path, json.loads(path.read_text()) | {"rank": 11})
-    run_report(folder, monkeypatch)
-    assert "broken at t02" in read_page(folder).text
+    assert "every record and every verdict holds the hashes of those before" in read_page(folder).text
+    for name, broken in (("model/t01/step.json", "t01, t02"), ("gate/t02/verdict.json", "t03")):
+        path = folder / "artifacts" / name
+        text = path.read_text()
+        dump(path, json.loads(text) | {"seed": 11})
+        run_report(folder, monkeypatch)
+        assert f"broken at {broken}" in read_page(folder).text
+        path.write_text(text)
 
 
 def test_the_report_needs_neither_torch_nor_timm(unreported: Path) -> None:

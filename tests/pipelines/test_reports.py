@@ -253,8 +253,8 @@ def test_parameters_and_versions_name_the_steps_where_they_differ(history: Histo
     assert versions["determinism"] == [("", "bitwise on one machine")]
 
 
-def test_the_head_is_the_hash_of_the_last_record(project: Path, history: History) -> None:
-    assert head_of(history) == sha256(project / "artifacts/model/t03/step.json")
+def test_the_head_is_the_hash_of_the_last_verdict(project: Path, history: History) -> None:
+    assert head_of(history) == sha256(project / "artifacts/gate/t03/verdict.json")
     page = (project / "artifacts/report/report.html").read_text(encoding="utf-8")
     assert page.count(head_of(history)) >= 3
 
