@@ -182,6 +182,25 @@ def approve(
         typer.echo(line)
 
 
+@app.command()
+def retire(
+    task: Annotated[str, typer.Argument(help="Task whose step is done, such as t01.")],
+    by: Annotated[str | None, typer.Option(help="Who has it deleted.")] = None,
+    why: Annotated[str | None, typer.Option(help="The reason, for those who audit it later.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Say what would go, and stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a task's images for good; its model stays, and a receipt.
+
+    Raw images and packed training images go from the project, DVC's cache and every DVC remote. Packed test images
+    stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
+    """
+    require_project()
+    from pipelines.retire import retire as work
+
+    raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
+
+
 @audit.command("verify")
 def audit_verify(
     signers: Annotated[
@@ -352,9 +371,10 @@ def fetch(
     name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`, such as digits or cifar100.")],
     out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
 ) -> None:
-    """Write a known data set as image files; its archives are kept in .sdlora/downloads/NAME.
+    """Write a known data set as image files.
 
-    A download that was cut off goes on where it was. Without a network put the archives there yourself.
+    Its archives are kept in .sdlora/downloads/NAME. A download that was cut off goes on where it was. Without a network
+    put the archives there yourself.
     """
     require_project()
     from pipelines.fetch import fetch as stage

@@ -13,6 +13,7 @@ from pipelines.params import Params
 from pipelines.processes import TERMINATED, stop_asked
 from pipelines.progress import Progress
 from pipelines.provenance import code_hash, library_versions
+from pipelines.receipts import given_back
 from pipelines.stage import Summary, say, stage
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
     from sdlora.fit_folder import write_fit
 
     params = Params.load()
+    given = given_back("fit", task, params, out)
+    if given is not None:
+        return given
     set_deterministic(params.training.deterministic)
     device = best_device()
     learner = _prepare(task, train=train, classes=classes, before=before, backbone=backbone, device=device)

@@ -9,6 +9,7 @@ from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import decode, read_images, training_images
 from pipelines.params import Params
 from pipelines.provenance import code_hash, library_versions
+from pipelines.receipts import given_back
 from pipelines.stage import Summary, stage
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
     from sdlora.seeding import generator_for
 
     params = Params.load()
+    given = given_back("freeze", task, params, out)
+    if given is not None:
+        return given
     adapter = params.adapter
     set_deterministic(params.training.deterministic)
     described = read_json(fit / "fit.json")

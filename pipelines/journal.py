@@ -16,6 +16,8 @@ from pipelines.files import sha256_of, write_json
 from pipelines.stage import Summary, say
 
 JOURNAL = Path("ledger/journal")
+GIVEN_BACK = "given back"
+"""In a summary, that the stage computed nothing: what it cost is what it cost then."""
 RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json")
 """The one file of a stage's output that stands for all of it."""
 
@@ -25,6 +27,8 @@ def keep(label: str, arguments: Mapping[str, str | Path], summary: Summary, *, s
 
     It is of the last time that the stage was computed here; what came from a cache was computed elsewhere.
     """
+    if any(GIVEN_BACK in row for row in summary):
+        return
     out = Path(arguments["out"])
     try:
         write_json(

@@ -34,6 +34,8 @@ HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
 MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
+RETIRED = "ledger/retired"
+"""Where the receipts of tasks are whose images were deleted: in it, the folder of a task is its source from then on."""
 
 
 class Section(BaseModel):
@@ -301,6 +303,11 @@ class Task(Section):
     classes: Annotated[tuple[str, ...], Field(strict=False)]
     """its classes, in the order of their labels"""
 
+    @property
+    def retired(self) -> bool:
+        """Whether its images were deleted: then its source is its receipt."""
+        return self.source.startswith(f"{RETIRED}/")
+
 
 class Params(Section):
     """Every choice of a run."""
@@ -409,6 +416,8 @@ def class_name_fault(name: str) -> str | None:
 
 def missing_source(source: str | Path) -> str:
     """What to do about a source folder that is not there."""
+    if str(source).startswith(f"{RETIRED}/"):
+        return "it holds the receipt of deleted images; restore it from version control"
     folder, name = posixpath.split(posixpath.normpath(str(source)))
     if folder == "data/raw" and name in Fetch.names():
         return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
@@ -570,6 +579,11 @@ def _task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
             yield f"{where}.after: found {_show(task.after)}, expected {before}; {rule}"
         if fault := _source_fault(task.source):
             yield f"{where}.source: {_show(task.source)} {fault}"
+        if task.retired and (task.source, task.manifest) != (f"{RETIRED}/{key}", None):
+            yield (
+                f"{where}.source: {_show(task.source)} is where receipts of deleted images are, expected "
+                f"{RETIRED}/{key} and no manifest; put back what `sdlora retire` wrote"
+            )
         if task.manifest is not None and not re.fullmatch(MANIFEST, task.manifest):
             yield (
                 f"{where}.manifest: found {_show(task.manifest)}, expected the name of a .csv, .jsonl or .parquet file"

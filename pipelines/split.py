@@ -31,6 +31,7 @@ from pipelines.pictures import (
     refuse_unreadable,
     same_pictures,
 )
+from pipelines.receipts import given_back
 from pipelines.sources import PARTS, Found, refuse, task_images
 from pipelines.stage import say, stage
 
@@ -72,10 +73,15 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
     may repeat train, and test may repeat test. Copies within one class of one part
     are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
     nearly, by a perceptual hash, pictures of validation or test.
+
+    Of a task whose images were deleted (`sdlora retire`) it gives back what it left, without the training images.
     """
     params = Params.load()
     if task not in params.tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(params.tasks)}")
+    given = given_back("split", task, params, out)
+    if given is not None:
+        return given
     names, data = params.tasks[task].classes, params.data
     earlier = read_json(before / "classes.json")
     refuse_known_classes(task, names, earlier["classes"])

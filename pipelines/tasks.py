@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,35 @@ def with_line(text: str, key: str, task: Task) -> str:
         + end
         + text[position:]
     )
+
+
+def with_task(text: str, key: str, task: Task) -> str:
+    """The text with the entry of a task that it has replaced by one line."""
+    nodes = block_nodes(text, "tasks")
+    assert nodes is not None
+    start, end = next(
+        (name.start_mark.index, last_index(name, value))
+        for name, value in nodes[1].value
+        if name.value == key
+    )
+    return text[:start] + task_line(key, task) + text[end:]
+
+
+def without_fetch(text: str, names: Collection[str]) -> str:
+    """The text with data sets taken out of its `fetch` block; what is left of the block is written anew."""
+    nodes = block_nodes(text, "fetch")
+    assert nodes is not None
+    key, value = nodes
+    held = read_yaml(text, origin="params.yaml")["fetch"]
+    lines = [
+        f"{name}: {json.dumps(entry, ensure_ascii=False)}"
+        for name, entry in held.items()
+        if name not in names
+    ]
+    if lines:
+        return with_lines(text, "fetch", lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[line_end(text, last_index(key, value)) :]
 
 
 def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:

@@ -28,7 +28,10 @@ def show_verification(*, as_json: bool, signers: Path | None, again: list[str]) 
     for finding in verify():
         findings.append(finding)
         fault, where = finding.fault, finding.step
-        say(f"{finding.step:6}  {fault or f'holds  {finding.files} files  {finding.record[:12]}'.rstrip()}")
+        state = fault or f"holds  {finding.files} files  {finding.record[:12]}".rstrip()
+        if finding.receipt:
+            state += f"  retired (receipt {finding.receipt[:12]})"
+        say(f"{finding.step:6}  {state}")
     heads = {finding.step: finding.record for finding in findings if finding.record}
     try:
         if not fault:

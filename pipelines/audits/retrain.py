@@ -15,6 +15,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.params import Params, read_text, read_yaml
 from pipelines.provenance import library_versions
+from pipelines.receipts import receipt_of
 
 
 def retrain(step: str) -> float:
@@ -26,6 +27,11 @@ def retrain(step: str) -> float:
     params = Params.load()
     if step not in params.tasks:
         raise InputError(f"--retrain {step}: there is no such task; known are {', '.join(params.tasks)}")
+    if params.tasks[step].retired:
+        raise InputError(
+            f"--retrain {step}: its images were deleted ({receipt_of(step)}), so it cannot be learned again; choose "
+            "another step"
+        )
     if not params.training.deterministic:
         raise InputError(
             "--retrain: training.deterministic is false in params.yaml, so no two fits are alike"

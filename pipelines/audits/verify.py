@@ -22,6 +22,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
 from pipelines.images import SampleRow, digest_of, read_images
 from pipelines.params import Gate, Params
+from pipelines.receipts import read_receipts, receipt_of
 from pipelines.verdicts import broken, measure
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Finding(NamedTuple):
     """The hash of its verdict, which holds that of its record and of the verdict before; empty where there is none."""
     fault: str | None
     """The first thing that does not hold: the file, and what is wrong with it."""
+    receipt: str = ""
+    """The hash of the receipt of its deleted images; empty where they are there."""
 
 
 def verify() -> Iterator[Finding]:
@@ -53,17 +56,18 @@ def verify() -> Iterator[Finding]:
         place = Place(lock, Path(scratch))
         before: Path | None = None
         for step in ("t00", *params.tasks):
+            retired = step in params.tasks and params.tasks[step].retired
             try:
                 files, model = verify_step(place, step, before)
+                receipt = check_receipt(place, step, retired=retired)
             except FaultError as fault:
                 yield Finding(step, 0, "", str(fault))
                 return
             except InputError as fault:  # a file that is damaged names itself
                 yield Finding(step, 0, "", str(fault))
                 return
-            yield Finding(
-                step, files, sha256_of(place.find(ARTIFACTS / "gate" / step) / "verdict.json"), None
-            )
+            head = sha256_of(place.find(ARTIFACTS / "gate" / step) / "verdict.json")
+            yield Finding(step, files, head, None, receipt)
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
@@ -128,7 +132,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     described = read_json(train.with_suffix(".json"))
     if described != record["split"]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/train.json: not what the ledger says of the images")
-    if sha256_of(train) != record["images"][step]:
+    if train.exists() and sha256_of(train) != record["images"][step]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/train.arrow: not the images that the ledger names")
     check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
 
@@ -154,6 +158,8 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
     for name in ("train.arrow", f"test/{step}.arrow"):
+        if not (split / name).exists() and name == "train.arrow":  # `check_receipt` asks why
+            continue
         table = read_images(split / name)
         for row in range(len(table)):
             data = table["image"][row].as_buffer()
@@ -161,7 +167,7 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
                 raise FaultError(
                     f"{ARTIFACTS / 'split' / step / name}: {table['id'][row]} is not the picture of its hash"
                 )
-    trained = set(read_images(split / "train.arrow")["pixels"].to_pylist())
+    trained = {row.pixels for row in rows if row.split == "train"}
     for path in sorted([*(split / "test").glob("*.arrow"), *(split / "validation").glob("*.arrow")]):
         if not trained.isdisjoint(read_images(path)["pixels"].to_pylist()):
             raise FaultError(
@@ -173,6 +179,47 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
             raise FaultError(
                 f"{ARTIFACTS / 'split' / step / path.parent.name / path.name}: not that of the step before"
             )
+
+
+def check_receipt(place: Place, step: str, *, retired: bool) -> str:
+    """The training images are there, or a receipt names just these; return its hash.
+
+    Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
+    """
+    path, train = receipt_of(step), ARTIFACTS / "split" / step / "train.arrow"
+    if step == "t00":
+        return ""
+    there = (place.find(train.parent) / train.name).exists()
+    if not retired:
+        if path.exists():
+            raise FaultError(f"{path}: {step} is not retired to the end; run `sdlora retire {step}` again")
+        if not there:
+            raise FaultError(f"{train}: it is missing, and no receipt says that it was deleted")
+        return ""
+    receipt = read_receipts().get(step)
+    if receipt is None:
+        raise FaultError(f"{path}: the receipt is missing; restore it from version control")
+    if there:
+        raise FaultError(f"{train}: {path} says that it was deleted; run `sdlora retire {step}` again")
+    split, model = place.find(train.parent), place.find(ARTIFACTS / "model" / step)
+    record = read_json(model / "step.json")
+    samples = read_images(split / f"samples/{step}.arrow").to_pylist()
+    expected = {
+        "train": (receipt.train.path, receipt.train.sha256) == (train.as_posix(), record["images"][step]),
+        "record": receipt.record == sha256_of(model / "step.json"),
+        "classes": list(receipt.classes) == [its["name"] for its in record["classes"] if its["task"] == step],
+        "images": [(image.id, image.sha256) for image in receipt.images]
+        == [(row["id"], row["sha256"]) for row in samples if row["split"] == "train"],
+        "stages": all(
+            folder_md5(kept.files) == place.lock.outs.get(kept.out) for kept in receipt.stages.values()
+        ),
+    }
+    for name, holds in expected.items():
+        if not holds:
+            raise FaultError(f"{path}: its {name} is not what follows from the files")
+    if place.lock.deps[f"split@{step}"].get(path.parent.as_posix()) != folder_md5({path.name: md5_of(path)}):
+        raise FaultError(f"{path}: its bytes are not those of {LOCK}")
+    return sha256_of(path)
 
 
 def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:

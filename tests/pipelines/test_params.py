@@ -303,6 +303,12 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-source-outside-the-project",
         ),
         pytest.param(
+            "source: data/raw/own", "source: ledger/retired/t01",
+            'tasks.t03.source: "ledger/retired/t01" is where receipts of deleted images are, expected'
+            " ledger/retired/t03 and no manifest; put back what `sdlora retire` wrote",
+            id="the-receipt-of-another-task",
+        ),
+        pytest.param(
             "source: data/raw/own", 'source: "data/raw; rm x"',
             'tasks.t03.source: "data/raw; rm x" has characters that a command line would not leave alone;'
             " use letters, digits and . _ - + @ % =",

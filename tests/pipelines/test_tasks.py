@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.params import Params
-from pipelines.tasks import add_task, plan, task_sizes
+from pipelines.params import Params, Task
+from pipelines.tasks import add_task, plan, task_sizes, with_task, without_fetch
 
 SHIPPED = Path(__file__).parents[2] / "params.yaml"
 
@@ -361,3 +361,45 @@ def test_nothing_is_added_to_a_file_that_is_broken() -> None:
 
     with pytest.raises(InputError, match=r"params.yaml: training.epochs: expected a whole number"):
         add_task("data/raw/own")
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (
+            "tasks:\n  t01: {after: t00, source: a/b, classes: [x]}  # first\n"
+            "  t02: {after: t01, source: a/b, classes: [y]}\n",
+            'tasks:\n  t01: {after: t00, source: c/d, classes: ["x"]}  # first\n'
+            "  t02: {after: t01, source: a/b, classes: [y]}\n",
+        ),
+        (
+            "tasks:\n  t01:\n    after: t00\n    source: a/b\n    classes: [x]\n# end\n",
+            'tasks:\n  t01: {after: t00, source: c/d, classes: ["x"]}\n# end\n',
+        ),
+        (
+            "tasks: {t01: {after: t00, source: a/b, classes: [x]}, t02: {after: t01, source: a/b, classes: [y]}}\n",
+            'tasks: {t01: {after: t00, source: c/d, classes: ["x"]}, '
+            "t02: {after: t01, source: a/b, classes: [y]}}\n",
+        ),
+    ],
+    ids=["lines", "block", "flow"],
+)
+def test_a_task_is_replaced_where_it_stands(block: str, expected: str) -> None:
+    task = Task(after="t00", source="c/d", classes=("x",))
+    assert with_task("seed: 1\n" + block, "t01", task) == "seed: 1\n" + expected
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("fetch:\n  digits: {seed: 0}  # share\n\ndata: 1\n", "fetch: {}\n\ndata: 1\n"),
+        ("fetch: {digits: {seed: 0}}\ndata: 1\n", "fetch: {}\ndata: 1\n"),
+        (
+            "fetch:\n  mnist: {}\n  digits:\n    seed: 0\n  imagenet-r: {split: coda-prompt}\ndata: 1\n",
+            'fetch:\n  mnist: {}\n  imagenet-r: {"split": "coda-prompt"}\ndata: 1\n',
+        ),
+    ],
+    ids=["lines", "flow", "among-others"],
+)
+def test_a_data_set_is_taken_out_of_fetch(block: str, expected: str) -> None:
+    assert without_fetch("# top\n" + block, ["digits"]) == "# top\n" + expected
