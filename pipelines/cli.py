@@ -182,6 +182,20 @@ def approve(
         typer.echo(line)
 
 
+@app.command()
+def deploy() -> None:
+    """Have a Prefect server run the chain on GPU workers.
+
+    On the server of PREFECT_API_URL it makes or renews what `workers` in params.yaml describes: work pool, deployment,
+    schedule, and the rules that start again what has died.
+    """
+    require_project()
+    from pipelines.deploy import deploy as make
+
+    for line in make():
+        typer.echo(line)
+
+
 @audit.command("verify")
 def audit_verify(
     signers: Annotated[
