@@ -156,7 +156,10 @@ def add_task(
         typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
     ] = None,
 ) -> None:
-    """Append a task for new classes to params.yaml; `sdlora run` then trains that task only."""
+    """Append a task for new classes to params.yaml.
+
+    `sdlora run` then trains that task only.
+    """
     require_project()
     from pipelines import tasks as edit
 
@@ -366,9 +369,10 @@ def fetch(
     name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`, such as digits or cifar100.")],
     out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
 ) -> None:
-    """Write a known data set as image files; its archives are kept in .sdlora/downloads/NAME.
+    """Write a known data set as image files.
 
-    A download that was cut off goes on where it was. Without a network put the archives there yourself.
+    Its archives are kept in .sdlora/downloads/NAME. A download that was cut off goes on where it was. Without a
+    network put the archives there yourself.
     """
     require_project()
     from pipelines.fetch import fetch as stage
