@@ -156,7 +156,10 @@ def add_task(
         typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
     ] = None,
 ) -> None:
-    """Append a task for new classes to params.yaml; `sdlora run` then trains that task only."""
+    """Append a task for new classes to params.yaml.
+
+    `sdlora run` then trains that task only.
+    """
     require_project()
     from pipelines import tasks as edit
 
@@ -199,6 +202,20 @@ def retire(
     from pipelines.retire import retire as work
 
     raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
+
+
+@app.command()
+def deploy() -> None:
+    """Have a Prefect server run the chain on GPU workers.
+
+    On the server of PREFECT_API_URL it makes or renews what `workers` in params.yaml describes: work pool, deployment,
+    schedule, and the rules that start again what has died.
+    """
+    require_project()
+    from pipelines.deploy import deploy as make
+
+    for line in make():
+        typer.echo(line)
 
 
 @audit.command("verify")

@@ -291,6 +291,27 @@ class Approval(Section):
     """hash of the metrics that were looked at: it holds for no others"""
 
 
+class Workers(Section):
+    """How `sdlora deploy` sets machines to work; no stage reads it."""
+
+    pool: Text
+    """Prefect work pool whose workers run the chain"""
+    schedule: Annotated[str, Field(pattern=r"^\S+( +\S+){4}$")] | None
+    """cron line (UTC) by which they do so unasked; null is on request or on new images only"""
+    inbox: Text
+    """folder inside the project that images of new tasks arrive in"""
+    branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./+-]*$")] | None
+    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none"""
+    push: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")] | None
+    """Git remote that the branch is taken from and pushed to; null keeps it here"""
+    heartbeat_seconds: Annotated[int, Field(ge=30)]
+    """seconds between two signs of life of a run; Prefect takes 30 and more"""
+    dead_after_seconds: Annotated[int, Field(ge=30)]
+    """seconds without one after which a run is marked crashed and started again"""
+    attempts: Count
+    """how many times in a row a run may end without any progress before it has failed"""
+
+
 class Task(Section):
     """A set of classes that arrives together."""
 
@@ -330,6 +351,8 @@ class Params(Section):
     """what a step must keep before the next one is learned"""
     approvals: Mapping[str, Approval]
     """steps that a person let through all the same; {} for none"""
+    workers: Workers
+    """machines that run the chain unattended"""
     tasks: Mapping[str, Task]
     """the tasks in order of arrival"""
 
@@ -355,6 +378,7 @@ class Params(Section):
                     *_adapter_faults(params.adapter),
                     *_task_faults(params.tasks),
                     *_approval_faults(params.approvals, params.tasks),
+                    *_worker_faults(params.workers),
                 ]
                 if not faults:
                     return params
@@ -474,6 +498,13 @@ def _type_fault(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, w
             )
         case "string_pattern_mismatch" if error["loc"][-1] == "sha256":
             return f"expected 64 hexadecimal digits, found {found}; write what `sha256sum` prints of the file"
+        case "string_pattern_mismatch" if error["loc"][-1] == "schedule":
+            return (
+                f"expected a cron line, found {found}; write minute, hour, day, month and weekday,"
+                ' such as "0 3 * * *"'
+            )
+        case "string_pattern_mismatch" if error["loc"][0] == "workers":
+            return f"expected a name as Git has them, found {found}; use letters, digits and . _ - + /"
         case "string_pattern_mismatch":
             return f"expected the path of a .safetensors file, found {found}; other formats are not loaded"
         case "too_short":
@@ -606,6 +637,19 @@ def _approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task
     for key in approvals:
         if key not in tasks:
             yield f"approvals.{_show_key(key)}: there is no such task; known are {', '.join(tasks)}"
+
+
+def _worker_faults(workers: Workers) -> Iterator[str]:
+    """An inbox inside the project, and times and places that go together."""
+    if fault := _source_fault(workers.inbox):
+        yield f"workers.inbox: {_show(workers.inbox)} {fault}"
+    if workers.push and not workers.branch:
+        yield "workers.branch: found nothing (null), but workers.push names where to push it; name a branch"
+    if workers.dead_after_seconds < 2 * workers.heartbeat_seconds:
+        yield (
+            f"workers.dead_after_seconds: found {workers.dead_after_seconds}, expected at least"
+            f" {2 * workers.heartbeat_seconds}, two heartbeats: one may be late"
+        )
 
 
 def _source_fault(source: str) -> str | None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.params import Params, missing_source
 from pipelines.processes import die_with, end_group, environment
+from pipelines.reconcile import close_dead_runs
 from pipelines.server import prefect_server
 from pipelines.stage import (
     ERROR_FILE,
@@ -72,7 +73,10 @@ class Plan:
     """Stage → why it must run; empty if it need not, as far as its inputs are what they will be."""
     made: set[str]
     """Stages that have been run at some time."""
-    outs: set[str] = field(repr=False, default_factory=set)
+    outs: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
+    """Stage → what it leaves."""
+    deps: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
+    """Stage → what it reads."""
     remote: bool = False
 
     def stale(self) -> list[str]:
@@ -84,22 +88,63 @@ class Plan:
         return [name for name in self.order if name in found]
 
 
-def read_plan(tasks: Iterable[str]) -> Plan:
-    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing."""
+def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
+    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
+
+    With `lean`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in the remote.
+    """
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 
         with contextlib.closing(Repo()) as repo, lock_repo(repo):
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)
+            remote = bool(repo.config["core"].get("remote"))
+            elsewhere = left_elsewhere(stages) if lean and remote else {}
             return Plan(
                 order=run_order(needs, list(tasks)),
                 needs=needs,
-                reasons={stage.addressing: list(reasons_of(stage)) for stage in stages},
+                reasons={
+                    s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
+                },
                 made={stage.addressing for stage in stages if any(out.hash_info for out in stage.outs)},
-                outs={out.def_path for stage in stages for out in stage.outs},
-                remote=bool(repo.config["core"].get("remote")),
+                outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
+                deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
+                remote=remote,
             )
+
+
+def left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
+    """Find for each finished stage what it read and left that is not on this machine, and is what dvc.lock names.
+
+    What it read must be what its maker left, by the hashes of both in dvc.lock; images of a task, which no stage
+    makes, may be gone.
+    """
+    makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
+    found = {}
+    for stage in stages:
+        if all(part.hash_info for part in (*stage.deps, *stage.outs)):
+            deps = (dep for dep in stage.deps if not dep.exists and _as_made(dep, makers))
+            outs = (out for out in stage.outs if out.use_cache and not out.exists)
+            found[stage.addressing] = {str(part) for part in (*deps, *outs)}
+    return found
+
+
+def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+    path = PurePath(dep.def_path)
+    out = next((makers[place] for place in (path, *path.parents) if place in makers), None)
+    if out is None or out.hash_info == dep.hash_info:
+        return True
+    tree = (
+        out.get_dir_cache()
+        if out.hash_info and out.hash_info.isdir and out.def_path != dep.def_path
+        else None
+    )
+    if tree is None:
+        return False
+    key = path.relative_to(out.def_path).parts
+    part = tree.get_obj(out.cache, key)
+    return part is not None and part.hash_info == dep.hash_info
 
 
 def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
@@ -117,8 +162,8 @@ def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
     return needs
 
 
-def reasons_of(stage: DvcStage) -> Iterator[str]:
-    """Say in words why DVC would run a stage."""
+def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
+    """Say in words why DVC would run a stage; what is missing here and held elsewhere is no reason."""
     words = {
         "modified": "changed",
         "deleted": "is missing",
@@ -130,6 +175,8 @@ def reasons_of(stage: DvcStage) -> Iterator[str]:
             yield "its command changed" if change == "changed checksum" else change
             continue
         for path, what in (pair for group in change.values() for pair in group.items()):
+            if what in ("deleted", "not in cache") and path in elsewhere:
+                continue
             if isinstance(what, dict):  # params.yaml: {key: what happened to it}
                 yield from (f"{key} {words.get(its, its)}" for key, its in what.items())
             else:
@@ -175,6 +222,7 @@ def run_pipeline() -> int:
                 if missing:
                     bring()
                 else:
+                    close_dead_runs()
                     run_linked(bring, "pipeline", {})
         except StageFailedError as failure:
             sys.stderr.write(f"{failure}\n")
@@ -183,7 +231,26 @@ def run_pipeline() -> int:
     return 0
 
 
-def bring_up_to_date(params: Params, plan: Plan) -> Summary:
+def finish(progressed: Callable[[], None]) -> Summary:
+    """Bring every stage up to date inside a flow run that has begun; `progressed` is called after each.
+
+    What other machines have made is taken from the remote only where a stage reads it.
+    """
+    params = Params.load()
+    with only_run(wait=True):
+        plan = read_plan(params.tasks, lean=True)
+        require_sources(params, plan)
+        if server_missing() is None:
+            close_dead_runs()
+        if not plan.stale():
+            return []
+        with warm_process() if len(plan.stale()) > 2 else contextlib.nullcontext():
+            return bring_up_to_date(params, plan, lean=True, progressed=progressed)
+
+
+def bring_up_to_date(
+    params: Params, plan: Plan, *, lean: bool = False, progressed: Callable[[], None] = lambda: None
+) -> Summary:
     """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone."""
     stale = plan.stale()
     width = len(str(len(stale)))
@@ -194,18 +261,43 @@ def bring_up_to_date(params: Params, plan: Plan) -> Summary:
         head = f"[{count:{width}}/{len(stale)}] {name}"
         if not plan.reasons[name]:
             if outdated:
-                current, outdated = read_plan(params.tasks), False
+                current, outdated = read_plan(params.tasks, lean=lean), False
             if not current.reasons[name]:
                 print_line(f"{head}  inputs are as before")
                 continue
         print_line(f"{head} …")
         started = time.monotonic()
+        if lean:
+            obtain(name, plan)
         cached = bring(name, share=plan.remote)
+        if not cached:
+            progressed()
         outdated = True
         seconds = round(time.monotonic() - started, 1)
         print_line(f"{head}  {'from the cache' if cached else 'done'}, {seconds} s")
         rows.append({"stage": name, "seconds": seconds, "from cache": "yes" if cached else "no"})
     return rows
+
+
+def obtain(name: str, plan: Plan) -> None:
+    """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again."""
+    read = [Path(dep) for dep in plan.deps[name]]
+    missing = {
+        maker: [out for out in plan.outs[maker] if not Path(out).exists() and _is_read(Path(out), read)]
+        for maker in plan.order
+        if maker in plan.needs[name]
+    }
+    paths = [out for outs in missing.values() for out in outs]
+    if not paths or not plan.remote or not dvc(["pull", *paths])[0]:
+        return
+    for maker, outs in missing.items():
+        if not all(Path(out).exists() for out in outs):
+            obtain(maker, plan)
+            bring(maker, share=plan.remote)
+
+
+def _is_read(out: Path, read: list[Path]) -> bool:
+    return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in read)
 
 
 def bring(name: str, *, share: bool) -> bool:
@@ -264,13 +356,13 @@ def dvc(arguments: list[str]) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def only_run() -> Iterator[None]:
-    """Refuse to work while another `sdlora run` works in the same folder."""
+def only_run(*, wait: bool = False) -> Iterator[None]:
+    """Refuse to work, or wait, while another `sdlora run` works in the same folder."""
     lock = Path(".sdlora/run.lock")
     lock.parent.mkdir(exist_ok=True)
     with lock.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(
                 f"another sdlora run is at work in {Path.cwd()}; wait for it or stop it"
@@ -290,10 +382,13 @@ def dvc_errors() -> Iterator[None]:
 
 
 def require_sources(params: Params, plan: Plan) -> None:
-    """Refuse a task whose folder of images neither is there nor is made by a stage."""
+    """Refuse a task whose folder of images is neither there nor made by a stage, where it would be read."""
+    stale = set(plan.stale())
+    every = [Path(out) for outs in plan.outs.values() for out in outs]
     for key, task in params.tasks.items():
         source = Path(task.source)
-        made = any(source == Path(out) or Path(out) in source.parents for out in plan.outs)
+        made = f"split@{key}" in plan.order and f"split@{key}" not in stale
+        made |= any(source == out or out in source.parents for out in every)
         if not made and not source.is_dir():
             raise InputError(f"tasks.{key}: no folder {task.source}: {missing_source(task.source)}")
 

@@ -7,6 +7,7 @@ import functools
 import http.client
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -30,6 +31,9 @@ PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
 
 ERROR_FILE = "SDLORA_ERROR_FILE"
 """Environment variable: a file for a stage's error line, because DVC passes on no line and no exit status."""
+
+STAGE_TAG = "sdlora-stage"
+"""Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
 
 HEALTH_SECONDS = 2.0
 """A server that needs longer than this to say that it is well is not waited for."""
@@ -111,6 +115,11 @@ def server_trouble(url: str) -> str | None:
         return f"{url} answers {error.code}"
     except (OSError, ValueError, http.client.HTTPException):
         return f"{url} does not answer"
+
+
+def place() -> str:
+    """Tag of the flow runs of this folder on this machine, where one `sdlora run` works at a time."""
+    return f"{socket.gethostname()}:{os.getcwd()}"
 
 
 def current_flow_run() -> str | None:
@@ -198,7 +207,12 @@ def _run_flow(fn: Callable[..., State], flow_name: str, label: str, arguments: d
                     state=Pending(),
                 ).id
             run = client.create_flow_run(
-                flow, name=label, parameters=shown, parent_task_run_id=placeholder, state=Pending()
+                flow,
+                name=label,
+                parameters=shown,
+                parent_task_run_id=placeholder,
+                state=Pending(),
+                tags=[STAGE_TAG, place()],
             )
         run_flow(flow, flow_run=run, parameters=dict(arguments), return_type="state")
 

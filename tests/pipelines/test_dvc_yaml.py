@@ -134,7 +134,7 @@ def test_every_section_of_params_is_a_param_of_some_stage() -> None:
     from pipelines.params import Params
 
     listed = {key.partition(".")[0] for name in STAGES for key in stage(name).get("params", [])}
-    assert listed == set(Params.model_fields)
+    assert listed == set(Params.model_fields) - {"workers"}  # who runs the chain, and when, changes no stage
 
 
 def test_no_stage_names_a_whole_section_that_a_new_task_would_change() -> None:

@@ -72,7 +72,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         pytest.param(
             "seed: 1993", "seed: 1993\ncolour: red",
             "colour: unknown key;"
-            " known are seed, fetch, data, backbone, adapter, training, evaluation, gate, approvals, tasks",
+            " known are seed, fetch, data, backbone, adapter, training, evaluation, gate, approvals, workers, tasks",
             id="an-unknown-key",
         ),
         pytest.param(
@@ -543,3 +543,30 @@ def test_the_names_that_can_be_chosen_are_those_of_the_library() -> None:
     assert choices("targets") == set(TARGETS)
     assert set(HEADS_OF) == {name for name, m in METHODS.items() if m.joint or not m.trains_head}
     assert {name for names in READ_BY.values() for name in names} <= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        pytest.param(
+            "schedule: null", "schedule: daily", "workers.schedule: expected a cron line", id="schedule"
+        ),
+        pytest.param("inbox: data/inbox", "inbox: /data", 'workers.inbox: "/data" is absolute', id="inbox"),
+        pytest.param("inbox: data/inbox", "inbox: ../data", "not a folder inside the project", id="outside"),
+        pytest.param(
+            "branch: null", "branch: -f", "workers.branch: expected a name as Git has them", id="branch"
+        ),
+        pytest.param("push: null", "push: origin", "workers.branch: found nothing (null)", id="push alone"),
+        pytest.param(
+            "heartbeat_seconds: 30", "heartbeat_seconds: 5", "expected at least 30, found 5", id="heartbeat"
+        ),
+        pytest.param(
+            "dead_after_seconds: 90", "dead_after_seconds: 45", "at least 60, two heartbeats", id="dead"
+        ),
+    ],
+)
+def test_workers_that_could_not_work_are_refused(old: str, new: str, fault: str) -> None:
+    found = fault_of(shipped_with(old, new))
+
+    assert fault in found
+    assert "\n" not in found

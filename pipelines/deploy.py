@@ -1,0 +1,175 @@
+"""What `sdlora deploy` leaves on a Prefect server: the pool, the deployment, and the automations that mend it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from pipelines.errors import InputError
+from pipelines.params import Params, Workers
+from pipelines.stage import PREFECT_SETTINGS, server_missing
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.events.schemas.automations import AutomationCore
+
+NAME = "workers"
+"""Of the deployment of the flow `learn`: together they are learn/workers."""
+
+ARRIVED = "sdlora.task-data.arrived"
+"""The event that says that images of a new task are in the inbox."""
+
+
+def deploy() -> list[str]:
+    """Make the work pool, the deployment and its automations, or bring them to what params.yaml says; return lines.
+
+    An `InputError` where no server answers: what is deployed must outlive this command.
+    """
+    workers = Params.load().workers
+    missing = server_missing()
+    if missing:
+        raise InputError(
+            f"deploy: no Prefect server ({missing}); start one and set PREFECT_API_URL: docs/workers.md"
+        )
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        make_pool(client, workers.pool)
+        deployment = make_deployment(workers)
+        for automation in automations(workers, deployment):
+            replace_automation(client, automation)
+    when = f"by the schedule {workers.schedule} (UTC), and " if workers.schedule else ""
+    return [
+        f"deployment learn/{NAME} on the work pool {workers.pool}: runs on request, {when}"
+        f"when the event {ARRIVED} names a folder of {workers.inbox}",
+        f"a run without a sign of life for {workers.dead_after_seconds} s is marked crashed;"
+        f" a crashed one starts again, {workers.attempts} times without progress",
+        f"in each clone, for GPU 0: CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {workers.pool} --limit 1",
+    ]
+
+
+def make_pool(client: SyncPrefectClient, name: str) -> None:
+    """Make a pool of process workers, if it is not there; one of another type is refused."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        pool = client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        return
+    if pool.type != "process":
+        raise InputError(f"workers.pool: {name} is of the type {pool.type}, not process; name another pool")
+
+
+def make_deployment(workers: Workers) -> UUID:
+    """Make the deployment; its runs wait for each other, because each goes on where the one before ended."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.events import DeploymentEventTrigger
+    from prefect.types.entrypoint import EntrypointType
+
+    from pipelines.unattended import learn
+
+    environment = {
+        **{
+            name: value
+            for name, value in PREFECT_SETTINGS.items()
+            if name.startswith(("DO_NOT", "PREFECT_TASKS"))
+        },
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(workers.heartbeat_seconds),
+    }
+    try:
+        made: Any = learn.to_deployment(
+            name=NAME,
+            cron=workers.schedule,
+            description=(learn.fn.__doc__ or "").partition("\n")[0],
+            tags=["sdlora"],
+            work_pool_name=workers.pool,
+            job_variables={"env": environment},
+            concurrency_limit=ConcurrencyLimitConfig(
+                limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
+            ),
+            triggers=[
+                DeploymentEventTrigger(
+                    name="sdlora: new images are learned",
+                    expect={ARRIVED},
+                    parameters={"folder": "{{ event.payload.folder | default('') }}"},
+                )
+            ],
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+    except ValueError as error:
+        raise InputError(f"workers.schedule: {workers.schedule} is not a cron line ({error})") from None
+    identity: UUID = made.apply()
+    return identity
+
+
+def automations(workers: Workers, deployment: UUID) -> list[AutomationCore]:
+    """The rules by which the server notices that a machine has died, and has another one go on.
+
+    A crashed run is scheduled again, not replaced by a new one: it keeps its parameters and its count of attempts.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from prefect.events.schemas.events import ResourceSpecification
+
+    ours = ResourceSpecification(
+        {"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"}
+    )
+    runs = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+    return [
+        AutomationCore(
+            name="sdlora: a run without a sign of life has crashed",
+            trigger=EventTrigger(
+                match=runs,
+                match_related=ours,
+                for_each={"prefect.resource.id"},
+                after={"prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.*"},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=workers.dead_after_seconds),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    name="Crashed",
+                    state=StateType.CRASHED,
+                    force=False,
+                    message=f"no sign of life for {workers.dead_after_seconds} s: its machine or worker has died",
+                )
+            ],
+        ),
+        AutomationCore(
+            name="sdlora: a crashed run starts again",
+            trigger=EventTrigger(
+                match=runs,
+                match_related=ours,
+                for_each={"prefect.resource.id"},
+                expect={"prefect.flow-run.Crashed"},
+                posture=Posture.Reactive,
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.SCHEDULED,
+                    name="AwaitingRetry",
+                    message="starts again where it ended",
+                    force=True,
+                )
+            ],
+        ),
+    ]
+
+
+def replace_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """Make an automation, or bring the one of its name to what it should be."""
+    same = client.read_automations_by_name(automation.name)
+    for old in same[1:]:
+        client.delete_automation(old.id)
+    if same:
+        client.update_automation(same[0].id, automation)
+    else:
+        client.create_automation(automation)

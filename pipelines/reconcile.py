@@ -1,0 +1,72 @@
+"""Flow runs that a killed process has left Running for ever: closed by the next run that starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipelines.stage import STAGE_TAG, current_flow_run, first_line, place, say
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun, State
+
+
+def close_dead_runs() -> int:
+    """Mark crashed what is Running with nothing behind it: runs of this folder, and children of ended parents.
+
+    To be called where no other `sdlora run` of this folder can be at work. Returns how many there were; a server
+    that fails costs a line.
+    """
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            dead = [run for run in _running(client) if _is_dead(client, run)]
+            for run in dead:
+                _close(client, run)
+    except Exception as trouble:
+        say(f"prefect: runs that were cut off could not be closed ({first_line(trouble)})")
+        return 0
+    return len(dead)
+
+
+def _running(client: SyncPrefectClient) -> list[FlowRun]:
+    """All runs with our tag that have not ended, the newest first."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        FlowRunFilterTags,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    open_states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[STAGE_TAG]), state=open_states),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=200,
+    )
+
+
+def _is_dead(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether it belongs to this folder, where nothing else is at work, or to a run that has ended."""
+    if place() in run.tags:
+        return True
+    parent = client.read_task_run(run.parent_task_run_id).flow_run_id if run.parent_task_run_id else None
+    if parent is None:
+        return False
+    if str(parent) == current_flow_run():  # which has just begun, again
+        return True
+    state = client.read_flow_run(parent).state
+    return state is not None and (state.is_final() or state.is_scheduled())
+
+
+def _close(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Mark a run crashed, and the place that it has in its parent."""
+    from prefect.states import Crashed
+
+    state: State[None] = Crashed(message="what it ran in was killed; closed by the next run")
+    client.set_flow_run_state(run.id, state, force=True)
+    if run.parent_task_run_id is not None:
+        client.set_task_run_state(run.parent_task_run_id, state, force=True)

@@ -1,0 +1,106 @@
+"""What a server remembers of runs that were cut off: their attempts, and those that nothing is behind any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipelines.attempts import Attempts, checkpoint_mark
+from pipelines.errors import InputError
+from pipelines.reconcile import close_dead_runs
+from pipelines.stage import STAGE_TAG, place
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
+    """A client of the real server, which the code under test finds too."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as found:
+        yield found
+
+
+def running(client: SyncPrefectClient, *tags: str, parent: FlowRun | None = None) -> FlowRun:
+    """A flow run that is Running, and that no process is behind."""
+    from prefect import Flow, Task
+    from prefect.states import Running
+
+    task = None
+    if parent:
+        task = client.create_task_run(
+            Task(fn=lambda: None, name="child"), flow_run_id=parent.id, dynamic_key="1", state=Running()
+        ).id
+    return client.create_flow_run(
+        Flow(lambda: None, name="dead"), tags=tags, parent_task_run_id=task, state=Running()
+    )
+
+
+def state(client: SyncPrefectClient, run: FlowRun) -> str:
+    found = client.read_flow_run(run.id).state
+    assert found
+    return found.type.value
+
+
+def test_attempts_without_progress_are_few_and_with_progress_without_end(client: SyncPrefectClient) -> None:
+    attempts = Attempts(str(running(client).id), 2)
+    attempts.begin("none")
+    attempts.begin("none")
+    with pytest.raises(InputError, match="ended 2 times in a row without any progress"):
+        attempts.begin("none")
+    attempts.begin("a fit saved itself")
+    attempts.begin("a fit saved itself")
+    attempts.progressed()
+    for _ in range(2):
+        attempts.begin("a fit saved itself")
+    with pytest.raises(InputError):
+        attempts.begin("a fit saved itself")
+
+
+def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFixture[str]) -> None:
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        Attempts("507763b4-cd5d-498b-8294-8fffe5b7c2be", 1).begin("none")
+    assert "attempts could not be counted" in capsys.readouterr().err
+
+
+def test_the_mark_of_a_store_changes_with_every_checkpoint(tmp_path: Path) -> None:
+    marks = [checkpoint_mark(str(tmp_path / "store"))]
+    for name in ("a/000000010-1.safetensors", "a/000000020-2.safetensors", "b/000000010-3.safetensors"):
+        (tmp_path / "store" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "store" / name).touch()
+        marks.append(checkpoint_mark(str(tmp_path / "store")))
+    assert len(set(marks)) == 4
+
+
+def test_runs_of_this_folder_and_children_of_ended_runs_are_closed_and_no_others(
+    client: SyncPrefectClient,
+) -> None:
+    from prefect.states import Crashed
+
+    mine = running(client, STAGE_TAG, place())
+    ended, alive = running(client), running(client)
+    client.set_flow_run_state(ended.id, Crashed(), force=True)
+    orphan = running(client, STAGE_TAG, "elsewhere:/clone", parent=ended)
+    at_work = running(client, STAGE_TAG, "elsewhere:/clone", parent=alive)
+    somebodys = running(client, "other")
+
+    assert close_dead_runs() == 2
+
+    assert [state(client, run) for run in (mine, orphan)] == ["CRASHED", "CRASHED"]
+    assert orphan.parent_task_run_id
+    placeholder = client.read_task_run(orphan.parent_task_run_id).state
+    assert placeholder
+    assert placeholder.is_crashed()
+    assert [state(client, run) for run in (at_work, somebodys, alive)] == ["RUNNING"] * 3
+    assert close_dead_runs() == 0

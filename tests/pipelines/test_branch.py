@@ -1,0 +1,125 @@
+"""Unattended runs put three files on a branch of their own, and touch nothing else of a clone."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines.branch import commit, mark, push, take, tip
+from pipelines.errors import InputError
+
+BRANCH = "sdlora/learned"
+
+
+def git(*arguments: str, folder: Path | str = ".") -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone, of a repository beside it, with a change of its user's in a file and one in the index."""
+    for variable in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(variable, "tester")
+    origin, folder = tmp_path / "origin.git", tmp_path / "clone"
+    git("init", "-q", "--bare", "-b", "main", str(origin))
+    git("clone", "-q", str(origin), str(folder))
+    git("switch", "-q", "-c", "main", folder=folder)
+    for name in ("params.yaml", "code", "staged"):
+        (folder / name).write_text("first\n")
+    git("add", ".", folder=folder)
+    git("commit", "-qm", "first", folder=folder)
+    git("push", "-q", "origin", "main", folder=folder)
+    (folder / "code").write_text("edited\n")
+    (folder / "staged").write_text("staged\n")
+    git("add", "staged", folder=folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def another(clone: Path, tmp_path: Path) -> Path:
+    """A second clone of the same repository."""
+    git("clone", "-q", str(tmp_path / "origin.git"), str(tmp_path / "another"))
+    return tmp_path / "another"
+
+
+def learn(text: str) -> str | None:
+    Path("params.yaml").write_text(text)
+    Path("dvc.lock").write_text(f"lock of {text}")
+    mark()
+    return commit(BRANCH, "Learn")
+
+
+def test_a_commit_holds_the_three_files_and_leaves_the_users_changes_alone(clone: Path) -> None:
+    head, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    new = learn("second\n")
+    assert new == tip(BRANCH)
+    assert git("show", "--name-only", "--format=%s", BRANCH).split() == ["Learn", "dvc.lock", "params.yaml"]
+    assert git("rev-parse", f"{BRANCH}^") == head == git("rev-parse", "HEAD")
+    assert git("show", f"{BRANCH}:code") == git("show", f"{BRANCH}:staged") == "first"
+    assert set(git("status", "--porcelain", "-uno").splitlines()) - set(status.splitlines()) == {
+        " M params.yaml"
+    }
+    assert git("ls-remote", "origin", BRANCH) == ""
+
+
+def test_nothing_new_is_no_commit(clone: Path) -> None:
+    first = learn("second\n")
+    assert commit(BRANCH, "Learn") is None
+    assert tip(BRANCH) == first
+
+
+def test_another_clone_goes_on_from_what_was_pushed(
+    clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(BRANCH, "origin")
+    learn("second\n")
+    push(BRANCH, "origin")
+    monkeypatch.chdir(another)
+    take(BRANCH, "origin")
+    assert Path("params.yaml").read_text() == "second\n"
+    assert Path("dvc.lock").read_text() == "lock of second\n"
+    learn("third\n")
+    push(BRANCH, "origin")
+    monkeypatch.chdir(clone)
+    take(BRANCH, "origin")
+    assert Path("params.yaml").read_text() == "third\n"
+    assert git("rev-list", "--count", BRANCH) == "3"
+
+
+def test_what_an_interrupted_run_left_is_replaced_and_a_persons_edit_is_not(clone: Path) -> None:
+    Path("params.yaml").write_text("half a run\n")
+    mark()
+    take(BRANCH, None)
+    assert Path("params.yaml").read_text() == "first\n"
+    Path("params.yaml").write_text("my idea\n")
+    with pytest.raises(InputError, match="changes that are in no commit"):
+        take(BRANCH, None)
+    assert Path("params.yaml").read_text() == "my idea\n"
+
+
+def test_two_histories_are_not_mixed(clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn("second\n")
+    push(BRANCH, "origin")
+    monkeypatch.chdir(another)
+    learn("other\n")
+    with pytest.raises(InputError, match="git push"):
+        push(BRANCH, "origin")
+    with pytest.raises(InputError, match="has gone two ways"):
+        take(BRANCH, "origin")
+
+
+def test_a_branch_that_is_checked_out_is_refused(clone: Path) -> None:
+    with pytest.raises(InputError, match="main is checked out in"):
+        take("main", None)
+
+
+def test_a_remote_that_does_not_answer_is_one_line(clone: Path) -> None:
+    git("remote", "set-url", "origin", str(clone / "nowhere"))
+    with pytest.raises(InputError, match="git ls-remote") as caught:
+        take(BRANCH, "origin")
+    assert "\n" not in str(caught.value)

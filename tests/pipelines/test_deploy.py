@@ -1,0 +1,67 @@
+"""What `sdlora deploy` refuses before it makes anything, and the form that it gives to the Prefect UI."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.deploy import automations, deploy
+from pipelines.errors import InputError
+from pipelines.params import Params
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project of the shipped parameters."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_server_nothing_is_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"no Prefect server \(PREFECT_API_URL is not set\)"):
+        deploy()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with pytest.raises(InputError, match="does not answer"):
+        deploy()
+
+
+def test_every_parameter_of_the_form_is_typed_described_and_optional() -> None:
+    from pipelines.unattended import learn
+
+    schema = learn.parameters.model_dump()
+    assert set(schema["properties"]) == {"folder", "record"}
+    assert schema["required"] == []
+    for field in schema["properties"].values():
+        assert field["description"]
+        assert field.get("type") or field["anyOf"]
+
+
+@pytest.mark.slow
+def test_deploying_twice_leaves_one_of_everything(prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    text = Path("params.yaml").read_text()
+    monkeypatch.setenv("PREFECT_API_URL", prefect_url)
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        deploy()
+        Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "0 3 * * *"'))
+        lines = deploy()
+        assert "by the schedule 0 3 * * * (UTC)" in lines[0]
+        (deployment,) = client.read_deployments()
+        assert [schedule.schedule.cron for schedule in deployment.schedules] == ["0 3 * * *"]
+        assert deployment.global_concurrency_limit
+        assert deployment.global_concurrency_limit.limit == 1
+        names = [automation.name for automation in client.read_automations()]
+        assert len(names) == len(set(names)) == 1 + len(automations(Params.load().workers, deployment.id))
+
+        Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "99 3 * * *"'))
+        with pytest.raises(InputError, match=r"workers\.schedule: 99 3 "):
+            deploy()
+        Path("params.yaml").write_text(text)
+        deploy()
+        assert client.read_deployment(deployment.id).schedules == []

@@ -1,0 +1,254 @@
+"""Workers of a real Prefect server on clones of a stand-in project: events, refusals, and a machine that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+
+from pipelines.processes import end_group
+from tests.pipelines.test_run import DVC_YAML, EVALUATE, FIT, REPORT
+from tests.pipelines.test_steps import paint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+BRANCH = "sdlora/learned"
+WORKERS = """workers:
+  pool: gpu
+  schedule: "0 3 1 1 *"
+  inbox: data/inbox
+  branch: sdlora/learned
+  push: origin
+  heartbeat_seconds: 30
+  dead_after_seconds: 60
+  attempts: 3
+"""
+SLOW_FIT = FIT.replace("#!/bin/sh\n", "#!/bin/sh\nwhile test -f ../slow; do touch ../busy; sleep 0.2; done\n")
+
+
+class Site:
+    """A server, a shared remote and inbox, and any number of clones with a worker in each."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.settings = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PREFECT_HOME": str(root / "prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._port = port
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        command = ("prefect", "server", "start", "--no-ui", "--host", "127.0.0.1", "--port", str(self._port))
+        process = self.start(command, self.root, "server")
+        wait_for(lambda: answers(self.settings["PREFECT_API_URL"]), 60)
+        return process
+
+    def start(
+        self, command: tuple[str, ...], folder: Path, name: str, **settings: str
+    ) -> subprocess.Popen[bytes]:
+        with (self.root / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**self.settings, "PWD": str(folder), **settings},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def call(self, *command: str, folder: Path | None = None) -> str:
+        done = subprocess.run(
+            command,
+            cwd=folder or self.root / "one",
+            env=self.settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def clone(self, name: str) -> Path:
+        folder = self.root / name
+        self.call("git", "clone", "-q", str(self.root / "origin"), name, folder=self.root)
+        (folder / "data").mkdir()
+        (folder / "data/inbox").symlink_to(self.root / "inbox")
+        return folder
+
+    def work_in(self, folder: Path) -> subprocess.Popen[bytes]:
+        command = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1", "--name", folder.name)
+        return self.start(command, folder, folder.name, CUDA_VISIBLE_DEVICES="0")
+
+    def runs(self) -> list[Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+        from prefect.client.schemas.sorting import FlowRunSort
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with (
+            temporary_settings({PREFECT_API_URL: self.settings["PREFECT_API_URL"]}),
+            get_client(sync_client=True) as client,
+        ):
+            return client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=["learn"])),
+                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            )
+
+    def announce(self, payload: dict[str, str]) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        """Send the event; wait for the end of the run that it starts."""
+        command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox")
+        return self.ended(self.begun_by(*command, "--payload", json.dumps(payload)))
+
+    def begun_by(self, *command: str) -> UUID:
+        """Call a command; wait for the run that it starts."""
+        known = {run.id for run in self.runs()}
+        self.call(*command)
+        wait_for(lambda: {run.id for run in self.runs()} - known, 60)
+        (new,) = {run.id for run in self.runs()} - known
+        return new
+
+    def ended(self, run: UUID, seconds: float = 120) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        wait_for(lambda: self.run(run).state.is_completed() or self.run(run).state.is_failed(), seconds)
+        return self.run(run)
+
+    def run(self, identity: UUID) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        return next(run for run in self.runs() if run.id == identity)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A server with the deployment, one clone of a finished project of two tasks, and new images in the inbox."""
+    here = Site(tmp_path)
+    try:
+        here.serve()
+        origin = tmp_path / "origin"
+        params = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").partition("workers:")[0]
+        params = params.partition("tasks:\n")[0] + WORKERS
+        params += 'tasks:\n  t01: {after: t00, source: images, classes: ["a"]}\n'
+        params += '  t02: {after: t01, source: images, classes: ["b"]}\n'
+        files = {"dvc.yaml": DVC_YAML, "params.yaml": params, "code": "#", "images/readme": ""}
+        files |= {"fit": SLOW_FIT, "evaluate": EVALUATE, "report": REPORT}
+        files |= {".gitignore": "/ran\n/artifacts/\n/.sdlora/\n/data/\n"}
+        shutil.copytree(REPOSITORY / ".dvc", origin / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+        with (origin / ".dvc/config").open("a") as config:
+            config.write(f"['remote \"shared\"']\n    url = {tmp_path / 'remote'}\n")
+        config_text = (origin / ".dvc/config").read_text()
+        (origin / ".dvc/config").write_text(config_text.replace("[core]\n", "[core]\n    remote = shared\n"))
+        for name, text in files.items():
+            (origin / name).parent.mkdir(parents=True, exist_ok=True)
+            (origin / name).write_text(text, encoding="utf-8")
+            if text.startswith("#!"):
+                (origin / name).chmod(0o755)
+        here.call("git", "init", "-q", "-b", "main", folder=origin)
+        here.call("git", "add", ".", folder=origin)
+        person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+        here.call("git", *person, "commit", "-qm", "first", folder=origin)
+        paint(tmp_path / "inbox/animals/zebra", 1, 2)
+        paint(tmp_path / "outside/cat", 2, 2)
+        (tmp_path / "inbox/link").symlink_to(tmp_path / "outside")
+        here.clone("one")
+        here.call("sdlora", "deploy")
+        yield here
+    finally:
+        for process in reversed(here.processes):
+            end_group(process)
+
+
+def answers(url: str) -> bool:
+    from pipelines.stage import server_trouble
+
+    return server_trouble(url) is None
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.3)
+
+
+def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> None:
+    site.work_in(site.root / "one")
+    for payload, said in (
+        ({"folder": "../outside"}, "not the name of a folder"),
+        ({"folder": "/etc"}, "not the name of a folder"),
+        ({"folder": "link"}, "leads out"),
+        ({"folder": "lions"}, "no such folder"),
+        ({"other": "animals"}, "names no folder"),
+    ):
+        run = site.announce(payload)
+        assert run.state.is_failed()
+        assert said in run.state.message
+        assert "\n" not in run.state.message
+    assert not (site.root / "one/ran").exists()
+
+    run = site.announce({"folder": "animals"})
+    assert run.state.is_completed(), run.state.message
+    head = site.call("git", "rev-parse", BRANCH, folder=site.root / "origin")
+    assert head[:10] in run.state.message
+    changed = site.call("git", "show", "--name-only", "--format=%s", BRANCH, folder=site.root / "origin")
+    assert changed.split("\n") == ["Learn animals", "", "dvc.lock", "metrics.json", "params.yaml"]
+    params = site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+    assert 't03: {after: t02, source: data/inbox/animals, classes: ["zebra"]}' in params
+    ran = (site.root / "one/ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "fit t03", "evaluate t03", "report"]
+
+    again = site.announce({"folder": "animals"})
+    assert again.state.message == f"all up to date; {BRANCH} is as it was"
+    assert (site.root / "one/ran").read_text().splitlines() == ran
+
+
+def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
+    (site.root / "slow").touch()
+    first = site.work_in(site.root / "one")
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers", "--param", "folder=animals")
+    wait_for((site.root / "busy").exists, 90)
+    for process in [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGKILL)
+    (site.root / "slow").unlink()
+    site.work_in(site.clone("two"))
+    done = site.ended(run, 240)
+    assert done.state.is_completed(), done.state.message
+    assert done.run_count == 2
+    assert (site.root / "two/ran").read_text().splitlines()[-3:] == ["fit t03", "evaluate t03", "report"]
+    assert "t03" in site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+
+
+def test_a_server_that_goes_away_for_a_while_costs_nothing_that_was_done(site: Site) -> None:
+    (site.root / "slow").touch()
+    site.work_in(site.root / "one")
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    wait_for((site.root / "busy").exists, 90)
+    end_group(site.processes[0])
+    (site.root / "slow").unlink()
+    wait_for((site.root / "one/artifacts/evaluation/t01").exists, 90)
+    site.serve()
+    done = site.ended(run, 300)
+    assert done.state.is_completed(), done.state.message
+    ran = (site.root / "one/ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]
