@@ -17,18 +17,18 @@ from pipelines.errors import InputError
 app = typer.Typer(
     name="sdlora",
     help="Teach an image classifier new classes, task by task, without touching what it knows.",
+    epilog="Stages, which dvc.yaml calls: start backbone split fit freeze evaluate gate report (each has its --help).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 audit = typer.Typer(
-    help="Prove that nothing was touched, and see what changed between steps, and why.",
+    help="Prove that nothing was touched; see what changed, and why.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(audit, name="audit")
-STAGES = "Stages (called by dvc.yaml)"
 
 Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
 Out = Annotated[Path, typer.Option(help="Folder to leave; an existing one is replaced as a whole.")]
@@ -129,7 +129,7 @@ def plan(
         bool, typer.Option("--force", help="Even if steps of the old plan are trained.")
     ] = False,
 ) -> None:
-    """Divide the classes of a folder, or of a benchmark, into tasks, in params.yaml."""
+    """Divide the classes of a folder, or of a benchmark, into tasks."""
     require_project()
     if (source is None) == (benchmark is None):
         raise InputError("plan: give either a folder of images or --benchmark NAME")
@@ -311,7 +311,7 @@ def doctor(
         bool, typer.Option("--quick", help="Look at files only, not through the backbone.")
     ] = False,
 ) -> None:
-    """Check images before any training: files, duplicates, balance, look-alikes.
+    """Check images before any training: faults, duplicates, leaks.
 
     Ends with status 2 if there is an error, with 0 if there are warnings only.
     """
@@ -370,7 +370,7 @@ def export(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images the check takes.")] = 64,
 ) -> None:
-    """Write a step's model for other programs, checked: equal logits on real images.
+    """Write a step's model for other programs, checked on images.
 
     Exit status 1 says that the check failed and nothing was kept.
     """
@@ -400,7 +400,7 @@ def fetch(
     launch(stage, name=name, out=out or Path("data/raw") / name)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def start(
     out: Out,
     evaluation: Annotated[Path, typer.Option(help="Folder for the results before any task: none.")],
@@ -414,7 +414,7 @@ def start(
     launch(stage, out=out, evaluation=evaluation, gate=gate)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def backbone(out: Out) -> None:
     """Leave the frozen backbone: weights, hash, preprocessing."""
     require_project()
@@ -424,7 +424,7 @@ def backbone(out: Out) -> None:
     launch(stage, out=out)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def split(
     task: Task,
     source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
@@ -439,7 +439,7 @@ def split(
     launch(stage, task=task, source=source, before=before, out=out)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def fit(
     task: Task,
     train: Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")],
@@ -459,7 +459,7 @@ def fit(
     launch(stage, task=task, train=train, classes=classes, before=before, backbone=backbone, out=out)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def freeze(
     task: Task,
     fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
@@ -476,7 +476,7 @@ def freeze(
     launch(stage, task=task, fit=fit, train=train, before=before, backbone=backbone, out=out)
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def evaluate(
     task: Task,
     model: Annotated[Path, typer.Option(help="Model folder of this step.")],
@@ -503,7 +503,7 @@ def evaluate(
     )
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def gate(
     task: Task,
     model: Annotated[Path, typer.Option(help="Model folder of this step.")],
@@ -533,7 +533,7 @@ def gate(
     )
 
 
-@app.command(rich_help_panel=STAGES)
+@app.command(hidden=True)
 def report(
     artifacts: Annotated[Path, typer.Option(help="Folder of all that the other stages left.")],
     out: Out,
