@@ -93,7 +93,9 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
                 "split": described["split"],
                 "code": {"fit": described["code"], "freeze": code_hash("freeze")},
                 "versions": library_versions(),
-                "determinism": "algorithms" if params.training.deterministic else "none",
+                "determinism": "deterministic algorithms"
+                if params.training.deterministic
+                else "none required",
                 "metrics": last_epoch(fit),
                 "rank": max(
                     (pair.down.shape[0] for pair in frozen.directions.get(task, {}).values()), default=0

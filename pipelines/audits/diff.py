@@ -18,6 +18,7 @@ from pipelines.audits.tables import (
     count,
     interval,
     number,
+    p_equals,
     percent,
     plain,
     print_json,
@@ -127,11 +128,6 @@ def verdict(row: Mapping[str, Any]) -> str:
         return "no image flipped"
     more = "more than chance" if row["p_value"] < 0.05 else "no more than chance would do"
     return f"{more} (McNemar, exact: {p_equals(row['p_value'])})"
-
-
-def p_equals(p_value: float) -> str:
-    """A p-value within a sentence."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {chance(p_value)}"
 
 
 def tables(found: Record) -> Iterator[Group]:

@@ -36,6 +36,7 @@ from pipelines.audits.tables import (
     count,
     interval,
     number,
+    p_equals,
     percent,
     plain,
     print_json,
@@ -94,8 +95,8 @@ def show_class(name: str, *, as_json: bool) -> None:
         out.print("no step hurt it: none lost more of its images than it gained")
     else:
         out.print(
-            f"hurt most at {hurt['step']}: {hurt['lost']} lost, {hurt['gained']} gained, p = "
-            f"{chance(hurt['p_value'])}, {chance(hurt['p_holm'])} for having looked at all steps (Holm)\n"
+            f"hurt most at {hurt['step']}: {hurt['lost']} lost, {hurt['gained']} gained, "
+            f"{p_equals(hurt['p_value'])}; {p_equals(hurt['p_holm'])} for having looked at all steps (Holm)\n"
             f"what changed there: sdlora audit diff {hurt['before']} {hurt['step']}",
             soft_wrap=True,
         )

@@ -97,6 +97,11 @@ def chance(p_value: float | None) -> str:
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
+def p_equals(p_value: float) -> str:
+    """A p-value within a sentence."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {chance(p_value)}"
+
+
 def number(value: float | None, form: str = ".3f") -> str:
     """A number for people; nothing is a dash."""
     return DASH if value is None or math.isnan(value) else format(value, form)
