@@ -28,11 +28,8 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
             raise InputError(
                 f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
             )
-    metrics = EVALUATIONS / task / "metrics.json"
-    if not metrics.is_file():
-        raise InputError(f"{metrics}: {task} has no results to approve of yet; run `sdlora run` first")
-    accuracy = read_json(metrics)["accuracy"]
-    entry = Approval(by=by.strip(), why=why.strip(), evaluation=sha256_of(metrics))
+    entry = Approval(by=by.strip(), why=why.strip(), evaluation=results_of(task))
+    accuracy = read_json(EVALUATIONS / task / "metrics.json")["accuracy"]
     known: Mapping[str, Approval] = {**params.approvals, task: entry}
     lines = {name: json.dumps(known[name].model_dump(), ensure_ascii=False) for name in sorted(known)}
     changed = with_lines(text, "approvals", [f"{name}: {value}" for name, value in lines.items()])
@@ -45,3 +42,11 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
         f"{path}: {task} approved by {entry.by} (accuracy of each task: {', '.join(f'{a:.3f}' for a in accuracy)})",
         "`sdlora run` goes on from there",
     ]
+
+
+def results_of(task: str) -> str:
+    """The hash of the results of a step, which an approval is of."""
+    metrics = EVALUATIONS / task / "metrics.json"
+    if not metrics.is_file():
+        raise InputError(f"{metrics}: {task} has no results to approve of yet; run `sdlora run` first")
+    return sha256_of(metrics)

@@ -1,4 +1,4 @@
-"""The Git branch that unattended runs read and write: three files, and nothing else of the clone or its index."""
+"""The Git branch that unattended runs read and write: three files and ledger/, and nothing else of the clone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipelines.errors import InputError
 from pipelines.files import write_whole
 
 FILES = ("params.yaml", "dvc.lock", "metrics.json")
+LEDGER = Path("ledger")
+"""What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
 OURS = Path(".sdlora/params.sha256")
 """The hash of the params.yaml that an unattended run left: it may be replaced by the branch's."""
 
@@ -20,8 +22,9 @@ OURS = Path(".sdlora/params.sha256")
 def take(branch: str, remote: str | None) -> None:
     """Bring the three files to what the branch holds, so that any machine goes on where another ended.
 
-    Where there is no such branch yet it begins at the commit that is checked out. A params.yaml that is in no commit
-    and that no unattended run wrote is somebody's work: refused.
+    What the branch has of the ledger and this clone lacks comes too. Where there is no such branch yet it begins at
+    the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
+    somebody's work: refused.
     """
     if git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
         raise InputError(
@@ -42,6 +45,10 @@ def take(branch: str, remote: str | None) -> None:
         path = Path(name)
         if data is not None and not (path.is_file() and path.read_bytes() == data):
             write_whole(path, data)
+    for entry in git("ls-tree", "-r", "-z", "--name-only", base, "--", LEDGER.as_posix()).split(b"\0"):
+        held = Path(os.fsdecode(entry))
+        if entry and not held.exists():
+            write_whole(held, _content(base, held.as_posix()) or b"")
     mark()
 
 
@@ -51,7 +58,7 @@ def mark() -> None:
 
 
 def commit(branch: str, message: str) -> str | None:
-    """Put the three files on the branch as one commit; return its id, or None if they are there already.
+    """Put the files and the ledger on the branch as one commit; return its id, or None if they are there already.
 
     The index and the files of the clone stay as they are.
     """
@@ -60,7 +67,8 @@ def commit(branch: str, message: str) -> str | None:
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         git("read-tree", start, settings=index)
-        for name in filter(os.path.isfile, FILES):
+        ledger = sorted(path.as_posix() for path in LEDGER.rglob("*") if path.is_file())
+        for name in (*filter(os.path.isfile, FILES), *ledger):
             blob = git("hash-object", "-w", "--path", name, name).decode()
             git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
         tree = git("write-tree", settings=index).decode()

@@ -51,15 +51,24 @@ CHATTER = (
 )
 """What DVC says of itself on stdout; the rest is the stage's."""
 
+BROKEN = "error: gate: "
+"""How the line of a gate begins that a person may open."""
+
 FROM_CACHE = "is cached - skipping run, checking out outputs"
 
 
 class StageFailedError(Exception):
     """A stage ended badly; it said why in one line, and `status` is what the whole run ends with."""
 
-    def __init__(self, line: str, status: int) -> None:
+    def __init__(self, line: str, status: int, stage: str) -> None:
         super().__init__(line)
-        self.status = status
+        self.status, self.stage = status, stage
+
+    @property
+    def closed_gate(self) -> str | None:
+        """The step that broke a limit of its gate, if that is what happened."""
+        name, _, step = self.stage.partition("@")
+        return step if name == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
 
 
 @dataclass(frozen=True)
@@ -324,9 +333,9 @@ def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
     """Make an error of what a stage wrote about its end, or of DVC's own failure."""
     if error_file.is_file():
         code, _, line = error_file.read_text(encoding="utf-8").strip().partition(" ")
-        return StageFailedError(line, int(code))
+        return StageFailedError(line, int(code), name)
     return StageFailedError(
-        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again", 1
+        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again", 1, name
     )
 
 

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
+from prefect.input import RunInput
+from pydantic import Field
 
+from pipelines.approvals import approve, results_of
 from pipelines.attempts import Attempts, checkpoint_mark
 from pipelines.branch import commit, mark, push, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
 from pipelines.run import StageFailedError, finish, print_line
-from pipelines.stage import complaint, current_flow_run
+from pipelines.stage import Summary, complaint, current_flow_run
 
 PROJECT = "SDLORA_PROJECT"
 """Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
@@ -53,7 +56,7 @@ def work(folder: str | None, *, record: bool) -> str:
         for line in add_once(arrived(folder, Path(workers.inbox))):
             print_line(line)
         mark()
-    stages = finish(progressed)
+    stages = finish_through_gates(progressed)
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
@@ -61,6 +64,42 @@ def work(folder: str | None, *, record: bool) -> str:
     if workers.push:
         push(branch, workers.push)
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
+
+
+class Decision(RunInput):
+    """What a person answers when a step has broken a limit of its gate; not to answer leaves it closed."""
+
+    by: str = Field(description="Who decides that the step may go out all the same.", min_length=1)
+    why: str = Field(description="The reason, for those who read the ledger later.", min_length=1)
+
+
+def finish_through_gates(progressed: Callable[[], None]) -> Summary:
+    """Bring the chain up to date; where a gate is closed the flow run is suspended until a person opens it.
+
+    Suspended, it holds no worker. Resumed with who and why, it starts again from its beginning, on any worker, where
+    all that was done is a cache hit; the answer is found under the hash of the results that it is about, so it opens
+    the gate for those and for no others.
+    """
+    from prefect.flow_runs import suspend_flow_run
+
+    while True:
+        try:
+            return finish(progressed)
+        except StageFailedError as failure:
+            step = failure.closed_gate
+            if step is None:
+                raise
+            question = Decision.with_initial_data(description=f"{failure}")
+            decision = suspend_flow_run(
+                wait_for_input=question, key=f"{step}-{results_of(step)}", timeout=PATIENCE_SECONDS
+            )
+        for line in approve(step, by=decision.by, why=decision.why):
+            print_line(line)
+        mark()
+
+
+PATIENCE_SECONDS = 30 * 24 * 3600
+"""How long a suspended run waits for a decision before it fails."""
 
 
 def begin(workers: Workers) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Unattended runs put three files on a branch of their own, and touch nothing else of a clone."""
+"""Unattended runs put three files and the ledger on a branch of their own, and touch nothing else of a clone."""
 
 from __future__ import annotations
 
@@ -123,3 +123,20 @@ def test_a_remote_that_does_not_answer_is_one_line(clone: Path) -> None:
     with pytest.raises(InputError, match="git ls-remote") as caught:
         take(BRANCH, "origin")
     assert "\n" not in str(caught.value)
+
+
+def test_the_ledger_goes_along_and_comes_to_a_clone_that_lacks_it(
+    clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("journal/fit@t01.json", "retired/ü 1/receipt.json"):
+        (Path("ledger") / name).parent.mkdir(parents=True)
+        (Path("ledger") / name).write_text(f"here {name}")
+    learn("second\n")
+    push(BRANCH, "origin")
+
+    monkeypatch.chdir(another)
+    Path("ledger/journal").mkdir(parents=True)
+    Path("ledger/journal/fit@t01.json").write_text("computed in this clone")
+    take(BRANCH, "origin")
+    assert Path("ledger/retired/ü 1/receipt.json").read_text() == "here retired/ü 1/receipt.json"
+    assert Path("ledger/journal/fit@t01.json").read_text() == "computed in this clone"

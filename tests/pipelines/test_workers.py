@@ -223,6 +223,57 @@ def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> No
     assert (site.root / "one/ran").read_text().splitlines() == ran
 
 
+GATE = """#!/bin/sh
+if test "$1" = t01 && ! grep -q '"by": "Ana"' params.yaml; then
+  echo "2 error: gate: t01 made an old task fall" > "$SDLORA_ERROR_FILE"
+  exit 2
+fi
+mkdir -p artifacts/gate
+echo open > artifacts/gate/$1
+"""
+GATE_STAGE = """
+  gate:
+    foreach: ${tasks}
+    do:
+      cmd: ./gate ${key}
+      params:
+        - approvals
+      deps:
+        - gate
+        - artifacts/evaluation/${key}
+      outs:
+        - artifacts/gate/${key}
+"""
+
+
+def test_a_closed_gate_suspends_the_run_until_somebody_says_who_and_why(site: Site) -> None:
+    from prefect.flow_runs import resume_flow_run
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    one = site.root / "one"
+    (one / "dvc.yaml").write_text(DVC_YAML.rstrip() + GATE_STAGE, encoding="utf-8")
+    (one / "gate").write_text(GATE, encoding="utf-8")
+    (one / "gate").chmod(0o755)
+    worker = psutil.Process(site.work_in(one).pid)
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    wait_for(lambda: site.run(run).state.is_paused(), 120)
+    # A suspended run holds no process. (Resumed before its process has ended, it ends Prefect's worker.)
+    wait_for(
+        lambda: not any("prefect.engine" in " ".join(child.cmdline()) for child in worker.children()), 60
+    )
+    assert site.run(run).state.name == "Suspended"
+    assert (one / "ran").read_text().splitlines() == ["fit t01", "evaluate t01"]
+
+    with temporary_settings({PREFECT_API_URL: site.settings["PREFECT_API_URL"]}):
+        resume_flow_run(run, run_input={"by": "Ana", "why": "a new camera"})
+    done = site.ended(run, 120)
+    assert done.state.is_completed(), done.state.message
+    ran = (one / "ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]
+    params = site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+    assert '"why": "a new camera"' in params
+
+
 def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     (site.root / "slow").touch()
     first = site.work_in(site.root / "one")
