@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 FIRST = ["start", "backbone"]
-TASK = ["split", "fit", "freeze", "evaluate"]
+TASK = ["split", "fit", "freeze", "evaluate", "gate"]
 
 
 def stages_run(output: str) -> list[str]:

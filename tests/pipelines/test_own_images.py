@@ -86,7 +86,7 @@ def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_a
     for name in ("2/empty.png", "2/page.jpg", "10/cut.bmp", "10/floats.tif", "10/huge.png"):
         (own / name).unlink()
     ran = stages_run(call(project, "sdlora", "run"))
-    assert ran == ["split@t03", "fit@t03", "freeze@t03", "evaluate@t03", "report"]
+    assert ran == ["split@t03", "fit@t03", "freeze@t03", "evaluate@t03", "gate@t03", "report"]
     record = json.loads((project / "artifacts/model/t03/step.json").read_text())
     assert [entry["name"] for entry in record["classes"]] == [*"abcd", *NAMES]
     counts = json.loads((project / "artifacts/split/t03/split.json").read_text())["counts"]

@@ -41,6 +41,8 @@ training: {optimizer: sgd, learning_rate: 0.01, momentum: 0.9, schedule: constan
 evaluation: {batch_size: 256}
 gate: {fall: null, negative_flips: null, calibration_error: null, new_task: null}
 approvals: {}
+workers: {pool: gpu, schedule: null, inbox: data/inbox, branch: null, push: null, heartbeat_seconds: 30,
+  dead_after_seconds: 90, attempts: 3}
 tasks:
 """
 
