@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import heapq
+import logging
 import os
 import subprocess
 import sys
@@ -322,6 +323,7 @@ def remembered(name: str) -> bool:
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 
+        logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)  # `bring` says whence a stage came
         with contextlib.closing(Repo()) as repo, lock_repo(repo):
             with contextlib.suppress(RunCacheNotSupported):
                 repo.stage_cache.pull(None)

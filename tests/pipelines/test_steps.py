@@ -194,6 +194,33 @@ def test_an_absorbed_direction_is_in_the_ledger_with_what_it_changed(project: Pa
     assert 0 <= record["freezing"]["output_change"] < 1
 
 
+@pytest.mark.parametrize("stage", ["fit", "freeze"])
+def test_training_images_that_are_missing_or_others_are_named_with_the_way_back(
+    project: Path, stage: str
+) -> None:
+    def run() -> None:
+        if stage == "fit":
+            run_fit("t01", "t00", "elsewhere")
+        else:
+            run_freeze("t01", "t00")
+
+    run_fit("t01", "t00", "fit/t01")
+    shutil.copy("train/t02/train.arrow", "train/t01/train.arrow")
+    with pytest.raises(
+        InputError, match=r"train/t01/train\.arrow: not the images that split/t01/train\.json describes"
+    ):
+        run()
+    Path("train/t01/train.arrow").unlink()
+    with pytest.raises(InputError) as caught:
+        run()
+    assert str(caught.value) == (
+        "train/t01/train.arrow: the training images of t01 are missing; restore them with "
+        "`dvc checkout train/t01` or `dvc pull train/t01`"
+    )
+    assert not Path("elsewhere").exists()
+    assert not Path("model/t01").exists()
+
+
 def test_joint_says_which_old_images_it_misses(project: Path) -> None:
     Path("params.yaml").write_text(settings(method="joint", head="linear"))
     run_step("t01", "t00")
