@@ -76,8 +76,16 @@ def project(folder: Path, tasks: list[str]) -> None:
 
 def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator: torch.Generator) -> None:
     """All outputs of one step."""
-    place = {kind: ARTIFACTS / kind / task for kind in ("split", "fit", "model", "evaluation", "gate")}
-    split(task, source=Path("data/raw") / task, before=ARTIFACTS / "split" / before, out=place["split"])
+    place = {
+        kind: ARTIFACTS / kind / task for kind in ("split", "train", "fit", "model", "evaluation", "gate")
+    }
+    split(
+        task,
+        source=Path("data/raw") / task,
+        before=ARTIFACTS / "split" / before,
+        out=place["split"],
+        images=place["train"],
+    )
     params = Params.load()
     place["fit"].mkdir(parents=True)
     seen = [name for name in params.tasks if name <= task]
@@ -110,11 +118,11 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
         },
     )
     models = ARTIFACTS / "model"
-    train = place["split"] / TRAINING
     freeze(
         task,
         fit=place["fit"],
-        train=train,
+        train=place["split"] / TRAINING,
+        images=ARTIFACTS / "train",
         before=models / before,
         backbone=models / "t00",
         out=place["model"],

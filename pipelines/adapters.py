@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from pipelines.params import Adapter
+from pipelines.params import Adapter, Params
 from sdlora.formulations import FORMULATIONS
-from sdlora.methods import Settings
+from sdlora.methods import METHODS, Settings
 
 
 def settings_of(adapter: Adapter) -> Settings:
@@ -18,3 +18,9 @@ def settings_of(adapter: Adapter) -> Settings:
         compress=adapter.compress,
         penalty=adapter.penalty,
     )
+
+
+def tasks_read(params: Params, task: str) -> list[str]:
+    """Whose images the fit of a task reads: its own, and those of all before it where the method learns them all."""
+    tasks = list(params.tasks)
+    return tasks[: tasks.index(task) + 1] if METHODS[params.adapter.method].joint else [task]

@@ -34,6 +34,8 @@ Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
 Out = Annotated[Path, typer.Option(help="Folder to leave; an existing one is replaced as a whole.")]
 Before = Annotated[Path, typer.Option(help="The same folder of the step before.")]
 Classes = Annotated[Path, typer.Option(help="All classes so far, classes.json.")]
+Train = Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")]
+Images = Annotated[Path, typer.Option(help="Folder of the training images: a folder for each task.")]
 Backbone = Annotated[Path, typer.Option(help="Model folder of step t00: the frozen backbone.")]
 
 
@@ -430,19 +432,21 @@ def split(
     source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
     before: Before,
     out: Out,
+    images: Annotated[Path, typer.Option(help="Folder to leave with the training images.")],
 ) -> None:
     """Pack a task's images; hand on tests and classes so far."""
     require_project()
     from pipelines.split import split as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, source=source, before=before, out=out)
+    launch(stage, task=task, source=source, before=before, out=out, images=images)
 
 
 @app.command(hidden=True)
 def fit(
     task: Task,
-    train: Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")],
+    train: Train,
+    images: Images,
     classes: Classes,
     before: Before,
     backbone: Backbone,
@@ -456,14 +460,24 @@ def fit(
     from pipelines.fit import fit as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, train=train, classes=classes, before=before, backbone=backbone, out=out)
+    launch(
+        stage,
+        task=task,
+        train=train,
+        images=images,
+        classes=classes,
+        before=before,
+        backbone=backbone,
+        out=out,
+    )
 
 
 @app.command(hidden=True)
 def freeze(
     task: Task,
     fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
-    train: Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")],
+    train: Train,
+    images: Images,
     before: Before,
     backbone: Backbone,
     out: Out,
@@ -473,7 +487,7 @@ def freeze(
     from pipelines.freeze import freeze as stage
     from pipelines.stage import launch
 
-    launch(stage, task=task, fit=fit, train=train, before=before, backbone=backbone, out=out)
+    launch(stage, task=task, fit=fit, train=train, images=images, before=before, backbone=backbone, out=out)
 
 
 @app.command(hidden=True)

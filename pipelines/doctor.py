@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.errors import InputError
 from pipelines.files import read_json
-from pipelines.images import picture_hash, read_images
+from pipelines.images import PACKED, picture_hash, read_images
 from pipelines.params import Data, Fetch, Params, Task, class_name_fault, read_text
 from pipelines.pictures import (
     Print,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from sdlora.backbones import Backbone
 
 RAW = Path("data/raw")
-SPLITS, FROZEN_BASE = Path("artifacts/split"), Path("artifacts/model/t00")
+SPLITS, TRAINED = Path("artifacts/split"), Path("artifacts/train")
+FROZEN_BASE = Path("artifacts/model/t00")
 FEW = 5
 """Images of a class in a part below which it is named."""
 UNEVEN = 10
@@ -522,7 +523,7 @@ def sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, 
     """Some training images of each class, chosen by their names: readers of their bytes."""
     each = max(ENOUGH, min(PER_CLASS, SAMPLE // max(len(task.classes), 1)))
     readers: dict[str, list[tuple[str, Loader]]] = defaultdict(list)
-    packed = SPLITS / key / "train.arrow"
+    packed = TRAINED / key / PACKED
     if seen is None and packed.is_file():
         table = read_images(packed)
         labels, ids = table["label"].to_pylist(), table["id"].to_pylist()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode, read_images, training_images
+from pipelines.images import PACKED, decode, read_images, training_images
 from pipelines.params import Params
 from pipelines.processes import TERMINATED, stop_asked
 from pipelines.progress import Progress
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 @stage
-def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, out: Path) -> Summary:
+def fit(
+    task: str, *, train: Path, images: Path, classes: Path, before: Path, backbone: Path, out: Path
+) -> Summary:
     """Train what the method trains on the images of `task` alone; leave it raw, with the training curve, in `out`.
 
     A checkpoint is written every `training.checkpoint_seconds` under the hash of everything that decides the
@@ -40,7 +42,9 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
         return given
     set_deterministic(params.training.deterministic)
     device = best_device()
-    learner = _prepare(task, train=train, classes=classes, before=before, backbone=backbone, device=device)
+    learner = _prepare(
+        task, train=train, images=images, classes=classes, before=before, backbone=backbone, device=device
+    )
     store = CheckpointStore(
         params.training.checkpoint_store, _key(task, params, train, classes, before, backbone)
     )
@@ -86,7 +90,14 @@ def fit(task: str, *, train: Path, classes: Path, before: Path, backbone: Path, 
 
 
 def _prepare(
-    task: str, *, train: Path, classes: Path, before: Path, backbone: Path, device: "torch.device"
+    task: str,
+    *,
+    train: Path,
+    images: Path,
+    classes: Path,
+    before: Path,
+    backbone: Path,
+    device: "torch.device",
 ) -> "Fit":
     """A fit of `task` that has not begun."""
     import torch
@@ -107,7 +118,7 @@ def _prepare(
     preprocessing = Preprocessing.of(base.description)
     tasks = {}
     for name in [*record["tasks"], task] if method.joint else [task]:
-        path = training_images(train) if name == task else _earlier_images(name, task, train, record)
+        path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
         labels = torch.tensor(table["label"].to_pylist())
         pixels = torch.from_numpy(decode(table, preprocessing))
@@ -138,17 +149,17 @@ def _prepare(
     )
 
 
-def _earlier_images(name: str, task: str, train: Path, record: dict[str, Any]) -> Path:
-    """The training images of an earlier task, for a joint method: beside those of this one.
+def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) -> Path:
+    """The training images of an earlier task, for a joint method.
 
     They are no declared input of the stage, but the step before is, and its ledger holds their hash: images that are
     not those are refused, so what DVC stores under the declared inputs was made of these images alone.
     """
-    path = train.parent.parent / name / "train.arrow"
+    path = images / name / PACKED
     if not path.is_file():
         raise InputError(
             f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "
-            "them (`dvc pull`), or choose another adapter.method"
+            f"them (`dvc checkout {path.parent}`, `dvc pull {path.parent}`), or choose another adapter.method"
         )
     if sha256_of(path) != record["images"][name]:
         raise InputError(f"{path}: changed since {name} was learned; run `sdlora run` from the first task")

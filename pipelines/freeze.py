@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @stage
-def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, out: Path) -> Summary:
+def freeze(
+    task: str, *, fit: Path, train: Path, images: Path, before: Path, backbone: Path, out: Path
+) -> Summary:
     """Leave the model folder of `task` in `out`: what `before` holds, byte for byte, and what `fit` has learned.
 
     A head that is settled from statistics, and a freezing that changes the function, need the features of the task's
@@ -57,17 +59,17 @@ def freeze(task: str, *, fit: Path, train: Path, before: Path, backbone: Path, o
     result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
     step = freezing.freeze(learned, result, method=METHODS[adapter.method], settings=settings_of(adapter))
     head = HEADS[adapter.head]
-    images = TrainingFeatures(train, backbone)
+    features = TrainingFeatures(train, images, backbone)
     if step.changed:
-        step = freezing.measured(step, features=images)
+        step = freezing.measured(step, features=features)
     frozen = step.learned
     if head.settle is not None:
         frozen = freezing.settle_head(
             learned,
             frozen,
             task=task,
-            labels=images.labels(),
-            features=images,
+            labels=features.labels(),
+            features=features,
             head=head,
             covariance_rank=adapter.covariance_rank,
             generator=generator_for(params.seed, "settle", task),
@@ -150,12 +152,12 @@ def remembered(learned: "Learned") -> dict[str, Any]:
 class TrainingFeatures:
     """The features of the task's training images under any model of the chain; images are read at the first use."""
 
-    def __init__(self, train: Path, backbone: Path) -> None:
-        self._train, self._backbone = train, backbone
+    def __init__(self, train: Path, images: Path, backbone: Path) -> None:
+        self._train, self._images, self._backbone = train, images, backbone
 
     @cached_property
     def _table(self) -> "pa.Table":
-        return read_images(training_images(self._train))
+        return read_images(training_images(self._train, self._images))
 
     @cached_property
     def _pixels(self) -> "Tensor":

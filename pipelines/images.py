@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 TRAINING = "train.json"
-"""What describes the training images of a task, beside them."""
+"""What describes the training images of a task."""
+
+PACKED = "train.arrow"
+"""The training images of a task, in a folder of their own: whoever needs the description need not fetch them."""
 
 ANY_SIZE = sys.maxsize // 2
 """A number of pixels that no picture has."""
@@ -100,22 +103,28 @@ def read_images(path: Path) -> pa.Table:
         raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
 
 
-def training_images(described: Path) -> Path:
+def training_images(described: Path, images: Path) -> Path:
     """The training images that a `train.json` describes; an `InputError` where they are missing or others.
 
     Stages depend on the description, which holds the hash of the images, and not on the images: so a step whose images
     were deleted afterwards is as up to date as it was, and no step can be made of other images than it says.
+
+    Args:
+        described: The `train.json` of a task.
+        images: The folder that has a folder of training images for each task.
     """
-    path = described.with_suffix(".arrow")
+    description = read_json(described)
+    folder = images / description["task"]
+    path = folder / PACKED
     if not path.is_file():
         raise InputError(
-            f"{path}: the training images of {described.parent.name} are missing; restore them with "
-            f"`dvc checkout {described.parent}` or `dvc pull {described.parent}`"
+            f"{path}: the training images of {folder.name} are missing; restore them with `dvc checkout {folder}` or "
+            f"`dvc pull {folder}`"
         )
-    if sha256_of(path) != read_json(described)["images"]:
+    if sha256_of(path) != description["images"]:
         raise InputError(
-            f"{path}: not the images that {described.name} beside it describes; restore both with "
-            f"`dvc checkout {described.parent}`"
+            f"{path}: not the images that {described} describes; restore both with "
+            f"`dvc checkout {folder} {described.parent}`"
         )
     return path
 

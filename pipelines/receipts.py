@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from pipelines.audits.places import Objects, md5_of
 from pipelines.errors import InputError
-from pipelines.files import sha256_of, whole_folder
+from pipelines.files import sha256_of, whole_folder, write_json
 from pipelines.journal import GIVEN_BACK
 from pipelines.params import RETIRED, Params, Section, Text, read_text, read_yaml
 from pipelines.stage import Summary, say
 
 RECEIPT = "receipt.json"
+IN_PLACE = "retired.json"
+"""What is left in place of deleted training images, so that DVC finds an output there."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Listing = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
@@ -164,11 +167,14 @@ def read_receipts() -> dict[str, Receipt]:
     return order
 
 
-def given_back(stage: str, task: str, params: Params, out: Path) -> Summary | None:
+def given_back(
+    stage: str, task: str, params: Params, out: Path, *, images: Path | None = None
+) -> Summary | None:
     """Leave in `out` what a stage of a retired task left when it had its images; None where the task has them.
 
-    The code of the stage may have changed since. Its parameters, and what it learned on top of, may not: then there is
-    nothing to give back, and an `InputError` says what differs.
+    Where the training images were, in `images`, their hash is left. The code of the stage may have changed since. Its
+    parameters, and what it learned on top of, may not: then there is nothing to give back, and an `InputError` says
+    what differs.
     """
     entry = params.tasks.get(task)
     if entry is None or not entry.retired:
@@ -177,12 +183,19 @@ def given_back(stage: str, task: str, params: Params, out: Path) -> Summary | No
     receipt = read_receipt(path)
     kept = receipt.stages[stage]
     refuse_others(stage, task, receipt, entry.classes)
-    with whole_folder(out) as folder:
-        give_back(kept, folder)
+    with contextlib.ExitStack() as stack:
+        if images is not None:
+            write_json(stack.enter_context(whole_folder(images)) / IN_PLACE, in_place_of(receipt))
+        give_back(kept, stack.enter_context(whole_folder(out)))
     say(
         f"{stage} {task}: its images were deleted {receipt.at[:10]}; what it left is given back, nothing is computed"
     )
     return [{"task": task, GIVEN_BACK: len(kept.files), "retired": receipt.at}]
+
+
+def in_place_of(receipt: Receipt) -> dict[str, str]:
+    """What is left where the training images of a retired task were."""
+    return {"task": receipt.task, "images": receipt.train.sha256}
 
 
 def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, ...]) -> None:

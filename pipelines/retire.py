@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipelines.audits.places import ARTIFACTS, LOCK, md5_of
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, write_json
-from pipelines.images import TRAINING, SampleRow, read_images
+from pipelines.images import PACKED, TRAINING, SampleRow, read_images
 from pipelines.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
 from pipelines.receipts import (
     Kept,
@@ -132,7 +132,7 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
     yield f"  DVC's cache: {len(left.cached)} objects"
     for name, objects in left.stored.items():
         yield f"  DVC's remote {name}: {len(objects)} objects"
-    yield f"it stays: {ARTIFACTS}/split/{task} but for train.arrow (test images too), and every model"
+    yield f"it stays: {ARTIFACTS}/split/{task} (test images too), and every model"
     links = sum(file.link for file in receipt.raw)
     if links:
         yield f"warning: links among the files: {links}; what they lead to stays"
@@ -187,7 +187,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     require_done(task, entry, read_plan(params.tasks))
     split, model = ARTIFACTS / "split" / task, ARTIFACTS / "model" / task
     record = read_json(model / "step.json")
-    train = split / "train.arrow"
+    train = ARTIFACTS / "train" / task / PACKED
     samples = [SampleRow(**row) for row in read_images(split / f"samples/{task}.arrow").to_pylist()]
     trained = [sample for sample in samples if sample.split == "train"]
     verdicts = [ARTIFACTS / "gate" / name / "verdict.json" for name in params.tasks]
@@ -282,7 +282,7 @@ def raw_files(task: str, params: Params) -> Iterator[RawFile]:
 
 
 def kept(stage: str, task: str, after: str) -> Kept:
-    """What can be given back of a stage: all that it left, but for the training images."""
+    """What can be given back of a stage; of `split` that is all but the training images, which are an output apart."""
     folders = {"split": "split", "fit": "fit", "freeze": "model"}
     out = (ARTIFACTS / folders[stage] / task).as_posix()
     entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][f"{stage}@{task}"]
@@ -293,8 +293,6 @@ def kept(stage: str, task: str, after: str) -> Kept:
     files = (
         {its["relpath"]: its["md5"] for its in json.loads(listing.read_bytes())} if listing.is_file() else {}
     )
-    if stage == "split":
-        files.pop("train.arrow", None)
     missing = [name for name, its in files.items() if not (cache / its[:2] / its[2:]).is_file()]
     if missing or not files:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import heapq
+import logging
 import os
 import subprocess
 import sys
@@ -277,7 +278,7 @@ def bring_up_to_date(
         print_line(f"{head} …")
         started = time.monotonic()
         if lean:
-            obtain(name, plan)
+            obtain(name, plan, params)
         cached = bring(name, share=plan.remote)
         if not cached:
             progressed()
@@ -288,21 +289,58 @@ def bring_up_to_date(
     return rows
 
 
-def obtain(name: str, plan: Plan) -> None:
-    """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again."""
-    read = [Path(dep) for dep in plan.deps[name]]
+def obtain(name: str, plan: Plan, params: Params) -> None:
+    """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again.
+
+    Training images are fetched only where the stage will really look at them.
+    """
+    pull([Path(dep) for dep in plan.deps[name]], plan, params)
+    made = {out for outs in plan.outs.values() for out in outs}
+    images = [Path(out) for out in images_read(name, params) if out in made and not Path(out).exists()]
+    if images and not remembered(name):
+        pull(images, plan, params)
+
+
+def pull(read: list[Path], plan: Plan, params: Params) -> None:
+    """Fetch outputs that are read and not here, or have their stages make them."""
     missing = {
         maker: [out for out in plan.outs[maker] if not Path(out).exists() and _is_read(Path(out), read)]
         for maker in plan.order
-        if maker in plan.needs[name]
     }
     paths = [out for outs in missing.values() for out in outs]
     if not paths or not plan.remote or not dvc(["pull", *paths])[0]:
         return
     for maker, outs in missing.items():
         if not all(Path(out).exists() for out in outs):
-            obtain(maker, plan)
+            obtain(maker, plan, params)
             bring(maker, share=plan.remote)
+
+
+def images_read(name: str, params: Params) -> list[str]:
+    """The folders of training images that a stage reads: they are no deps, what describes them is."""
+    kind, _, task = name.partition("@")
+    if kind not in ("fit", "freeze"):
+        return []
+    from pipelines.adapters import tasks_read
+
+    return [f"artifacts/train/{key}" for key in (tasks_read(params, task) if kind == "fit" else [task])]
+
+
+def remembered(name: str) -> bool:
+    """Bring what a stage leaves from DVC's run-cache, here or in the remote; False where it has to be computed."""
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+        from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
+
+        logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)  # `bring` says whence a stage came
+        with contextlib.closing(Repo()) as repo, lock_repo(repo):
+            with contextlib.suppress(RunCacheNotSupported):
+                repo.stage_cache.pull(None)
+            try:
+                repo.stage_cache.restore(repo.stage.load_one(name=name), pull=True)
+            except RunCacheNotFoundError:
+                return False
+            return True
 
 
 def _is_read(out: Path, read: list[Path]) -> bool:

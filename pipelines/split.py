@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.images import (
+    PACKED,
     TRAINING,
     ImageRow,
     SampleRow,
@@ -61,11 +62,14 @@ class Picture(NamedTuple):
 
 
 @stage
-def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str, str | int | float]]:
+def split(
+    task: str, *, source: Path, before: Path, out: Path, images: Path
+) -> list[dict[str, str | int | float]]:
     """Pack the images of a task's classes, divided into train, test and, if asked for, validation.
 
-    What `before` holds is handed on. Refused, with the files named: a class of an earlier task, what
-    `pipelines.sources` finds wrong with the source, a file that cannot be decoded.
+    The training images go to `images`, all else to `out`. What `before` holds is handed on. Refused, with the files
+    named: a class of an earlier task, what `pipelines.sources` finds wrong with the source, a file that cannot be
+    decoded.
 
     The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of
     this task or of another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two
@@ -74,12 +78,13 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
     are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
     nearly, by a perceptual hash, pictures of validation or test.
 
-    Of a task whose images were deleted (`sdlora retire`) it gives back what it left, without the training images.
+    Of a task whose images were deleted (`sdlora retire`) it gives back what it left, and in place of the training
+    images their hash.
     """
     params = Params.load()
     if task not in params.tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(params.tasks)}")
-    given = given_back("split", task, params, out)
+    given = given_back("split", task, params, out, images=images)
     if given is not None:
         return given
     names, data = params.tasks[task].classes, params.data
@@ -87,9 +92,9 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
     refuse_known_classes(task, names, earlier["classes"])
 
     first = len(earlier["classes"])
-    images = task_images(source, names, manifest=params.tasks[task].manifest, data=data)
+    listed = task_images(source, names, manifest=params.tasks[task].manifest, data=data)
     labels = {name: first + i for i, name in enumerate(names)}
-    pictures = read_task(task, images, labels=labels, max_pixels=data.max_pixels)
+    pictures = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
     samples = [picture.sample() for picture in pictures]
     prints = [print_of(sample, shown=str(p.found.path)) for p, sample in zip(pictures, samples, strict=True)]
     known = [
@@ -115,14 +120,14 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
     counts = {name: dict.fromkeys(parts, 0) for name in names}
     for picture in pictures:
         counts[picture.found.name][picture.part] += 1
-    with whole_folder(out) as folder:
+    with whole_folder(images) as packed, whole_folder(out) as folder:
         for kind in ("test", "validation", "samples"):
             (folder / kind).mkdir()
             for path in (before / kind / f"{name}.arrow" for name in earlier["tasks"]):
                 if kind != "validation" or path.is_file():
                     shutil.copyfile(path, folder / kind / path.name)
         rows = {part: [p.row for p in pictures if p.part == part] for part in PARTS}
-        write_images(folder / "train.arrow", rows["train"])
+        write_images(packed / PACKED, rows["train"])
         write_images(folder / "test" / f"{task}.arrow", rows["test"])
         if data.validation is not None:
             write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
@@ -135,7 +140,7 @@ def split(task: str, *, source: Path, before: Path, out: Path) -> list[dict[str,
             folder / TRAINING,
             {
                 "task": task,
-                "images": sha256_of(folder / "train.arrow"),
+                "images": sha256_of(packed / PACKED),
                 "counts": {name: counts[name]["train"] for name in names},
                 "digest": digest_of(trained),
             },

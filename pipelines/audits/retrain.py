@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from pipelines.audits.places import ARTIFACTS, FaultError, Place, read_lock
 from pipelines.errors import InputError
 from pipelines.files import read_json
+from pipelines.images import TRAINING
 from pipelines.params import Params, read_text, read_yaml
 from pipelines.provenance import library_versions
 from pipelines.receipts import receipt_of
@@ -24,6 +25,8 @@ def retrain(step: str) -> float:
     Bytes repeat on one kind of machine, with the same libraries (docs/method.md); the error says which were others.
     Returns the seconds that it took.
     """
+    from pipelines.adapters import tasks_read
+
     params = Params.load()
     if step not in params.tasks:
         raise InputError(f"--retrain {step}: there is no such task; known are {', '.join(params.tasks)}")
@@ -43,8 +46,9 @@ def retrain(step: str) -> float:
         project = Path(scratch) / "project"
         before = params.tasks[step].after
         for path in {
+            ARTIFACTS / "split" / step,
             *(ARTIFACTS / "model" / name for name in ("t00", before)),
-            *(ARTIFACTS / "split" / name for name in read_tasks(params, step)),
+            *(ARTIFACTS / "train" / name for name in tasks_read(params, step)),
         }:
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).symlink_to(place.find(path).resolve())
@@ -53,7 +57,9 @@ def retrain(step: str) -> float:
         split, model = ARTIFACTS / "split" / step, ARTIFACTS / "model"
         shared: list[str | Path] = [
             "--train",
-            split / "train.json",
+            split / TRAINING,
+            "--images",
+            ARTIFACTS / "train",
             "--before",
             model / before,
             "--backbone",
@@ -68,14 +74,6 @@ def retrain(step: str) -> float:
         _run(project, ["freeze", step, *made])
         _compare(project, place, model / step)
     return time.monotonic() - started
-
-
-def read_tasks(params: Params, step: str) -> list[str]:
-    """Whose images a fit reads: those of its task, and of all before it where the method learns them all."""
-    from sdlora.methods import METHODS
-
-    tasks = list(params.tasks)
-    return tasks[: tasks.index(step) + 1] if METHODS[params.adapter.method].joint else [step]
 
 
 def write_params(path: Path) -> None:

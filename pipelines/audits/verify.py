@@ -20,9 +20,9 @@ from pipelines.audits.places import (
 )
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
-from pipelines.images import SampleRow, digest_of, read_images
+from pipelines.images import PACKED, TRAINING, SampleRow, digest_of, read_images
 from pipelines.params import Gate, Params
-from pipelines.receipts import read_receipts, receipt_of
+from pipelines.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.verdicts import broken, measure
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
             raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
     except (AttributeError, KeyError, TypeError, IndexError):
         raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: it is not a record of a step") from None
-    kinds = ["model", "split", "evaluation", "gate"] + ([] if step == "t00" else ["fit"])
+    kinds = ["model", "split", "evaluation", "gate"] + ([] if step == "t00" else ["train", "fit"])
     files = sum(check_bytes(place, f"artifacts/{kind}/{step}") for kind in kinds)
     if step != "t00":
         record = read_json(model / "step.json")
@@ -128,12 +128,13 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     for name, expected in record["fit"].items():
         if not (fit / name).is_file() or sha256_of(fit / name) != expected:
             raise FaultError(f"{ARTIFACTS / 'fit' / step / name}: not the file that the ledger names")
-    train = place.find(ARTIFACTS / "split" / step) / "train.arrow"
-    described = read_json(train.with_suffix(".json"))
-    if described != record["split"]:
-        raise FaultError(f"{ARTIFACTS / 'split' / step}/train.json: not what the ledger says of the images")
-    if train.exists() and sha256_of(train) != record["images"][step]:
-        raise FaultError(f"{ARTIFACTS / 'split' / step}/train.arrow: not the images that the ledger names")
+    described = ARTIFACTS / "split" / step / TRAINING
+    if read_json(place.find(described.parent) / TRAINING) != record["split"]:
+        raise FaultError(f"{described}: not what the ledger says of the images")
+    train = ARTIFACTS / "train" / step / PACKED
+    found = place.find(train.parent) / PACKED
+    if found.exists() and sha256_of(found) != record["images"][step]:
+        raise FaultError(f"{train}: not the images that the ledger names")
     check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
 
 
@@ -157,21 +158,24 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/samples/{step}.arrow: not the samples of the ledger")
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
-    for name in ("train.arrow", f"test/{step}.arrow"):
-        if not (split / name).exists() and name == "train.arrow":  # `check_receipt` asks why
+    train, test = ARTIFACTS / "train" / step, ARTIFACTS / "split" / step / "test"
+    packed = {
+        train / PACKED: place.find(train) / PACKED,
+        test / f"{step}.arrow": split / f"test/{step}.arrow",
+    }
+    for name, path in packed.items():
+        if name.parent == train and not path.exists():  # `check_receipt` asks why
             continue
-        table = read_images(split / name)
+        table = read_images(path)
         for row in range(len(table)):
             data = table["image"][row].as_buffer()
             if hashlib.sha256(data).hexdigest() != table["sha256"][row].as_py():
-                raise FaultError(
-                    f"{ARTIFACTS / 'split' / step / name}: {table['id'][row]} is not the picture of its hash"
-                )
+                raise FaultError(f"{name}: {table['id'][row]} is not the picture of its hash")
     trained = {row.pixels for row in rows if row.split == "train"}
     for path in sorted([*(split / "test").glob("*.arrow"), *(split / "validation").glob("*.arrow")]):
         if not trained.isdisjoint(read_images(path)["pixels"].to_pylist()):
             raise FaultError(
-                f"{ARTIFACTS / 'split' / step}: a picture of train.arrow is in {path.parent.name}/{path.name}"
+                f"{ARTIFACTS / 'split' / step}: a training picture is in {path.parent.name}/{path.name}"
             )
         earlier = f"artifacts/split/{record['tasks'][-2]}" if len(record["tasks"]) > 1 else ""
         was = place.md5(f"{earlier}/{path.parent.name}/{path.name}") if path.stem != step else None
@@ -186,10 +190,11 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
     """
-    path, train = receipt_of(step), ARTIFACTS / "split" / step / "train.arrow"
+    path, train = receipt_of(step), ARTIFACTS / "train" / step / PACKED
     if step == "t00":
         return ""
-    there = (place.find(train.parent) / train.name).exists()
+    found = place.find(train.parent)
+    there = (found / PACKED).exists()
     if not retired:
         if path.exists():
             raise FaultError(f"{path}: {step} is not retired to the end; run `sdlora retire {step}` again")
@@ -201,7 +206,7 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
         raise FaultError(f"{path}: the receipt is missing; restore it from version control")
     if there:
         raise FaultError(f"{train}: {path} says that it was deleted; run `sdlora retire {step}` again")
-    split, model = place.find(train.parent), place.find(ARTIFACTS / "model" / step)
+    split, model = place.find(ARTIFACTS / "split" / step), place.find(ARTIFACTS / "model" / step)
     record = read_json(model / "step.json")
     samples = read_images(split / f"samples/{step}.arrow").to_pylist()
     expected = {
@@ -217,6 +222,8 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
     for name, holds in expected.items():
         if not holds:
             raise FaultError(f"{path}: its {name} is not what follows from the files")
+    if read_json(found / IN_PLACE) != in_place_of(receipt):
+        raise FaultError(f"{train.parent / IN_PLACE}: it is not what {path} says")
     if place.lock.deps[f"split@{step}"].get(path.parent.as_posix()) != folder_md5({path.name: md5_of(path)}):
         raise FaultError(f"{path}: its bytes are not those of {LOCK}")
     return sha256_of(path)

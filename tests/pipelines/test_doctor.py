@@ -170,7 +170,13 @@ def test_every_fault_is_named_in_one_report_and_the_mended_folder_becomes_a_task
     start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
     for task, before in (("t01", "t00"), ("t02", "t01")):
         source = Path(Params.load().tasks[task].source)
-        split(task, source=source, before=Path("split", before), out=Path("split", task))
+        split(
+            task,
+            source=source,
+            before=Path("split", before),
+            out=Path("split", task),
+            images=Path("train", task),
+        )
     assert examine(None, quick=True)[-1].what == "18 images of 1 class, nothing amiss"
 
 
@@ -304,6 +310,7 @@ def test_old_pictures_are_compared_as_they_were_packed_when_their_source_is_gone
         source=Path("data/raw/first"),
         before=Path("artifacts/split/t00"),
         out=Path("artifacts/split/t01"),
+        images=Path("artifacts/train/t01"),
     )
     fill(OWN, "good", seed=1000)
     shutil.copy("data/raw/first/train/1/0.png", OWN / "test/good/old.png")
@@ -323,6 +330,7 @@ def test_a_task_whose_classes_changed_since_it_was_packed_is_compared_as_it_was_
         source=Path("data/raw/first"),
         before=Path("artifacts/split/t00"),
         out=Path("artifacts/split/t01"),
+        images=Path("artifacts/train/t01"),
     )
     classes = Path("artifacts/split/t01/classes.json")
     names = [entry["name"] for entry in json.loads(classes.read_text())["classes"]]

@@ -52,7 +52,7 @@ def kept(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def images(kept: Path) -> dict[str, bytes]:
     """The training images of t01 by id."""
-    table = read_images(kept / "artifacts/split/t01/train.arrow")
+    table = read_images(kept / "artifacts/train/t01/train.arrow")
     return dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
 
 
@@ -93,7 +93,7 @@ def holding(root: Path, images: dict[str, bytes], packed: str) -> Iterator[str]:
 def test_no_byte_of_the_images_is_left_in_project_cache_or_remote(
     kept: Path, gone: tuple[Path, str], images: dict[str, bytes]
 ) -> None:
-    packed = sha256_of(kept / "artifacts/split/t01/train.arrow")
+    packed = sha256_of(kept / "artifacts/train/t01/train.arrow")
     before = list(holding(kept.parent, images, packed))
     assert len({name.split("/")[0] for name in before}) == 2  # the search does find them
     assert [name for name in before if "/cache/" in name]
@@ -103,9 +103,14 @@ def test_no_byte_of_the_images_is_left_in_project_cache_or_remote(
 
 def test_what_a_step_left_stays_byte_for_byte_but_for_the_images(kept: Path, gone: tuple[Path, str]) -> None:
     for folder in ("split", "fit", "model", "evaluation", "gate"):
-        was, now = (contents(root / "artifacts" / folder) for root in (kept, gone[0]))
-        missing = {"t01/train.arrow"} if folder == "split" else set()
-        assert {name: data for name, data in was.items() if name not in missing} == now
+        assert contents(kept / "artifacts" / folder) == contents(gone[0] / "artifacts" / folder)
+    was, now = (contents(root / "artifacts/train") for root in (kept, gone[0]))
+    assert sorted(now) == ["t01/retired.json", "t02/train.arrow"]
+    assert now["t02/train.arrow"] == was["t02/train.arrow"]
+    assert json.loads(now["t01/retired.json"]) == {
+        "task": "t01",
+        "images": hashlib.sha256(was["t01/train.arrow"]).hexdigest(),
+    }
     assert not (gone[0] / "pictures/train/a").exists()
     assert not (gone[0] / "pictures/test/b").exists()
     assert contents(gone[0] / "pictures/train/c") == contents(kept / "pictures/train/c")
@@ -158,7 +163,7 @@ def test_a_later_task_is_learned_to_the_same_bytes_without_them(
     whole, without = grown
     for folder in ("fit", "model", "evaluation", "gate"):
         assert contents(whole / "artifacts" / folder) == contents(without / "artifacts" / folder)
-    packed = sha256_of(whole / "artifacts/split/t01/train.arrow")
+    packed = sha256_of(whole / "artifacts/train/t01/train.arrow")
     assert not list(holding(without.parent, images, packed))
     assert "the chain holds" in call(without, "sdlora", "audit", "verify")
     assert call(without, "sdlora", "predict", "t03", "pictures/test/c/0.png")
@@ -175,7 +180,7 @@ def test_a_clone_pulls_and_has_nothing_to_do(retired: Path, tmp_path: Path) -> N
     call(clone, "dvc", "checkout", "-q")
     assert "all up to date" in call(clone, "sdlora", "run")
     assert "the chain holds" in call(clone, "sdlora", "audit", "verify")
-    assert not (clone / "artifacts/split/t01/train.arrow").exists()
+    assert not (clone / "artifacts/train/t01/train.arrow").exists()
 
 
 class Killed(BaseException):
@@ -201,7 +206,7 @@ def test_ended_before_any_of_its_operations_the_same_command_finishes(
 
         monkeypatch.setattr(owner, name, work)
 
-    packed = sha256_of(project / "artifacts/split/t01/train.arrow")
+    packed = sha256_of(project / "artifacts/train/t01/train.arrow")
     for owner, name in ((FileSystem, "remove"), (Path, "unlink"), (Path, "rmdir")):
         limited(owner, name)
     for name in ("write_json", "replace_file", "bring"):
@@ -268,7 +273,7 @@ def test_a_step_that_is_not_done_keeps_its_images(project: Path) -> None:
     Path("params.yaml").write_text(joint, encoding="utf-8")
     with pytest.raises(InputError, match="the method joint learns the images of all tasks"):
         retire("t01", by="me", why="x", dry=False, yes=True)
-    assert (project / "artifacts/split/t01/train.arrow").exists()
+    assert (project / "artifacts/train/t01/train.arrow").exists()
 
 
 def test_nothing_is_deleted_through_a_link(project: Path) -> None:
@@ -313,7 +318,7 @@ def test_data_that_dvc_keeps_and_what_was_packed_earlier_go_too(
     call(project, "dvc", "push", "-q")
     for path in (project / "older.arrow", project / "older.arrow.dvc"):
         path.unlink()
-    packed = sha256_of(project / "artifacts/split/t01/train.arrow")
+    packed = sha256_of(project / "artifacts/train/t01/train.arrow")
     noted = (project / "pictures.dvc").read_text()
     assert retire("t01", by="me", why="x", dry=False, yes=True) == 0
 
@@ -385,7 +390,7 @@ def test_a_source_that_is_gone_already_leaves_the_rest_to_delete(
     shutil.rmtree("first")
     shutil.rmtree("pictures/train/a")
     shutil.rmtree("pictures/train/b")
-    packed = sha256_of(project / "artifacts/split/t01/train.arrow")
+    packed = sha256_of(project / "artifacts/train/t01/train.arrow")
     assert retire("t01", by="me", why="x", dry=False, yes=True) == 0
     assert not list(holding(project.parent, images, packed))
     assert read_json(project / "ledger/retired/t01/receipt.json")["raw"] == []
@@ -419,6 +424,7 @@ def run_fit(out: str = "elsewhere") -> None:
     fit(
         "t01",
         train=split / "train.json",
+        images=Path("artifacts/train"),
         classes=split / "classes.json",
         before=model,
         backbone=model,
@@ -499,7 +505,7 @@ def test_verify_finds_a_receipt_that_was_altered_and_images_without_one(retired:
     Path("params.yaml").write_text(text.replace("source: ledger/retired/t01", "source: pictures"))
     assert f"t01 {path}: t01 is not retired to the end" in first_fault()
     path.unlink()
-    assert "t01 artifacts/split/t01/train.arrow: it is missing, and no receipt says" in first_fault()
+    assert "t01 artifacts/train/t01/train.arrow: it is missing, and no receipt says" in first_fault()
 
 
 def test_receipts_are_a_chain_in_the_order_of_retiring(retired: Path, images: dict[str, bytes]) -> None:

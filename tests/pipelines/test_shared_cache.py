@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.audits.places import md5_of
 from pipelines.processes import end_group
 from pipelines.run import finish, read_plan, run_pipeline
-from tests.pipelines.test_run import EVALUATE, FIT, REPORT, ran, wait_for
+from tests.pipelines.conftest import call
+from tests.pipelines.test_end_to_end import entries, hashes
+from tests.pipelines.test_run import EVALUATE, REPORT, ran, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,7 +42,7 @@ stages:
         - artifacts/split/${item.after}/classes
       outs:
         - artifacts/split/${key}
-        - artifacts/images/${key}
+        - artifacts/train/${key}
   fit:
     foreach: ${tasks}
     do:
@@ -48,7 +51,7 @@ stages:
         - adapter.rank
       deps:
         - fit
-        - artifacts/images/${key}
+        - artifacts/split/${key}/classes
         - artifacts/model/${item.after}
       outs:
         - artifacts/model/${key}
@@ -79,10 +82,21 @@ echo > artifacts/model/t00
 """
 SPLIT = """#!/bin/sh
 echo "split $1" >> ran
-mkdir -p artifacts/split/$1 artifacts/images
+mkdir -p artifacts/split/$1 artifacts/train
 cat artifacts/split/$3/classes > artifacts/split/$1/classes
 echo $1 >> artifacts/split/$1/classes
-cat $2/* > artifacts/images/$1
+cat $2/* > artifacts/train/$1
+"""
+FIT = """#!/bin/sh
+for task in t01 t02 t03 t04; do
+    if test $task = $1 || grep -q "^  method: joint" params.yaml; then
+        test -f artifacts/train/$task || exit 1
+    fi
+    test $task != $1 || break
+done
+echo "fit $1" >> ran
+mkdir -p artifacts/model
+(echo "$1 after $2"; grep "^  rank:" params.yaml) > artifacts/model/$1
 """
 
 
@@ -165,10 +179,16 @@ def fresh(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return make
 
 
-def objects(folder: Path) -> set[str]:
-    """The contents that a machine holds in DVC's cache, listings left out."""
+def pictures(folder: Path) -> set[str]:
+    """The contents that a machine holds in DVC's cache and that are images."""
     files = (path for path in (folder / ".dvc/cache/files").rglob("*") if path.is_file())
-    return {path.read_text() for path in files if not path.name.endswith(".dir")}
+    return {text for text in (path.read_text() for path in files) if text.startswith("the picture of ")}
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 @pytest.mark.parametrize("remote", ["folder", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
@@ -195,10 +215,55 @@ def test_a_new_task_on_an_empty_machine_fetches_no_image_of_those_before(
     ]
     finish(lambda: None)
     assert ran(folder) == ["split t04", "fit t04", "evaluate t04", "report"]
-    held = objects(folder)
-    assert {text for text in held if text.startswith("the picture of")} == {"the picture of t04"}
+    assert pictures(folder) == {"the picture of t04"}
     assert not (folder / "artifacts/model/t02").exists()
     assert finish(lambda: None) == []
+
+
+@pytest.mark.slow
+def test_a_fit_that_really_runs_fetches_the_images_of_its_task(
+    fresh: Callable[[tuple[str, ...]], Path],
+) -> None:
+    folder = fresh(tuple(f"t{number:02d}" for number in range(1, 4)))
+    replace(folder / "params.yaml", "  rank: 10 ", "  rank: 9 ")
+    finish(lambda: None)
+    assert [line for line in ran(folder) if "fit" in line or "split" in line] == [
+        "fit t01",
+        "fit t02",
+        "fit t03",
+    ]
+    assert pictures(folder) == {f"the picture of t{number:02d}" for number in range(1, 4)}
+
+
+@pytest.mark.slow
+def test_a_fit_that_the_run_cache_has_fetches_no_images(
+    first: Path, fresh: Callable[[tuple[str, ...]], Path]
+) -> None:
+    """Its dvc.lock is that of before: another machine has learned with the other rank meanwhile."""
+    lock = (first / "dvc.lock").read_text()
+    replace(first / "params.yaml", "  rank: 10 ", "  rank: 9 ")
+    finish(lambda: None)
+    folder = fresh(tuple(f"t{number:02d}" for number in range(1, 4)))
+    (folder / "dvc.lock").write_text(lock)
+    finished = finish(lambda: None)
+    assert {row["from cache"] for row in finished} == {"yes"}
+    assert {row["stage"] for row in finished} >= {"fit@t01", "fit@t02", "fit@t03"}
+    assert (folder / "artifacts/model/t03").read_text() == (first / "artifacts/model/t03").read_text()
+    assert not pictures(folder)
+
+
+@pytest.mark.slow
+def test_a_joint_fit_fetches_the_images_of_all_tasks_before(
+    fresh: Callable[[tuple[str, ...]], Path],
+) -> None:
+    folder = fresh(tuple(f"t{number:02d}" for number in range(1, 4)))
+    replace(folder / "params.yaml", "  method: sdlora ", "  method: joint ")
+    replace(folder / "params.yaml", "  head: aligned ", "  head: linear ")
+    with (folder / "params.yaml").open("a") as file:
+        file.write("  t04: {after: t03, source: images/t04, classes: [t04]}\n")
+    finish(lambda: None)
+    assert ran(folder) == ["split t04", "fit t04", "evaluate t04", "report"]
+    assert pictures(folder) == {f"the picture of t{number:02d}" for number in range(1, 5)}
 
 
 def test_what_another_machine_changed_is_not_taken_for_finished(
@@ -227,3 +292,84 @@ def test_what_the_remote_has_lost_is_made_again(
         file.write("  t04: {after: t03, source: images/t04, classes: [t04]}\n")
     finish(lambda: None)
     assert ran(folder) == ["split t04", "fit t03", "fit t04", "evaluate t04", "report"]
+
+
+@pytest.fixture(scope="module")
+def stored(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished chain of the real stages, pushed to a folder beside it, and committed."""
+    folder = tmp_path_factory.mktemp("stored") / "project"
+    shutil.copytree(finished[0], folder)
+    call(folder, "dvc", "remote", "add", "-d", "storage", str(folder.parent / "storage"))
+    call(folder, "dvc", "push", "-q", "--run-cache")
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
+    call(folder, "git", "add", "-A")
+    call(folder, *git, "commit", "-q", "-m", "learned")
+    return folder
+
+
+@pytest.fixture
+def worker(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty clone of it without the pictures of its tasks, as the working directory."""
+    call(tmp_path, "git", "clone", "-q", str(stored), "worker")
+    shutil.rmtree(tmp_path / "worker/pictures")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    monkeypatch.chdir(tmp_path / "worker")
+    return tmp_path / "worker"
+
+
+def training_objects(folder: Path, task: str) -> list[str]:
+    """The objects of a task's training images: what DVC names the folder by, and the file in it."""
+    stage = entries(folder)[f"split@{task}"]
+    assert isinstance(stage, dict)
+    listing = next(out["md5"] for out in stage["outs"] if out["path"] == f"artifacts/train/{task}")
+    return [listing, md5_of(folder / f"artifacts/train/{task}/train.arrow")]
+
+
+def held(root: Path, objects: list[str]) -> list[bool]:
+    """Whether a cache or a remote has each of some objects."""
+    return [(root / "files/md5" / md5[:2] / md5[2:]).is_file() for md5 in objects]
+
+
+@pytest.mark.slow
+def test_a_worker_learns_a_task_to_the_same_bytes_without_the_training_images_of_those_before(
+    stored: Path, worker: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(stored, whole)
+    call(whole, "dvc", "remote", "remove", "storage")
+    call(whole, "sdlora", "add-task", "more")
+    call(whole, "sdlora", "run")
+
+    call(worker, "sdlora", "add-task", "more")
+    finished = finish(lambda: None)
+
+    assert [row["stage"].partition("@")[2] for row in finished] == ["t03"] * 5 + [""]
+    for task in ("t01", "t02"):
+        assert held(stored.parent / "storage", training_objects(stored, task)) == [True, True]
+        assert held(worker / ".dvc/cache", training_objects(stored, task)) == [False, False]
+        assert not (worker / "artifacts/train" / task).exists()
+    assert entries(worker) == entries(whole)
+    expected = hashes(whole)
+    here = hashes(worker)
+    assert here == {name: expected[name] for name in here}
+    assert {name for name in expected if "/t03/" in name} <= here.keys()
+
+
+@pytest.mark.slow
+def test_a_worker_fetches_the_training_images_of_the_fit_that_runs_and_of_no_other(
+    stored: Path, worker: Path
+) -> None:
+    yaml = YAML()
+    lock = yaml.load(worker / "dvc.lock")
+    del lock["stages"]["fit@t02"]
+    yaml.dump(lock, worker / "dvc.lock")
+    forgotten = worker.parent / "storage"
+    shutil.copytree(stored.parent / "storage", forgotten, ignore=shutil.ignore_patterns("runs"))
+    call(worker, "dvc", "remote", "modify", "storage", "url", str(forgotten))
+    finished = finish(lambda: None)
+
+    assert (finished[0]["stage"], finished[0]["from cache"]) == ("fit@t02", "no")
+    assert not [row["stage"] for row in finished if str(row["stage"]).endswith("@t01")]
+    assert held(worker / ".dvc/cache", training_objects(stored, "t01")) == [False, False]
+    assert held(worker / ".dvc/cache", training_objects(stored, "t02")) == [True, True]
+    assert entries(worker) == entries(stored)

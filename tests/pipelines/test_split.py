@@ -62,13 +62,20 @@ def allow_duplicates() -> None:
 
 def run(task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
     before = {"t01": "t00", "t02": "t01"}[task]
-    return split(task, source=SOURCE, before=Path(root, before), out=Path(root, task))
+    return split(
+        task,
+        source=SOURCE,
+        before=Path(root, before),
+        out=Path(root, task),
+        images=Path(root, "train", task),
+    )
 
 
 def refusal(task: str) -> str:
     with pytest.raises(InputError) as caught:
         run(task)
     assert not Path("split", task).exists()
+    assert not Path("split/train", task).exists()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -87,7 +94,7 @@ def test_the_start_is_an_empty_class_map() -> None:
 def test_a_task_is_packed_in_the_order_of_its_classes_and_of_natural_names() -> None:
     summary = run("t01")
 
-    train = read_images(Path("split/t01/train.arrow"))
+    train = read_images(Path("split/train/t01/train.arrow"))
     ids = ["t01/train/cat/9.png", "t01/train/cat/10.png", "t01/train/ant/9.png", "t01/train/ant/10.png"]
     assert train["id"].to_pylist() == ids
     assert train["label"].to_pylist() == [0, 0, 1, 1]
@@ -106,7 +113,7 @@ def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None
 
     first, second = tree(Path("split/t01")), tree(Path("split/t02"))
     assert set(second) == {
-        "train.arrow", "train.json", "classes.json", "split.json", "validation/tasks.json",
+        "train.json", "classes.json", "split.json", "validation/tasks.json",
         "test/t01.arrow", "test/t02.arrow", "samples/t01.arrow", "samples/t02.arrow",
     }  # fmt: skip
     assert second["test/t01.arrow"] == first["test/t01.arrow"]
@@ -120,7 +127,7 @@ def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None
         ],
         "tasks": ["t01", "t02"],
     }
-    assert read_images(Path("split/t02/train.arrow"))["label"].to_pylist() == [2, 2, 3, 3]
+    assert read_images(Path("split/train/t02/train.arrow"))["label"].to_pylist() == [2, 2, 3, 3]
 
 
 def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
@@ -183,7 +190,7 @@ def test_classes_of_other_tasks_and_hidden_files_are_left_alone() -> None:
 
     run("t01")
 
-    assert len(read_images(Path("split/t01/train.arrow"))) == 4
+    assert len(read_images(Path("split/train/t01/train.arrow"))) == 4
 
 
 def test_a_class_of_an_earlier_task_is_refused() -> None:
@@ -199,7 +206,7 @@ def test_a_class_of_an_earlier_task_is_refused() -> None:
 
 def test_a_task_that_is_not_in_the_params_is_refused() -> None:
     with pytest.raises(InputError, match=r"tasks: there is no t09; known are t01, t02"):
-        split("t09", source=SOURCE, before=Path("split/t00"), out=Path("split/t09"))
+        split("t09", source=SOURCE, before=Path("split/t00"), out=Path("split/t09"), images=Path("train/t09"))
 
 
 def test_a_split_without_the_one_before_is_refused() -> None:
@@ -381,25 +388,27 @@ def test_copies_within_a_class_stay_and_are_counted() -> None:
 
     run("t01")
 
-    assert len(read_images(Path("split/t01/train.arrow"))) == 5
+    assert len(read_images(Path("split/train/t01/train.arrow"))) == 5
     assert read_json(Path("split/t01/split.json"))["duplicates"] == 1
 
 
 def test_a_refused_split_leaves_the_one_there_was() -> None:
     run("t01")
-    before = tree(Path("split/t01"))
+    before = tree(Path("split"))
     (SOURCE / "train/cat/9.png").write_bytes(b"x")
 
     with pytest.raises(InputError):
         run("t01")
 
-    assert tree(Path("split/t01")) == before
+    assert tree(Path("split")) == before
 
 
 def parts_of(task: str, *, root: str = "split") -> dict[str, list[str]]:
     folder = Path(root, task)
-    files = [folder / "train.arrow", *sorted(folder.glob("validation/*.arrow")), *folder.glob("test/*.arrow")]
-    return {str(file.relative_to(folder)): read_images(file)["id"].to_pylist() for file in files}
+    parts = [*sorted(folder.glob("validation/*.arrow")), *folder.glob("test/*.arrow")]
+    files = {"train.arrow": Path(root, "train", task, "train.arrow")}
+    files |= {str(file.relative_to(folder)): file for file in parts}
+    return {name: read_images(file)["id"].to_pylist() for name, file in files.items()}
 
 
 def noise(path: Path, seed: int) -> None:
@@ -420,7 +429,13 @@ def undivided(source: str) -> None:
 
 def run_of(source: str, task: str, *, root: str = "split") -> list[dict[str, str | int | float]]:
     before = {"t01": "t00", "t02": "t01"}[task]
-    return split(task, source=Path(source), before=Path(root, before), out=Path(root, task))
+    return split(
+        task,
+        source=Path(source),
+        before=Path(root, before),
+        out=Path(root, task),
+        images=Path(root, "train", task),
+    )
 
 
 def test_without_validation_its_folder_says_so() -> None:
@@ -466,7 +481,7 @@ def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:
     summary = run_of("data/raw/flat", "t01", root="listed")
 
     assert summary == [{"class": name, "train": 4, "test": 1} for name in ("cat", "ant")]
-    table = read_images(Path("listed/t01/train.arrow"))
+    table = read_images(Path("listed/train/t01/train.arrow"))
     assert table["id"][0].as_py().startswith("t01/train/cat/cat/")
     every = {
         root: {

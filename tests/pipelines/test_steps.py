@@ -68,7 +68,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
         backbone(out=Path("model/t00"))
         for task, before in (("t01", "t00"), ("t02", "t01")):
-            split(task, source=Path("pictures"), before=Path(f"split/{before}"), out=Path(f"split/{task}"))
+            split(
+                task,
+                source=Path("pictures"),
+                before=Path(f"split/{before}"),
+                out=Path(f"split/{task}"),
+                images=Path(f"train/{task}"),
+            )
     return root
 
 
@@ -85,6 +91,7 @@ def run_fit(task: str, before: str, out: str) -> None:
     fit(
         task,
         train=Path(f"split/{task}/train.json"),
+        images=Path("train"),
         classes=Path(f"split/{task}/classes.json"),
         before=Path(f"model/{before}"),
         backbone=Path("model/t00"),
@@ -102,6 +109,7 @@ def run_freeze(task: str, before: str, fit: str | None = None) -> None:
         task,
         fit=Path(fit or f"fit/{task}"),
         train=Path(f"split/{task}/train.json"),
+        images=Path("train"),
         before=Path(f"model/{before}"),
         backbone=Path("model/t00"),
         out=Path(f"model/{task}"),
@@ -165,7 +173,7 @@ def test_two_freezings_of_one_fit_leave_the_same_bytes(project: Path) -> None:
 def test_freezing_a_linear_head_looks_at_no_image_and_no_backbone(project: Path) -> None:
     Path("params.yaml").write_text(settings(head="linear"))
     run_fit("t01", "t00", "fit/t01")
-    Path("split/t01/train.arrow").unlink()
+    Path("train/t01/train.arrow").unlink()
     Path("model/t00/backbone.safetensors").unlink()
     record = read_json(Path("model/t00/step.json"))
     Path("model/t00/step.json").write_text(json.dumps({**record, "files": {}}))
@@ -186,21 +194,48 @@ def test_an_absorbed_direction_is_in_the_ledger_with_what_it_changed(project: Pa
     assert 0 <= record["freezing"]["output_change"] < 1
 
 
+@pytest.mark.parametrize("stage", ["fit", "freeze"])
+def test_training_images_that_are_missing_or_others_are_named_with_the_way_back(
+    project: Path, stage: str
+) -> None:
+    def run() -> None:
+        if stage == "fit":
+            run_fit("t01", "t00", "elsewhere")
+        else:
+            run_freeze("t01", "t00")
+
+    run_fit("t01", "t00", "fit/t01")
+    shutil.copy("train/t02/train.arrow", "train/t01/train.arrow")
+    with pytest.raises(
+        InputError, match=r"train/t01/train\.arrow: not the images that split/t01/train\.json describes"
+    ):
+        run()
+    Path("train/t01/train.arrow").unlink()
+    with pytest.raises(InputError) as caught:
+        run()
+    assert str(caught.value) == (
+        "train/t01/train.arrow: the training images of t01 are missing; restore them with "
+        "`dvc checkout train/t01` or `dvc pull train/t01`"
+    )
+    assert not Path("elsewhere").exists()
+    assert not Path("model/t01").exists()
+
+
 def test_joint_says_which_old_images_it_misses(project: Path) -> None:
     Path("params.yaml").write_text(settings(method="joint", head="linear"))
     run_step("t01", "t00")
-    Path("split/t01/train.arrow").unlink()
+    Path("train/t01/train.arrow").unlink()
 
-    with pytest.raises(InputError, match=r"split/t01/train\.arrow: the images of t01 are missing"):
+    with pytest.raises(InputError, match=r"train/t01/train\.arrow: the images of t01 are missing"):
         run_fit("t02", "t01", "fit/t02")
 
 
 def test_joint_refuses_old_images_that_are_not_those_it_learned(project: Path) -> None:
     Path("params.yaml").write_text(settings(method="joint", head="linear"))
     run_step("t01", "t00")
-    shutil.copy("split/t02/train.arrow", "split/t01/train.arrow")
+    shutil.copy("train/t02/train.arrow", "train/t01/train.arrow")
 
-    with pytest.raises(InputError, match=r"split/t01/train\.arrow: changed since t01 was learned"):
+    with pytest.raises(InputError, match=r"train/t01/train\.arrow: changed since t01 was learned"):
         run_fit("t02", "t01", "fit/t02")
 
 
@@ -269,13 +304,19 @@ def test_validation_images_are_evaluated_beside_the_tests_and_never_trained_on(p
     plain = read_json(Path("evaluation/t01/metrics.json"))
     Path("params.yaml").write_text(settings(validation="0.4"))
     for task, before in (("t01", "t00"), ("t02", "t01")):
-        split(task, source=Path("pictures"), before=Path(f"split/{before}"), out=Path(f"split/{task}"))
+        split(
+            task,
+            source=Path("pictures"),
+            before=Path(f"split/{before}"),
+            out=Path(f"split/{task}"),
+            images=Path(f"train/{task}"),
+        )
         run_step(task, before)
         run_evaluation(task)
     metrics = read_json(Path("evaluation/t02/metrics.json"))
 
     assert "validation_accuracy" not in plain
-    assert len(read_images(Path("split/t02/train.arrow"))) == 6
+    assert len(read_images(Path("train/t02/train.arrow"))) == 6
     assert metrics["samples"] == [4, 4]
     assert metrics["validation_tasks"] == ["t01", "t02"]
     assert metrics["validation_samples"] == [4, 4]
@@ -341,7 +382,7 @@ class Hanging(LocalFileSystem):
 fsspec.register_implementation("hanging", Hanging)
 processes.GRACE_SECONDS = float(sys.argv[1])
 fit(
-    "t01", train=Path("split/t01/train.json"), classes=Path("split/t01/classes.json"),
+    "t01", train=Path("split/t01/train.json"), images=Path("train"), classes=Path("split/t01/classes.json"),
     before=Path("model/t00"), backbone=Path("model/t00"), out=Path("fit/stopped"),
 )
 """
