@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.files import read_json, sha256_of, write_whole
+from pipelines.files import write_whole
 from pipelines.params import Approval, Params, read_text
 from pipelines.tasks import PARAMS, with_lines
+from pipelines.verdicts import broken, measured_in, results_of
 
 EVALUATIONS = Path("artifacts/evaluation")
 
@@ -23,15 +24,22 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
     params = Params.parse(text, origin=str(path))
     if task not in params.tasks:
         raise InputError(f"approve: there is no task {task!r}; known are {', '.join(params.tasks)}")
+    results = evaluation_of(task)
     for option, value in (("--by", by), ("--why", why)):
         if not value.strip() or not value.isprintable():
             raise InputError(
                 f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
             )
-    entry = Approval(by=by.strip(), why=why.strip(), evaluation=results_of(task))
-    accuracy = read_json(EVALUATIONS / task / "metrics.json")["accuracy"]
+    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after))
+    if not faults:
+        raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")
+    entry = Approval.model_validate(
+        {"by": by.strip(), "why": why.strip(), "evaluation": results_of(results), "limits": sorted(faults)}
+    )
     known: Mapping[str, Approval] = {**params.approvals, task: entry}
-    lines = {name: json.dumps(known[name].model_dump(), ensure_ascii=False) for name in sorted(known)}
+    lines = {
+        name: json.dumps(known[name].model_dump(mode="json"), ensure_ascii=False) for name in sorted(known)
+    }
     changed = with_lines(text, "approvals", [f"{name}: {value}" for name, value in lines.items()])
     if Params.parse(changed, origin=f"{path} (not changed)").approvals != known:
         raise InputError(
@@ -39,14 +47,16 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
         )
     write_whole(path, changed.encode())
     return [
-        f"{path}: {task} approved by {entry.by} (accuracy of each task: {', '.join(f'{a:.3f}' for a in accuracy)})",
+        f"{path}: {task} approved by {entry.by}, although it {' and '.join(faults.values())}",
         "`sdlora run` goes on from there",
     ]
 
 
-def results_of(task: str) -> str:
-    """The hash of the results of a step, which an approval is of."""
-    metrics = EVALUATIONS / task / "metrics.json"
-    if not metrics.is_file():
-        raise InputError(f"{metrics}: {task} has no results to approve of yet; run `sdlora run` first")
-    return sha256_of(metrics)
+def evaluation_of(task: str) -> Path:
+    """Where the results of a step are."""
+    folder = EVALUATIONS / task
+    if not (folder / "metrics.json").is_file():
+        raise InputError(
+            f"{folder}/metrics.json: {task} has no results to approve of yet; run `sdlora run` first"
+        )
+    return folder

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import decode, read_images, training_images
+from pipelines.model_facts import last_epoch, learned_magnitudes
 from pipelines.params import Params
 from pipelines.provenance import code_hash, library_versions
 from pipelines.receipts import given_back
@@ -106,10 +107,7 @@ def freeze(
                     "adapter": adapter.model_dump(mode="json"),
                     **{key: described[key] for key in ("training", "seed")},
                 },
-                "learned_magnitudes": {
-                    name: [round(value, 6) for value in alpha.tolist()]
-                    for name, alpha in result.magnitudes.items()
-                },
+                "learned_magnitudes": learned_magnitudes(fit),
                 "magnitudes": {
                     name: round(alpha.mean().item(), 6) for name, alpha in frozen.magnitudes.items()
                 },
@@ -129,14 +127,6 @@ def freeze(
             **step.facts,
         }
     ]
-
-
-def last_epoch(fit: Path) -> dict[str, float]:
-    """Loss and accuracy on the task's own training images in the last pass over them; nothing where none was made."""
-    from sdlora.fit_folder import read_curve
-
-    curve = read_curve(fit)
-    return {"loss": curve[-1].loss, "training_accuracy": curve[-1].accuracy} if curve else {}
 
 
 def remembered(learned: "Learned") -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Stage `gate`: let the next task be learned if this step keeps the limits of `params.yaml`; sign off the step."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder, write_json
-from pipelines.images import read_images
-from pipelines.params import Params
+from pipelines.params import Approval, Params
 from pipelines.stage import Summary, stage
-from pipelines.verdicts import broken, measure
+from pipelines.verdicts import broken, measured_in, results_of
 
 
 @stage
@@ -28,22 +28,15 @@ def gate(
     leaves nothing, and the chain stops, unless a person has approved of just these results.
     """
     params = Params.load()
-    metrics = read_json(evaluation / "metrics.json")
-    was = read_json(evaluation_before / "metrics.json")
-    measured = measure(
-        metrics,
-        was,
-        read_images(evaluation / "predictions.arrow"),
-        read_images(evaluation_before / "predictions.arrow") if was["tasks"] else None,
-    )
+    measured = measured_in(evaluation, evaluation_before)
     faults = broken(params.gate, measured)
-    results = sha256_of(evaluation / "metrics.json")
     approval = params.approvals.get(task)
-    if faults and (approval is None or approval.evaluation != results):
-        late = "; what was approved were other results" if approval else ""
+    if faults and not (approval and covers(approval, faults, evaluation)):
+        late = "; what was approved were other results, or other limits" if approval else ""
         raise InputError(
-            f"gate: {task} {' and '.join(faults)}{late}; look at it (`sdlora audit diff {was['step']} {task}`), then "
-            f"mend the step, or let it through with `sdlora approve {task} --by NAME --why REASON`"
+            f"gate: {task} {' and '.join(faults.values())}{late}; look at it (`sdlora audit diff "
+            f"{params.tasks[task].after} {task}`), then mend the step, or let it through with "
+            f"`sdlora approve {task} --by NAME --why REASON`"
         )
     with whole_folder(out) as folder:
         write_json(
@@ -64,3 +57,8 @@ def gate(
         write_json(folder / "open.json", {"open": True})
     shown = {name: "-" if value is None else value for name, value in measured.items()}
     return [{"step": task, **shown, "verdict": "approved" if faults else "holds"}]
+
+
+def covers(approval: Approval, faults: Iterable[str], evaluation: Path) -> bool:
+    """Whether a person has approved of just these results, and of every limit that they break."""
+    return approval.evaluation == results_of(evaluation) and set(faults) <= set(approval.limits)

@@ -288,7 +288,11 @@ class Approval(Section):
     why: Text
     """the reason"""
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """hash of the metrics that were looked at: it holds for no others"""
+    """hash of the results that were looked at: it holds for no others"""
+    limits: Annotated[
+        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task"], ...], Field(strict=False)
+    ]
+    """the limits that they broke: it holds for no others"""
 
 
 class Workers(Section):

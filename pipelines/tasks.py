@@ -242,6 +242,9 @@ def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
     """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
     if value.start_mark.index == value.end_mark.index:
         return key.end_mark.index
+    if value.id == "scalar" and value.style in ("|", ">"):
+        text = value.start_mark.buffer[: value.end_mark.index]  # the end mark lies at what follows
+        return len(text.rstrip())
     if value.id == "scalar" or value.flow_style:
         return value.end_mark.index
     last = value.value[-1]

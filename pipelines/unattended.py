@@ -10,7 +10,7 @@ from prefect import State, flow  # a server finds a flow by its name in a module
 from prefect.input import RunInput
 from pydantic import Field
 
-from pipelines.approvals import approve, results_of
+from pipelines.approvals import approve, evaluation_of
 from pipelines.attempts import Attempts, checkpoint_mark
 from pipelines.branch import commit, mark, push, take
 from pipelines.errors import InputError
@@ -18,6 +18,7 @@ from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
 from pipelines.run import StageFailedError, finish, print_line
 from pipelines.stage import Summary, complaint, current_flow_run
+from pipelines.verdicts import results_of
 
 PROJECT = "SDLORA_PROJECT"
 """Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
@@ -91,7 +92,9 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
                 raise
             question = Decision.with_initial_data(description=f"{failure}")
             decision = suspend_flow_run(
-                wait_for_input=question, key=f"{step}-{results_of(step)}", timeout=PATIENCE_SECONDS
+                wait_for_input=question,
+                key=f"{step}-{results_of(evaluation_of(step))}",
+                timeout=PATIENCE_SECONDS,
             )
         for line in approve(step, by=decision.by, why=decision.why):
             print_line(line)

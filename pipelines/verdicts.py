@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.files import read_json, sha256_of
+from pipelines.images import read_images
 from pipelines.params import Gate
 
 if TYPE_CHECKING:
@@ -57,19 +62,36 @@ def measure(
     return {name: None if value is None else round(value, 6) + 0.0 for name, value in found.items()}
 
 
-def broken(limits: Gate, measured: dict[str, float | None]) -> list[str]:
-    """Which limits a step breaks, in words."""
+def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
+    """Which limits a step breaks: the limit's name, and what happened in words."""
     words = {
         "fall": "made an old task fall by {:.1f} points (gate.fall: {:.1f})",
         "negative_flips": "turned {:.1f} % of the old test images wrong (gate.negative_flips: {:.1f})",
         "calibration_error": "has a calibration error of {:.1f} % (gate.calibration_error: {:.1f})",
         "new_task": "names {:.1f} % of its own task right (gate.new_task: {:.1f})",
     }
-    found = []
+    found = {}
     for name, text in words.items():
         limit, value = getattr(limits, name), measured[name]
         if limit is None or value is None:
             continue
         if value < limit if name == "new_task" else value > limit:
-            found.append(text.format(100 * value, 100 * limit))
+            found[name] = text.format(100 * value, 100 * limit)
     return found
+
+
+def results_of(evaluation: Path) -> str:
+    """One hash for all that an evaluation has left, predictions included: what an approval is of."""
+    files = {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def measured_in(evaluation: Path, before: Path) -> dict[str, float | None]:
+    """What `measure` says of two evaluation folders, that of a step and that of the step before."""
+    was = read_json(before / "metrics.json")
+    return measure(
+        read_json(evaluation / "metrics.json"),
+        was,
+        read_images(evaluation / "predictions.arrow"),
+        read_images(before / "predictions.arrow") if was["tasks"] else None,
+    )

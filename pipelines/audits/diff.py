@@ -162,7 +162,7 @@ def task_table(found: Record) -> Group:
     rows = [["all compared", *score_cells(found["accuracy"]["all"], p="p_value")]]
     rows += [[row["task"], *score_cells(row, p="p_holm")] for row in found["accuracy"]["tasks"]]
     return table(
-        "Accuracy, % (Wilson 95 % interval), and flips",
+        "Accuracy, % (Wilson 95 % interval), and flips (p of the tasks: after Holm)",
         ["task", "images", "then", "now", "lost", "gained", "p"],
         rows,
     )

@@ -84,7 +84,7 @@ def show_class(name: str, *, as_json: bool) -> None:
     out.print(
         table(
             "Accuracy, % (Wilson 95 % interval), flips since the step before",
-            ["step", "accuracy", "lost", "gained", "p", "taken for"],
+            ["step", "accuracy", "lost", "gained", "p, Holm", "taken for"],
             rows,
             texts=(0, 5),
         )

@@ -12,12 +12,13 @@ from typing import NamedTuple
 from pipelines.audits.places import FaultError
 from pipelines.audits.verify import Finding, verify
 from pipelines.errors import InputError
-from pipelines.files import write_whole
+from pipelines.files import sha256_of, write_whole
+from pipelines.receipts import read_receipts, receipt_of
 
 SIGNATURES = Path("ledger/signatures")
 NAMESPACE = "sdlora-ledger"
 """What a signature is for: one of another namespace, such as git's, is none of the ledger."""
-STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\n"
+STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\nreceipts ([0-9a-f]{64}|none)\n"
 
 
 class Signature(NamedTuple):
@@ -33,8 +34,9 @@ class Signature(NamedTuple):
 def sign(key: Path) -> list[str]:
     """Verify the whole chain, sign its head with an SSH key, and return lines to print.
 
-    The statement is a file of three lines, `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong
-    into version control. `ssh-keygen -Y verify` needs nothing of ours to check them (docs/audit.md).
+    The statement is a file of four lines (the last is the hash of the newest receipt of deleted images),
+    `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong into version control. `ssh-keygen -Y
+    verify` needs nothing of ours to check them (docs/audit.md).
     """
     if not key.is_file():
         raise InputError(f"{key}: no such key; make one with `ssh-keygen -t ed25519 -f {key}`")
@@ -45,7 +47,7 @@ def sign(key: Path) -> list[str]:
         )
     last = head_of(findings)
     statement = SIGNATURES / last.step
-    text = f"sdlora ledger\nstep {last.step}\nhead {last.record}\n".encode()
+    text = f"sdlora ledger\nstep {last.step}\nhead {last.record}\nreceipts {newest_receipt()}\n".encode()
     # Signed on the way through, so that nothing is there until all of it is.
     done = ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], text=text)
     if done.returncode:
@@ -63,24 +65,47 @@ def head_of(findings: list[Finding]) -> Finding:
     return [finding for finding in findings if finding.record][-1]
 
 
+def newest_receipt() -> str:
+    """The hash of the last receipt of deleted images, which holds those of all before it; none without any."""
+    receipts = list(read_receipts())
+    return sha256_of(receipt_of(receipts[-1])) if receipts else "none"
+
+
 def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator[Signature]:
     """Check every signature that there is against the chain; a `FaultError` at the first that does not hold.
 
     Args:
-        heads: step → the hash of its verdict.
-        signers: a file of allowed signers (ssh-keygen(1)); without one the key is only named.
+        heads: step → the hash of its verdict, in order.
+        signers: a file of allowed signers (ssh-keygen(1)); with one the head must be signed by somebody in it, without
+            one a key is only named.
     """
+    if signers is not None and not signers.is_file():
+        raise InputError(
+            f"--signers {signers}: no such file; a line of it is `ana@example.org ssh-ed25519 AAAA…`"
+        )
+    newest, signed = newest_receipt(), False
     for path in sorted(SIGNATURES.glob("*.sig")):
         statement = path.with_suffix("")
         found = re.fullmatch(STATEMENT, statement.read_text() if statement.is_file() else "")
         if found is None:
             raise FaultError(f"{statement}: not the statement that {path.name} signs")
-        step, head = found.groups()
+        step, head, receipts = found.groups()
         if heads.get(step) != head:
             raise FaultError(
                 f"{path}: it signs another ledger (head {head[:12]} at {step}); sign anew, or remove it"
             )
-        yield check(path, statement.read_bytes(), step, signers)
+        signature = check(path, statement.read_bytes(), step, signers)
+        if step == list(heads)[-1]:
+            if receipts != newest:
+                raise FaultError(
+                    f"{path}: it signs other receipts (the newest is {newest[:12]}, not {receipts[:12]}); sign anew"
+                )
+            signed = signed or signature.known
+        yield signature
+    if signers is not None and not signed:
+        raise FaultError(
+            f"{SIGNATURES}: nobody whom {signers} knows has signed the head of the chain ({list(heads)[-1]})"
+        )
 
 
 def check(path: Path, text: bytes, step: str, signers: Path | None) -> Signature:

@@ -21,9 +21,10 @@ from pipelines.audits.places import (
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
 from pipelines.images import PACKED, TRAINING, SampleRow, digest_of, read_images
+from pipelines.model_facts import last_epoch, learned_magnitudes
 from pipelines.params import Gate, Params
 from pipelines.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
-from pipelines.verdicts import broken, measure
+from pipelines.verdicts import broken, measured_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,6 +72,7 @@ def verify() -> Iterator[Finding]:
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
+            check_metrics(place, params)
             check_inputs(place, [stage for stage in lock.deps if "@" not in stage])
         except FaultError as fault:
             yield Finding("report", 0, "", str(fault))
@@ -135,6 +137,10 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     found = place.find(train.parent) / PACKED
     if found.exists() and sha256_of(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
+    told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
+    for name, value in told.items():
+        if record[name] != value:
+            raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: its {name} do not follow from the fit")
     check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
 
 
@@ -147,42 +153,78 @@ def check_inputs(place: Place, stages: Iterable[str]) -> None:
 
 
 def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
-    """Every packed picture is the one whose hash stands beside it, and none of the test is in training."""
-    split = place.find(ARTIFACTS / "split" / step)
-    samples = read_images(split / f"samples/{step}.arrow").to_pylist()
-    rows = [SampleRow(**row) for row in samples]
+    """The packed pictures are the samples of the ledger, bytes and all; nothing that was ever trained on is tested."""
+    folder = ARTIFACTS / "split" / step
+    split, train = place.find(folder), place.find(ARTIFACTS / "train" / step) / PACKED
+    samples = {
+        task: [SampleRow(**row) for row in read_images(split / f"samples/{task}.arrow").to_pylist()]
+        for task in record["tasks"]
+    }
+    rows = samples[step]
+    described = read_json(split / "split.json")
     if (digest_of(rows), digest_of(row for row in rows if row.split == "train")) != (
-        read_json(split / "split.json")["digest"],
+        described["digest"],
         record["split"]["digest"],
     ):
-        raise FaultError(f"{ARTIFACTS / 'split' / step}/samples/{step}.arrow: not the samples of the ledger")
+        raise FaultError(f"{folder}/samples/{step}.arrow: not the samples of the ledger")
+    if described["counts"] != counts_of(rows, record["classes"], described["counts"]):
+        raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
     if read_json(split / "classes.json")["classes"] != record["classes"]:
-        raise FaultError(f"{ARTIFACTS / 'split' / step}/classes.json: not the classes of the ledger")
-    train, test = ARTIFACTS / "train" / step, ARTIFACTS / "split" / step / "test"
-    packed = {
-        train / PACKED: place.find(train) / PACKED,
-        test / f"{step}.arrow": split / f"test/{step}.arrow",
+        raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
+    packed = {"train": (ARTIFACTS / "train" / step / PACKED, train)}
+    packed |= {
+        part: (folder / part / f"{step}.arrow", split / part / f"{step}.arrow")
+        for part in ("test", "validation")
     }
-    for name, path in packed.items():
-        if name.parent == train and not path.exists():  # `check_receipt` asks why
-            continue
-        table = read_images(path)
-        for row in range(len(table)):
-            data = table["image"][row].as_buffer()
-            if hashlib.sha256(data).hexdigest() != table["sha256"][row].as_py():
-                raise FaultError(f"{name}: {table['id'][row]} is not the picture of its hash")
-    trained = {row.pixels for row in rows if row.split == "train"}
-    for path in sorted([*(split / "test").glob("*.arrow"), *(split / "validation").glob("*.arrow")]):
-        if not trained.isdisjoint(read_images(path)["pixels"].to_pylist()):
+    for part, (name, path) in packed.items():
+        mine = [row for row in rows if row.split == part]
+        if path.exists():
+            check_pictures(name, read_images(path), mine)
+        elif mine and part != "train":  # of the training images `check_receipt` asks why
+            raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
+    check_handed_on(place, folder, split, record["tasks"])
+    every = [row for each in samples.values() for row in each]
+    trained = {row.pixels for row in every if row.split == "train"}
+    for row in every:
+        if row.split != "train" and row.pixels in trained:
             raise FaultError(
-                f"{ARTIFACTS / 'split' / step}: a training picture is in {path.parent.name}/{path.name}"
+                f"{folder}/samples: the picture {row.id} was trained on, in this task or another"
             )
-        earlier = f"artifacts/split/{record['tasks'][-2]}" if len(record["tasks"]) > 1 else ""
-        was = place.md5(f"{earlier}/{path.parent.name}/{path.name}") if path.stem != step else None
-        if was is not None and was != md5_of(path):
-            raise FaultError(
-                f"{ARTIFACTS / 'split' / step / path.parent.name / path.name}: not that of the step before"
-            )
+
+
+def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
+    """A file of images holds just these samples in their order, each with the bytes of its hash."""
+    columns = [table[column].to_pylist() for column in ("id", "label", "sha256", "pixels")]
+    if list(zip(*columns, strict=True)) != [(row.id, row.label, row.sha256, row.pixels) for row in rows]:
+        raise FaultError(f"{name}: its pictures are not the samples of the ledger")
+    for index, row in enumerate(rows):
+        if hashlib.sha256(table["image"][index].as_buffer()).hexdigest() != row.sha256:
+            raise FaultError(f"{name}: {row.id} is not the picture of its hash")
+
+
+def check_handed_on(place: Place, folder: Path, split: Path, tasks: list[str]) -> None:
+    """What a split holds of earlier tasks is, byte for byte, what the split before holds."""
+    if len(tasks) < 2:
+        return
+    for part in ("samples", "test", "validation"):
+        for task in tasks[:-1]:
+            name = f"{part}/{task}.arrow"
+            was = place.md5(f"{folder.with_name(tasks[-2]).as_posix()}/{name}")
+            now = md5_of(split / name) if (split / name).is_file() else None
+            if was != now:
+                raise FaultError(f"{folder / name}: not that of the step before")
+
+
+def counts_of(
+    rows: Iterable[SampleRow], classes: Iterable[dict[str, Any]], like: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Samples by class and part, for the classes and parts of `like`."""
+    names = {entry["label"]: entry["name"] for entry in classes}
+    counts = {name: dict.fromkeys(parts, 0) for name, parts in like.items()}
+    for row in rows:
+        parts = counts.setdefault(names.get(row.label, ""), {})
+        parts[row.split] = parts.get(row.split, 0) + 1
+    return counts
 
 
 def check_receipt(place: Place, step: str, *, retired: bool) -> str:
@@ -254,19 +296,13 @@ def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
     folder, before = ARTIFACTS / "gate" / step, ("t00", *record["tasks"])[-2]
     verdict = read_json(place.find(folder) / "verdict.json")
     evaluation, earlier = (place.find(ARTIFACTS / "evaluation" / name) for name in (step, before))
-    was = read_json(earlier / "metrics.json")
     expected = {
         "step": step,
         "previous": sha256_of(place.find(ARTIFACTS / "gate" / before) / "verdict.json"),
         "record": sha256_of(place.find(ARTIFACTS / "model" / step) / "step.json"),
         "samples": read_json(place.find(ARTIFACTS / "split" / step) / "split.json")["digest"],
         "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
-        "measured": measure(
-            read_json(evaluation / "metrics.json"),
-            was,
-            read_images(evaluation / "predictions.arrow"),
-            read_images(earlier / "predictions.arrow") if was["tasks"] else None,
-        ),
+        "measured": measured_in(evaluation, earlier),
     }
     for name, value in expected.items():
         if verdict.get(name) != value:
@@ -274,6 +310,21 @@ def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
     faults = broken(Gate.model_validate(verdict["limits"]), verdict["measured"])
     if verdict["broken"] != faults or (faults and not verdict["approved"]):
         raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
+
+
+def check_metrics(place: Place, params: Params) -> None:
+    """metrics.json follows from the evaluations."""
+    from pipelines.reports.numbers import headline_of
+
+    evaluations = [
+        read_json(place.find(ARTIFACTS / "evaluation" / task) / "metrics.json") for task in params.tasks
+    ]
+    last = list(params.tasks)[-1]
+    classes = read_json(place.find(ARTIFACTS / "model" / last) / "step.json")["classes"]
+    if read_json(place.find(Path("metrics.json"))) != headline_of(
+        list(params.tasks), len(classes), evaluations
+    ):
+        raise FaultError("metrics.json: it does not follow from the evaluations")
 
 
 def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:

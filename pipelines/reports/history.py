@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,8 @@ class History:
     """(tasks, tasks): after step i on task j, NaN where j > i."""
     samples: list[int]
     """Test images per task."""
-    validation: float | None
-    """Share of all validation images that the last step names right; None without such images."""
+    evaluations: list[Record]
+    """Of each step: its metrics."""
     training: list[int]
     """Training images per task."""
     magnitudes: list[dict[str, np.ndarray]]
@@ -84,7 +85,6 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
     evaluations = [
         read_evaluation(artifacts / "evaluation" / task, tasks[: i + 1]) for i, task in enumerate(tasks)
     ]
-    rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
     steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
     origin, *records = [read_json(step) for step in steps]
     verdicts = [needed(artifacts / "gate" / task / "verdict.json") for task in ("t00", *tasks)]
@@ -96,9 +96,9 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
             read_json(needed(artifacts / "split" / last / "classes.json"))["classes"],
             key=lambda entry: entry["label"],
         ),
-        accuracy=measure.accuracy_matrix(rows),
+        evaluations=evaluations,
+        accuracy=accuracies(evaluations),
         samples=evaluations[-1]["samples"],
-        validation=validation_accuracy(evaluations[-1]),
         training=[sum(count["train"] for count in classes.values()) for classes in counts],
         magnitudes=[read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks],
         curves=[read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
@@ -131,6 +131,12 @@ def read_evaluation(folder: Path, tasks: list[str]) -> Record:
             f" params.yaml has {', '.join(tasks)} by then; run `sdlora run` first"
         )
     return evaluation
+
+
+def accuracies(evaluations: Sequence[Record]) -> np.ndarray:
+    """The accuracy matrix of the steps' evaluations."""
+    rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
+    return measure.accuracy_matrix(rows)
 
 
 def validation_accuracy(evaluation: Record) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines.reports.history import History, Record
+from pipelines.reports.history import History, Record, accuracies, validation_accuracy
 from sdlora import comparison
 from sdlora import metrics as measure
 
@@ -18,17 +18,24 @@ def headline(history: History) -> Record:
 
     Only with validation images it has their accuracy, the one number that may be selected on.
     """
-    numbers: Record = {"steps": len(history.tasks), "classes": len(history.classes)}
-    for suffix, samples in (("", history.samples), ("_per_task", None)):
+    return headline_of(history.tasks, len(history.classes), history.evaluations)
+
+
+def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record]) -> Record:
+    """The same from the metrics of every step's evaluation, in order."""
+    accuracy, samples = accuracies(evaluations), evaluations[-1]["samples"]
+    numbers: Record = {"steps": len(tasks), "classes": classes}
+    for suffix, weights in (("", samples), ("_per_task", None)):
         numbers |= {
-            f"last_accuracy{suffix}": rounded(measure.last_accuracy(history.accuracy, samples)),
-            f"average_accuracy{suffix}": rounded(measure.average_accuracy(history.accuracy, samples)),
-            f"forgetting{suffix}": rounded(measure.forgetting(history.accuracy, samples)),
-            f"backward_transfer{suffix}": rounded(measure.backward_transfer(history.accuracy, samples)),
+            f"last_accuracy{suffix}": rounded(measure.last_accuracy(accuracy, weights)),
+            f"average_accuracy{suffix}": rounded(measure.average_accuracy(accuracy, weights)),
+            f"forgetting{suffix}": rounded(measure.forgetting(accuracy, weights)),
+            f"backward_transfer{suffix}": rounded(measure.backward_transfer(accuracy, weights)),
         }
-    if history.validation is not None:
-        numbers["validation_accuracy"] = rounded(history.validation)
-    numbers["accuracy"] = dict(zip(history.tasks, map(rounded, history.accuracy[-1]), strict=True))
+    validation = validation_accuracy(evaluations[-1])
+    if validation is not None:
+        numbers["validation_accuracy"] = rounded(validation)
+    numbers["accuracy"] = dict(zip(tasks, map(rounded, accuracy[-1]), strict=True))
     return numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -138,7 +139,7 @@ def test_a_limit_that_is_just_kept_is_kept(
 
 def test_a_new_task_that_was_not_learned_breaks_its_limit(project: Path) -> None:
     found = broken(NO_LIMITS.model_copy(update={"new_task": 0.8}), measured("t01", "t00"))
-    assert found == ["names 75.0 % of its own task right (gate.new_task: 80.0)"]
+    assert found == {"new_task": "names 75.0 % of its own task right (gate.new_task: 80.0)"}
 
 
 def test_verdicts_are_a_chain_from_the_first_step_to_the_last(project: Path) -> None:
@@ -151,7 +152,7 @@ def test_verdicts_are_a_chain_from_the_first_step_to_the_last(project: Path) -> 
         assert verdict["evaluation"] == {
             path.name: sha256_of(path) for path in Path(f"artifacts/evaluation/{task}").iterdir()
         }
-        assert (verdict["broken"], verdict["approved"]) == ([], None)
+        assert (verdict["broken"], verdict["approved"]) == ({}, None)
 
 
 def test_a_step_that_breaks_a_limit_leaves_nothing_and_says_what_to_do(project: Path) -> None:
@@ -207,7 +208,8 @@ def test_an_approval_holds_for_the_results_that_were_looked_at_only(project: Pat
     write_evaluation(Path("artifacts/evaluation/t02"), worse)
 
     with pytest.raises(
-        InputError, match=r"fall by 50.0 points .*; what was approved were other results; look"
+        InputError,
+        match=r"fall by 50.0 points .*; what was approved were other results, or other limits; look",
     ):
         run_gate("t02", "t01")
     approve("t02", by="me", why="still fine")  # in place of the first
@@ -215,10 +217,31 @@ def test_an_approval_holds_for_the_results_that_were_looked_at_only(project: Pat
     assert list(Params.load().approvals) == ["t02"]
 
 
-def test_an_approval_that_nothing_needs_is_not_in_the_ledger(project: Path) -> None:
-    approve("t01", by="me", why="just so")
+def test_an_approval_holds_for_the_limits_that_were_broken_then_only(project: Path) -> None:
+    limit(fall=0.1)
     run_gate("t01", "t00")
-    assert read_json(Path("artifacts/gate/t01/verdict.json"))["approved"] is None
+    approve("t02", by="me", why="fine")
+    limit(negative_flips=0.2)
+    with pytest.raises(InputError, match="what was approved were other results, or other limits"):
+        run_gate("t02", "t01")
+
+
+def test_an_approval_holds_for_the_predictions_and_not_for_their_number_alone(project: Path) -> None:
+    limit(fall=0.1)
+    run_gate("t01", "t00")
+    approve("t02", by="me", why="fine")
+    others: list[ROW] = [("a", "t01", 0, 0, 0.5), ("b", "t01", 0, 2, 0.5), *SECOND[2:]]
+    metrics = Path("artifacts/evaluation/t02/metrics.json").read_bytes()
+    shutil.rmtree("artifacts/evaluation/t02")
+    write_evaluation(Path("artifacts/evaluation/t02"), others)
+    assert Path("artifacts/evaluation/t02/metrics.json").read_bytes() == metrics
+    with pytest.raises(InputError, match="what was approved were other results"):
+        run_gate("t02", "t01")
+
+
+def test_what_breaks_no_limit_needs_no_approval(project: Path) -> None:
+    with pytest.raises(InputError, match=r"approve: t01 breaks no limit of gate in params\.yaml"):
+        approve("t01", by="me", why="just so")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +268,7 @@ def test_a_step_without_results_cannot_be_approved(project: Path) -> None:
 
 
 def test_approvals_of_tasks_that_are_not_there_are_refused(project: Path) -> None:
-    entry = json.dumps({"by": "me", "why": "x", "evaluation": "0" * 64})
+    entry = json.dumps({"by": "me", "why": "x", "evaluation": "0" * 64, "limits": ["fall"]})
     text = (
         Path("params.yaml")
         .read_text(encoding="utf-8")
@@ -253,3 +276,18 @@ def test_approvals_of_tasks_that_are_not_there_are_refused(project: Path) -> Non
     )
     with pytest.raises(InputError, match=r"approvals.t07: there is no such task; known are t01, t02"):
         Params.parse(text, origin="params.yaml")
+
+
+def test_approving_leaves_every_line_around_its_block(project: Path) -> None:
+    """A block of text ends before what follows it, which must not go with it."""
+    limit(fall=0.1)
+    run_gate("t01", "t00")
+    entry = f"approvals:\n  t01:\n    by: me\n    evaluation: '{'0' * 64}'\n    limits: [fall]\n"
+    entry += "    why: |\n      two\n      lines\n"
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(
+        text.replace("approvals: {}\n", entry + "# what follows\n"), encoding="utf-8"
+    )
+    approve("t02", by="me", why="x")
+    assert "\n# what follows\n" in Path("params.yaml").read_text(encoding="utf-8")
+    assert Params.load().approvals["t01"].why == "two\nlines\n"

@@ -65,7 +65,7 @@ def test_openssh_alone_checks_a_signature(project: Path) -> None:
         [*command, "-s", f"{statement}.sig"], input=statement.read_bytes(), capture_output=True
     )
     assert done.returncode == 0
-    assert statement.read_text() == f"sdlora ledger\nstep t02\nhead {heads()['t02']}\n"
+    assert statement.read_text() == f"sdlora ledger\nstep t02\nhead {heads()['t02']}\nreceipts none\n"
 
 
 def test_a_key_that_nobody_knows_is_a_fault(project: Path) -> None:
@@ -98,6 +98,27 @@ def test_a_statement_or_a_signature_that_was_changed_is_found(project: Path) -> 
                 list(check_signatures({**known, "t02": other}, None))
         file.write_text(before)
     assert len(list(check_signatures(known, None))) == 1
+
+
+def test_a_signature_that_is_asked_for_and_not_there_is_a_fault(project: Path) -> None:
+    """Who cannot sign must not pass by deleting the signature."""
+    known = heads()
+    shutil.rmtree("ledger")
+    with pytest.raises(
+        FaultError, match=r"nobody whom \.\./signers knows has signed the head of the chain \(t02\)"
+    ):
+        list(check_signatures(known, Path("../signers")))
+    with pytest.raises(InputError, match="--signers nowhere: no such file"):
+        list(check_signatures(known, Path("nowhere")))
+    assert list(check_signatures(known, None)) == []
+
+
+def test_receipts_are_signed_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.audits.sign.newest_receipt", lambda: "f" * 64)
+    with pytest.raises(
+        FaultError, match=r"t02\.sig: it signs other receipts \(the newest is ffffffffffff, not none\)"
+    ):
+        list(check_signatures(heads(), None))
 
 
 def test_a_signature_for_another_purpose_is_none(project: Path) -> None:

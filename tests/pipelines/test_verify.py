@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.audits.places import FaultError
 from pipelines.params import Params
 from sdlora.ledger import record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
@@ -135,6 +136,81 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
     assert "t01 dvc.lock: gate@t01 read another artifacts/model/t01/step.json" in str(first_fault())
     lock.write_text(text.replace(known.deps["gate@t01"]["artifacts/model/t01/step.json"], md5_of(path)))
     assert "t01 artifacts/gate/t01/verdict.json: its record is not what follows" in str(first_fault())
+
+
+@pytest.mark.parametrize("column", ["image", "pixels", "label"])
+def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
+    project: Path, column: str
+) -> None:
+    """The digest of the samples is in the ledger; a file that agrees with itself is not enough."""
+    import hashlib
+
+    from pipelines.audits.places import Place, read_lock
+    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.images import ImageRow, read_images, write_images
+
+    path = project / "artifacts/split/t02/test/t02.arrow"
+    rows = [ImageRow(**row) for row in read_images(path).to_pylist()]
+    other = read_images(project / "artifacts/train/t02/train.arrow").to_pylist()[0]
+    swapped = {
+        "image": rows[0]._replace(image=other["image"], sha256=hashlib.sha256(other["image"]).hexdigest()),
+        "pixels": rows[0]._replace(pixels="0" * 64),
+        "label": rows[0]._replace(label=3 - rows[0].label % 2),
+    }
+    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    (project / "scratch").mkdir()
+    place = Place(read_lock(Params.load()), project / "scratch")
+    check_bytes(place, "artifacts/split/t01")
+    check_split(place, "t02", record)
+    path.chmod(0o644)
+    write_images(path, [swapped[column], *rows[1:]])
+    with pytest.raises(FaultError, match=r"test/t02\.arrow: its pictures are not the samples of the ledger"):
+        check_split(place, "t02", record)
+
+
+def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
+    from pipelines.audits.places import Place, read_lock
+    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.images import SampleRow, digest_of, read_images, write_samples
+
+    (project / "scratch").mkdir()
+    place = Place(read_lock(Params.load()), project / "scratch")
+    check_bytes(place, "artifacts/split/t01")
+    split = project / "artifacts/split/t02"
+    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    mine = [SampleRow(**row) for row in read_images(split / "samples/t02.arrow").to_pylist()]
+    trained = next(
+        row for row in read_images(split / "samples/t01.arrow").to_pylist() if row["split"] == "train"
+    )
+    at = next(index for index, row in enumerate(mine) if row.split == "test")
+    forged = [*mine[:at], mine[at]._replace(pixels=trained["pixels"]), *mine[at + 1 :]]
+    for file in (split / "samples/t02.arrow", split / "split.json", split / "test/t02.arrow"):
+        file.chmod(0o644)
+    write_samples(split / "samples/t02.arrow", forged)
+    described = json.loads((split / "split.json").read_text())
+    (split / "split.json").write_text(json.dumps({**described, "digest": digest_of(forged)}))
+    table = read_images(split / "test/t02.arrow").to_pylist()
+    from pipelines.images import ImageRow, write_images
+
+    write_images(
+        split / "test/t02.arrow",
+        [
+            ImageRow(**{**row, "pixels": trained["pixels"] if row["id"] == mine[at].id else row["pixels"]})
+            for row in table
+        ],
+    )
+    with pytest.raises(FaultError, match="was trained on, in this task or another"):
+        check_split(place, "t02", record)
+
+
+def test_metrics_that_do_not_follow_from_the_evaluations_are_found(project: Path) -> None:
+    from pipelines.audits.places import md5_of, read_lock
+
+    lock, path = project / "dvc.lock", project / "metrics.json"
+    was = read_lock(Params.load()).outs["metrics.json"]
+    path.write_text(path.read_text().replace('"steps": 2', '"steps": 3'))
+    lock.write_text(lock.read_text().replace(was, md5_of(path)))
+    assert first_fault() == "report metrics.json: it does not follow from the evaluations"
 
 
 def test_a_verdict_that_was_rewritten_with_the_lock_is_found(project: Path) -> None:
