@@ -220,6 +220,32 @@ def deploy() -> None:
         typer.echo(line)
 
 
+@app.command()
+def sweep(
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=A,B…", help="Parameter and its values, such as seed=1993,1994."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the table; sweep/NAME, named after the keys, if not given."),
+    ] = None,
+    local: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Compute here, N chains at a time, not on workers.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Even if they are many.")] = False,
+) -> None:
+    """Train a chain for every combination of values; put all in one table.
+
+    On the workers of PREFECT_API_URL, or here if it is not set. Stages that chains have in common are computed once.
+    Killed at any moment, the same command goes on. Exit status 1 says that some chain failed.
+    """
+    require_project()
+    from pipelines.sweeps.command import sweep as work
+
+    raise SystemExit(work(values, out=out, local=local, yes=yes))
+
+
 @audit.command("verify")
 def audit_verify(
     signers: Annotated[

@@ -1,7 +1,8 @@
-"""What `sdlora deploy` leaves on a Prefect server: the pool, the deployment, and the automations that mend it."""
+"""What `sdlora deploy` leaves on a Prefect server: the pool, the deployments, and the automations that mend them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 NAME = "workers"
-"""Of the deployment of the flow `learn`: together they are learn/workers."""
+"""Of the deployments of the flows `learn` and `sweep`: learn/workers and sweep/workers."""
 
 ARRIVED = "sdlora.task-data.arrived"
 """The event that says that images of a new task are in the inbox."""
 
 
 def deploy() -> list[str]:
-    """Make the work pool, the deployment and its automations, or bring them to what params.yaml says; return lines.
+    """Make the work pool, the deployments and their automations, or bring them to what params.yaml says; return lines.
 
     An `InputError` where no server answers: what is deployed must outlive this command.
     """
@@ -36,13 +37,14 @@ def deploy() -> list[str]:
 
     with get_client(sync_client=True) as client:
         make_pool(client, workers.pool)
-        deployment = make_deployment(workers)
-        for automation in automations(workers, deployment):
+        deployments = [make_deployment(workers), make_sweep_deployment(workers)]
+        for automation in automations(workers, deployments):
             replace_automation(client, automation)
     when = f"by the schedule {workers.schedule} (UTC), and " if workers.schedule else ""
     return [
         f"deployment learn/{NAME} on the work pool {workers.pool}: runs on request, {when}"
         f"when the event {ARRIVED} names a folder of {workers.inbox}",
+        f"deployment sweep/{NAME}: runs that sdlora sweep asks for",
         f"a run without a sign of life for {workers.dead_after_seconds} s is marked crashed;"
         f" a crashed one starts again, {workers.attempts} times without progress",
         f"in each clone, for GPU 0: CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {workers.pool} --limit 1",
@@ -71,14 +73,6 @@ def make_deployment(workers: Workers) -> UUID:
 
     from pipelines.unattended import learn
 
-    environment = {
-        **{
-            name: value
-            for name, value in PREFECT_SETTINGS.items()
-            if name.startswith(("DO_NOT", "PREFECT_TASKS"))
-        },
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(workers.heartbeat_seconds),
-    }
     try:
         made: Any = learn.to_deployment(
             name=NAME,
@@ -86,7 +80,7 @@ def make_deployment(workers: Workers) -> UUID:
             description=(learn.fn.__doc__ or "").partition("\n")[0],
             tags=["sdlora"],
             work_pool_name=workers.pool,
-            job_variables={"env": environment},
+            job_variables={"env": environment(workers)},
             concurrency_limit=ConcurrencyLimitConfig(
                 limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
             ),
@@ -105,7 +99,35 @@ def make_deployment(workers: Workers) -> UUID:
     return identity
 
 
-def automations(workers: Workers, deployment: UUID) -> list[AutomationCore]:
+def make_sweep_deployment(workers: Workers) -> UUID:
+    """Make the deployment for chains of sweeps; as many run at a time as there are workers."""
+    from prefect.types.entrypoint import EntrypointType
+
+    from pipelines.unattended import sweep
+
+    made: Any = sweep.to_deployment(
+        name=NAME,
+        description=(sweep.fn.__doc__ or "").partition("\n")[0],
+        tags=["sdlora"],
+        work_pool_name=workers.pool,
+        job_variables={"env": environment(workers)},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    identity: UUID = made.apply()
+    return identity
+
+
+def environment(workers: Workers) -> dict[str, str]:
+    """Environment variables of the process that a flow runs in."""
+    settings = {
+        name: value
+        for name, value in PREFECT_SETTINGS.items()
+        if name.startswith(("DO_NOT", "PREFECT_TASKS"))
+    }
+    return {**settings, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(workers.heartbeat_seconds)}
+
+
+def automations(workers: Workers, deployments: Sequence[UUID]) -> list[AutomationCore]:
     """The rules by which the server notices that a machine has died, and has another one go on.
 
     A crashed run is scheduled again, not replaced by a new one: it keeps its parameters and its count of attempts.
@@ -116,7 +138,10 @@ def automations(workers: Workers, deployment: UUID) -> list[AutomationCore]:
     from prefect.events.schemas.events import ResourceSpecification
 
     ours = ResourceSpecification(
-        {"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"}
+        {
+            "prefect.resource.id": [f"prefect.deployment.{deployment}" for deployment in deployments],
+            "prefect.resource.role": "deployment",
+        }
     )
     runs = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
     return [

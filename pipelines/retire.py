@@ -77,6 +77,10 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
         params = Params.load()
         if task not in params.tasks:
             raise InputError(f"retire: there is no task {task!r}; known are {', '.join(params.tasks)}")
+        if any(Path(".sdlora/sweeps").glob("*/*/params.yaml")):
+            raise InputError(
+                "retire: chains of sweeps may hold the images too; delete .sdlora/sweeps, which a sweep makes again"
+            )
         if params.tasks[task].retired:
             receipt = read_receipt(receipt_of(task))
             left = left_of(receipt)

@@ -31,6 +31,7 @@ from pipelines.stage import (
     run_linked,
     server_missing,
 )
+from pipelines.turns import turn
 from pipelines.warm import warm_process
 
 if TYPE_CHECKING:
@@ -349,7 +350,7 @@ def _is_read(out: Path, read: list[Path]) -> bool:
 
 def bring(name: str, *, share: bool) -> bool:
     """Bring one stage up to date through DVC; return whether its outputs came from the cache."""
-    with TemporaryDirectory(prefix="sdlora-") as folder:
+    with turn(name), TemporaryDirectory(prefix="sdlora-") as folder:
         error_file = Path(folder) / "error"
         settings = {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

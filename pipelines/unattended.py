@@ -1,4 +1,4 @@
-"""The flow that workers run: new images, the chain, a commit. `sdlora deploy` gives it to a server."""
+"""The flows that workers run, which `sdlora deploy` gives to a server: the project's chain, and chains of a sweep."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from pipelines.branch import commit, mark, push, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
+from pipelines.processes import environment
 from pipelines.run import StageFailedError, finish, print_line
 from pipelines.stage import Summary, complaint, current_flow_run
+from pipelines.sweeps.pool import RESULT
+from pipelines.sweeps.results import read_result
+from pipelines.sweeps.workspace import make_workspace, read_project, with_code
 from pipelines.verdicts import results_of
 
 PROJECT = "SDLORA_PROJECT"
@@ -32,12 +36,30 @@ def learn(folder: str | None = None, record: bool = True) -> State:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
         record: Put params.yaml, dvc.lock and metrics.json on the branch that workers.branch names, if it names one.
     """
+    return state_of(lambda: work(folder, record=record))
+
+
+@flow(name="sweep", persist_result=False)
+def sweep(name: str, chain: str, params: str, code: str) -> State:
+    """Bring one chain of a sweep up to date, in a workspace of its own in this worker's clone.
+
+    Args:
+        name: The sweep, as its folder is called.
+        chain: The chain, as its workspace is called.
+        params: The whole text of its params.yaml.
+        code: Hash of the code and dvc.yaml of the project that sweeps, which this clone must have too.
+    """
+    return state_of(lambda: sweep_chain(name, chain, params, code))
+
+
+def state_of(work: Callable[[], str]) -> State:
+    """Do some work; what came of it in one line is a state's message, and so is what the user can mend."""
     from prefect.states import Completed, Failed
 
     try:
-        return Completed(message=work(folder, record=record))
+        return Completed(message=work())
     except StageFailedError as failure:
-        return Failed(message=str(failure))
+        return Failed(message=str(failure).removeprefix("error: "))
     except Exception as error:
         line = complaint(error)
         if line is None:
@@ -103,6 +125,26 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
 
 PATIENCE_SECONDS = 30 * 24 * 3600
 """How long a suspended run waits for a decision before it fails."""
+
+
+def sweep_chain(name: str, chain: str, params: str, code: str) -> str:
+    """Do what `sweep` says; return what came of it in one line, and leave the numbers as an artifact."""
+    from prefect.artifacts import create_table_artifact
+
+    os.chdir(project())
+    shared = read_project()
+    if shared.code != code:
+        raise InputError(
+            f"{Path.cwd()} has other code, or another dvc.yaml, than the project that sweeps; bring both to the same"
+            " commit"
+        )
+    os.chdir(make_workspace(shared, name, chain, params).folder)
+    progressed = begin(Params.load().workers)
+    with environment(with_code(shared)):
+        stages = finish(progressed)
+    numbers = read_result(Path.cwd()).numbers
+    create_table_artifact(table=[dict(numbers or {})], key=RESULT)
+    return f"{len(stages)} stages brought up to date" if stages else "all up to date"
 
 
 def begin(workers: Workers) -> Callable[[], None]:

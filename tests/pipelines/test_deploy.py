@@ -52,12 +52,16 @@ def test_deploying_twice_leaves_one_of_everything(prefect_url: str, monkeypatch:
         Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "0 3 * * *"'))
         lines = deploy()
         assert "by the schedule 0 3 * * * (UTC)" in lines[0]
-        (deployment,) = client.read_deployments()
+        found = {made.flow_id: made for made in client.read_deployments()}
+        flows = {client.read_flow(flow).name: made for flow, made in found.items()}
+        assert set(flows) == {"learn", "sweep"}
+        assert flows["sweep"].global_concurrency_limit is None
+        deployment = flows["learn"]
         assert [schedule.schedule.cron for schedule in deployment.schedules] == ["0 3 * * *"]
         assert deployment.global_concurrency_limit
         assert deployment.global_concurrency_limit.limit == 1
         names = [automation.name for automation in client.read_automations()]
-        assert len(names) == len(set(names)) == 1 + len(automations(Params.load().workers, deployment.id))
+        assert len(names) == len(set(names)) == 1 + len(automations(Params.load().workers, [deployment.id]))
 
         Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "99 3 * * *"'))
         with pytest.raises(InputError, match=r"workers\.schedule: 99 3 "):

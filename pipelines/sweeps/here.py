@@ -1,0 +1,124 @@
+"""The chains of a sweep on this machine: each is `sdlora run` in its workspace, some of them at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import InputError
+from pipelines.processes import die_with, end_group, environment
+from pipelines.run import print_line
+from pipelines.server import prefect_server
+from pipelines.sweeps.grid import Chain
+from pipelines.sweeps.results import Result, read_result
+from pipelines.sweeps.workspace import SWEEPS, Workspace, make_workspace, read_project, with_code
+
+LOG = Path(".sdlora/run.log")
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Work:
+    """A chain that is being computed."""
+
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result]:
+    """Bring all chains up to date on this machine; one that fails stops no other."""
+    with only_sweep(name):
+        project = read_project()
+        spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
+        with prefect_server(Path(".prefect")) as wait, environment(with_code(project)):
+            wait()
+            return run_all(chains, spaces, at_once=at_once)
+
+
+def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: int) -> list[Result]:
+    """Run the chains in their workspaces, `at_once` at a time; return what came of each, in order."""
+    working: dict[int, Work] = {}
+    results: dict[int, Result] = {}
+    try:
+        while len(results) < len(chains):
+            waiting = [i for i in range(len(chains)) if i not in working and i not in results]
+            for index in may_begin(waiting, working, spaces)[: at_once - len(working)]:
+                print_line(f"{place_of(index, chains)} …")
+                working[index] = Work(begin(spaces[index].folder), time.monotonic())
+            for index, work in list(working.items()):
+                if work.process.poll() is not None:
+                    results[index] = result_of(spaces[index].folder, work.process.returncode)
+                    seconds = time.monotonic() - work.began
+                    print_line(f"{place_of(index, chains)}  {results[index].line}, {seconds:.1f} s")
+                    if results[index].error is not None:
+                        print_line(f"all that it said: {os.path.relpath(spaces[index].folder / LOG)}")
+                    del working[index]
+            time.sleep(POLL_SECONDS)
+    finally:
+        for work in working.values():
+            end_group(work.process)
+    return [results[index] for index in range(len(chains))]
+
+
+def may_begin(
+    waiting: Sequence[int], working: Mapping[int, object], spaces: Sequence[Workspace]
+) -> list[int]:
+    """Of the chains that wait, those of which no other with the same fits is at work: it finds them in the cache."""
+    busy = {spaces[index].fits for index in working}
+    found = []
+    for index in waiting:
+        if spaces[index].fits not in busy:
+            busy.add(spaces[index].fits)
+            found.append(index)
+    return found
+
+
+def place_of(index: int, chains: Sequence[Chain]) -> str:
+    """How lines name a chain."""
+    return f"[{index + 1:{len(str(len(chains)))}}/{len(chains)}] {chains[index].title}"
+
+
+def begin(folder: Path) -> subprocess.Popen[bytes]:
+    """Start `sdlora run` in a workspace, in a group of its own that ends with this process."""
+    parent = os.getpid()
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "pipelines", "run"],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: die_with(parent),
+        )
+
+
+def result_of(folder: Path, status: int) -> Result:
+    """What came of a chain whose process has ended: its metrics, or the last line that it said."""
+    if status == 0:
+        return read_result(folder)
+    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
+    return Result(error=said.removeprefix("error: "))
+
+
+@contextlib.contextmanager
+def only_sweep(name: str) -> Iterator[None]:
+    """Refuse to work while another process works at the same sweep."""
+    lock = SWEEPS / name / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"sweep: {name} is at work already; wait for it, or name another with --out"
+            ) from None
+        yield

@@ -1,0 +1,229 @@
+"""A project for one chain of a sweep, made from the project that sweeps: same code, same images, same caches."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import InputError
+from pipelines.files import sha256_of, whole_folder, write_json, write_whole
+from pipelines.params import Params
+from pipelines.run import dvc_errors, needs_of
+from pipelines.sweeps.grid import checked_name
+from pipelines.turns import TURNS
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import Stage as DvcStage
+
+SWEEPS = Path(".sdlora/sweeps")
+"""A folder for each sweep; names that begin with a dot are what all share."""
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
+
+
+@dataclass(frozen=True)
+class Project:
+    """What all chains of a sweep share."""
+
+    root: Path
+    code: str
+    """Hash of the code that the stages name, and of dvc.yaml."""
+    paths: list[Path]
+    """Where in the project that is."""
+    snapshot: Path
+    """A copy of that code: a chain goes on with it whatever is edited meanwhile."""
+    cache: Path
+    """DVC's cache, which holds the run-cache too."""
+    remotes: dict[str, str]
+    """Name and address of every DVC remote."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a chain is computed."""
+
+    folder: Path
+    fits: str
+    """The same for chains of which every fit is the same."""
+
+
+def read_project() -> Project:
+    """Take a snapshot of the project in this folder."""
+    root = Path.cwd()
+    with _open(root) as repo:
+        stages = repo.stage.load_all("dvc.yaml")
+        cache = Path(repo.cache.local_cache_dir)
+        remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
+    paths = code_of(stages, Params.load())
+    code = code_hash(paths)
+    snapshot = root / SWEEPS / ".code" / code[:16]
+    with _only_one(root / SWEEPS):
+        if not snapshot.is_dir():
+            with whole_folder(snapshot) as folder:
+                for path in paths:
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    if path.is_dir():
+                        shutil.copytree(path, folder / path, ignore=LEFT_OUT)
+                    else:
+                        shutil.copy(path, folder / path)
+    return Project(root, code, paths, snapshot, cache, remotes)
+
+
+def code_of(stages: list[DvcStage], params: Params) -> list[Path]:
+    """What stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other files."""
+    outs = [PurePath(out.def_path) for stage in stages for out in stage.outs]
+    sources = [PurePath(task.source) for task in params.tasks.values()]
+    found = {Path("dvc.yaml")}
+    for dep in (dep for stage in stages for dep in stage.deps):
+        path = Path(dep.def_path)
+        if path == Path("params.yaml") or any(path.is_relative_to(place) for place in (*outs, *sources)):
+            continue
+        if any(place.is_relative_to(path) for place in outs):  # a folder of what other stages make
+            continue
+        found.add(Path(path.parts[0]) if Path(path.parts[0], "__init__.py").is_file() else path)
+    return sorted(found)
+
+
+def code_hash(paths: list[Path]) -> str:
+    """SHA-256 over the names and bytes of files, and of all files of folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".partial":
+                digest.update(f"{file.as_posix()}\n{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Workspace:
+    """Make the workspace of a chain, or bring it to what it should be; what it has computed stays.
+
+    Args:
+        project: What the chains of the sweep share.
+        sweep: Name of the sweep.
+        chain: Name of the chain.
+        text: Its params.yaml.
+
+    Returns:
+        The workspace in `.sdlora/sweeps/SWEEP/CHAIN`: a DVC project without Git.
+    """
+    folder = project.root / SWEEPS / checked_name(sweep) / checked_name(chain)
+    params = Params.parse(text, origin="params.yaml")
+    given = _read_from_project(params)
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    (folder / ".sdlora").mkdir(exist_ok=True)
+    for code in project.paths:
+        if code != Path("dvc.yaml"):
+            _link(folder / code, project.snapshot / code)
+    write_whole(folder / "dvc.yaml", (project.snapshot / "dvc.yaml").read_bytes())
+    write_whole(folder / "params.yaml", text.encode())
+    write_whole(folder / ".dvcignore", _bytes(project.root / ".dvcignore"))
+    _configure(folder, project)
+    with _open(folder) as repo:
+        stages = repo.stage.load_all("dvc.yaml")
+        made = [PurePath(out.def_path) for stage in stages for out in stage.outs]
+        keys = stage_keys(stages)
+    for out in made:
+        if (folder / out).is_symlink():  # to images that no stage made before
+            (folder / out).unlink()
+    for path in sorted(given):
+        inside = any((folder / place).is_symlink() for place in path.parents)
+        if not inside and not any(path.is_relative_to(out) for out in made):
+            _link(folder / path, project.root / path)
+    (project.root / ".sdlora/downloads").mkdir(parents=True, exist_ok=True)
+    _link(folder / ".sdlora/downloads", project.root / ".sdlora/downloads")
+    write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})
+    return Workspace(folder, fits=keys.get(f"fit@{list(params.tasks)[-1]}", chain))
+
+
+def with_code(project: Project) -> dict[str, str]:
+    """Environment variables with which a process runs the code of the snapshot."""
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(project.snapshot), *([before] if before else [])])}
+
+
+def stage_keys(stages: list[DvcStage]) -> dict[str, str]:
+    """For each stage a hash that equal stages of two chains of the same code share: command, parameters, what it reads.
+
+    Of what it reads, that is the hashes of the stages that make it, so nothing needs to have been computed.
+    """
+    needs = needs_of(stages)
+    parts: dict[str, list[Any]] = {}
+    for stage in stages:
+        read = [dep.read_params() for dep in stage.deps if dep.def_path == "params.yaml"]
+        parts[stage.addressing] = [stage.addressing, stage.cmd, read]
+    keys: dict[str, str] = {}
+
+    def key(name: str) -> str:
+        if name not in keys:
+            text = json.dumps([*parts[name], sorted(map(key, needs[name]))], sort_keys=True)
+            keys[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return keys[name]
+
+    return {name: key(name) for name in parts}
+
+
+def _read_from_project(params: Params) -> set[PurePath]:
+    """The paths inside the project that params.yaml names: images, weights, archives."""
+    named = {task.source for task in params.tasks.values()} | {params.backbone.weights or ""}
+    named |= {getattr(params.fetch.entry(name), "archive", None) or "" for name in params.fetch.names()}
+    found = {PurePath(path) for path in named if path and not os.path.isabs(path)}
+    for path in found:
+        if ".." in path.parts:
+            raise InputError(
+                f"sweep: {path} leads out of the project; put a link to it inside, and name that"
+            )
+    return found
+
+
+def _configure(folder: Path, project: Project) -> None:
+    """Give a workspace the project's own settings of DVC, its cache and its remotes, without Git."""
+    from dvc.config import Config
+
+    for name in ("config", "config.local"):
+        write_whole(folder / ".dvc" / name, _bytes(project.root / ".dvc" / name))
+    with dvc_errors(), Config(str(folder / ".dvc")).edit("local") as config:
+        config["core"]["no_scm"] = True
+        config["cache"]["dir"] = str(project.cache)
+        for name, url in project.remotes.items():  # a path in the project's config is relative to that
+            config["remote"].setdefault(name, {})["url"] = url
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _link(place: Path, target: Path) -> None:
+    """Leave a link at a place, whatever it led to before."""
+    if place.is_symlink():
+        if place.readlink() == target:
+            return
+        place.unlink()
+    elif place.is_dir():
+        shutil.rmtree(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+
+
+@contextlib.contextmanager
+def _open(root: Path) -> Iterator[Repo]:
+    """Open the DVC project in a folder, from inside of it: DVC names stages as they are called from where one is."""
+    from dvc.repo import Repo
+
+    with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
+        yield repo
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
