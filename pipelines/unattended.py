@@ -13,6 +13,7 @@ from pipelines.branch import commit, mark, push, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
+from pipelines.processes import die_with
 from pipelines.run import StageFailedError, finish, print_line
 from pipelines.stage import complaint, current_flow_run
 
@@ -28,12 +29,15 @@ def learn(folder: str | None = None, record: bool = True) -> State:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
         record: Put params.yaml, dvc.lock and metrics.json on the branch that workers.branch names, if it names one.
     """
-    from prefect.states import Completed, Failed
+    from prefect.states import Completed, Crashed, Failed
 
+    # What it prints goes through the worker: without it nothing would be told, and the next print would fail.
+    die_with(os.getppid())
     try:
         return Completed(message=work(folder, record=record))
     except StageFailedError as failure:
-        return Failed(message=str(failure))
+        # What was cut off is started again by itself, as often as attempts are allowed.
+        return (Crashed if failure.cut_off else Failed)(message=str(failure))
     except Exception as error:
         line = complaint(error)
         if line is None:
