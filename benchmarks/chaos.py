@@ -693,7 +693,7 @@ def endure(faults: int, seed: int, root: Path, only: list[str]) -> dict[str, Any
             return {"seed": seed, "wrong": [str(error)]} | facts(chaos, watch, operator, began)
         disturbed = facts(chaos, watch, operator, began)
         with contextlib.suppress(TimeoutError):
-            wait_for(lambda: not left(site), 30, "the end of all processes")
+            wait_for(lambda: not left(site), 90, "the end of all processes")
         wrong += [f"left: {line}" for line in left(site)]
         site.supervising = False
         watch.stop()
