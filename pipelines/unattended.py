@@ -63,7 +63,12 @@ def work(folder: str | None, *, record: bool) -> str:
         return outcome
     made = commit(branch, f"Learn {folder}" if folder else "Bring the chain up to date")
     if workers.push:
-        push(branch, workers.push)
+        try:
+            push(branch, workers.push)
+        except (
+            InputError
+        ) as error:  # a remote that is away, or a run that was given up and has ended all the same
+            raise StageFailedError(str(error), 1, cut_off=True) from error
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 
