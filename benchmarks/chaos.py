@@ -17,7 +17,8 @@ A fault is recovered when something is done that was not done before it: a check
 run. Seconds lost are those from the fault until then, at the earliest from when it was undone (a process woken, the
 server started): what would have passed anyway, until the next checkpoint or the end of a stage, is in them.
 
-The results go to a JSON-lines file; --write puts the last one's table into docs/reliability.md.
+The results go to a JSON-lines file; --write puts the last one's table into docs/reliability.md (with --faults 0, without
+running anything).
 """
 
 from __future__ import annotations
@@ -761,8 +762,9 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def write(result: dict[str, Any]) -> None:
-    """Put the table between the markers of docs/reliability.md."""
+def write(results: Path) -> None:
+    """Put the last result's table between the markers of docs/reliability.md."""
+    result = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n{summary(result)}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
@@ -780,20 +782,26 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} at the end")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which stays")
     arguments = parser.parse_args()
+    if arguments.faults and not passes(arguments):
+        return 1
+    if arguments.write:
+        write(arguments.results)
+    return 0
+
+
+def passes(arguments: argparse.Namespace) -> bool:
+    """Endure, print and keep the result; return whether all held that must hold."""
     with TemporaryDirectory(prefix="sdlora-chaos-") as folder:
         root = (arguments.keep or Path(folder)).resolve()
         result = endure(arguments.faults, arguments.seed, root, arguments.only or [""])
     print(f"{table(result)}\n\n{summary(result)}")
     for line in result["wrong"]:
         print(f"wrong: {line}")
-    if result["wrong"]:
-        return 1
-    arguments.results.parent.mkdir(exist_ok=True)
-    with arguments.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, sort_keys=True) + "\n")
-    if arguments.write:
-        write(result)
-    return 0
+    if not result["wrong"]:
+        arguments.results.parent.mkdir(exist_ok=True)
+        with arguments.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result, sort_keys=True) + "\n")
+    return not result["wrong"]
 
 
 if __name__ == "__main__":
