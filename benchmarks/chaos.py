@@ -17,8 +17,8 @@ A fault is recovered when something is done that was not done before it: a check
 run. Seconds lost are those from the fault until then, at the earliest from when it was undone (a process woken, the
 server started): what would have passed anyway, until the next checkpoint or the end of a stage, is in them.
 
-The results go to a JSON-lines file; --write puts the last one's table into docs/reliability.md (with --faults 0, without
-running anything).
+The results go to a JSON-lines file; --write puts the last one's table into docs/reliability.md, with --faults 0 without
+another run.
 """
 
 from __future__ import annotations
