@@ -1,10 +1,12 @@
 # Python 3.11 or newer, make and git are all that this needs.
 PYTHON ?= python3
+FAULTS ?= 50
+SEED ?= 0
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint compare clean
+.PHONY: help repro test lint compare chaos clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +24,9 @@ lint: $(READY) ## Check style, format and types.
 
 compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/comparison.md.
 	@$(BIN)/python benchmarks/compare.py --write
+
+chaos: $(READY) ## Kill, stop and fill what two workers need, FAULTS times; compare what they make.
+	@$(BIN)/python benchmarks/chaos.py --faults $(FAULTS) --seed $(SEED)
 
 clean: ## Remove the environment and what tools leave; results stay.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

@@ -17,6 +17,8 @@ LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
 OURS = Path(".sdlora/params.sha256")
 """The hash of the params.yaml that an unattended run left: it may be replaced by the branch's."""
+UNPUSHED = Path(".sdlora/unpushed")
+"""The commits that unattended runs of this clone made and did not come to push, one a line."""
 
 
 def take(branch: str, remote: str | None) -> None:
@@ -77,6 +79,7 @@ def commit(branch: str, message: str) -> str | None:
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     somebody = git("config", "user.email", check=False)
     new = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    write_whole(UNPUSHED, "\n".join([*_unpushed(), new]).encode())
     git("update-ref", f"refs/heads/{branch}", new, parent or "0" * len(new))  # only if nobody else moved it
     return new
 
@@ -84,6 +87,7 @@ def commit(branch: str, message: str) -> str | None:
 def push(branch: str, remote: str) -> None:
     """Push the branch, never over what somebody else pushed."""
     git("push", "--quiet", remote, f"refs/heads/{branch}:refs/heads/{branch}")
+    UNPUSHED.unlink(missing_ok=True)
 
 
 def tip(branch: str) -> str | None:
@@ -106,7 +110,11 @@ def git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None 
 
 
 def _fetch(branch: str, remote: str) -> None:
-    """Bring the branch forward to where the remote has it."""
+    """Bring the branch forward to where the remote has it.
+
+    Where it was moved on elsewhere, what a run of this clone committed and was killed before it pushed is dropped: the
+    same run, started again, makes it again. Anybody else's commit is refused.
+    """
     if not git("ls-remote", remote, f"refs/heads/{branch}"):
         return
     theirs = f"refs/remotes/{remote}/{branch}"
@@ -115,11 +123,19 @@ def _fetch(branch: str, remote: str) -> None:
     common = git("merge-base", mine, other, check=False).decode() if mine else None
     if common == other:
         return
-    if common != mine:
+    if mine and common != mine and not set(_between(common, mine)) <= set(_unpushed()):
         raise InputError(
             f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
         )
     git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+
+
+def _between(common: str | None, mine: str) -> list[str]:
+    return git("rev-list", mine, *([f"^{common}"] if common else [])).decode().split()
+
+
+def _unpushed() -> list[str]:
+    return UNPUSHED.read_text().split() if UNPUSHED.is_file() else []
 
 
 def _content(commit: str, name: str) -> bytes | None:

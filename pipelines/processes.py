@@ -106,6 +106,22 @@ def end_group(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
             return
 
 
+def wake_the_ending(mark: Path) -> None:
+    """Wake the stopped processes that have been told to end, so that they do; none else is touched.
+
+    When all above a stopped fit is killed, the kernel's SIGTERM waits for it to be woken, and the GPU with it. Such are
+    the user's processes in this state in any folder that holds a file named as `mark` is, a project's.
+    """
+    for place in Path("/proc").glob("[0-9]*"):
+        # Others' processes, and those that have ended meanwhile.
+        with contextlib.suppress(OSError):
+            facts = dict(line.split(":\t", 1) for line in (place / "status").read_text().splitlines())
+            pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
+            ending = facts["State"].startswith("T") and pending >> (signal.SIGTERM - 1) & 1
+            if ending and (place / "cwd").readlink().joinpath(mark).is_file():
+                os.kill(int(place.name), signal.SIGCONT)
+
+
 @contextlib.contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
     """Set environment variables for a while; what was there before comes back."""

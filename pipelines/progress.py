@@ -8,6 +8,8 @@ from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from pipelines.stage import say
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -84,8 +86,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"{self.title}: {text}\n")
-        sys.stderr.flush()
+        say(f"{self.title}: {text}")
 
     @staticmethod
     def _clock(seconds: float) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.params import Params, missing_source
-from pipelines.processes import die_with, end_group, environment
+from pipelines.processes import die_with, end_group, environment, wake_the_ending
 from pipelines.reconcile import close_dead_runs
 from pipelines.server import prefect_server
 from pipelines.stage import (
@@ -60,11 +60,15 @@ FROM_CACHE = "is cached - skipping run, checking out outputs"
 
 
 class StageFailedError(Exception):
-    """A stage ended badly; it said why in one line, and `status` is what the whole run ends with."""
+    """A stage ended badly; it said why in one line, and `status` is what the whole run ends with.
 
-    def __init__(self, line: str, status: int, stage: str) -> None:
+    One that was `cut_off` said nothing: it, or DVC, was killed, or DVC failed; the same again may go well.
+    """
+
+    def __init__(self, line: str, status: int, stage: str, *, cut_off: bool = False) -> None:
         super().__init__(line)
         self.status, self.stage = status, stage
+        self.cut_off = cut_off
 
     @property
     def closed_gate(self) -> str | None:
@@ -374,7 +378,10 @@ def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
         code, _, line = error_file.read_text(encoding="utf-8").strip().partition(" ")
         return StageFailedError(line, int(code), name)
     return StageFailedError(
-        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again", 1, name
+        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again",
+        1,
+        name,
+        cut_off=True,
     )
 
 
@@ -408,6 +415,7 @@ def only_run(*, wait: bool = False) -> Iterator[None]:
     """Refuse to work, or wait, while another `sdlora run` works in the same folder."""
     lock = Path(".sdlora/run.lock")
     lock.parent.mkdir(exist_ok=True)
+    wake_the_ending(lock)
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

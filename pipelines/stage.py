@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import http.client
@@ -95,9 +96,13 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
 
 
 def say(line: str) -> None:
-    """Print one line beside the stage's own output."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """Print one line beside the stage's own output.
+
+    Where whoever read it was killed, a fit must still come to save itself.
+    """
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 def server_missing() -> str | None:

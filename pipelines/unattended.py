@@ -16,7 +16,7 @@ from pipelines.branch import commit, mark, push, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
-from pipelines.processes import environment
+from pipelines.processes import die_with, environment
 from pipelines.run import StageFailedError, finish, print_line
 from pipelines.stage import Summary, complaint, current_flow_run
 from pipelines.sweeps.pool import RESULT
@@ -54,12 +54,15 @@ def sweep(name: str, chain: str, params: str, code: str) -> State:
 
 def state_of(work: Callable[[], str]) -> State:
     """Do some work; what came of it in one line is a state's message, and so is what the user can mend."""
-    from prefect.states import Completed, Failed
+    from prefect.states import Completed, Crashed, Failed
 
+    # What it prints goes through the worker: without it nothing would be told, and the next print would fail.
+    die_with(os.getppid())
     try:
         return Completed(message=work())
     except StageFailedError as failure:
-        return Failed(message=str(failure).removeprefix("error: "))
+        # What was cut off is started again by itself, as often as attempts are allowed.
+        return (Crashed if failure.cut_off else Failed)(message=str(failure).removeprefix("error: "))
     except Exception as error:
         line = complaint(error)
         if line is None:
@@ -85,7 +88,12 @@ def work(folder: str | None, *, record: bool) -> str:
         return outcome
     made = commit(branch, f"Learn {folder}" if folder else "Bring the chain up to date")
     if workers.push:
-        push(branch, workers.push)
+        try:
+            push(branch, workers.push)
+        except (
+            InputError
+        ) as error:  # a remote that is away; or a run that was given up has ended all the same
+            raise StageFailedError(str(error), 1, "push", cut_off=True) from error
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 

@@ -106,11 +106,29 @@ def test_two_histories_are_not_mixed(clone: Path, another: Path, monkeypatch: py
     learn("second\n")
     push(BRANCH, "origin")
     monkeypatch.chdir(another)
+    git("update-ref", f"refs/heads/{BRANCH}", git("commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "mine"))
     learn("other\n")
     with pytest.raises(InputError, match="git push"):
         push(BRANCH, "origin")
     with pytest.raises(InputError, match="has gone two ways"):
         take(BRANCH, "origin")
+
+
+def test_what_a_killed_run_did_not_push_gives_way_to_what_another_pushed(
+    clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on in another clone; without this the one where it died would never work again."""
+    learn("second\n")
+    learn("third\n")
+    monkeypatch.chdir(another)
+    pushed = learn("other\n")
+    push(BRANCH, "origin")
+    monkeypatch.chdir(clone)
+    take(BRANCH, "origin")
+    assert tip(BRANCH) == pushed
+    assert Path("params.yaml").read_text() == "other\n"
+    learn("fourth\n")
+    push(BRANCH, "origin")
 
 
 def test_a_branch_that_is_checked_out_is_refused(clone: Path) -> None:

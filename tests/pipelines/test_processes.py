@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.processes import STOP_SECONDS, TERMINATED, end_group, stop_asked
+from pipelines.processes import STOP_SECONDS, TERMINATED, end_group, stop_asked, wake_the_ending
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -123,3 +123,31 @@ def test_a_stopped_process_is_ended_as_gently_as_another(tmp_path: Path) -> None
     assert process.returncode == TERMINATED
     assert time.monotonic() - started < STOP_SECONDS
     assert (tmp_path / "saved").exists()
+
+
+def test_a_stopped_process_that_was_told_to_end_is_woken_and_no_other(tmp_path: Path) -> None:
+    """Where all above a stopped fit was killed, the kernel's SIGTERM waits until somebody wakes it."""
+    (tmp_path / "mark").touch()
+    (tmp_path / "elsewhere").mkdir()
+    ending, waiting, other = (
+        subprocess.Popen(["sleep", "60"], cwd=folder)
+        for folder in (tmp_path, tmp_path, tmp_path / "elsewhere")
+    )
+    try:
+        for process in (ending, waiting, other):
+            process.send_signal(signal.SIGSTOP)
+            wait_for(lambda pid=process.pid: is_stopped(pid))
+        ending.terminate()
+        other.terminate()
+        wake_the_ending(Path("mark"))
+        assert ending.wait(timeout=10) == -signal.SIGTERM
+        assert is_stopped(waiting.pid)
+        assert is_stopped(other.pid)
+    finally:
+        for process in (ending, waiting, other):
+            process.kill()
+            process.wait()
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

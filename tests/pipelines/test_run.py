@@ -187,7 +187,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_own_line_and_status(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     program = f"cd {REPOSITORY} && exec {sys.executable} -m pipelines split t01 --source no"
-    condition = f"test $1 = t01 || {{ {program} --before a --out b; exit $?; }}"
+    condition = f"test $1 = t01 || {{ {program} --before a --out b --images c; exit $?; }}"
     replace(project / "fit", "#!/bin/sh\n", f"#!/bin/sh\n{condition}\n")
     assert run_pipeline() == 2
     last = capfd.readouterr().err.splitlines()[-1]

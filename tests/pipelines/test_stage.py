@@ -25,6 +25,7 @@ from pipelines.stage import (
     complaint,
     launch,
     publish_markdown,
+    say,
     stage,
 )
 
@@ -392,3 +393,16 @@ def test_the_names_of_the_environment_do_not_change_by_accident() -> None:
     """Other programs set and read them."""
     assert (ERROR_FILE, PARENT_FLOW_RUN) == ("SDLORA_ERROR_FILE", "SDLORA_PARENT_FLOW_RUN")
     assert Stage("measure", measure.fn) == measure
+
+
+def test_work_goes_on_where_nobody_reads_its_lines_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader was killed; the signal that ends a fit in order is on its way, and comes after the next line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        say("fit t01: 12/60 images")
+        with pytest.raises(BrokenPipeError):
+            stderr.flush()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())

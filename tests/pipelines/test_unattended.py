@@ -1,0 +1,23 @@
+"""What becomes of an unattended run whose stage ends badly."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import unattended
+from pipelines.run import StageFailedError
+
+
+@pytest.mark.parametrize(("cut_off", "name"), [(True, "Crashed"), (False, "Failed")])
+def test_a_stage_that_was_killed_is_begun_again_and_one_that_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch, cut_off: bool, name: str
+) -> None:
+    """The server starts crashed runs again, and leaves failed ones."""
+
+    def work(folder: str | None, *, record: bool) -> str:
+        raise StageFailedError("error: fit@t01 ended badly", 1, "fit@t01", cut_off=cut_off)
+
+    monkeypatch.setattr(unattended, "work", work)
+    monkeypatch.setattr(unattended, "die_with", lambda parent: None)
+    state = unattended.learn.fn()
+    assert (state.name, state.message) == (name, "fit@t01 ended badly")
