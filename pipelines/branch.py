@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.files import write_whole
+from pipelines.files import read_json, write_json, write_whole
 
 FILES = ("params.yaml", "dvc.lock", "metrics.json")
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
 OURS = Path(".sdlora/params.sha256")
 """The hash of the params.yaml that an unattended run left: it may be replaced by the branch's."""
+STATE = Path(".sdlora/branch.json")
+"""The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
 
 
 def take(branch: str, remote: str | None) -> None:
-    """Bring the three files to what the branch holds, so that any machine goes on where another ended.
+    """Bring the three files and the ledger to what the branch holds, so that any machine goes on where another ended.
 
-    What the branch has of the ledger and this clone lacks comes too. Where there is no such branch yet it begins at
-    the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
+    Of the ledger, what this clone itself has written since the last time stays. Where there is no such branch yet it
+    begins at the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
     somebody's work: refused.
     """
     if git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
@@ -33,7 +37,7 @@ def take(branch: str, remote: str | None) -> None:
         )
     if remote:
         _fetch(branch, remote)
-    base = tip(branch) or "HEAD"
+    base = tip(branch) or git("rev-parse", "HEAD").decode()
     texts = {name: _content(base, name) for name in FILES}
     params = Path("params.yaml").read_bytes()
     known = {texts["params.yaml"], _content("HEAD", "params.yaml")}
@@ -45,10 +49,7 @@ def take(branch: str, remote: str | None) -> None:
         path = Path(name)
         if data is not None and not (path.is_file() and path.read_bytes() == data):
             write_whole(path, data)
-    for entry in git("ls-tree", "-r", "-z", "--name-only", base, "--", LEDGER.as_posix()).split(b"\0"):
-        held = Path(os.fsdecode(entry))
-        if entry and not held.exists():
-            write_whole(held, _content(base, held.as_posix()) or b"")
+    _take_ledger(base)
     mark()
 
 
@@ -58,17 +59,17 @@ def mark() -> None:
 
 
 def commit(branch: str, message: str) -> str | None:
-    """Put the files and the ledger on the branch as one commit; return its id, or None if they are there already.
+    """Put the files, and what this clone wrote of the ledger, on the branch as one commit, after `take`.
 
-    The index and the files of the clone stay as they are.
+    Return its id, or None if they are there already. The index and the files of the clone stay as they are.
     """
     parent = tip(branch)
     start = parent or git("rev-parse", "HEAD").decode()
+    taken = _remembered()["taken"]
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         git("read-tree", start, settings=index)
-        ledger = sorted(path.as_posix() for path in LEDGER.rglob("*") if path.is_file())
-        for name in (*filter(os.path.isfile, FILES), *ledger):
+        for name in (*filter(os.path.isfile, FILES), *_own_ledger(taken[-1])):
             blob = git("hash-object", "-w", "--path", name, name).decode()
             git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
         tree = git("write-tree", settings=index).decode()
@@ -77,6 +78,7 @@ def commit(branch: str, message: str) -> str | None:
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     somebody = git("config", "user.email", check=False)
     new = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    write_json(STATE, {"taken": taken, "made": new})
     git("update-ref", f"refs/heads/{branch}", new, parent or "0" * len(new))  # only if nobody else moved it
     return new
 
@@ -120,6 +122,57 @@ def _fetch(branch: str, remote: str) -> None:
             f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
         )
     git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+
+
+def _take_ledger(base: str) -> None:
+    """Bring the ledger to that of a commit, but for what this clone itself has written."""
+    state = _remembered()
+    before = state["taken"]
+    if state["made"] and git("merge-base", state["made"], base, check=False).decode() == state["made"]:
+        before = [*before, state["made"]]
+    new, here = _ledger(base), _ledger_here()
+    taken = [_ledger(commit) for commit in before]
+    # Killed among the writes below, the next take must still know each file as taken, whichever commit it is of.
+    write_json(STATE, {"taken": [*before, base], "made": None})
+    for name, blob in new.items():
+        mine = here.get(name)
+        if mine != blob and mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
+            write_whole(Path(name), _content(base, name) or b"")
+    for name in sorted(here.keys() - new.keys()):
+        if here[name] in (tree.get(name) for tree in taken):
+            Path(name).unlink()
+            with contextlib.suppress(OSError):
+                os.removedirs(Path(name).parent)
+    write_json(STATE, {"taken": [base], "made": None})
+
+
+def _own_ledger(base: str) -> list[str]:
+    """The files of the ledger that this clone has written since it took those of a commit.
+
+    What is as the checked-out commit has it was written by nobody here, also where the branch lacks it.
+    """
+    seen = {**_ledger("HEAD"), **_ledger(base)}
+    return [name for name, blob in _ledger_here().items() if seen.get(name) != blob]
+
+
+def _ledger(commit: str) -> dict[str, str]:
+    """The files of the ledger in a commit, and their hashes; none where Git has forgotten the commit."""
+    lines = git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
+    rows = [line.split(b"\t", 1) for line in lines if line]
+    return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
+
+
+def _ledger_here() -> dict[str, str]:
+    """The files of the ledger in this clone, and their hashes; half-written ones are none."""
+    names = sorted(
+        path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
+    )
+    blobs = git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
+    return dict(zip(names, blobs, strict=True))
+
+
+def _remembered() -> dict[str, Any]:
+    return dict(read_json(STATE)) if STATE.is_file() else {"taken": [], "made": None}
 
 
 def _content(commit: str, name: str) -> bytes | None:

@@ -48,6 +48,7 @@ def another(clone: Path, tmp_path: Path) -> Path:
 
 
 def learn(text: str) -> str | None:
+    take(BRANCH, None)
     Path("params.yaml").write_text(text)
     Path("dvc.lock").write_text(f"lock of {text}")
     mark()
@@ -140,3 +141,104 @@ def test_the_ledger_goes_along_and_comes_to_a_clone_that_lacks_it(
     take(BRANCH, "origin")
     assert Path("ledger/retired/ü 1/receipt.json").read_text() == "here retired/ü 1/receipt.json"
     assert Path("ledger/journal/fit@t01.json").read_text() == "computed in this clone"
+
+
+SIGNATURE, JOURNAL = Path("ledger/signatures/t01.sig"), Path("ledger/journal/fit@t01.json")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def ledger_of_the_branch() -> dict[str, str]:
+    names = git("ls-tree", "-r", "--name-only", BRANCH, "--", "ledger").splitlines()
+    return {name: git("show", f"{BRANCH}:{name}") for name in names}
+
+
+@pytest.fixture
+def person(clone: Path, another: Path) -> Path:
+    """A person's clone, with the branch checked out, to which the worker's clone has pushed a ledger."""
+    take(BRANCH, "origin")
+    write(SIGNATURE, "signed")
+    write(SIGNATURE.with_name("t02.sig"), "signed")
+    write(JOURNAL, "first cost")
+    commit(BRANCH, "Learn")
+    push(BRANCH, "origin")
+    git("fetch", "-q", folder=another)
+    git("switch", "-q", BRANCH, folder=another)
+    return another
+
+
+def publish(person: Path) -> None:
+    git("add", ".", folder=person)
+    git("commit", "-qm", "by hand", folder=person)
+    git("push", "-q", folder=person)
+
+
+def test_a_commit_leaves_alone_what_a_person_signed_or_removed_on_the_branch(person: Path) -> None:
+    write(person / SIGNATURE, "signed anew")
+    (person / SIGNATURE.with_name("t02.sig")).unlink()
+    write(person / JOURNAL, "put right by hand")
+    publish(person)
+
+    take(BRANCH, "origin")
+    assert SIGNATURE.read_text() == "signed anew"
+    assert not SIGNATURE.with_name("t02.sig").exists()
+    write(Path("ledger/journal/fit@t02.json"), "second cost")
+    commit(BRANCH, "Learn")
+    assert ledger_of_the_branch() == {
+        "ledger/journal/fit@t01.json": "put right by hand",
+        "ledger/journal/fit@t02.json": "second cost",
+        "ledger/signatures/t01.sig": "signed anew",
+    }
+
+
+def test_what_this_clone_computed_anew_survives_a_take_and_is_committed(person: Path) -> None:
+    write(person / SIGNATURE, "signed anew")
+    write(person / JOURNAL, "put right by hand")
+    publish(person)
+    write(JOURNAL, "cost of a fit whose run was cut off")
+
+    take(BRANCH, "origin")
+    commit(BRANCH, "Learn")
+    assert ledger_of_the_branch()["ledger/journal/fit@t01.json"] == "cost of a fit whose run was cut off"
+    assert ledger_of_the_branch()["ledger/signatures/t01.sig"] == "signed anew"
+
+
+def test_a_take_that_is_killed_anywhere_makes_nothing_this_clones_own(
+    person: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("signed anew", "signed a third time"):
+        write(person / SIGNATURE, text)
+        write(person / SIGNATURE.with_name("t02.sig"), text)
+        publish(person)
+        written = 0
+
+        def killed(path: Path, data: bytes) -> None:
+            nonlocal written
+            if path.parent == SIGNATURE.parent and (written := written + 1) == 2:
+                raise KeyboardInterrupt
+            path.write_bytes(data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("pipelines.branch.write_whole", killed)
+            with pytest.raises(KeyboardInterrupt):
+                take(BRANCH, "origin")
+    take(BRANCH, "origin")
+    assert commit(BRANCH, "Learn") is None
+    assert SIGNATURE.read_text() == "signed a third time"
+
+
+def test_a_ledger_that_the_clone_has_checked_out_does_not_replace_the_branchs(
+    person: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    git("push", "-q", "origin", f"{BRANCH}:main", folder=person)
+    git("clone", "-q", "-b", "main", str(tmp_path / "origin.git"), str(tmp_path / "fresh"))
+    write(person / SIGNATURE, "signed anew")
+    (person / SIGNATURE.with_name("t02.sig")).unlink()
+    publish(person)
+    monkeypatch.chdir(tmp_path / "fresh")
+    take(BRANCH, "origin")
+    assert commit(BRANCH, "Learn") is None
+    assert SIGNATURE.read_text() == "signed anew"
