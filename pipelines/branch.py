@@ -15,6 +15,8 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, write_json, write_whole
 
 FILES = ("params.yaml", "dvc.lock", "metrics.json")
+TRIES = 5
+"""How often a commit is made anew, on top of what somebody else pushed meanwhile."""
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
 OURS = Path(".sdlora/params.sha256")
@@ -58,14 +60,45 @@ def mark() -> None:
     write_whole(OURS, _sha256(Path("params.yaml").read_bytes()).encode())
 
 
-def commit(branch: str, message: str) -> str | None:
+def commit(branch: str, message: str, remote: str | None) -> str | None:
     """Put the files, and what this clone wrote of the ledger, on the branch as one commit, after `take`.
 
-    Return its id, or None if they are there already. The index and the files of the clone stay as they are.
+    Return its id, or None if they are there already. The index and the files of the clone stay as they are. The
+    remote gets the commit before the clone's own branch does: wherever this ends, the two have not gone apart.
+
+    Raises:
+        InputError: the parameters on the branch are others than those that the run began from, or the remote does
+            not take the commit. What the run has computed is found again by the next one.
     """
-    parent = tip(branch)
-    start = parent or git("rev-parse", "HEAD").decode()
     taken = _remembered()["taken"]
+    for _ in range(TRIES):
+        parent = tip(branch)
+        start = parent or git("rev-parse", "HEAD").decode()
+        known = (_content(taken[-1], "params.yaml"), Path("params.yaml").read_bytes())
+        if _content(start, "params.yaml") not in known:
+            raise InputError(
+                f"workers.branch: params.yaml has changed on {branch} since this run began, so nothing was committed;"
+                " run it anew, with the same parameters: what was computed is found again"
+            )
+        made = _commit_on(start, message, taken)
+        if remote and (made or parent):
+            try:
+                git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
+            except InputError as refused:
+                _fetch(branch, remote)
+                if tip(branch) == parent:
+                    raise InputError(
+                        f"{refused}; nothing was committed: mend that, and run it anew, with the same parameters"
+                    ) from None
+                continue
+        if made:
+            git("update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made))  # only if not moved
+        return made
+    raise InputError(f"workers.branch: {branch} moved {TRIES} times while it was committed to; run it anew")
+
+
+def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
+    """Make the commit that follows a commit, on no branch yet; None if it would change nothing."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         git("read-tree", start, settings=index)
@@ -77,15 +110,9 @@ def commit(branch: str, message: str) -> str | None:
         return None
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     somebody = git("config", "user.email", check=False)
-    new = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
-    write_json(STATE, {"taken": taken, "made": new})
-    git("update-ref", f"refs/heads/{branch}", new, parent or "0" * len(new))  # only if nobody else moved it
-    return new
-
-
-def push(branch: str, remote: str) -> None:
-    """Push the branch, never over what somebody else pushed."""
-    git("push", "--quiet", remote, f"refs/heads/{branch}:refs/heads/{branch}")
+    made = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    write_json(STATE, {"taken": taken, "made": made})
+    return made
 
 
 def tip(branch: str) -> str | None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pipelines.approvals import approve, results_of
 from pipelines.attempts import Attempts, checkpoint_mark
-from pipelines.branch import commit, mark, push, take
+from pipelines.branch import commit, mark, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
@@ -60,9 +60,7 @@ def work(folder: str | None, *, record: bool) -> str:
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
-    made = commit(branch, f"Learn {folder}" if folder else "Bring the chain up to date")
-    if workers.push:
-        push(branch, workers.push)
+    made = commit(branch, f"Learn {folder}" if folder else "Bring the chain up to date", workers.push)
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.branch import commit, mark, push, take, tip
+from pipelines.branch import commit, mark, take, tip
 from pipelines.errors import InputError
 
 BRANCH = "sdlora/learned"
@@ -47,12 +47,12 @@ def another(clone: Path, tmp_path: Path) -> Path:
     return tmp_path / "another"
 
 
-def learn(text: str) -> str | None:
-    take(BRANCH, None)
+def learn(text: str, remote: str | None = None) -> str | None:
+    take(BRANCH, remote)
     Path("params.yaml").write_text(text)
     Path("dvc.lock").write_text(f"lock of {text}")
     mark()
-    return commit(BRANCH, "Learn")
+    return commit(BRANCH, "Learn", remote)
 
 
 def test_a_commit_holds_the_three_files_and_leaves_the_users_changes_alone(clone: Path) -> None:
@@ -70,22 +70,19 @@ def test_a_commit_holds_the_three_files_and_leaves_the_users_changes_alone(clone
 
 def test_nothing_new_is_no_commit(clone: Path) -> None:
     first = learn("second\n")
-    assert commit(BRANCH, "Learn") is None
+    assert commit(BRANCH, "Learn", None) is None
     assert tip(BRANCH) == first
 
 
 def test_another_clone_goes_on_from_what_was_pushed(
     clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take(BRANCH, "origin")
-    learn("second\n")
-    push(BRANCH, "origin")
+    learn("second\n", "origin")
     monkeypatch.chdir(another)
     take(BRANCH, "origin")
     assert Path("params.yaml").read_text() == "second\n"
     assert Path("dvc.lock").read_text() == "lock of second\n"
-    learn("third\n")
-    push(BRANCH, "origin")
+    learn("third\n", "origin")
     monkeypatch.chdir(clone)
     take(BRANCH, "origin")
     assert Path("params.yaml").read_text() == "third\n"
@@ -104,12 +101,9 @@ def test_what_an_interrupted_run_left_is_replaced_and_a_persons_edit_is_not(clon
 
 
 def test_two_histories_are_not_mixed(clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn("second\n")
-    push(BRANCH, "origin")
+    learn("second\n", "origin")
     monkeypatch.chdir(another)
     learn("other\n")
-    with pytest.raises(InputError, match="git push"):
-        push(BRANCH, "origin")
     with pytest.raises(InputError, match="has gone two ways"):
         take(BRANCH, "origin")
 
@@ -132,8 +126,7 @@ def test_the_ledger_goes_along_and_comes_to_a_clone_that_lacks_it(
     for name in ("journal/fit@t01.json", "retired/ü 1/receipt.json"):
         (Path("ledger") / name).parent.mkdir(parents=True)
         (Path("ledger") / name).write_text(f"here {name}")
-    learn("second\n")
-    push(BRANCH, "origin")
+    learn("second\n", "origin")
 
     monkeypatch.chdir(another)
     Path("ledger/journal").mkdir(parents=True)
@@ -163,8 +156,7 @@ def person(clone: Path, another: Path) -> Path:
     write(SIGNATURE, "signed")
     write(SIGNATURE.with_name("t02.sig"), "signed")
     write(JOURNAL, "first cost")
-    commit(BRANCH, "Learn")
-    push(BRANCH, "origin")
+    commit(BRANCH, "Learn", "origin")
     git("fetch", "-q", folder=another)
     git("switch", "-q", BRANCH, folder=another)
     return another
@@ -186,7 +178,7 @@ def test_a_commit_leaves_alone_what_a_person_signed_or_removed_on_the_branch(per
     assert SIGNATURE.read_text() == "signed anew"
     assert not SIGNATURE.with_name("t02.sig").exists()
     write(Path("ledger/journal/fit@t02.json"), "second cost")
-    commit(BRANCH, "Learn")
+    commit(BRANCH, "Learn", "origin")
     assert ledger_of_the_branch() == {
         "ledger/journal/fit@t01.json": "put right by hand",
         "ledger/journal/fit@t02.json": "second cost",
@@ -201,7 +193,7 @@ def test_what_this_clone_computed_anew_survives_a_take_and_is_committed(person: 
     write(JOURNAL, "cost of a fit whose run was cut off")
 
     take(BRANCH, "origin")
-    commit(BRANCH, "Learn")
+    commit(BRANCH, "Learn", "origin")
     assert ledger_of_the_branch()["ledger/journal/fit@t01.json"] == "cost of a fit whose run was cut off"
     assert ledger_of_the_branch()["ledger/signatures/t01.sig"] == "signed anew"
 
@@ -226,7 +218,7 @@ def test_a_take_that_is_killed_anywhere_makes_nothing_this_clones_own(
             with pytest.raises(KeyboardInterrupt):
                 take(BRANCH, "origin")
     take(BRANCH, "origin")
-    assert commit(BRANCH, "Learn") is None
+    assert commit(BRANCH, "Learn", "origin") is None
     assert SIGNATURE.read_text() == "signed a third time"
 
 
@@ -240,5 +232,55 @@ def test_a_ledger_that_the_clone_has_checked_out_does_not_replace_the_branchs(
     publish(person)
     monkeypatch.chdir(tmp_path / "fresh")
     take(BRANCH, "origin")
-    assert commit(BRANCH, "Learn") is None
+    assert commit(BRANCH, "Learn", "origin") is None
     assert SIGNATURE.read_text() == "signed anew"
+
+
+def test_what_is_pushed_during_a_run_stays_and_the_runs_commit_comes_after_it(person: Path) -> None:
+    take(BRANCH, "origin")
+    write(person / SIGNATURE, "signed during the run")
+    publish(person)
+    theirs = git("rev-parse", "HEAD", folder=person)
+    Path("params.yaml").write_text("second\n")
+    mark()
+
+    made = commit(BRANCH, "Learn", "origin")
+    assert made == git("rev-parse", BRANCH) == git("ls-remote", "origin", BRANCH).split()[0]
+    assert git("rev-parse", f"{BRANCH}^") == theirs
+    assert git("show", f"{BRANCH}:params.yaml") == "second"
+    assert ledger_of_the_branch()["ledger/signatures/t01.sig"] == "signed during the run"
+
+
+def test_parameters_that_are_pushed_during_a_run_are_taken_up_by_the_next(person: Path) -> None:
+    take(BRANCH, "origin")
+    write(person / "params.yaml", "by hand\n")
+    publish(person)
+    theirs = git("rev-parse", "HEAD", folder=person)
+    Path("params.yaml").write_text("second\n")
+    mark()
+    write(JOURNAL, "cost of the run")
+
+    with pytest.raises(InputError, match=r"params\.yaml has changed on .* since this run began") as caught:
+        commit(BRANCH, "Learn", "origin")
+    assert "\n" not in str(caught.value)
+    assert tip(BRANCH) == theirs == git("ls-remote", "origin", BRANCH).split()[0]
+    take(BRANCH, "origin")
+    assert Path("params.yaml").read_text() == "by hand\n"
+    assert commit(BRANCH, "Learn", "origin")
+    assert ledger_of_the_branch()["ledger/journal/fit@t01.json"] == "cost of the run"
+
+
+def test_a_remote_that_refuses_the_commit_leaves_the_branch_where_the_remote_has_it(
+    person: Path, tmp_path: Path
+) -> None:
+    hook = tmp_path / "origin.git/hooks/pre-receive"
+    write(hook, "#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    before = tip(BRANCH)
+    with pytest.raises(InputError, match=r"git push: .*nothing was committed"):
+        learn("second\n", "origin")
+    assert tip(BRANCH) == before
+    hook.unlink()
+    write(person / SIGNATURE, "signed meanwhile")
+    publish(person)
+    assert learn("second\n", "origin") == git("ls-remote", "origin", BRANCH).split()[0]
