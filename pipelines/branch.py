@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +19,11 @@ TRIES = 5
 """How often a commit is made anew, on top of what somebody else pushed meanwhile."""
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
+PARAMS = Path("params.yaml")
 OURS = Path(".sdlora/params.sha256")
-"""The hash of the params.yaml that an unattended run left: it may be replaced by the branch's."""
+"""The hashes of what an unattended run may have left as params.yaml: that may be replaced by the branch's."""
+NEXT = Path("params.yaml.partial")
+"""Where an edit of params.yaml is made: beside it, because it names folders that are relative to its own."""
 STATE = Path(".sdlora/branch.json")
 """The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
 
@@ -41,23 +44,39 @@ def take(branch: str, remote: str | None) -> None:
         _fetch(branch, remote)
     base = tip(branch) or git("rev-parse", "HEAD").decode()
     texts = {name: _content(base, name) for name in FILES}
-    params = Path("params.yaml").read_bytes()
+    params = PARAMS.read_bytes()
     known = {texts["params.yaml"], _content("HEAD", "params.yaml")}
-    if params not in known and not (OURS.is_file() and OURS.read_text() == _sha256(params)):
+    if params not in known and _sha256(params) not in _ours():
         raise InputError(
             f"{Path.cwd()}/params.yaml has changes that are in no commit; commit them, or git restore params.yaml"
         )
+    _mark(params, texts["params.yaml"] or params)
     for name, data in texts.items():
         path = Path(name)
         if data is not None and not (path.is_file() and path.read_bytes() == data):
             write_whole(path, data)
     _take_ledger(base)
-    mark()
 
 
-def mark() -> None:
-    """Note that the params.yaml that is there was written by an unattended run."""
-    write_whole(OURS, _sha256(Path("params.yaml").read_bytes()).encode())
+def edit(change: Callable[[Path], list[str]]) -> list[str]:
+    """Have `change` edit params.yaml, whose path it is given, in a copy that takes its place; return its lines.
+
+    If params.yaml was an unattended run's before, it is one's after, wherever a kill falls: the hashes of both texts
+    are there before the new one is.
+    """
+    old = PARAMS.read_bytes()
+    write_whole(NEXT, old)
+    try:
+        lines = change(NEXT)
+        new = NEXT.read_bytes()
+        if _sha256(old) in _ours():
+            _mark(old, new)
+        write_whole(PARAMS, new)
+    except InputError as error:
+        raise InputError(str(error).replace(NEXT.name, PARAMS.name)) from None
+    finally:
+        NEXT.unlink(missing_ok=True)
+    return [line.replace(NEXT.name, PARAMS.name) for line in lines]
 
 
 def commit(branch: str, message: str, remote: str | None) -> str | None:
@@ -74,7 +93,7 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
     for _ in range(TRIES):
         parent = tip(branch)
         start = parent or git("rev-parse", "HEAD").decode()
-        known = (_content(taken[-1], "params.yaml"), Path("params.yaml").read_bytes())
+        known = (_content(taken[-1], "params.yaml"), PARAMS.read_bytes())
         if _content(start, "params.yaml") not in known:
             raise InputError(
                 f"workers.branch: params.yaml has changed on {branch} since this run began, so nothing was committed;"
@@ -149,6 +168,14 @@ def _fetch(branch: str, remote: str) -> None:
             f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
         )
     git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+
+
+def _mark(*texts: bytes) -> None:
+    write_whole(OURS, "\n".join(map(_sha256, texts)).encode())
+
+
+def _ours() -> list[str]:
+    return OURS.read_text().split() if OURS.is_file() else []
 
 
 def _take_ledger(base: str) -> None:

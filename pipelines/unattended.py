@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from pipelines.approvals import approve, results_of
 from pipelines.attempts import Attempts, checkpoint_mark
-from pipelines.branch import commit, mark, take
+from pipelines.branch import commit, edit, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
@@ -53,9 +54,9 @@ def work(folder: str | None, *, record: bool) -> str:
     if branch:
         take(branch, workers.push)
     if folder is not None:
-        for line in add_once(arrived(folder, Path(workers.inbox))):
+        source = arrived(folder, Path(workers.inbox))
+        for line in edit(lambda path: add_once(source, path)):
             print_line(line)
-        mark()
     stages = finish_through_gates(progressed)
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
@@ -91,9 +92,8 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
             decision = suspend_flow_run(
                 wait_for_input=question, key=f"{step}-{results_of(step)}", timeout=PATIENCE_SECONDS
             )
-        for line in approve(step, by=decision.by, why=decision.why):
+        for line in edit(functools.partial(approve, step, by=decision.by, why=decision.why)):
             print_line(line)
-        mark()
 
 
 PATIENCE_SECONDS = 30 * 24 * 3600

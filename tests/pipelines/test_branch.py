@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from pipelines.branch import commit, mark, take, tip
+from pipelines.branch import commit, edit, take, tip
 from pipelines.errors import InputError
 
 BRANCH = "sdlora/learned"
@@ -47,11 +49,20 @@ def another(clone: Path, tmp_path: Path) -> Path:
     return tmp_path / "another"
 
 
+def change(text: str) -> None:
+    """Change params.yaml as an unattended run does."""
+
+    def write_it(path: Path) -> list[str]:
+        path.write_text(text)
+        return []
+
+    edit(write_it)
+
+
 def learn(text: str, remote: str | None = None) -> str | None:
     take(BRANCH, remote)
-    Path("params.yaml").write_text(text)
+    change(text)
     Path("dvc.lock").write_text(f"lock of {text}")
-    mark()
     return commit(BRANCH, "Learn", remote)
 
 
@@ -90,8 +101,8 @@ def test_another_clone_goes_on_from_what_was_pushed(
 
 
 def test_what_an_interrupted_run_left_is_replaced_and_a_persons_edit_is_not(clone: Path) -> None:
-    Path("params.yaml").write_text("half a run\n")
-    mark()
+    take(BRANCH, None)
+    change("half a run\n")
     take(BRANCH, None)
     assert Path("params.yaml").read_text() == "first\n"
     Path("params.yaml").write_text("my idea\n")
@@ -241,8 +252,7 @@ def test_what_is_pushed_during_a_run_stays_and_the_runs_commit_comes_after_it(pe
     write(person / SIGNATURE, "signed during the run")
     publish(person)
     theirs = git("rev-parse", "HEAD", folder=person)
-    Path("params.yaml").write_text("second\n")
-    mark()
+    change("second\n")
 
     made = commit(BRANCH, "Learn", "origin")
     assert made == git("rev-parse", BRANCH) == git("ls-remote", "origin", BRANCH).split()[0]
@@ -256,8 +266,7 @@ def test_parameters_that_are_pushed_during_a_run_are_taken_up_by_the_next(person
     write(person / "params.yaml", "by hand\n")
     publish(person)
     theirs = git("rev-parse", "HEAD", folder=person)
-    Path("params.yaml").write_text("second\n")
-    mark()
+    change("second\n")
     write(JOURNAL, "cost of the run")
 
     with pytest.raises(InputError, match=r"params\.yaml has changed on .* since this run began") as caught:
@@ -284,3 +293,47 @@ def test_a_remote_that_refuses_the_commit_leaves_the_branch_where_the_remote_has
     write(person / SIGNATURE, "signed meanwhile")
     publish(person)
     assert learn("second\n", "origin") == git("ls-remote", "origin", BRANCH).split()[0]
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_a_run_that_is_killed_after_any_write_leaves_what_the_next_one_takes(
+    person: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    write(person / "params.yaml", "by hand\n")
+    publish(person)
+    left, replace = after, os.replace
+
+    def killed(source: str, target: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr("os.replace", killed)
+        take(BRANCH, "origin")
+        change("second\n")
+    write(person / "params.yaml", "by hand again\n")
+    publish(person)
+    take(BRANCH, "origin")
+    assert Path("params.yaml").read_text() == "by hand again\n"
+
+
+def test_an_edit_names_params_yaml_and_one_that_fails_changes_nothing(clone: Path) -> None:
+    def refused(path: Path) -> list[str]:
+        path.write_text("half\n")
+        raise InputError(f"{path}: no")
+
+    with pytest.raises(InputError, match=r"^params\.yaml: no$"):
+        edit(refused)
+    assert Path("params.yaml").read_text() == "first\n"
+    assert edit(lambda path: [f"{path}: done"]) == ["params.yaml: done"]
+    assert not [path for path in clone.iterdir() if "partial" in path.name]
+
+
+def test_an_edit_of_what_a_person_changed_does_not_make_it_an_unattended_runs(clone: Path) -> None:
+    Path("params.yaml").write_text("my idea\n")
+    change("my idea and a task\n")
+    with pytest.raises(InputError, match="changes that are in no commit"):
+        take(BRANCH, None)
