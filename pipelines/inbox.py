@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.errors import InputError
 from pipelines.params import Params
 from pipelines.sources import class_names
-from pipelines.tasks import add_task, inside_project
+from pipelines.tasks import PARAMS, add_task, inside_project
 
 
 def arrived(folder: str, inbox: Path) -> Path:
@@ -43,14 +43,14 @@ def arrived(folder: str, inbox: Path) -> Path:
     return found
 
 
-def add_once(source: Path) -> list[str]:
+def add_once(source: Path, path: Path = PARAMS) -> list[str]:
     """Append a task for the new classes of a folder, if any are left; return lines to print.
 
     The same event may come twice, and a run that was cut off starts again.
     """
-    tasks = Params.load().tasks
-    folder, manifest = inside_project(source, Path("params.yaml"))
+    tasks = Params.load(path).tasks
+    folder, manifest = inside_project(source, path)
     learned = {name for task in tasks.values() if task.source == folder for name in task.classes}
     if learned and learned >= set(class_names(Path(folder), manifest=manifest, shown=folder)):
-        return [f"params.yaml: all classes of {folder} are there already"]
-    return add_task(source)
+        return [f"{path}: all classes of {folder} are there already"]
+    return add_task(source, path=path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from pipelines.approvals import approve, evaluation_of
 from pipelines.attempts import Attempts, checkpoint_mark
-from pipelines.branch import commit, mark, push, take
+from pipelines.branch import PushError, commit, edit, take
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
@@ -79,21 +80,18 @@ def work(folder: str | None, *, record: bool) -> str:
     if branch:
         take(branch, workers.push)
     if folder is not None:
-        for line in add_once(arrived(folder, Path(workers.inbox))):
+        source = arrived(folder, Path(workers.inbox))
+        for line in edit(lambda path: add_once(source, path)):
             print_line(line)
-        mark()
     stages = finish_through_gates(progressed)
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
-    made = commit(branch, f"Learn {folder}" if folder else "Bring the chain up to date")
-    if workers.push:
-        try:
-            push(branch, workers.push)
-        except (
-            InputError
-        ) as error:  # a remote that is away; or a run that was given up has ended all the same
-            raise StageFailedError(str(error), 1, "push", cut_off=True) from error
+    said = f"Learn {folder}" if folder else "Bring the chain up to date"
+    try:
+        made = commit(branch, said, workers.push)
+    except PushError as error:  # a remote that is away: begun again, all that was done is there
+        raise StageFailedError(f"error: {error}", 1, "push", cut_off=True) from error
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 
@@ -126,9 +124,8 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
                 key=f"{step}-{results_of(evaluation_of(step))}",
                 timeout=PATIENCE_SECONDS,
             )
-        for line in approve(step, by=decision.by, why=decision.why):
+        for line in edit(functools.partial(approve, step, by=decision.by, why=decision.why)):
             print_line(line)
-        mark()
 
 
 PATIENCE_SECONDS = 30 * 24 * 3600
