@@ -509,7 +509,8 @@ class Chaos:
 
     def orphan(self) -> None:
         training = self.target("training")
-        above = [p for p in training.parents() if p.pid != os.getpid() and CLONE in p.environ()]
+        ours = {process.pid for clone in self.site.clones for process in self.site.processes(clone)}
+        above = [process for process in training.parents() if process.pid in ours]
         training.suspend()
         for process in above:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -537,15 +538,12 @@ class Chaos:
         return again
 
     def truncate(self) -> None:
-        training = self.target("training")
         before = set(self.watch.names("checkpoints/"))
         wait_for(lambda: set(self.watch.names("checkpoints/")) - before, STUCK_SECONDS, "a checkpoint")
-        with contextlib.suppress(psutil.NoSuchProcess):
-            training = self.target("training")
-            newest = max(set(self.watch.names("checkpoints/")) - before, key=lambda name: name.split("/")[2])
-            training.kill()
-            data = self.watch.body(newest)
-            self.watch.s3.put_object(Bucket=BUCKET, Key=newest, Body=data[: len(data) // 2])
+        newest = max(set(self.watch.names("checkpoints/")) - before, key=lambda name: name.split("/")[2])
+        self.target("training").kill()
+        data = self.watch.body(newest)
+        self.watch.s3.put_object(Bucket=BUCKET, Key=newest, Body=data[: len(data) // 2])
 
     def fill(self) -> Undo:
         clone = self.site.active()
@@ -568,7 +566,11 @@ class Chaos:
         """Wait until there is work, and a moment more; strike; undo."""
         wait_for(self.site.active, STUCK_SECONDS, "a run at work")
         time.sleep(self.draw.uniform(0, 8))
-        undo = self.kinds()[kind]()
+        while True:
+            # A process may end between being found and being struck.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                undo = self.kinds()[kind]()
+                break
         now = time.time()
         fault = Fault(kind, at=now, during=self.doing(), undone=now)
         self.struck.append(fault)
