@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from uuid import UUID
 
-from pipelines.checkpoints import DEFAULT_STORE
+from pipelines.checkpoints import DEFAULT_STORE, KEY, NAME
 from pipelines.errors import InputError
 from pipelines.stage import first_line, say
 
@@ -63,9 +63,15 @@ class Attempts:
 
 
 def checkpoint_mark(store: str | None) -> str:
-    """A hash of the names of all checkpoints in a store: another one whenever any fit has saved itself."""
+    """A hash of the names of all checkpoints in a store: another one whenever any fit has saved itself.
+
+    Other files do not count. A checkpoint is known by its form, KEY/NAME, and not by its chain: the key is the hash of
+    inputs that a fit knows only when it runs. So a fit of another project in the same store counts as progress too;
+    where that matters, give each project a store of its own.
+    """
     import fsspec
 
     fs, root = fsspec.core.url_to_fs(store or DEFAULT_STORE)
-    names = sorted(fs.find(root)) if fs.isdir(root) else []
+    found = (path.split("/")[-2:] for path in (fs.find(root) if fs.isdir(root) else []))
+    names = sorted(f"{key}/{name}" for key, name in found if KEY.fullmatch(key) and NAME.fullmatch(name))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

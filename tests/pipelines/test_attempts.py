@@ -74,13 +74,20 @@ def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFi
     assert "attempts could not be counted" in capsys.readouterr().err
 
 
-def test_the_mark_of_a_store_changes_with_every_checkpoint(tmp_path: Path) -> None:
-    marks = [checkpoint_mark(str(tmp_path / "store"))]
-    for name in ("a/000000010-1.safetensors", "a/000000020-2.safetensors", "b/000000010-3.safetensors"):
-        (tmp_path / "store" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "store" / name).touch()
-        marks.append(checkpoint_mark(str(tmp_path / "store")))
+def test_the_mark_of_a_store_changes_with_every_checkpoint_and_with_nothing_else(tmp_path: Path) -> None:
+    store, one, two = tmp_path / "store", "1" * 32, "2" * 32
+
+    def mark_with(name: str) -> str:
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).touch()
+        return checkpoint_mark(str(store))
+
+    marks = [checkpoint_mark(str(store))]
+    for key, step in ((one, 10), (one, 20), (two, 10)):
+        marks.append(mark_with(f"{key}/{step:09d}-{key}.safetensors"))
     assert len(set(marks)) == 4
+    for name in ("notes.txt", f"{one}/log", f"other/{10:09d}-{one}.safetensors", f"{two}/half.partial"):
+        assert mark_with(name) == marks[-1]
 
 
 def test_runs_of_this_folder_and_children_of_ended_runs_are_closed_and_no_others(
