@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +123,13 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
                 key=f"{step}-{results_of(evaluation_of(step))}",
                 timeout=PATIENCE_SECONDS,
             )
-        for line in edit(functools.partial(approve, step, by=decision.by, why=decision.why)):
+        for line in let_through(step, decision):
             print_line(line)
+
+
+def let_through(step: str, decision: Decision) -> list[str]:
+    """Write a decision into params.yaml; return lines to print."""
+    return edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))
 
 
 PATIENCE_SECONDS = 30 * 24 * 3600

@@ -246,14 +246,33 @@ GATE_STAGE = """
 """
 
 
+EVALUATE_FOR_REAL = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.pipelines.test_gate import write_evaluation
+task = sys.argv[1]
+print(f"evaluate {{task}}", file=Path("ran").open("a"))
+write_evaluation(Path("artifacts/evaluation") / task, [("a", "t01", 0, 1, 0.5)])
+"""
+
+
 def test_a_closed_gate_suspends_the_run_until_somebody_says_who_and_why(site: Site) -> None:
     from prefect.flow_runs import resume_flow_run
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     one = site.root / "one"
     (one / "dvc.yaml").write_text(DVC_YAML.rstrip() + GATE_STAGE, encoding="utf-8")
-    (one / "gate").write_text(GATE, encoding="utf-8")
-    (one / "gate").chmod(0o755)
+    for name, script in (("gate", GATE), ("evaluate", EVALUATE_FOR_REAL)):
+        (one / name).write_text(script, encoding="utf-8")
+        (one / name).chmod(0o755)
+    limits = (one / "params.yaml").read_text(encoding="utf-8").replace("  new_task: null", "  new_task: 0.9")
+    (one / "params.yaml").write_text(limits, encoding="utf-8")
+    start = ("artifacts/evaluation/t00", '{"step": "t00", "tasks": [], "correct": [], "samples": []}')
+    (one / start[0]).mkdir(parents=True)
+    (one / start[0] / "metrics.json").write_text(start[1], encoding="utf-8")
+    person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    site.call("git", *person, "commit", "-qam", "a gate", folder=one)
     worker = psutil.Process(site.work_in(one).pid)
     run = site.begun_by("prefect", "deployment", "run", "learn/workers")
     wait_for(lambda: site.run(run).state.is_paused(), 120)
