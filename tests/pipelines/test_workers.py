@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -299,7 +300,8 @@ def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     run = site.begun_by("prefect", "deployment", "run", "learn/workers", "--param", "folder=animals")
     wait_for((site.root / "busy").exists, 90)
     for process in [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]:
-        process.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a flow ends with its worker
+            process.send_signal(signal.SIGKILL)
     (site.root / "slow").unlink()
     site.work_in(site.clone("two"))
     done = site.ended(run, 240)
