@@ -442,12 +442,17 @@ def class_name_fault(name: str) -> str | None:
     return None
 
 
-def missing_source(source: str | Path) -> str:
-    """What to do about a source folder that is not there."""
+def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
+    """What to do about a source folder that is not there; `fetch` is what params.yaml brings, where that is known."""
     if str(source).startswith(f"{RETIRED}/"):
         return "it holds the receipt of deleted images; restore it from version control"
     folder, name = posixpath.split(posixpath.normpath(str(source)))
     if folder == "data/raw" and name in Fetch.names():
+        if fetch is not None and fetch.entry(name) is None:
+            return (
+                f"{name} is not in fetch (retiring a task takes it out); copy the folder from a clone that has it, "
+                "or add the entry"
+            )
         return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
     return "put images there, one folder for each class, or correct the path"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -168,11 +168,18 @@ def read_receipts() -> dict[str, Receipt]:
 
 
 def given_back(
-    stage: str, task: str, params: Params, out: Path, *, images: Path | None = None
+    stage: str,
+    task: str,
+    params: Params,
+    out: Path,
+    *,
+    images: Path | None = None,
+    then: Callable[[Path], None] | None = None,
 ) -> Summary | None:
     """Leave in `out` what a stage of a retired task left when it had its images; None where the task has them.
 
-    Where the training images were, in `images`, their hash is left. The code of the stage may have changed since. Its
+    Where the training images were, in `images`, their hash is left; `then` puts what others have made since in place of
+    what they had made. The code of the stage may have changed since. Its
     parameters, and what it learned on top of, may not: then there is nothing to give back, and an `InputError` says
     what differs.
     """
@@ -186,7 +193,10 @@ def given_back(
     with contextlib.ExitStack() as stack:
         if images is not None:
             write_json(stack.enter_context(whole_folder(images)) / IN_PLACE, in_place_of(receipt))
-        give_back(kept, stack.enter_context(whole_folder(out)))
+        folder = stack.enter_context(whole_folder(out))
+        give_back(kept, folder)
+        if then is not None:
+            then(folder)
     say(
         f"{stage} {task}: its images were deleted {receipt.at[:10]}; what it left is given back, nothing is computed"
     )

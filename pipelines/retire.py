@@ -156,8 +156,8 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
         )
     for name in fetched(receipt, params):
         yield (
-            f"warning: {name} is taken out of fetch in {PARAMS}, which would bring the images back; what is left in "
-            f"data/raw/{name} is no longer kept by DVC"
+            f"warning: {name} is taken out of fetch in {PARAMS}, which would bring the images back; DVC keeps what is "
+            f"left in data/raw/{name} no longer: another clone needs a copy of it to learn those tasks again"
         )
         if Path(f".sdlora/downloads/{name}").is_dir():
             yield f"warning: .sdlora/downloads/{name} holds what {name} was made from, and stays"
@@ -196,7 +196,13 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     trained = [sample for sample in samples if sample.split == "train"]
     verdicts = [ARTIFACTS / "gate" / name / "verdict.json" for name in params.tasks]
     receipts = read_receipts()
-    receipts.pop(task, None)  # one whose command was ended before params.yaml named it
+    begun = [name for name in receipts if name not in params.tasks or not params.tasks[name].retired]
+    if set(begun) - {task}:
+        other = min(set(begun) - {task})
+        raise InputError(
+            f"retire: {receipt_of(other)} was begun and not ended; run `sdlora retire {other}` again first"
+        )
+    receipts.pop(task, None)  # ended before params.yaml named it: this one is written in its place
     receipt = Receipt(
         task=task,
         classes=entry.classes,
@@ -334,6 +340,12 @@ def stores() -> Iterator[tuple[Repo, dict[str, HashFileDB]]]:
                 name: repo.cloud.get_remote_odb(name, "retire") for name in sorted(repo.config["remote"])
             }
             for name, remote in remotes.items():
+                root = Path(remote.path.removesuffix("/files/md5"))
+                if remote.fs.protocol == "local" and not root.is_dir():  # it would look empty
+                    raise InputError(
+                        f"retire: DVC's remote {name}: there is no folder {root}; mount it, or take the remote out if "
+                        f"nothing was ever pushed there (`dvc remote remove {name}`)"
+                    )
                 if remote.fs.protocol in ("http", "https"):
                     raise InputError(
                         f"retire: DVC's remote {name} is reached over HTTP, which deletes nothing; have its copies "
@@ -433,9 +445,7 @@ def left_of(receipt: Receipt) -> Left:
             raw=[file for file in receipt.raw if is_there(file, receipt)],
             packed=Path(receipt.train.path).exists(),
             cached=[md5 for md5 in objects if (cache / md5[:2] / md5[2:]).exists()],
-            stored={
-                name: list(odb.list_oids_exists(objects)) if objects else [] for name, odb in remotes.items()
-            },
+            stored={name: stored(name, remote, objects) for name, remote in remotes.items()},
         )
 
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
-from pipelines.files import read_json
+from pipelines.files import read_json, write_whole
 from pipelines.params import Params, missing_source
 from pipelines.processes import die_with, end_group, environment, wake_the_ending
 from pipelines.reconcile import close_dead_runs
@@ -28,6 +28,7 @@ from pipelines.stage import (
     Stage,
     Summary,
     current_flow_run,
+    first_line,
     run_linked,
     server_missing,
 )
@@ -55,6 +56,9 @@ CHATTER = (
 
 BROKEN = "error: gate: "
 """How the line of a gate begins that a person may open."""
+
+UNPUSHED = Path(".sdlora/unpushed")
+"""The stages whose outputs the remote has not taken, one a line."""
 
 FROM_CACHE = "is cached - skipping run, checking out outputs"
 
@@ -223,6 +227,7 @@ def run_pipeline() -> int:
     with only_run():
         plan = read_plan(params.tasks)
         require_sources(params, plan)
+        make_up(plan)
         if not plan.stale():
             print_line(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
             print_summary(params)
@@ -254,13 +259,24 @@ def finish(progressed: Callable[[], None]) -> Summary:
     params = Params.load()
     with only_run(wait=True):
         plan = read_plan(params.tasks, lean=True)
+        require_remote(plan)
         require_sources(params, plan)
         if server_missing() is None:
             close_dead_runs()
-        if not plan.stale():
-            return []
-        with warm_process() if len(plan.stale()) > 2 else contextlib.nullcontext():
-            return bring_up_to_date(params, plan, lean=True, progressed=progressed)
+        rows: Summary = []
+        if plan.stale():
+            with warm_process() if len(plan.stale()) > 2 else contextlib.nullcontext():
+                rows = bring_up_to_date(params, plan, lean=True, progressed=progressed)
+        make_up(plan)
+        if unpushed():
+            # Another machine would compute it again: better that this one comes back to it.
+            raise StageFailedError(
+                f"error: the DVC remote did not take {', '.join(sorted(unpushed()))}; what was done is kept here",
+                1,
+                "",
+                cut_off=True,
+            )
+        return rows
 
 
 def bring_up_to_date(
@@ -315,6 +331,7 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
     paths = [out for outs in missing.values() for out in outs]
     if not paths or not plan.remote or not dvc(["pull", *paths])[0]:
         return
+    require_remote(plan)  # what it has lost is made again; what it only cannot give now is not
     for maker, outs in missing.items():
         if not all(Path(out).exists() for out in outs):
             obtain(maker, plan, params)
@@ -367,9 +384,63 @@ def bring(name: str, *, share: bool) -> bool:
             status, cached = dvc(command)
             if status:
                 raise failure_of(name, status, error_file)
-            if share and dvc(["push", "--run-cache", name])[0]:
-                print_line(f"{name} could not be pushed to the DVC remote; it is kept here")
+            if share:
+                push(name)
     return cached
+
+
+def push(name: str) -> None:
+    """Share what a stage has left; what the remote does not take is noted, for `make_up`."""
+    waiting = unpushed() - {name}
+    if dvc(["push", "--run-cache", name])[0]:
+        print_line(
+            f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run"
+        )
+        waiting |= {name}
+    write_whole(UNPUSHED, "\n".join(sorted(waiting)).encode())
+
+
+def unpushed() -> set[str]:
+    """The stages whose outputs the remote has not taken yet."""
+    return set(UNPUSHED.read_text(encoding="utf-8").split()) if UNPUSHED.is_file() else set()
+
+
+def make_up(plan: Plan) -> None:
+    """Push what earlier runs could not; stages that are no more are forgotten."""
+    for name in sorted(unpushed()) if plan.remote else []:
+        if name in plan.order:
+            push(name)
+        else:
+            write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
+
+
+def require_remote(plan: Plan) -> None:
+    """Refuse to work where the remote does not answer: what it holds would be computed again, and may come out other.
+
+    Object stores say so themselves; a folder that is not mounted just looks empty.
+    """
+    if not plan.remote:
+        return
+    with dvc_errors():
+        from dvc.repo import Repo
+
+        with contextlib.closing(Repo()) as repo:
+            remote = repo.cloud.get_remote_odb()
+            root = remote.path.removesuffix("/files/md5")
+            try:
+                there = remote.fs.protocol != "local" or remote.fs.exists(root)
+                list(remote.list_oids_exists(["0" * 32]))
+            except Exception as trouble:  # every kind of storage raises its own
+                raise StageFailedError(
+                    f"error: the DVC remote does not answer ({first_line(trouble)})", 1, "", cut_off=True
+                ) from trouble
+    if not there:
+        raise StageFailedError(
+            f"error: the DVC remote is the folder {root}, which is not there; mount it, or make it if it is new",
+            1,
+            "",
+            cut_off=True,
+        )
 
 
 def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
@@ -446,7 +517,9 @@ def require_sources(params: Params, plan: Plan) -> None:
         made = f"split@{key}" in plan.order and f"split@{key}" not in stale
         made |= any(source == out or out in source.parents for out in every)
         if not made and not source.is_dir():
-            raise InputError(f"tasks.{key}: no folder {task.source}: {missing_source(task.source)}")
+            raise InputError(
+                f"tasks.{key}: no folder {task.source}: {missing_source(task.source, params.fetch)}"
+            )
 
 
 def print_line(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -84,7 +85,7 @@ def split(
     params = Params.load()
     if task not in params.tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(params.tasks)}")
-    given = given_back("split", task, params, out, images=images)
+    given = given_back("split", task, params, out, images=images, then=partial(hand_on, before))
     if given is not None:
         return given
     names, data = params.tasks[task].classes, params.data
@@ -121,19 +122,13 @@ def split(
     for picture in pictures:
         counts[picture.found.name][picture.part] += 1
     with whole_folder(images) as packed, whole_folder(out) as folder:
-        for kind in ("test", "validation", "samples"):
-            (folder / kind).mkdir()
-            for path in (before / kind / f"{name}.arrow" for name in earlier["tasks"]):
-                if kind != "validation" or path.is_file():
-                    shutil.copyfile(path, folder / kind / path.name)
+        hand_on(before, folder)
         rows = {part: [p.row for p in pictures if p.part == part] for part in PARTS}
         write_images(packed / PACKED, rows["train"])
         write_images(folder / "test" / f"{task}.arrow", rows["test"])
         if data.validation is not None:
             write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
-        # DVC keeps no empty folder, and `evaluate` depends on this one.
-        held = sorted(path.stem for path in (folder / "validation").iterdir())
-        write_json(folder / "validation" / "tasks.json", {"tasks": held})
+        list_validation(folder)
         write_samples(folder / "samples" / f"{task}.arrow", samples)
         trained = [sample for sample in samples if sample.split == "train"]
         write_json(
@@ -162,6 +157,24 @@ def split(
             },
         )
     return [{"class": name, **counts[name]} for name in names]
+
+
+def hand_on(before: Path, folder: Path) -> None:
+    """Have the split of a task hold what the one before it holds of all earlier tasks, and nothing else of theirs."""
+    for kind in ("test", "validation", "samples"):
+        (folder / kind).mkdir(exist_ok=True)
+        for name in (f"{task}.arrow" for task in read_json(before / "classes.json")["tasks"]):
+            if kind != "validation" or (before / kind / name).is_file():
+                shutil.copyfile(before / kind / name, folder / kind / name)
+            else:
+                (folder / kind / name).unlink(missing_ok=True)
+    list_validation(folder)
+
+
+def list_validation(folder: Path) -> None:
+    """Note in a split which tasks have validation images: DVC keeps no empty folder, and `evaluate` reads this one."""
+    held = sorted(path.stem for path in (folder / "validation").glob("*.arrow"))
+    write_json(folder / "validation" / "tasks.json", {"tasks": held})
 
 
 def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:

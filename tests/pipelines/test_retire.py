@@ -380,6 +380,52 @@ def test_a_remote_that_cannot_delete_is_no_reason_to_begin(project: Path) -> Non
     assert not Path("ledger/retired").exists()
 
 
+def test_a_remote_that_is_not_mounted_is_no_empty_one(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "storage").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"remote storage: there is no folder .*/storage; mount it"):
+        retire("t01", by="me", why="x", dry=False, yes=True)
+    assert Path("pictures/train/a").is_dir()
+    assert not Path("ledger/retired").exists()
+
+
+def test_one_that_was_begun_is_ended_before_another_begins(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Receipts hold each other's hashes, and an unfinished one is written anew when it is gone on with."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(retiring, "finish", killed)
+    with pytest.raises(Killed):
+        retire("t01", by="me", why="x", dry=False, yes=True)
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    with pytest.raises(
+        InputError, match=r"t01/receipt\.json was begun and not ended; run `sdlora retire t01` again"
+    ):
+        retire("t02", by="me", why="x", dry=False, yes=True)
+    for task in ("t01", "t02"):
+        assert retire(task, by="me", why="x", dry=False, yes=True) == 0
+    assert list(read_receipts()) == ["t01", "t02"]
+    assert first_fault() == "holds"
+
+
+def test_a_retired_task_hands_on_what_an_earlier_one_has_made_since(project: Path) -> None:
+    assert retire("t02", by="me", why="x", dry=False, yes=True) == 0
+    was = Path("artifacts/split/t02/test/t01.arrow").read_bytes()
+    shutil.copy("pictures/test/b/0.png", "pictures/test/a/new.png")
+    Path("pictures/test/b/0.png").unlink()  # a test picture that was filed under the wrong class
+    call(project, "sdlora", "run")
+    for part in ("test", "samples"):
+        first, second = (
+            Path(f"artifacts/split/{task}/{part}/t01.arrow").read_bytes() for task in ("t01", "t02")
+        )
+        assert first == second
+    assert Path("artifacts/split/t02/test/t01.arrow").read_bytes() != was
+    assert first_fault() == "holds"
+
+
 def test_a_source_that_is_gone_already_leaves_the_rest_to_delete(
     project: Path, images: dict[str, bytes]
 ) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines import run
 from pipelines.audits.places import md5_of
 from pipelines.processes import end_group
-from pipelines.run import finish, read_plan, run_pipeline
+from pipelines.run import StageFailedError, finish, read_plan, run_pipeline, unpushed
 from tests.pipelines.conftest import call
 from tests.pipelines.test_end_to_end import entries, hashes
 from tests.pipelines.test_run import EVALUATE, REPORT, ran, wait_for
@@ -104,6 +105,7 @@ mkdir -p artifacts/model
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The DVC remote that all machines share: a folder, or a bucket of an S3 server on this machine."""
     if getattr(request, "param", "folder") == "folder":
+        (tmp_path / "remote").mkdir()
         yield f"    url = {tmp_path / 'remote'}\n"
         return
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -373,3 +375,50 @@ def test_a_worker_fetches_the_training_images_of_the_fit_that_runs_and_of_no_oth
     assert held(worker / ".dvc/cache", training_objects(stored, "t01")) == [False, False]
     assert held(worker / ".dvc/cache", training_objects(stored, "t02")) == [True, True]
     assert entries(worker) == entries(stored)
+
+
+def test_a_remote_that_is_away_is_no_reason_to_compute_what_it_holds(
+    fresh: Callable[[tuple[str, ...]], Path], tmp_path: Path
+) -> None:
+    """A share that is not mounted yet looks like an empty folder, or none: other bytes might come of it."""
+    folder = fresh(tuple(f"t{number:02d}" for number in range(1, 4)))
+    replace(folder / "params.yaml", "  rank: 10 ", "  rank: 9 ")
+    (tmp_path / "remote").rename(tmp_path / "away")
+    with pytest.raises(
+        StageFailedError, match=r"the DVC remote is the folder .*/remote, which is not there"
+    ) as caught:
+        finish(lambda: None)
+    assert caught.value.cut_off
+    assert not (folder / "ran").exists()
+
+    (tmp_path / "away").rename(tmp_path / "remote")
+    finish(lambda: None)
+    assert [line for line in ran(folder) if line.startswith("fit")] == ["fit t01", "fit t02", "fit t03"]
+
+
+def test_what_the_remote_did_not_take_is_pushed_by_the_next_run(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace(first / "evaluate", "#!/bin/sh\n", "#!/bin/sh\n# changed\n")
+    ran(first)
+    remote = tmp_path / "remote"
+    real = run.dvc
+    monkeypatch.setattr(
+        run, "dvc", lambda arguments: (1, False) if arguments[0] == "push" else real(arguments)
+    )
+    with pytest.raises(
+        StageFailedError, match=r"the DVC remote did not take evaluate@t01, evaluate@t02"
+    ) as caught:
+        finish(lambda: None)
+    assert caught.value.cut_off
+    monkeypatch.setattr(run, "dvc", real)
+
+    def known() -> set[str]:
+        return {path.name for path in (remote / "runs").rglob("*") if path.is_file()}
+
+    before, done = known(), ran(first)
+    assert finish(lambda: None) == []
+    assert ran(first) == []
+    assert done[:3] == ["evaluate t01", "evaluate t02", "evaluate t03"]
+    assert len(known() - before) >= 3
+    assert unpushed() == set()

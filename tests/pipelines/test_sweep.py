@@ -448,6 +448,7 @@ def working_in(folder: Path) -> list[str]:
 def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
     project: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "remote").mkdir()
     call(project, "dvc", "remote", "add", "-d", "shared", str(tmp_path / "remote"))
     person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
     call(project, "git", "add", ".")

@@ -199,7 +199,7 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
             for row in table
         ],
     )
-    with pytest.raises(FaultError, match="was trained on, in this task or another"):
+    with pytest.raises(FaultError, match="is both trained on and tested, by all tasks so far"):
         check_split(place, "t02", record)
 
 

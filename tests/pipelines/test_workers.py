@@ -156,6 +156,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         files |= {"fit": SLOW_FIT, "evaluate": EVALUATE, "report": REPORT}
         files |= {".gitignore": "/ran\n/artifacts/\n/.sdlora/\n/data/\n"}
         shutil.copytree(REPOSITORY / ".dvc", origin / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+        (tmp_path / "remote").mkdir()
         with (origin / ".dvc/config").open("a") as config:
             config.write(f"['remote \"shared\"']\n    url = {tmp_path / 'remote'}\n")
         config_text = (origin / ".dvc/config").read_text()
