@@ -6,6 +6,7 @@ The count is kept as labels of the flow run, which stays the same run when it is
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from uuid import UUID
 
 from pipelines.checkpoints import DEFAULT_STORE, KEY, NAME
@@ -14,6 +15,7 @@ from pipelines.stage import first_line, say
 
 IDLE = "sdlora.attempts-without-progress"
 CHECKPOINTS = "sdlora.checkpoints"
+PAUSE = timedelta(seconds=10)
 
 
 class Attempts:
@@ -40,6 +42,10 @@ class Attempts:
     def progressed(self) -> None:
         """Note that a stage has been finished: the attempts before count no more."""
         self._write({IDLE: 0})
+
+    def pause(self) -> timedelta:
+        """How long to wait before the next attempt: longer each time that nothing came of one."""
+        return PAUSE * 4 ** max(0, int(self._labels().get(IDLE, 0)) - 1)
 
     def _labels(self) -> dict[str, str]:
         from prefect.client.orchestration import get_client

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 NAME = "workers"
 """Of the deployments of the flows `learn` and `sweep`: learn/workers and sweep/workers."""
 
+TAG = "sdlora"
+
 ARRIVED = "sdlora.task-data.arrived"
 """The event that says that images of a new task are in the inbox."""
 
@@ -78,7 +80,7 @@ def make_deployment(workers: Workers) -> UUID:
             name=NAME,
             cron=workers.schedule,
             description=(learn.fn.__doc__ or "").partition("\n")[0],
-            tags=["sdlora"],
+            tags=[TAG],
             work_pool_name=workers.pool,
             job_variables={"env": environment(workers)},
             concurrency_limit=ConcurrencyLimitConfig(
@@ -108,7 +110,7 @@ def make_sweep_deployment(workers: Workers) -> UUID:
     made: Any = sweep.to_deployment(
         name=NAME,
         description=(sweep.fn.__doc__ or "").partition("\n")[0],
-        tags=["sdlora"],
+        tags=[TAG],
         work_pool_name=workers.pool,
         job_variables={"env": environment(workers)},
         entrypoint_type=EntrypointType.MODULE_PATH,
@@ -151,7 +153,8 @@ def automations(workers: Workers, deployments: Sequence[UUID]) -> list[Automatio
                 match=runs,
                 match_related=ours,
                 for_each={"prefect.resource.id"},
-                after={"prefect.flow-run.heartbeat"},
+                # A machine may die before the first heartbeat, with the run in its hands.
+                after={f"prefect.flow-run.{sign}" for sign in ("Pending", "Running", "heartbeat")},
                 expect={"prefect.flow-run.*"},
                 posture=Posture.Proactive,
                 threshold=1,

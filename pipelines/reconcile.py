@@ -1,14 +1,71 @@
-"""Flow runs that a killed process has left Running for ever: closed by the next run that starts."""
+"""Flow runs that nothing is behind any more, seen to by the next run that starts.
+
+Those that a killed process has left Running are closed; those that crashed, and that the server has overlooked, are
+scheduled again.
+"""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from pipelines.deploy import NAME, TAG
 from pipelines.stage import STAGE_TAG, current_flow_run, first_line, place, say
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
+
+
+OVERLOOKED = timedelta(seconds=30)
+"""A run that has been Crashed for so long will not be started again by the automation for that."""
+
+
+def begin_overlooked() -> int:
+    """Schedule again the runs of our deployments that have crashed, and that no automation has seen to.
+
+    A server on SQLite loses events when its database is busy, and one that was started anew holds them back for up to
+    15 minutes. Returns how many there were; a server that fails costs a line.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.states import AwaitingRetry
+
+    try:
+        with get_client(sync_client=True) as client:
+            found = _crashed(client)
+            for run in found:
+                client.set_flow_run_state(
+                    run.id, AwaitingRetry(message="starts again; the crash was overlooked")
+                )
+    except Exception as trouble:
+        say(f"prefect: crashed runs could not be started again ({first_line(trouble)})")
+        return 0
+    return len(found)
+
+
+def _crashed(client: SyncPrefectClient) -> list[FlowRun]:
+    """Runs of what `sdlora deploy` makes that crashed some time ago."""
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
+        DeploymentFilterTags,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+
+    runs = client.read_flow_runs(
+        deployment_filter=DeploymentFilter(
+            name=DeploymentFilterName(any_=[NAME]), tags=DeploymentFilterTags(all_=[TAG])
+        ),
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+        ),
+        limit=200,
+    )
+    ended = datetime.now(UTC) - OVERLOOKED
+    return [run for run in runs if run.state is not None and run.state.timestamp < ended]
 
 
 def close_dead_runs() -> int:

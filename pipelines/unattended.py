@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
 from prefect.input import RunInput
@@ -17,8 +19,9 @@ from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
 from pipelines.processes import die_with, environment
+from pipelines.reconcile import begin_overlooked
 from pipelines.run import StageFailedError, finish, print_line
-from pipelines.stage import Summary, complaint, current_flow_run
+from pipelines.stage import Summary, complaint, current_flow_run, first_line, say
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
@@ -54,20 +57,44 @@ def sweep(name: str, chain: str, params: str, code: str) -> State:
 
 def state_of(work: Callable[[], str]) -> State:
     """Do some work; what came of it in one line is a state's message, and so is what the user can mend."""
-    from prefect.states import Completed, Crashed, Failed
+    from prefect.states import Completed, Failed
 
     # What it prints goes through the worker: without it nothing would be told, and the next print would fail.
     die_with(os.getppid())
     try:
         return Completed(message=work())
     except StageFailedError as failure:
-        # What was cut off is started again by itself, as often as attempts are allowed.
-        return (Crashed if failure.cut_off else Failed)(message=str(failure).removeprefix("error: "))
+        line = str(failure).removeprefix("error: ")
+        return again_later(line) if failure.cut_off else Failed(message=line)
     except Exception as error:
-        line = complaint(error)
-        if line is None:
+        told = complaint(error)
+        if told is None:
             raise
-        return Failed(message=line)
+        return Failed(message=told)
+
+
+def again_later(why: str) -> State:
+    """Schedule this run again, for any worker, and end the process; where the server is away, return Crashed.
+
+    The run asks for it itself, because a server on SQLite loses an event now and then, and with it what an automation
+    would do. It begins only when this process is sure to have ended: earlier, Prefect's worker would fail on it.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import Pause
+    from prefect.states import AwaitingRetry, Crashed
+
+    run = current_flow_run()
+    if run is None:
+        return Crashed(message=why)
+    try:
+        with get_client(sync_client=True) as client:
+            begin = datetime.now(UTC) + Attempts(run, 0).pause()
+            later: State = AwaitingRetry(scheduled_time=begin, message=f"starts again: {why}")
+            client.set_flow_run_state(UUID(run), later)
+    except Exception as trouble:
+        say(f"prefect: the run could not be scheduled again ({first_line(trouble)})")
+        return Crashed(message=why)
+    raise Pause(state=later)
 
 
 def work(folder: str | None, *, record: bool) -> str:
@@ -157,9 +184,10 @@ def sweep_chain(name: str, chain: str, params: str, code: str) -> str:
 
 
 def begin(workers: Workers) -> Callable[[], None]:
-    """Count this attempt of the flow run; return what notes progress."""
+    """Count this attempt of the flow run, and see to those that were overlooked; return what notes progress."""
     run = current_flow_run()
     assert run
+    begin_overlooked()
     attempts = Attempts(run, workers.attempts)
     attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store))
     return attempts.progressed

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from pipelines.errors import InputError
 from pipelines.processes import environment
+from pipelines.reconcile import begin_overlooked
 from pipelines.run import print_line
 from pipelines.stage import PREFECT_SETTINGS, first_line, say
 from pipelines.sweeps.grid import Chain, short_hash
@@ -74,6 +75,7 @@ class Pool:
             try:
                 self._begin()
                 self._look()
+                self._see_to_crashed()
                 well = True
             except (httpx.TransportError, httpx.HTTPStatusError) as trouble:
                 if isinstance(trouble, httpx.HTTPStatusError) and trouble.response.status_code < 500:
@@ -119,6 +121,11 @@ class Pool:
             if result is not None:
                 self._results[index] = result
                 del self._working[index]
+
+    def _see_to_crashed(self) -> None:
+        """Schedule what the server has overlooked, as nobody else may until another run begins."""
+        if "crashed" in self._told.values():
+            begin_overlooked()
 
     def _numbers(self, run: UUID) -> Result:
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pipelines.attempts import Attempts, checkpoint_mark
+from pipelines.deploy import NAME, TAG
 from pipelines.errors import InputError
-from pipelines.reconcile import close_dead_runs
+from pipelines.reconcile import begin_overlooked, close_dead_runs
 from pipelines.stage import STAGE_TAG, place
 
 if TYPE_CHECKING:
@@ -64,6 +66,39 @@ def test_attempts_without_progress_are_few_and_with_progress_without_end(client:
         attempts.begin("a fit saved itself")
     with pytest.raises(InputError):
         attempts.begin("a fit saved itself")
+
+
+def test_the_pause_before_an_attempt_grows_with_those_that_came_to_nothing(client: SyncPrefectClient) -> None:
+    attempts = Attempts(str(running(client).id), 9)
+    pauses = []
+    for _ in range(3):
+        attempts.begin("none")
+        pauses.append(attempts.pause().total_seconds())
+    attempts.progressed()
+    assert [*pauses, attempts.pause().total_seconds()] == [10, 40, 160, 10]
+
+
+def test_a_crash_that_the_server_overlooked_is_seen_to_and_a_fresh_or_a_strange_one_is_not(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import Flow
+    from prefect.states import Completed, Crashed
+
+    flow = client.create_flow(Flow(lambda: None, name="overlooked"))
+    ours = client.create_deployment(flow, name=NAME, tags=[TAG])
+    others = client.create_deployment(flow, name=NAME + "-of-others", tags=[TAG])
+    crashed = client.create_flow_run_from_deployment(ours, state=Crashed())
+    done = client.create_flow_run_from_deployment(ours, state=Completed())
+    strange = client.create_flow_run_from_deployment(others, state=Crashed())
+
+    assert begin_overlooked() == 0
+    monkeypatch.setattr("pipelines.reconcile.OVERLOOKED", timedelta(0))
+    assert begin_overlooked() == 1
+
+    states = [state(client, run) for run in (crashed, done, strange)]
+    assert states == ["SCHEDULED", "COMPLETED", "CRASHED"]
+    for deployment in (ours, others):
+        client.delete_deployment(deployment)
 
 
 def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFixture[str]) -> None:
