@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_chain_whose_processes_are_killed_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_chain_whose_processes_are_killed_ends_with_the_bytes_of_an_undisturbe
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=850,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     faults = json.loads(results.read_text())["faults"]
