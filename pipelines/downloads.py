@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -14,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from pipelines.errors import InputError
 from pipelines.files import naming
+from pipelines.locks import held
 from pipelines.progress import Progress
 from pipelines.stage import say
 
@@ -127,11 +127,7 @@ def digest_of(path: Path, kind: str) -> str:
 @contextmanager
 def only_download(part: Path) -> Iterator[IO[bytes]]:
     """Open the file of a download under way for this process alone."""
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{part}: another process is downloading it; wait for it or stop it") from None
+    with held(part, busy=f"{part}: another process is downloading it; wait for it or stop it") as file:
         yield file
 
 

@@ -20,6 +20,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, write_json
 from pipelines.images import PACKED, TRAINING, SampleRow, read_images
 from pipelines.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
+from pipelines.plan import Plan, dvc_errors, read_plan
 from pipelines.receipts import (
     Kept,
     Packed,
@@ -30,16 +31,9 @@ from pipelines.receipts import (
     read_receipts,
     receipt_of,
 )
-from pipelines.run import (
-    Plan,
-    StageFailedError,
-    bring,
-    dvc,
-    dvc_errors,
-    only_run,
-    print_line,
-    read_plan,
-)
+from pipelines.repro import StageFailedError, bring, dvc, print_line
+from pipelines.run import only_run
+from pipelines.sharing import push
 from pipelines.sources import read_source, refuse
 from pipelines.stage import first_line
 from pipelines.tasks import PARAMS, replace_file, with_task, without_fetch
@@ -595,4 +589,6 @@ def run_stages(receipt: Receipt) -> None:
         share = bool(repo.config["core"].get("remote"))
     while names := to_run(receipt, params):
         for name in names:
-            bring(name, share=share)
+            bring(name, pull=share)
+            if share:
+                push(name)

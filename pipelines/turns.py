@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.files import read_json
+from pipelines.locks import held
 
 TURNS = Path(".sdlora/turns.json")
 """In the workspace of a chain: a folder of locks, and for each stage the name of the one that equal stages share."""
@@ -21,7 +21,5 @@ def turn(stage: str) -> Iterator[None]:
         yield
         return
     lock = Path(turns["folder"], turns["stages"][stage])
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held(lock):
         yield

@@ -20,7 +20,8 @@ from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
 from pipelines.processes import die_with, environment
 from pipelines.reconcile import begin_overlooked
-from pipelines.run import StageFailedError, finish, print_line
+from pipelines.repro import StageFailedError, print_line
+from pipelines.run import finish
 from pipelines.stage import Summary, complaint, current_flow_run, first_line, say
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result

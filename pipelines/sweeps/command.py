@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.run import print_line
+from pipelines.repro import print_line
 from pipelines.stage import server_missing
 from pipelines.sweeps.grid import MANY, checked_name, default_name, make_chains, read_axes
 from pipelines.sweeps.results import as_json, shown, write_table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.errors import InputError
+from pipelines.locks import held
 from pipelines.processes import die_with, end_group, environment
-from pipelines.run import print_line
+from pipelines.repro import print_line
 from pipelines.server import prefect_server
 from pipelines.sweeps.grid import Chain
 from pipelines.sweeps.results import Result, read_result
@@ -112,13 +111,6 @@ def result_of(folder: Path, status: int) -> Result:
 @contextlib.contextmanager
 def only_sweep(name: str) -> Iterator[None]:
     """Refuse to work while another process works at the same sweep."""
-    lock = SWEEPS / name / ".lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"sweep: {name} is at work already; wait for it, or name another with --out"
-            ) from None
+    busy = f"sweep: {name} is at work already; wait for it, or name another with --out"
+    with held(SWEEPS / name / ".lock", busy=busy):
         yield

@@ -12,7 +12,7 @@ from uuid import UUID
 from pipelines.errors import InputError
 from pipelines.processes import environment
 from pipelines.reconcile import begin_overlooked
-from pipelines.run import print_line
+from pipelines.repro import print_line
 from pipelines.stage import PREFECT_SETTINGS, first_line, say
 from pipelines.sweeps.grid import Chain, short_hash
 from pipelines.sweeps.here import may_begin, only_sweep, place_of

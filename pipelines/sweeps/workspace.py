@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import sha256_of, whole_folder, write_json, write_whole
+from pipelines.locks import held
 from pipelines.params import Params
-from pipelines.run import dvc_errors, needs_of
+from pipelines.plan import dvc_errors, needs_of
 from pipelines.sweeps.grid import checked_name
 from pipelines.turns import TURNS
 
@@ -65,7 +65,7 @@ def read_project() -> Project:
     paths = code_of(stages, Params.load())
     code = code_hash(paths)
     snapshot = root / SWEEPS / ".code" / code[:16]
-    with _only_one(root / SWEEPS):
+    with held(root / SWEEPS / ".lock"):
         if not snapshot.is_dir():
             with whole_folder(snapshot) as folder:
                 for path in paths:
@@ -219,11 +219,3 @@ def _open(root: Path) -> Iterator[Repo]:
 
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
         yield repo
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -15,7 +15,8 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.params import Params
-from pipelines.run import only_run, read_plan, run_order, run_pipeline, show_status
+from pipelines.plan import read_plan, run_order
+from pipelines.run import only_run, run_pipeline, show_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import run
+from pipelines import repro, sharing
 from pipelines.audits.places import md5_of
+from pipelines.plan import read_plan
 from pipelines.processes import end_group
-from pipelines.run import StageFailedError, finish, read_plan, run_pipeline, unpushed
+from pipelines.repro import StageFailedError
+from pipelines.run import finish, run_pipeline
+from pipelines.sharing import unpushed
 from tests.pipelines.conftest import call
 from tests.pipelines.test_end_to_end import entries, hashes
 from tests.pipelines.test_run import EVALUATE, REPORT, ran, wait_for
@@ -402,16 +405,16 @@ def test_what_the_remote_did_not_take_is_pushed_by_the_next_run(
     replace(first / "evaluate", "#!/bin/sh\n", "#!/bin/sh\n# changed\n")
     ran(first)
     remote = tmp_path / "remote"
-    real = run.dvc
+    real = repro.dvc
     monkeypatch.setattr(
-        run, "dvc", lambda arguments: (1, False) if arguments[0] == "push" else real(arguments)
+        sharing, "dvc", lambda arguments: (1, False) if arguments[0] == "push" else real(arguments)
     )
     with pytest.raises(
         StageFailedError, match=r"the DVC remote did not take evaluate@t01, evaluate@t02"
     ) as caught:
         finish(lambda: None)
     assert caught.value.cut_off
-    monkeypatch.setattr(run, "dvc", real)
+    monkeypatch.setattr(sharing, "dvc", real)
 
     def known() -> set[str]:
         return {path.name for path in (remote / "runs").rglob("*") if path.is_file()}

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.errors import InputError
 from pipelines.params import Params
+from pipelines.plan import read_plan
 from pipelines.processes import end_group
 from pipelines.retire import retire
-from pipelines.run import read_plan
 from pipelines.sweeps.grid import default_name, make_chains, read_axes
 from pipelines.sweeps.here import may_begin, only_sweep
 from pipelines.sweeps.results import Result, as_json, shown, write_table

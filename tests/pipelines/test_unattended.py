@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines import unattended
-from pipelines.run import StageFailedError
+from pipelines.repro import StageFailedError
 
 
 @pytest.mark.parametrize(("cut_off", "name"), [(True, "Crashed"), (False, "Failed")])

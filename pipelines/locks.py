@@ -1,0 +1,26 @@
+"""One process at a time: locks of the operating system, which end with the process that holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from pipelines.errors import InputError
+
+
+@contextlib.contextmanager
+def held(path: Path, *, busy: str | None = None) -> Iterator[IO[bytes]]:
+    """Hold the lock of a file, which is made where it is not there, and give the file, opened to append.
+
+    While another process holds it: an `InputError` of the line `busy`; without one this waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise InputError(str(busy)) from None
+        yield file

@@ -1,0 +1,115 @@
+"""One stage brought up to date through DVC, in a process of its own, and how it failed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+
+from pipelines.processes import die_with, end_group
+from pipelines.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
+from pipelines.turns import turn
+
+CHATTER = (
+    "Running stage ",
+    "> ",
+    "Generating lock file ",
+    "Updating lock file ",
+    "To track the changes with git, run:",
+    "\tgit add ",
+    "To enable auto staging, run:",
+    "\tdvc config core.autostage true",
+    "Use `dvc push` ",
+    "Stage '",
+    "Data and pipelines are up to date.",
+)
+"""What DVC says of itself on stdout; the rest is the stage's."""
+
+BROKEN = "error: gate: "
+"""How the line of a gate begins that a person may open."""
+
+FROM_CACHE = "is cached - skipping run, checking out outputs"
+
+
+class StageFailedError(Exception):
+    """A stage ended badly; it said why in one line, and `status` is what the whole run ends with.
+
+    One that was `cut_off` said nothing: it, or DVC, was killed, or DVC failed; the same again may go well.
+    """
+
+    def __init__(self, line: str, status: int, stage: str, *, cut_off: bool = False) -> None:
+        super().__init__(line)
+        self.status, self.stage = status, stage
+        self.cut_off = cut_off
+
+    @property
+    def closed_gate(self) -> str | None:
+        """The step that broke a limit of its gate, if that is what happened."""
+        name, _, step = self.stage.partition("@")
+        return step if name == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
+
+
+def bring(name: str, *, pull: bool) -> bool:
+    """Bring one stage up to date through DVC; return whether its outputs came from the cache.
+
+    With `pull` the remote's cache is asked too.
+    """
+    with turn(name), TemporaryDirectory(prefix="sdlora-") as folder:
+        error_file = Path(folder) / "error"
+        command = ["repro", "--single-item", name, *(["--pull"] if pull else [])]
+        status, cached = dvc(
+            command, {ERROR_FILE: str(error_file), PARENT_FLOW_RUN: current_flow_run() or ""}
+        )
+        if status:
+            raise failure_of(name, status, error_file)
+    return cached
+
+
+def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
+    """Make an error of what a stage wrote about its end, or of DVC's own failure."""
+    if error_file.is_file():
+        code, _, line = error_file.read_text(encoding="utf-8").strip().partition(" ")
+        return StageFailedError(line, int(code), name)
+    return StageFailedError(
+        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again",
+        1,
+        name,
+        cut_off=True,
+    )
+
+
+def dvc(arguments: list[str], settings: Mapping[str, str] = MappingProxyType({})) -> tuple[int, bool]:
+    """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
+    parent = os.getpid()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings},
+        start_new_session=True,
+        preexec_fn=lambda: die_with(parent),
+    )
+    cached = False
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                cached |= FROM_CACHE in line
+                if line.strip() and not line.startswith(CHATTER):
+                    print_line(line.rstrip())
+        return process.wait(), cached
+    except BaseException:
+        end_group(process)
+        raise
+
+
+def print_line(text: str) -> None:
+    """Print a line at once, so that it stands in order with what stages write."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
