@@ -51,6 +51,7 @@ SCHEDULE = Schedule(
     crop_scale=1.0,
     flip=False,
     precision="fp32",
+    compile=False,
 )
 ENTRIES = {"digits": Digits(test_fraction=0.2, seed=0), "glyphs100": Glyphs100()}
 RANKS = {"t01": 10, "t04": 8, "t08": 6}

@@ -77,7 +77,7 @@ def our_step(model: nn.Module, earlier: int, batch: int, precision: str) -> tupl
     images = torch.randint(0, 255, (4 * batch, *size), dtype=torch.uint8, generator=generator)
     schedule = Schedule(
         optimizer="sgd", learning_rate=1e-4, momentum=0.9, decay="constant", epochs=1000, batch_size=batch,
-        crop_scale=1.0, flip=False, precision=precision,
+        crop_scale=1.0, flip=False, precision=precision, compile=False,
     )  # fmt: skip
     fit = Fit(
         model,

@@ -40,7 +40,8 @@ def fit(
     given = given_back("fit", task, params, out)
     if given is not None:
         return given
-    set_deterministic(params.training.deterministic)
+    training = params.training
+    set_deterministic(training.deterministic, tf32=training.precision == "tf32")
     device = best_device()
     learner = _prepare(
         task, train=train, images=images, classes=classes, before=before, backbone=backbone, device=device
@@ -143,6 +144,7 @@ def _prepare(
             crop_scale=settings.crop_scale,
             flip=settings.flip,
             precision=settings.precision,
+            compile=settings.compile,
         ),
         seed=params.seed,
         device=device,

@@ -250,8 +250,10 @@ class Training(Section):
     """smallest share of the area that a random crop keeps; 1.0 is no crop"""
     flip: bool
     """random horizontal flips"""
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "tf32", "bf16"]
     """number format of the forward pass"""
+    compile: bool
+    """kernels made for this model before the first step; needs a C++ compiler"""
     deterministic: bool
     """the same bytes from the same machine every time"""
     checkpoint_seconds: Annotated[float, Field(gt=0)]

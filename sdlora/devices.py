@@ -1,4 +1,4 @@
-"""The device of a process, and whether its arithmetic repeats to the bit."""
+"""The device of a process, whether its arithmetic repeats to the bit, and how it rounds."""
 
 import os
 
@@ -10,10 +10,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def set_deterministic(deterministic: bool) -> None:
-    """Make torch choose kernels that give the same bits on every run on the same machine, or the fastest ones."""
+def set_deterministic(deterministic: bool, *, tf32: bool = False) -> None:
+    """Make torch choose kernels that give the same bits on every run on the same machine, or the fastest ones.
+
+    Args:
+        tf32: whether products of float32 on a CUDA device may round their factors to ten bits; what is not asked for
+            is switched off, convolutions too, where torch's own default is on.
+    """
     if deterministic:
         # cuBLAS reads this when it is first used; without it, it may choose among streams' workspaces.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]

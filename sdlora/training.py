@@ -39,7 +39,9 @@ class Schedule:
     flip: bool
     """Random horizontal flip."""
     precision: str
-    """`fp32`, or `bf16` for autocast."""
+    """`fp32`; `tf32`, which is fp32 here (`set_deterministic` says how it rounds); or `bf16` for autocast."""
+    compile: bool
+    """Whether full batches go through kernels that torch.compile makes for this model and batch."""
 
 
 class TaskImages(NamedTuple):
@@ -138,6 +140,7 @@ class Fit:
         self.micro_batch = schedule.batch_size
         """Images that go through the model at once; fewer than `schedule.batch_size` once memory has run out."""
         self.step = 0
+        self._compiled = torch.compile(model.features, dynamic=False) if schedule.compile else None
         self._constant = self._constant_features()
         self.curve: list[EpochRecord] = []
 
@@ -246,8 +249,12 @@ class Fit:
     def _features(self, batch: Tensor) -> Tensor:
         """Features (batch, d) of images as the model takes them."""
         bf16 = self.schedule.precision == "bf16"
+        # What has another shape, the rest of an epoch, is not worth kernels of its own.
+        whole = len(batch) == min(self.micro_batch, len(self._images))
+        compiled = self._compiled if whole and torch.is_grad_enabled() else None
+        forward = compiled or self.model.features
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model.features(batch).to(self._dtype)
+            return forward(batch).to(self._dtype)
 
     def _batches(self) -> Iterator[Tensor]:
         """All images once, in order, normalised and not augmented."""
@@ -310,8 +317,6 @@ class Fit:
             state = {
                 key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
             }
-            if "step" in state:
-                state["step"] = state["step"].cpu()
             if state and self._optimizer is not None:
                 self._optimizer.state[parameter] = state
         self._sums = tensors["sums"]
@@ -357,5 +362,5 @@ def _copy(parameter: Tensor) -> Tensor:
 
 def _make_optimizer(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
     if schedule.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=schedule.learning_rate)
-    return torch.optim.SGD(parameters, lr=schedule.learning_rate, momentum=schedule.momentum)
+        return torch.optim.Adam(parameters, lr=schedule.learning_rate, fused=True)
+    return torch.optim.SGD(parameters, lr=schedule.learning_rate, momentum=schedule.momentum, fused=True)

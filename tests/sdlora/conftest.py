@@ -45,6 +45,7 @@ def schedule(**changes: str | float | bool) -> Schedule:
         "crop_scale": 1.0,
         "flip": False,
         "precision": "fp32",
+        "compile": False,
     }
     return Schedule(**{**values, **changes})
 

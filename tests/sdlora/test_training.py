@@ -1,6 +1,7 @@
 """A fit trains what it should, resumes exactly, and freezing keeps what it promises."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -366,3 +367,19 @@ def test_growing_the_head_keeps_the_old_logits(three_steps: dict[str, Learned]) 
     model.head.grow(three_steps["reference"].head["t01"])
 
     assert torch.equal(model.head(features)[:, :6], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_fit_learns_the_same_within_rounding_and_goes_on_to_the_bit() -> None:
+    """Three full batches and a rest in each epoch: the rest goes through the model as it is."""
+    before = learn(1)
+    plain = finish(make_fit(before, 2, epochs=2))
+    whole, again = (make_fit(before, 2, epochs=2, compile=True) for _ in range(2))
+    cut = next(whole.snapshot() for _ in whole.run() if whole.step == 5)
+    again.restore(cut)
+    learned, resumed = finish(whole), finish(again)
+    assert_identical(learned, resumed)
+    mine, theirs = everything(plain), everything(learned)
+    for name in mine:
+        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-4, atol=1e-5)
