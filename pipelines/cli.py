@@ -498,6 +498,33 @@ def fit(
     )
 
 
+@app.command("fit-member", hidden=True)
+def fit_member(
+    task: Task,
+    number: Annotated[int, typer.Argument(help="Which of the devices.")],
+    meeting: Annotated[Path, typer.Argument(help="Folder that the processes share.")],
+    train: Train,
+    images: Images,
+    classes: Classes,
+    before: Before,
+    backbone: Backbone,
+) -> None:
+    """Share the batches of a fit that another process has begun."""
+    require_project()
+    from pipelines.fit import take_part
+
+    take_part(
+        task,
+        number,
+        meeting,
+        train=train,
+        images=images,
+        classes=classes,
+        before=before,
+        backbone=backbone,
+    )
+
+
 @app.command(hidden=True)
 def freeze(
     task: Task,

@@ -1,7 +1,8 @@
 """Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import PACKED, decode, read_images, training_images
+from pipelines.members import MEETING, members
 from pipelines.params import Params
 from pipelines.processes import TERMINATED, stop_asked
 from pipelines.progress import Progress
@@ -19,6 +21,7 @@ from pipelines.stage import Summary, say, stage
 if TYPE_CHECKING:
     import torch
 
+    from sdlora.team import Team
     from sdlora.training import Fit
 
 
@@ -33,7 +36,6 @@ def fit(
     """
     import torch
 
-    from sdlora.devices import best_device, set_deterministic
     from sdlora.fit_folder import write_fit
 
     params = Params.load()
@@ -41,21 +43,22 @@ def fit(
     if given is not None:
         return given
     training = params.training
-    set_deterministic(training.deterministic, tf32=training.precision == "tf32")
-    device = best_device()
-    learner = _prepare(
-        task, train=train, images=images, classes=classes, before=before, backbone=backbone, device=device
-    )
-    store = CheckpointStore(
-        params.training.checkpoint_store, _key(task, params, train, classes, before, backbone)
-    )
-    for snapshot in store.newest():
-        learner.restore(snapshot)
-        say(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
-        break
-    started, first = time.monotonic(), learner.step
-    seen = _train(learner, store, every=params.training.checkpoint_seconds)
-    seconds = time.monotonic() - started
+    key = _key(task, params, train, classes, before, backbone)
+    store = CheckpointStore(training.checkpoint_store, key)
+    inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
+    _own_device(0, training.devices)  # before any process is started for another one
+    with _others(task, params, inputs) as meeting:
+        team, learner = _meet(task, 0, meeting, inputs)
+        for snapshot in store.newest():
+            learner.restore(snapshot)
+            say(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
+            break
+        if team.size > 1:
+            CheckpointStore(str(meeting / "state"), key).save(learner.snapshot())
+        team.wait()
+        started, first = time.monotonic(), learner.step
+        seen = _train(learner, store, every=training.checkpoint_seconds)
+        seconds = time.monotonic() - started
     last = learner.curve[-1] if learner.curve else None
     with whole_folder(out) as folder:
         write_fit(
@@ -78,7 +81,8 @@ def fit(
         )
     store.forget_old()
     if learner.step > first:
-        say(f"fit {task}: {seen} images in {seconds:.1f} s on {device} ({torch.get_num_threads()} threads)")
+        where = f"{team.size} × {learner.device.type}" if team.size > 1 else f"{learner.device}"
+        say(f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)")
     return [
         {
             "task": task,
@@ -90,6 +94,48 @@ def fit(
     ]
 
 
+def take_part(task: str, number: int, meeting: Path, **inputs: Path) -> None:
+    """Be one of the further processes of a fit: go through all of its steps, and leave nothing."""
+    params = Params.load()
+    team, learner = _meet(task, number, meeting, inputs)
+    team.wait()
+    key = _key(task, params, inputs["train"], inputs["classes"], inputs["before"], inputs["backbone"])
+    learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
+    for _ in learner.run():
+        pass
+
+
+def _others(task: str, params: Params, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
+    """The processes for the devices beyond the first; a folder that all share, which a fit by itself does not need."""
+    if params.training.devices == 1:
+        return contextlib.nullcontext(Path())
+    options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
+    return members(params.training.devices, ["fit-member", task, *options])
+
+
+def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["Team", "Fit"]:
+    """Take a device, find the others, and prepare the fit."""
+    from sdlora.devices import set_deterministic
+    from sdlora.team import join_team
+
+    training = Params.load().training
+    set_deterministic(training.deterministic, tf32=training.precision == "tf32")
+    device = _own_device(number, training.devices)
+    team = join_team(number, training.devices, meeting=meeting / MEETING, device=device)
+    return team, _prepare(task, **inputs, device=device, team=team)
+
+
+def _own_device(number: int, count: int) -> "torch.device":
+    from sdlora.devices import device_of
+
+    try:
+        return device_of(number, count)
+    except ValueError as error:
+        raise InputError(
+            f"params.yaml: training.devices: {error}; write how many there are, or correct CUDA_VISIBLE_DEVICES"
+        ) from error
+
+
 def _prepare(
     task: str,
     *,
@@ -99,6 +145,7 @@ def _prepare(
     before: Path,
     backbone: Path,
     device: "torch.device",
+    team: "Team",
 ) -> "Fit":
     """A fit of `task` that has not begun."""
     import torch
@@ -148,6 +195,7 @@ def _prepare(
         ),
         seed=params.seed,
         device=device,
+        team=team,
     )
 
 

@@ -254,6 +254,8 @@ class Training(Section):
     """number format of the forward pass"""
     compile: bool
     """kernels made for this model before the first step; needs a C++ compiler"""
+    devices: Count
+    """accelerators of one machine that share every batch"""
     deterministic: bool
     """the same bytes from the same machine every time"""
     checkpoint_seconds: Annotated[float, Field(gt=0)]

@@ -10,6 +10,20 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_of(member: int, size: int) -> torch.device:
+    """The device of one of `size` processes that share a fit: an accelerator each, or all of them the CPU.
+
+    Raises:
+        ValueError: there are fewer accelerators than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() < size:
+        raise ValueError(f"this process sees {torch.cuda.device_count()} of {size} devices")
+    torch.cuda.set_device(member)
+    return torch.device("cuda", member)
+
+
 def set_deterministic(deterministic: bool, *, tf32: bool = False) -> None:
     """Make torch choose kernels that give the same bits on every run on the same machine, or the fastest ones.
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.adapters import Factors
-from sdlora.augmentation import crop_and_flip
+from sdlora.augmentation import DRAWS, crop_and_flip
 from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
 from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
 from sdlora.seeding import generator_for
+from sdlora.team import ALONE, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class Fit:
         seed: int,
         device: torch.device,
         targets: Sequence[str] | None = None,
+        team: Team = ALONE,
     ) -> None:
         """Prepare to learn a task.
 
@@ -87,6 +89,7 @@ class Fit:
             before: what the steps before have learned; not changed.
             tasks: task id → its images: the one task to learn; for a joint method all tasks so far, in order.
             targets: what is adapted in every block; None for the method's own.
+            team: the processes that do this together, each with a fit of the same arguments on a device of its own.
 
         Raises:
             ValueError: no image, or a setting that does not fit the model.
@@ -98,7 +101,7 @@ class Fit:
             raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
         self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
-        self._before, self._method, self._settings = before, method, settings
+        self._before, self._method, self._settings, self._team = before, method, settings, team
         self._images = torch.cat([images for images, _ in tasks.values()]).to(device)
         earlier = Learned() if method.joint else before
         model = IncrementalClassifier(
@@ -145,6 +148,11 @@ class Fit:
         self.curve: list[EpochRecord] = []
 
     @property
+    def device(self) -> torch.device:
+        """Where it is trained; one of several in a team."""
+        return self._device
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole fit; none where the method trains nothing."""
         return self.schedule.epochs * self._steps_per_epoch if self._trained else 0
@@ -182,30 +190,34 @@ class Fit:
             generator = generator_for(self.seed, "order", self.task, epoch)
             self._order = torch.randperm(len(self._images), generator=generator)
         size = self.schedule.batch_size
-        chosen = self._order[within * size : (within + 1) * size].to(self._device)
-        labels = self._labels[chosen]
+        batch = self._order[within * size : (within + 1) * size]
         rate = self._learning_rate()
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        inputs = self._augmented(chosen) if self._constant is None else self._constant[chosen]
-        loss, right = self._backward(inputs, labels)
+        own = self._team.share(torch.arange(len(batch)))
+        chosen = batch[own].to(self._device)
+        inputs = self._augmented(chosen, own) if self._constant is None else self._constant[chosen]
+        facts = self._backward(inputs, self._labels[chosen], of=len(batch))
+        self._add_up(facts)
         self._optimizer.step()
-        self._sums += torch.stack([loss * len(chosen), right])
+        self._sums += facts
         self.step += 1
         if within + 1 == self._steps_per_epoch:
             self._close_epoch(epoch, rate)
-        return len(chosen)
+        return len(batch)
 
-    def _backward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the gradients of the batch's mean loss; returns that loss and how many are right, in double.
+    def _backward(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
+        """Leave this share's part in the gradients of the mean loss of `of` images.
+
+        Returns (2,), in double: the share's part in the sum of their losses, and how many are right.
 
         Where memory runs out the batch is begun again in micro-batches of half the size, and stays so for the rest of
         the fit. Nothing but the gradients has been touched by then, so no step is lost and none is done twice.
         """
         while True:
             try:
-                return self._accumulate(inputs, labels)
+                return self._accumulate(inputs, labels, of=of)
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
@@ -214,7 +226,7 @@ class Fit:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
         """As `_backward`, from parts of at most `micro_batch` images, each weighted by how many it has.
 
         No image's logits depend on the images beside it (no layer here has statistics of a batch), so the gradients
@@ -222,28 +234,43 @@ class Fit:
         """
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
+        if not len(labels):
+            return torch.zeros(2, dtype=torch.float64, device=self._device)
         losses: list[Tensor] = []
         rights: list[Tensor] = []
         for part, own in zip(inputs.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
             features = self._features(part) if self._constant is None else part
             logits = self.model.head.newest(features, blocks=len(self._grown))
             loss = nn.functional.cross_entropy(logits, own)
-            if len(own) < len(labels):
-                loss = loss * (len(own) / len(labels))
-            if self._method.penalty is not None and not losses:  # of the parameters alone, so once
+            if len(own) < of:
+                loss = loss * (len(own) / of)
+            # Of the parameters alone, so once; the first share is never empty.
+            if self._method.penalty is not None and not losses and self._team.member == 0:
                 loss = loss + self._method.penalty(self.model, settings=self._settings)
             loss.backward()
             losses.append(loss.detach().double())
             rights.append((logits.argmax(dim=1) == own).sum().double())
-        return torch.stack(losses).sum(), torch.stack(rights).sum()
+        return torch.stack([torch.stack(losses).sum() * of, torch.stack(rights).sum()])
 
-    def _augmented(self, chosen: Tensor) -> Tensor:
-        """The images at these indices, normalised and augmented for the current step."""
+    def _add_up(self, facts: Tensor) -> None:
+        """Put the sums over the team in place of this share's gradients and facts: those of the whole batch."""
+        if self._team.size == 1:
+            return
+        for parameter in self._trained.values():
+            if parameter.grad is None:  # the share was empty
+                parameter.grad = torch.zeros_like(parameter)
+        self._team.add([p.grad for p in self._trained.values() if p.grad is not None])
+        self._team.add([facts])
+
+    def _augmented(self, chosen: Tensor, places: Tensor) -> Tensor:
+        """The images at these indices, normalised, and augmented for the current step by their places in its batch."""
+        generator = generator_for(self.seed, "augmentation", self.task, self.step)
+        draws = torch.rand(self.schedule.batch_size, DRAWS, generator=generator)
         return crop_and_flip(
             normalise(self._images[chosen], mean=self._mean, std=self._std).to(self._dtype),
             crop_scale=self.schedule.crop_scale,
             flip=self.schedule.flip,
-            generator=generator_for(self.seed, "augmentation", self.task, self.step),
+            draws=draws[places],
         )
 
     def _features(self, batch: Tensor) -> Tensor:
@@ -267,9 +294,7 @@ class Fit:
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
         if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
-        everything = torch.arange(len(self._images), device=self._device)
-        parts = everything.split(self.schedule.batch_size)
-        return torch.cat([self._features(self._augmented(part)) for part in parts])
+        return torch.cat([self._features(batch) for batch in self._batches()])
 
     def _learning_rate(self) -> float:
         if self.schedule.decay == "cosine":

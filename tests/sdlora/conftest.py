@@ -12,6 +12,7 @@ from sdlora.classifier import Learned
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS, Settings
+from sdlora.team import ALONE, Team
 from sdlora.training import Fit, Schedule, TaskImages
 
 
@@ -74,6 +75,7 @@ def make_fit(
     chosen: Settings | None = None,
     backbone: nn.Module | None = None,
     targets: tuple[str, ...] | None = None,
+    team: Team = ALONE,
     **changes: str | float | bool,
 ) -> Fit:
     """The fit of task `t{index}` on the tiny model; a joint method gets all tasks up to it."""
@@ -90,6 +92,7 @@ def make_fit(
         seed=7,
         device=torch.device("cpu"),
         targets=targets,
+        team=team,
     )
 
 

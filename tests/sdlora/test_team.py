@@ -1,0 +1,67 @@
+"""A fit whose batches two processes share learns what one process learns, and both members hold the same bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdlora.team import ALONE, Team, join_team
+from sdlora.tensors import read_tensors, write_tensors
+from tests.sdlora.conftest import learn, make_fit
+from tests.sdlora.test_training import everything, finish
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OPTIONS = {"crop_scale": 0.5, "flip": True, "epochs": 2}
+
+
+def test_the_shares_of_a_batch_are_the_batch() -> None:
+    """Also where there are more members than images; the first share is never empty."""
+    for images in range(1, 6):
+        batch = torch.arange(images)
+        shares = [Team(member, 3).share(batch) for member in range(3)]
+        assert torch.equal(torch.cat(shares), batch)
+        assert len(shares[0]) == -(-images // 3)
+    assert torch.equal(ALONE.share(batch), batch)
+
+
+def member(rank: int, folder: Path, methods: list[str]) -> None:
+    """What each of two processes does: fit after fit, each result into a file."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    team = join_team(rank, 2, meeting=folder / "meeting", device=device)
+    for method in methods:
+        fit = make_fit(learn(1, method=method), 2, method=method, team=team, **OPTIONS)
+        write_tensors(folder / f"{method}-{rank}.safetensors", everything(finish(fit)))
+        (folder / f"{method}-{rank}.json").write_text(json.dumps(fit.curve))
+
+
+@pytest.mark.slow
+def test_two_members_learn_what_one_learns_and_hold_the_same_bits(tmp_path: Path) -> None:
+    """Batches of seven images and a rest of three, so that shares differ; methods with and without a penalty."""
+    methods = ["sdlora", "olora"]
+    command = (
+        f"from tests.sdlora.test_team import member, Path; member({{}}, Path({str(tmp_path)!r}), {methods})"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", command.format(rank)], cwd=REPOSITORY, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    for method in methods:
+        alone = make_fit(learn(1, method=method), 2, method=method, **OPTIONS)
+        expected = everything(finish(alone))
+        first, second = (read_tensors(tmp_path / f"{method}-{rank}.safetensors") for rank in range(2))
+        assert first.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(first[name], second[name])
+            torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
+        for found, known in zip(
+            json.loads((tmp_path / f"{method}-0.json").read_text()), alone.curve, strict=True
+        ):
+            assert found == pytest.approx(list(known), rel=1e-4)
