@@ -52,6 +52,18 @@ def backbone(name: str) -> nn.Module:
 def our_step(model: nn.Module, earlier: int, batch: int, precision: str) -> tuple[Callable[[], object], int]:
     """One optimiser step of ours, and the bytes of the earlier factors."""
     size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randint(
+        0, 255, (4 * batch, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
+    fit, factor_bytes = our_fit(model, earlier, images, batch=batch, precision=precision)
+    steps = fit.run()
+    return lambda: next(steps), factor_bytes
+
+
+def our_fit(
+    model: nn.Module, earlier: int, images: torch.Tensor, *, batch: int, epochs: int = 1000, **changes: object
+) -> tuple[Fit, int]:
+    """A fit of ours on these images after so many earlier tasks, and the bytes of the earlier factors."""
     names = {name: (d.rows, d.columns) for name, d in inject_adapters(timm_copy(model)).items()}
     generator = torch.Generator().manual_seed(1)
 
@@ -74,25 +86,29 @@ def our_step(model: nn.Module, earlier: int, batch: int, precision: str) -> tupl
     factor_bytes = 4 * sum(
         f.numel() for d in learned.directions.values() for pair in d.values() for f in pair
     )
-    images = torch.randint(0, 255, (4 * batch, *size), dtype=torch.uint8, generator=generator)
+    values: dict[str, Any] = {
+        "crop_scale": 1.0,
+        "flip": False,
+        "precision": "fp32",
+        "compile": False,
+        **changes,
+    }
     schedule = Schedule(
-        optimizer="sgd", learning_rate=1e-4, momentum=0.9, decay="constant", epochs=1000, batch_size=batch,
-        crop_scale=1.0, flip=False, precision=precision, compile=False,
+        optimizer="sgd", learning_rate=1e-4, momentum=0.9, decay="constant", epochs=epochs, batch_size=batch, **values
     )  # fmt: skip
     fit = Fit(
         model,
         learned,
         tasks={f"t{earlier + 1:02}": TaskImages(images, torch.arange(len(images)) % CLASSES)},
-        mean=[0.5] * size[0],
-        std=[0.5] * size[0],
+        mean=[0.5] * images.shape[1],
+        std=[0.5] * images.shape[1],
         method=METHODS["sdlora"],
         settings=Settings(formulation=FORMULATIONS["continuous"], rank=RANK),
         schedule=schedule,
         seed=0,
         device=best_device(),
     )
-    steps = fit.run()
-    return lambda: next(steps), factor_bytes
+    return fit, factor_bytes
 
 
 def timm_copy(model: nn.Module) -> nn.Module:
@@ -104,6 +120,24 @@ def reference_step(
     model: nn.Module, earlier: int, batch: int, checkout: Path
 ) -> tuple[Callable[[], object], int]:
     """One optimiser step of the released code, and the bytes of the earlier factors."""
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    train, factor_bytes = reference_training(model, earlier, checkout)
+    images = torch.rand(4 * batch, *size, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(len(images)) % CLASSES
+    position = [0]
+
+    def step() -> None:
+        chosen = [(position[0] + i) % len(images) for i in range(batch)]
+        position[0] += batch
+        train(images[chosen], labels[chosen])
+
+    return step, factor_bytes
+
+
+def reference_training(
+    model: nn.Module, earlier: int, checkout: Path
+) -> tuple[Callable[[torch.Tensor, torch.Tensor], None], int]:
+    """What the released code does with a batch of images and labels, and the bytes of the earlier factors."""
     sys.path.insert(0, str(checkout))
     sys.modules["einops"] = types.ModuleType("einops")
     sys.modules["einops"].rearrange = None  # type: ignore[attr-defined] # imported there and not used
@@ -112,7 +146,6 @@ def reference_step(
         nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign,assignment]
         torch.Tensor.cuda = lambda self, *_: self  # type: ignore[method-assign,assignment]
     lora = __import__("backbone.lora", fromlist=["LoRA_ViT_timm"])
-    size = timm.data.resolve_model_data_config(model)["input_size"]
     adapted = lora.LoRA_ViT_timm(vit_model=model, r=RANK, num_classes=0)
     del adapted.base_vit
     width, blocks = model.num_features, len(model.blocks)
@@ -134,22 +167,16 @@ def reference_step(
     head.to(device)
     parameters = [p for p in [*adapted.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(4 * batch, *size, generator=generator)
-    labels = torch.arange(len(images)) % CLASSES
-    position = [0]
 
-    def step() -> None:
-        chosen = [(position[0] + i) % len(images) for i in range(batch)]
-        position[0] += batch
-        logits = head(adapted(images[chosen].to(device)))[:, CLASSES * earlier :]
-        loss = nn.functional.cross_entropy(logits, labels[chosen].to(device))
+    def train(images: torch.Tensor, labels: torch.Tensor) -> None:
+        logits = head(adapted(images.to(device)))[:, CLASSES * earlier :]
+        loss = nn.functional.cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         loss.item()
 
-    return step, 4 * earlier * 2 * blocks * 2 * RANK * width
+    return train, 4 * earlier * 2 * blocks * 2 * RANK * width
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
