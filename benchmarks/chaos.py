@@ -7,8 +7,8 @@ again; a run that has Failed is started again as a person would, and counted.
 
 At the end must hold, or the command ends with status 1:
 
-* every output is, byte for byte, what one undisturbed `sdlora run` makes of the same images: dvc.lock, metrics.json,
-  what lies in both clones, and each object that dvc.lock names in the remote;
+* every output is, byte for byte, what one undisturbed `sdlora run` makes of the same images: the entries of dvc.lock,
+  metrics.json, what lies in both clones, and each object that dvc.lock names in the remote;
 * no stage was begun again once its outputs and its run-cache entry were in the remote (the report, whose metrics.json
   lies in Git, is left out), and each second computation follows a fault that struck after the first had begun;
 * of all that was started, nothing runs but the two workers.
@@ -306,6 +306,8 @@ class Watch:
     site: Site
     progress: list[tuple[float, str]] = field(default_factory=list)
     computed: dict[str, list[Computed]] = field(default_factory=lambda: defaultdict(list))
+    entries: set[bytes] = field(default_factory=set)
+    """Journal entries that have been counted: the branch brings those of one clone into the other."""
     seen: dict[str, float] = field(default_factory=dict)
     """Object of the remote → when it was first seen."""
     going: bool = True
@@ -358,8 +360,12 @@ class Watch:
                     changed = path.stat().st_mtime_ns
                     if self._journal.get(path) == changed:
                         continue
-                    entry = json.loads(path.read_bytes())
+                    data = path.read_bytes()
+                    entry = json.loads(data)
                     self._journal[path] = changed
+                    if data in self.entries:
+                        continue
+                    self.entries.add(data)
                     ended = changed / 1e9
                     if not self.computed[entry["stage"]] or entry["stage"] == "report":
                         self.note(entry["stage"])
@@ -624,15 +630,15 @@ def undisturbed(site: Site) -> Path:
 def differences(site: Site, watch: Watch, reference: Path) -> Iterator[str]:
     """Say which outputs are not those of the undisturbed run."""
     origin = site.root / "origin"
-    for name in ("dvc.lock", "metrics.json"):
+    for name, content in (("dvc.lock", entries_of), ("metrics.json", bytes)):
         made = subprocess.run(["git", "show", f"{BRANCH}:{name}"], cwd=origin, capture_output=True).stdout
-        if made != (reference / name).read_bytes():
-            (site.root / f"made-{name}").write_bytes(made)
+        if content(made) != content((reference / name).read_bytes()):
             yield f"{name} is not that of the undisturbed run"
     held = 0
     for clone in site.clones:
         for path in clone.glob("artifacts/**/*"):
-            if path.is_file():
+            # Only the clone of the last run has the last report; it is compared as the remote has it.
+            if path.is_file() and not path.is_relative_to(clone / "artifacts/report"):
                 held += 1
                 other = reference / path.relative_to(clone)
                 if not (other.is_file() and other.read_bytes() == path.read_bytes()):
@@ -649,6 +655,11 @@ def differences(site: Site, watch: Watch, reference: Path) -> Iterator[str]:
         elif watch.body(name) != path.read_bytes():
             yield f"{path.parent.name}{path.name} is damaged in the remote"
     print(f"compared: {held} files in the clones, {len(named)} objects in the remote")
+
+
+def entries_of(lock: bytes) -> object:
+    """What a dvc.lock says of each stage; the order is that in which they were first run."""
+    return dict(YAML(typ="safe").load(lock)["stages"])
 
 
 def repeated(watch: Watch, struck: list[Fault]) -> Iterator[str]:
