@@ -795,6 +795,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} at the end")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which stays")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # all that was started ends with this
     if arguments.faults and not passes(arguments):
         return 1
     if arguments.write:
