@@ -12,10 +12,9 @@ def predict(learned: Learned, batch_size: int) -> tuple[torch.Tensor, torch.Tens
     batches = list(
         predict_batches(
             merged_classifier(tiny_vit(), learned),
-            images,
+            images.split(batch_size),
             mean=[0.5],
             std=[0.5],
-            batch_size=batch_size,
             device=torch.device("cpu"),
         )
     )
