@@ -33,6 +33,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipelines import decoded, images, pictures
 from pipelines.decoded import PackedImages, pixel_batches
@@ -47,7 +48,7 @@ from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
 from sdlora.preprocessing import Preprocessing
-from sdlora.tensors import read_tensors, write_tensors
+from sdlora.tensors import write_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT, CLASSES, RANK = 500, 375, 2, 10
@@ -131,7 +132,7 @@ def resizers(height: int, width: int) -> dict[str, Callable[[np.ndarray], np.nda
     """Bicubic with antialiasing by Pillow, and by torch on uint8, which has vector instructions."""
 
     def by_torch(pixels: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         scaled = torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
         return scaled[0].permute(1, 2, 0).numpy()
 
@@ -399,7 +400,7 @@ def drain_step(names: Sequence[str]) -> None:
 def plain(model: str, tag: str, classes: int) -> torch.nn.Module:
     """timm's own model with its own classifier and the backbone's weights."""
     module = timm.create_model(f"{model}.{tag}", pretrained=False, num_classes=classes)
-    module.load_state_dict(read_tensors(Path("artifacts/model/t00/backbone.safetensors")), strict=False)
+    module.load_state_dict(load_file("artifacts/model/t00/backbone.safetensors"), strict=False)
     return module.eval().requires_grad_(False)
 
 
