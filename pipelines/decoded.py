@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +51,11 @@ TOGETHER = 8
 NAME = re.compile(r"[0-9a-f]{32}\.pixels")
 PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
 _DIGEST = hashlib.sha256().digest_size
-_HOME = Path(__file__).resolve().parent.parent
-_CODE = ("pipelines/decoded.py", "pipelines/images.py", "sdlora/preprocessing.py")
+_CODE = tuple(
+    hashlib.sha256((Path(__file__).resolve().parent.parent / name).read_bytes()).hexdigest()
+    for name in ("pipelines/decoded.py", "pipelines/images.py", "sdlora/preprocessing.py")
+)
+"""Hashes of the code that makes pixels, as it was when it was loaded."""
 
 
 def pixel_batches(
@@ -309,18 +311,14 @@ def budget() -> int:
         raise InputError(f"{BUDGET}: {text!r} is no number of GiB; set one, or 0 to keep nothing") from None
 
 
-@cache
-def decoder() -> dict[str, str | None]:
+def decoder() -> dict[str, object]:
     """What makes pixels of bytes: the code, Pillow, and the libraries that come with it."""
     import PIL
     from PIL import features
 
-    code = hashlib.sha256()
-    for name in _CODE:
-        code.update(hashlib.sha256((_HOME / name).read_bytes()).digest())
     libraries = ("jpg", "libjpeg_turbo", "zlib", "libtiff", "webp", "littlecms2")
     return {
-        "code": code.hexdigest(),
+        "code": _CODE,
         "machine": platform.machine(),
         "pillow": PIL.__version__,
         **{name: features.version(name) for name in libraries},

@@ -1,7 +1,6 @@
 """Decoded test images are kept, found by what decides their pixels, and never believed without their checksum."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +14,11 @@ from PIL import Image
 from pipelines import decoded
 from pipelines.decoded import BUDGET, FOLDER, PackedImages, pixel_batches
 from pipelines.errors import InputError
+from pipelines.files import sha256_of
 from pipelines.images import ImageRow, decode, read_images, write_images
 from sdlora.preprocessing import Preprocessing
 from tests.chains import encoded, picture
+from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
 WAY = Preprocessing(
@@ -150,7 +151,10 @@ def test_the_decoder_names_the_libraries_that_make_pixels() -> None:
 
     assert found["pillow"] == Image.__version__
     assert found["libjpeg_turbo"]
-    assert re.fullmatch(r"[0-9a-f]{64}", found["code"] or "")
+    assert found["code"] == tuple(
+        sha256_of(REPOSITORY / name)
+        for name in ("pipelines/decoded.py", "pipelines/images.py", "sdlora/preprocessing.py")
+    )
 
 
 @pytest.mark.parametrize("place", [0, 3 * SIZE + 5, -1], ids=["first", "a-pixel", "a-checksum"])
