@@ -27,9 +27,9 @@ def evaluate(
     """
     import numpy as np
     import pyarrow as pa
-    import torch
 
-    from pipelines.images import decode, read_images, write_rows
+    from pipelines.decoded import PackedImages, pixel_batches
+    from pipelines.images import write_rows
     from sdlora.backbones import read_backbone
     from sdlora.classifier import merged_classifier
     from sdlora.devices import best_device, set_deterministic
@@ -50,27 +50,33 @@ def evaluate(
         )
     classifier = merged_classifier(base.model, learned).to(device)
     preprocessing = Preprocessing.of(base.description)
-    tables = {name: read_images(test / f"{name}.arrow") for name in seen["tasks"]}
+    packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
     held = read_json(validation / "tasks.json")["tasks"]
-    selecting = {name: read_images(validation / f"{name}.arrow") for name in seen["tasks"] if name in held}
+    selecting = {
+        name: PackedImages(validation / f"{name}.arrow", preprocessing)
+        for name in seen["tasks"]
+        if name in held
+    }
+    waiting = [*packed.items(), *selecting.items()]
+    of_tasks = [name for name, images in waiting for _ in range(0, len(images), params.evaluation.batch_size)]
+    predictions_of = predict_batches(
+        classifier,
+        pixel_batches(
+            [images for _, images in waiting], batch_size=params.evaluation.batch_size, device=device
+        ),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        device=device,
+    )
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0
-    waiting = [*tables.items(), *selecting.items()]
-    with Progress(f"evaluate {task}", total=sum(len(table) for _, table in waiting), unit="images") as bar:
-        for name, table in waiting:
-            pixels = decode(table, preprocessing)
-            for batch in predict_batches(
-                classifier,
-                torch.from_numpy(pixels),
-                mean=preprocessing.mean,
-                std=preprocessing.std,
-                batch_size=params.evaluation.batch_size,
-                device=device,
-            ):
-                columns["prediction"].append(batch.classes.numpy().astype(np.int32))
-                columns["confidence"].append(batch.confidences.numpy())
-                done += len(batch.classes)
-                bar.update(done, task=name)
+    with Progress(f"evaluate {task}", total=sum(len(images) for _, images in waiting), unit="images") as bar:
+        for name, batch in zip(of_tasks, predictions_of, strict=True):
+            columns["prediction"].append(batch.classes.numpy().astype(np.int32))
+            columns["confidence"].append(batch.confidences.numpy())
+            done += len(batch.classes)
+            bar.update(done, task=name)
+    tables = {name: images.table for name, images in packed.items()}
     labels = np.concatenate([table["label"].to_numpy() for table in tables.values()])
     predictions, chosen = np.split(np.concatenate(columns["prediction"]), [len(labels)])
     confidences = np.concatenate(columns["confidence"])[: len(labels)]
@@ -98,7 +104,7 @@ def evaluate(
                 "accuracy": [round(right[name] / counts[name], 6) for name in tables],
                 "samples": list(counts.values()),
                 "correct": list(right.values()),
-                **validation_metrics(chosen, selecting),
+                **validation_metrics(chosen, {name: images.table for name, images in selecting.items()}),
             },
         )
     return [

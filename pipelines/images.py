@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,19 +135,23 @@ def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:
     import numpy as np
 
     out = np.empty((len(table), *preprocessing.input_size), np.uint8)
-    ids, images = table["id"], table["image"]
 
     def fill(index: int) -> None:
-        try:
-            picture = open_picture(images[index].as_buffer())
-        except ValueError as error:
-            raise InputError(f"{ids[index]}: {error}; replace the image") from None
-        out[index] = preprocessing.pixels(picture)
+        out[index] = decode_one(table, index, preprocessing)
 
     with strict_pictures(ANY_SIZE):  # `split` has refused what is above data.max_pixels
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
+
+
+def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
+    """One image of a table as the backbone takes it, uint8 (channels, height, width)."""
+    try:
+        picture = open_picture(table["image"][index].as_buffer())
+    except ValueError as error:
+        raise InputError(f"{table['id'][index]}: {error}; replace the image") from None
+    return preprocessing.pixels(picture)
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -240,9 +245,17 @@ def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
 def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator[int]:
     """Call `work` with each index, in threads; yield how many are done."""
     # Pillow decodes outside the interpreter's lock.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         for done, _ in enumerate(pool.map(work, indices), start=1):
             yield done
+
+
+def decoding_threads() -> int:
+    """The processors that this process may use, or fewer where OMP_NUM_THREADS says so, as torch does."""
+    # Not os.cpu_count(): a container or `taskset` leaves a process fewer than the machine has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(allowed, int(wanted)) if wanted.isdecimal() and int(wanted) else allowed
 
 
 def _hashes() -> dict[str, pa.DataType]:

@@ -199,7 +199,9 @@ def _decoded_batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | str]]]:
     """Names with their pixels, or with why there are none, `size` at a time, some batches ahead, in threads."""
     waiting: deque[tuple[list[str], list[Future[np.ndarray | str]]]] = deque()
-    with ThreadPoolExecutor() as pool:
+    from pipelines.images import decoding_threads
+
+    with ThreadPoolExecutor(decoding_threads()) as pool:
         try:
             while True:
                 while len(waiting) <= AHEAD and (some := list(itertools.islice(names, size))):

@@ -18,7 +18,7 @@ from torch import nn
 
 from sdlora.adapters import projection_norms
 from sdlora.ledger import RECORD, record_bytes
-from sdlora.tensors import file_sha256, read_tensors, write_tensors
+from sdlora.tensors import file_sha256, mapped_tensors, write_tensors
 
 WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -80,7 +80,7 @@ def create_backbone(
             raise FileNotFoundError(
                 f"{weights}: no such weight file; correct backbone.weights or set it to null"
             )
-        read_tensors(weights)
+        mapped_tensors(weights)  # a ValueError where it is not whole
     arguments = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(
@@ -208,5 +208,5 @@ def read_backbone(folder: Path) -> Backbone:
     model = timm.create_model(
         description["name"], pretrained=False, num_classes=0, **description["model_args"]
     )
-    model.load_state_dict(read_tensors(path))
+    model.load_state_dict(mapped_tensors(path))
     return Backbone(model=model.eval(), description=description)

@@ -101,6 +101,11 @@ class IncrementalClassifier(nn.Module):
             current = Factors(*(part.to(like) for part in factors[name]))
             directions.set_current(current, norm=norm, train_down=train_down)
 
+    def merge(self) -> None:
+        """Put the sum of all directions into the weights; nothing of the directions is left, not even their memory."""
+        merge_adapters(self.backbone)
+        self._targets = {}
+
     def features(self, images: Tensor) -> Tensor:
         """Features (batch, d) of normalised images (batch, channels, height, width)."""
         return self.backbone(images)
@@ -128,5 +133,5 @@ def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
     It costs what the plain timm model costs. `backbone` is changed in place.
     """
     model = adapted_classifier(backbone, learned)
-    merge_adapters(model.backbone)
+    model.merge()
     return model

@@ -1,12 +1,16 @@
 """Task-agnostic evaluation: one forward pass, every class seen so far is a candidate."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sdlora.preprocessing import normalise
+
+AHEAD = 2
+"""Batches that a GPU may have before it when the host waits for the result of the first."""
 
 
 class Predictions(NamedTuple):
@@ -16,25 +20,26 @@ class Predictions(NamedTuple):
     confidences: Tensor
 
 
-@torch.inference_mode()
 def predict_batches(
     model: nn.Module,
-    images: Tensor,
+    batches: Iterable[Tensor],
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    batch_size: int,
     device: torch.device,
 ) -> Iterator[Predictions]:
-    """Predict uint8 images (n, channels, height, width) batch by batch; no task id is used."""
+    """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU; no task id is used."""
     like = next(model.parameters())
-    for batch in images.split(batch_size):
-        logits = model(normalise(batch.to(device), mean=mean, std=std).to(like.dtype))
+
+    def predict(images: Tensor) -> tuple[Tensor, ...]:
+        logits = model(normalise(images, mean=mean, std=std).to(like.dtype))
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
-        yield Predictions(classes=classes.cpu(), confidences=confidences.cpu())
+        return classes, confidences
+
+    for classes, confidences in _results(predict, batches, device):
+        yield Predictions(classes, confidences)
 
 
-@torch.inference_mode()
 def feature_batches(
     model: nn.Module,
     images: Tensor,
@@ -46,6 +51,38 @@ def feature_batches(
 ) -> Iterator[Tensor]:
     """Features (batch, d) on the CPU of uint8 images (n, channels, height, width), under a merged classifier."""
     like = next(model.parameters())
-    for batch in images.split(batch_size):
-        normal = normalise(batch.to(device), mean=mean, std=std).to(like.dtype)
-        yield model.features(normal).float().cpu()  # type: ignore[operator]
+
+    def features(some: Tensor) -> tuple[Tensor, ...]:
+        normal = normalise(some, mean=mean, std=std).to(like.dtype)
+        return (model.features(normal).float(),)  # type: ignore[operator]
+
+    for (found,) in _results(features, images.split(batch_size), device):
+        yield found
+
+
+@torch.inference_mode()
+def _results(
+    compute: Callable[[Tensor], tuple[Tensor, ...]], batches: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """What is computed of each batch, on the CPU, in order.
+
+    A GPU is given the next batches before the result of the first is waited for, so it never stands still for the host;
+    from pinned memory a batch is copied while it computes.
+    """
+    waiting: deque[tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = deque()
+    for batch in batches:
+        results = compute(batch.to(device, non_blocking=True))
+        # From a GPU this is a copy into pinned memory, and whole when the event has come.
+        found = tuple(result.to("cpu", non_blocking=True) for result in results)
+        on_gpu = results[0].is_cuda
+        waiting.append((found, torch.cuda.current_stream(device).record_event() if on_gpu else None))
+        if len(waiting) > (AHEAD if on_gpu else 0):
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(found: tuple[Tensor, ...], event: torch.cuda.Event | None) -> tuple[Tensor, ...]:
+    if event is not None:
+        event.synchronize()
+    return found

@@ -167,7 +167,11 @@ def on_white(picture: P) -> P:
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 images (batch, channels, height, width) as floats, scaled to [0, 1], then (x − mean) / std by channel."""
-    shape = (1, -1, 1, 1)
-    centre = torch.tensor(mean, device=images.device, dtype=torch.float32).view(shape)
-    scale = torch.tensor(std, device=images.device, dtype=torch.float32).view(shape)
+    centre, scale = (_by_channel(values, images.device) for values in (mean, std))
     return (images.float() / 255 - centre) / scale
+
+
+def _by_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 (1, channels, 1, 1), made on the device: to copy it there would wait for all that a GPU has to do."""
+    channels = [torch.full((), value, dtype=torch.float32, device=device) for value in values]
+    return torch.stack(channels).view(1, -1, 1, 1)

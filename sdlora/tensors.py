@@ -37,6 +37,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); make it again") from error
 
 
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file at `path` as the file itself holds them, not in memory: to copy from, not to keep.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole safetensors file.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); make it again") from error
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal."""
     with path.open("rb") as file:

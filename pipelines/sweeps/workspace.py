@@ -137,8 +137,9 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         inside = any((folder / place).is_symlink() for place in path.parents)
         if not inside and not any(path.is_relative_to(out) for out in made):
             _link(folder / path, project.root / path)
-    (project.root / ".sdlora/downloads").mkdir(parents=True, exist_ok=True)
-    _link(folder / ".sdlora/downloads", project.root / ".sdlora/downloads")
+    for shared in (".sdlora/downloads", ".sdlora/decoded"):
+        (project.root / shared).mkdir(parents=True, exist_ok=True)
+        _link(folder / shared, project.root / shared)
     write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})
     return Workspace(folder, fits=keys.get(f"fit@{list(params.tasks)[-1]}", chain))
 

@@ -11,6 +11,7 @@ from pipelines.images import (
     ImageRow,
     SampleRow,
     decode,
+    decoding_threads,
     open_picture,
     picture_hash,
     read_images,
@@ -357,3 +358,15 @@ def test_damage_anywhere_in_a_file_of_images_is_one_line_or_none(tmp_path: Path)
         except InputError as error:
             said.add(str(error).partition(" (")[0])
     assert said == {f"{path}: not an Arrow file"}
+
+
+@pytest.mark.parametrize(
+    ("threads", "expected"), [("1", 1), ("2,4", 2), ("900", 3), ("0", 3), ("", 3), ("x", 3)]
+)
+def test_the_processors_of_this_process_decode_or_as_many_as_omp_num_threads_says(
+    monkeypatch: pytest.MonkeyPatch, threads: str, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 5, 7})
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+
+    assert decoding_threads() == expected

@@ -1,6 +1,9 @@
 """Prediction uses every class seen and nothing that depends on the batch."""
 
+import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdlora.classifier import Learned, merged_classifier
 from sdlora.evaluation import predict_batches
@@ -12,10 +15,9 @@ def predict(learned: Learned, batch_size: int) -> tuple[torch.Tensor, torch.Tens
     batches = list(
         predict_batches(
             merged_classifier(tiny_vit(), learned),
-            images,
+            images.split(batch_size),
             mean=[0.5],
             std=[0.5],
-            batch_size=batch_size,
             device=torch.device("cpu"),
         )
     )
@@ -36,3 +38,42 @@ def test_predictions_do_not_depend_on_the_batch_size(three_steps: dict[str, Lear
 
     assert torch.equal(whole[0], single[0])
     torch.testing.assert_close(whole[1], single[1])
+
+
+def test_a_gpu_has_its_next_batches_before_the_host_waits_for_a_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On tensors of a GPU that is not there: their values do not exist, so whoever looks at one fails."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.batch = sum(line.startswith("given") for line in said)
+
+        def synchronize(self) -> None:
+            said.append(f"waited for {self.batch}")
+
+    class Stream:
+        def record_event(self) -> Event:
+            return Event()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, device="cuda")
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            said.append(f"given {1 + sum(line.startswith('given') for line in said)}")
+            return self.layer(images.flatten(1))
+
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream())
+    with FakeTensorMode():
+        batches = [torch.zeros(5, 1, 2, 2, dtype=torch.uint8) for _ in range(4)]
+        found = list(predict_batches(Model(), batches, mean=[0.5], std=[0.5], device=torch.device("cuda")))
+
+    assert [tuple(part.shape for part in batch) for batch in found] == [((5,), (5,))] * 4
+    assert all(part.device.type == "cpu" for batch in found for part in batch)
+    assert said == [
+        *("given 1", "given 2", "given 3", "waited for 1", "given 4", "waited for 2"),
+        *("waited for 3", "waited for 4"),
+    ]

@@ -1,7 +1,10 @@
 """A step is loaded as a plain timm model that computes what was evaluated."""
 
+import gc
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import sdlora
-from sdlora.classifier import merged_classifier
+from sdlora.classifier import adapted_classifier, merged_classifier
 from sdlora.loading import classifier_names, read_step, summed_directions, timm_architecture, timm_classifier
 from tests.chains import make_chain, picture
 from tests.families import FAMILIES
@@ -47,6 +50,40 @@ def test_the_loaded_model_is_timms_own(name: str, chains: dict[str, Path]) -> No
     assert module.state_dict().keys() == plain.state_dict().keys()
     assert not module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_model_is_the_layers_and_the_memory_of_the_plain_one(
+    name: str, chains: dict[str, Path]
+) -> None:
+    module = sdlora.load(chains[name] / "t02", device="cpu").module
+    plain = timm.create_model(name, num_classes=4)
+
+    assert [type(layer) for layer in module.modules()] == [type(layer) for layer in plain.modules()]
+    ours, theirs = module.state_dict(), plain.state_dict()
+    for key, tensor in theirs.items():
+        assert (ours[key].shape, ours[key].dtype) == (tensor.shape, tensor.dtype)
+        assert ours[key].stride() == tensor.stride()
+    assert memory(ours.values()) == memory(theirs.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_classifier_holds_no_directions_any_more(name: str, chains: dict[str, Path]) -> None:
+    step = read_step(chains[name] / "t02")
+    model = adapted_classifier(step.backbone.model, step.learned)
+    directions = [weakref.ref(at) for at in model.targets.values()]
+    assert directions
+
+    model.merge()
+    gc.collect()
+
+    assert not [at for at in directions if at() is not None]
+
+
+def memory(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all memory that tensors are in, whether they use all of it or not."""
+    blocks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(blocks.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
