@@ -69,6 +69,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     """
     from pipelines.images import strict_pictures
     from pipelines.progress import Progress
+    from sdlora.backbones import spell_out_attention
     from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
     from sdlora.loading import read_step
@@ -87,6 +88,8 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     step = read_step(model, backbone=backbone)
     preprocessing = Preprocessing.of(step.backbone.description)
     classifier = merged_classifier(step.backbone.model, step.learned).to(device)
+    if bf16 and device.type == "cpu":
+        spell_out_attention(step.backbone.model)
     size = settings.batch_size or (256 if device.type == "cuda" else 64)
     top = min(settings.top, len(step.classes))
     done = failed = 0

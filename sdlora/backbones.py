@@ -171,6 +171,17 @@ def _describe(
     }
 
 
+def spell_out_attention(model: nn.Module) -> None:
+    """Have attention computed by its formula in place of torch's fused kernel, within rounding the same.
+
+    For bfloat16 on the CPU, where the fused kernel is the slower one, three times in forward and backward (measured on
+    an EPYC with avx512_bf16, docs/performance.md). It keeps an attention matrix for each block and head.
+    """
+    for module in model.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False  # type: ignore[assignment]
+
+
 def write_backbone(folder: Path, backbone: Backbone) -> dict[str, Any]:
     """Write the frozen base of a chain, step t00: weights, description and ledger record, into `folder`."""
     write_tensors(folder / WEIGHTS, backbone.model.state_dict())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdlora.adapters import Factors
 from sdlora.augmentation import DRAWS, crop_and_flip
+from sdlora.backbones import spell_out_attention
 from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
@@ -109,6 +110,8 @@ class Fit:
         )
         # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
         # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
+        if device.type == "cpu" and schedule.precision == "bf16":
+            spell_out_attention(backbone)
         self.model = model.eval().to(device)
         self._dtype = next(model.backbone.parameters()).dtype
         method.begin(

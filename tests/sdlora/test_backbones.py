@@ -7,9 +7,16 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from sdlora.backbones import GLYPH_VIT, create_backbone, read_backbone, write_backbone
+from sdlora.backbones import (
+    GLYPH_VIT,
+    create_backbone,
+    read_backbone,
+    spell_out_attention,
+    write_backbone,
+)
 from sdlora.ledger import read_record
 from sdlora.tensors import file_sha256, write_tensors
+from tests.sdlora.conftest import tiny_vit
 
 PACKAGED = Path(__file__).parents[2] / "sdlora" / "weights" / "glyph_vit.safetensors"
 
@@ -155,3 +162,16 @@ def test_changed_weights_of_a_chain_are_noticed(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="changed since the chain began"):
         read_backbone(tmp_path)
+
+
+def test_attention_by_its_formula_gives_the_features_and_gradients_of_the_fused_kernel() -> None:
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    fused, spelled = tiny_vit(), tiny_vit()
+    assert all(block.attn.fused_attn for block in fused.blocks)
+    spell_out_attention(spelled)
+    assert not any(block.attn.fused_attn for block in spelled.blocks)
+    for model in (fused, spelled):
+        model(images).square().sum().backward()
+    torch.testing.assert_close(spelled(images), fused(images), rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(spelled.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
