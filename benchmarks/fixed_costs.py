@@ -15,6 +15,7 @@ JSON-lines file; on a machine that has other work the CPU seconds are the better
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -60,19 +61,30 @@ def make_project(folder: Path) -> None:
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
 
 
-def cost(folder: Path, *command: str, status: int = 0) -> dict[str, float]:
-    """Run a command in a folder; return its wall and CPU seconds."""
+def cost(folder: Path, *command: str) -> dict[str, float]:
+    """Run a command in a folder; return its wall seconds, and the CPU seconds of all that it started."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     settings = {"PATH": path, "PYTHONPATH": str(REPOSITORY), "DVC_NO_ANALYTICS": "1"}
     environment = {**os.environ, **settings}
     environment.pop("PREFECT_API_URL", None)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode != status:
+    wall = time.monotonic() - started
+    with contextlib.suppress(ChildProcessError):
+        while True:  # what a stage has left behind, which ends with DVC
+            os.wait()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
         raise SystemExit(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"wall": round(wall, 2), "cpu": round(cpu, 2)}
+
+
+def adopt_orphans() -> None:
+    """Have this process wait for, and count, processes whose parent ended before them (Linux)."""
+    pr_set_child_subreaper = 36
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
 def median_cost(folder: Path, *command: str, times: int = 3) -> dict[str, float]:
@@ -256,6 +268,7 @@ def main() -> None:
     if arguments.make:
         make(arguments.make)
         return
+    adopt_orphans()
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="sdlora-costs-"))

@@ -7,7 +7,9 @@ process, to the same bytes. Another of its kind is for DVC itself (`warm_dvc`).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,18 +56,32 @@ def forking(module: str, variable: str, arguments: Sequence[str] = ()) -> Iterat
     parent = os.getpid()
     with TemporaryDirectory(prefix="sdlora-") as folder:
         path = str(Path(folder) / "warm")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, path, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=lambda: die_with(parent),
-        )
+        with listening(path) as listener:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(listener.fileno()), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                preexec_fn=lambda: die_with(parent),
+            )
         try:
             with environment({variable: path}):
                 yield
         finally:
             end_group(process)
+
+
+def listening(path: str) -> socket.socket:
+    """A socket that whoever comes can wait at while the process that it is for starts."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(path)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 class Forked:
@@ -128,9 +145,9 @@ def status_of(forked: Forked) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main(path: str, libraries: Sequence[str]) -> None:
-    """Listen, load, and fork for each request until ended."""
-    run_as_forked(forked_for(path, libraries))
+def main(socket: int, libraries: Sequence[str]) -> None:
+    """Load, and fork for each request that comes to a socket, until ended."""
+    run_as_forked(forked_for(socket, libraries))
 
 
 def run_as_forked(request: dict[str, Any]) -> None:
@@ -138,26 +155,46 @@ def run_as_forked(request: dict[str, Any]) -> None:
     from pipelines.cli import main
 
     sys.argv = ["sdlora", *request["arguments"]]
-    main()
+    end_as(main)
+
+
+def end_as(main: Callable[[], object]) -> None:
+    """Run a command and end the process with its status, as Python does, but for taking all libraries apart.
+
+    In a forked process that costs a second and more: each object that is freed makes a page of the other's memory its
+    own first.
+    """
+    try:
+        status = main()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls, before the exit functions
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def forked_for(
-    path: str,
+    number: int,
     libraries: Sequence[str],
     *,
     prepare: Callable[[], object] | None = None,
     until: int | None = None,
 ) -> dict[str, Any]:
-    """Listen, load, and fork for each request until ended; only a forked process returns, with its request.
+    """Load, and fork for each request that comes to a socket; only a forked process returns, with its request.
 
     It is in the folder, and has the environment and the streams, of who asked. `prepare` is called before each fork.
     Once the process of the handle `until` has ended, this one ends too.
     """
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+    with socket.socket(fileno=number) as listener:
         for name in libraries:
             importlib.import_module(name)
+        gc.freeze()  # a collection in a forked process would copy all of it
         request = serve(listener, prepare, until)
     os.chdir(request["folder"])
     os.environ.clear()
@@ -210,4 +247,4 @@ def wait(child: int, link: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.processes import die_with_starter, starter
-from pipelines.warm import LIBRARIES, Forked, forked_for, run_as_forked, status_of
+from pipelines.warm import LIBRARIES, Forked, forked_for, listening, run_as_forked, status_of
 
 PLACE = Path(".sdlora")
 
@@ -56,22 +56,32 @@ def begin(path: Path, dvc: int) -> None:
     libraries = [name for name in LIBRARIES if "prefect" not in name or "PREFECT_API_URL" in os.environ]
     handle = os.pidfd_open(dvc)
     try:
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipelines.warm_alone", str(path), str(handle), *libraries],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # whoever reads what DVC prints waits for the end of DVC alone
-            start_new_session=True,
-            pass_fds=[handle],
-        )
+        with listening(str(path)) as listener:
+            numbers = [listener.fileno(), handle]
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "pipelines.warm_alone",
+                    str(path),
+                    *map(str, numbers),
+                    *libraries,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # whoever reads what DVC prints waits for the end of DVC alone
+                start_new_session=True,
+                pass_fds=numbers,
+            )
     finally:
         os.close(handle)
 
 
-def main(path: str, handle: int, libraries: Sequence[str]) -> None:
-    """Listen, load, and fork for each request until the process of a handle has ended."""
+def main(path: str, socket: int, handle: int, libraries: Sequence[str]) -> None:
+    """Load, and fork for each request that comes to a socket, until the process of a handle has ended."""
     try:
-        request = forked_for(path, libraries, until=handle)
+        request = forked_for(socket, libraries, until=handle)
     except SystemExit:
         Path(path).unlink(missing_ok=True)
         raise
@@ -79,4 +89,4 @@ def main(path: str, handle: int, libraries: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -12,7 +12,7 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from pipelines.warm import forked_for, forking
+from pipelines.warm import end_as, forked_for, forking
 
 DVC_SOCKET = "SDLORA_WARM_DVC"
 """Environment variable: where it listens."""
@@ -61,9 +61,9 @@ def warm_dvc() -> AbstractContextManager[None]:
     return forking("pipelines.warm_dvc", DVC_SOCKET)
 
 
-def main(path: str) -> int:
-    """Listen, load, and fork for each request until ended; return the status of a forked command."""
-    request = forked_for(path, LIBRARIES, prepare=remember)
+def main(socket: int) -> None:
+    """Load, and fork for each request that comes to a socket, until ended."""
+    request = forked_for(socket, LIBRARIES, prepare=remember)
     os.setsid()
     os.environ.pop(DVC_SOCKET, None)
     from dvc.cli import main
@@ -77,7 +77,7 @@ def main(path: str) -> int:
     words = [word for word in sys.argv if not word.startswith("-")]
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(" ".join(words[:2]))  # what `ps` and `top` call it
-    return int(main(request["arguments"]))
+    end_as(lambda: main(request["arguments"]))
 
 
 def remember() -> None:
@@ -88,4 +88,4 @@ def remember() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(int(sys.argv[1]))
