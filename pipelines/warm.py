@@ -154,6 +154,7 @@ def run_as_forked(request: dict[str, Any]) -> None:
     """Run a command of `sdlora`, whose own this process is from here on."""
     from pipelines.cli import main
 
+    os.environ.pop(SOCKET, None)
     sys.argv = ["sdlora", *request["arguments"]]
     end_as(main)
 
@@ -198,7 +199,7 @@ def forked_for(
         request = serve(listener, prepare, until)
     os.chdir(request["folder"])
     os.environ.clear()
-    os.environ.update({name: value for name, value in request["environment"].items() if name != SOCKET})
+    os.environ.update(request["environment"])
     return request
 
 

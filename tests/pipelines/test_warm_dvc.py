@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from pipelines.repro import StageFailedError, bring, dvc
+from pipelines.warm import SOCKET
 from pipelines.warm_dvc import DVC_SOCKET, warm_dvc
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -76,6 +77,13 @@ def test_it_leaves_what_dvc_leaves_and_passes_on_what_stages_print(
     (project / "dvc.lock").unlink()
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
     assert (project / "dvc.lock").read_bytes() == ours
+
+
+def test_a_stage_finds_the_warm_process_of_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SOCKET, "/somewhere")
+    (project / "make").write_text(f'#!/bin/sh\nmkdir -p out\necho "${SOCKET} ${DVC_SOCKET}" > "out/$1"\n')
+    bring("make@a", pull=False)
+    assert (project / "out/a").read_text() == "/somewhere \n"
 
 
 def test_every_command_sees_the_files_as_they_are_then(project: Path) -> None:
