@@ -260,7 +260,7 @@ class Site:
                 if {
                     "worker": process.pid == worker,
                     "flow": parent is not None and parent.pid == worker,
-                    "dvc": words[3:4] == ["dvc"] and "push" not in words,
+                    "dvc": process.name() == "dvc repro" or (words[3:4] == ["dvc"] and "push" not in words),
                     "training": "pipelines.warm" in above
                     or any(word.endswith("bin/sdlora") for word in words[:2]),
                 }[role]:

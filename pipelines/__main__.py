@@ -9,16 +9,23 @@ images a second, with this 330; with both free 790 and 710."""
 
 
 def main() -> None:
-    """Hand the command to the warm process of `sdlora run` if there is one, else run it here."""
+    """Hand the command to the warm process of `sdlora run`, or of DVC, if there is one, else run it here."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is loaded
+    status = None
     if "SDLORA_WARM" in os.environ:
         import sys
 
-        from pipelines.warm import ask
+        from pipelines import warm
 
-        status = ask(sys.argv[1:])
-        if status is not None:
-            raise SystemExit(status)
+        status = warm.ask(sys.argv[1:])
+    elif "DVC_STAGE" in os.environ:
+        import sys
+
+        from pipelines import warm_alone
+
+        status = warm_alone.ask(sys.argv[1:])
+    if status is not None:
+        raise SystemExit(status)
     from pipelines.cli import main
 
     main()

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
+from pipelines.reading import changes_of, each_once, locked_for_reading, use_direct_lookup
 
 if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
@@ -49,17 +50,23 @@ def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 
-        with contextlib.closing(Repo()) as repo, lock_repo(repo):
+        from pipelines import lockfile
+
+        lockfile.use()
+        use_direct_lookup()
+        with contextlib.closing(Repo()) as repo, lock_repo(repo), each_once():
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
             elsewhere = left_elsewhere(stages) if lean and remote else {}
+            with locked_for_reading(repo, stages):
+                reasons = {
+                    s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
+                }
             return Plan(
                 order=run_order(needs, list(tasks)),
                 needs=needs,
-                reasons={
-                    s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
-                },
+                reasons=reasons,
                 made={stage.addressing for stage in stages if any(out.hash_info for out in stage.outs)},
                 outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
                 deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
@@ -123,7 +130,7 @@ def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
         "new": "is new",
         "not in cache": "is not in the cache",
     }
-    for change in stage.status().get(stage.addressing, []):
+    for change in changes_of(stage):
         if isinstance(change, str):
             yield "its command changed" if change == "changed checksum" else change
             continue

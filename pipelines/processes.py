@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 STOP_SECONDS = 5.0
 GRACE_SECONDS = 20.0
@@ -41,15 +42,23 @@ def die_with_starter() -> None:
     DVC starts a stage through a shell. Bash makes way for a command that is its only one; dash, which DVC takes
     where SHELL is not set, as in most containers and services, waits for it, and outlives DVC.
     """
+    die_with(os.getppid())
+    before = starter()
+    if before not in (None, os.getppid()):
+        with contextlib.suppress(OSError, AttributeError):  # none of this system's, or nobody to outlive
+            _end_with(os.pidfd_open(before))
+
+
+def starter() -> int | None:
+    """The process that started this one, behind a shell that stands between the two; None where that is not known."""
     parent = os.getppid()
-    die_with(parent)
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-        before = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        if b"-c" in words:
-            _end_with(os.pidfd_open(before))
-    except (OSError, AttributeError):  # none of this system's, or nobody to outlive
-        return
+        if b"-c" not in words:
+            return parent
+        return int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _end_with(handle: int) -> None:
@@ -95,7 +104,16 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
             wake.put(False)
 
 
-def end_group(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+class Leader(Protocol):
+    """A process that leads a group: a `Popen`, or what stands for one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def end_group(process: Leader) -> None:
     """End a process that leads a group, and all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
+from typing import TextIO
 
 from pipelines.processes import die_with, end_group
 from pipelines.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
 from pipelines.turns import turn
+from pipelines.warm import Forked
+from pipelines.warm_dvc import DVC_SOCKET
 
 CHATTER = (
     "Running stage ",
@@ -84,22 +88,11 @@ def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
 
 def dvc(arguments: list[str], settings: Mapping[str, str] = MappingProxyType({})) -> tuple[int, bool]:
     """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
-    parent = os.getpid()
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings},
-        start_new_session=True,
-        preexec_fn=lambda: die_with(parent),
-    )
+    process, output = start_dvc(["--wait-for-lock", *arguments], settings)
     cached = False
     try:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
+        with output:
+            for line in output:
                 cached |= FROM_CACHE in line
                 if line.strip() and not line.startswith(CHATTER):
                     print_line(line.rstrip())
@@ -107,6 +100,45 @@ def dvc(arguments: list[str], settings: Mapping[str, str] = MappingProxyType({})
     except BaseException:
         end_group(process)
         raise
+
+
+def start_dvc(
+    arguments: list[str], settings: Mapping[str, str]
+) -> tuple[Forked | subprocess.Popen[bytes], TextIO]:
+    """Start DVC, forked from the warm process of `warm_dvc` where there is one; also return what it prints."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
+    reading, writing = os.pipe()
+    output = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - who called closes it
+    try:
+        return warm_or_new(arguments, environment, writing), output
+    except BaseException:
+        output.close()
+        raise
+    finally:
+        os.close(writing)
+
+
+def warm_or_new(
+    arguments: list[str], environment: Mapping[str, str], stdout: int
+) -> Forked | subprocess.Popen[bytes]:
+    """Start DVC in a session of its own, to end when this process does."""
+    with open(os.devnull, "rb") as nothing:
+        if DVC_SOCKET in os.environ:
+            with contextlib.suppress(OSError):
+                streams = (nothing.fileno(), stdout, 2)
+                forked = Forked(os.environ[DVC_SOCKET], arguments, environment, streams)
+                if forked.pid:
+                    return forked
+        parent = os.getpid()
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "dvc", *arguments],
+            stdin=nothing,
+            stdout=stdout,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: die_with(parent),
+        )
 
 
 def print_line(text: str) -> None:

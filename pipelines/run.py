@@ -21,9 +21,14 @@ from pipelines.server import prefect_server
 from pipelines.sharing import make_up, obtain, push, require_remote, unpushed
 from pipelines.stage import Stage, Summary, run_linked, server_missing
 from pipelines.warm import warm_process
+from pipelines.warm_dvc import warm_dvc
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+TASKS_IN_THE_TABLE = 20
+"""Of more tasks a terminal shows no matrix that could be read; the report has it."""
 
 
 def run_pipeline() -> int:
@@ -38,9 +43,7 @@ def run_pipeline() -> int:
             print_summary(params)
             return 0
         try:
-            # Loading the libraries once is worth a process only if several stages will need them.
-            warm = warm_process if len(plan.stale()) > 2 else contextlib.nullcontext
-            with prefect_server(Path(".prefect")) as wait, warm():
+            with prefect_server(Path(".prefect")) as wait, warm_processes(plan):
                 wait()
                 bring = Stage("pipeline", lambda: bring_up_to_date(params, plan))
                 missing = server_missing()
@@ -70,7 +73,7 @@ def finish(progressed: Callable[[], None]) -> Summary:
             close_dead_runs()
         rows: Summary = []
         if plan.stale():
-            with warm_process() if len(plan.stale()) > 2 else contextlib.nullcontext():
+            with warm_processes(plan):
                 rows = bring_up_to_date(params, plan, lean=True, progressed=progressed)
         make_up(plan)
         if unpushed():
@@ -118,6 +121,16 @@ def bring_up_to_date(
 
 
 @contextlib.contextmanager
+def warm_processes(plan: Plan) -> Iterator[None]:
+    """Load the libraries once where several stages will need them; for one or two it is not worth a process."""
+    if len(plan.stale()) <= 2:
+        yield
+        return
+    with warm_dvc(), warm_process():
+        yield
+
+
+@contextlib.contextmanager
 def only_run(*, wait: bool = False) -> Iterator[None]:
     """Refuse to work, or wait, while another `sdlora run` works in the same folder."""
     lock = Path(".sdlora/run.lock")
@@ -147,7 +160,8 @@ def print_summary(params: Params) -> None:
 
     metrics = read_json(Path("metrics.json"))
     console = Console()
-    console.print(accuracy_table(params))
+    if len(params.tasks) <= TASKS_IN_THE_TABLE:
+        console.print(accuracy_table(params))
     shown = {
         "last accuracy": metrics["last_accuracy"],
         "average accuracy": metrics["average_accuracy"],

@@ -1,0 +1,149 @@
+"""dvc.lock comes out as DVC writes it, to the byte, and says what DVC reads."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc import dvcfile
+from dvc.repo import Repo
+
+from pipelines import lockfile
+
+DVC_YAML = """
+stages:
+  make:
+    foreach: ${tasks}
+    do:
+      cmd: >-
+        mkdir -p out/${key} && echo ${item.word} > out/${key}/file && echo a command that is so long that a line of
+        YAML does not hold it, with 'quotes', "both" and a colon: here
+      params:
+        - tasks.${key}
+        - rate
+        - name
+      deps:
+        - code
+      outs:
+        - out/${key}
+"""
+PARAMS = """
+rate: 1e-3
+name: "0123"
+tasks:
+  t01: {word: one, list: ["4", "2"], nothing: null, share: 0.5, yes: true}
+  t02: {word: two, list: [], nothing: {}, share: 10, yes: "yes"}
+  t03: {word: "drei: ü", list: ["a b"], nothing: "", share: -0.0, yes: "~"}
+"""
+
+
+@pytest.fixture
+def project(make_project: Callable[[dict[str, str]], Path]) -> Path:
+    return make_project({"dvc.yaml": DVC_YAML, "params.yaml": PARAMS, "code": "#", ".gitignore": "/out/\n"})
+
+
+def repro(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *arguments], check=True)
+
+
+def loaded(kind: type[Any]) -> tuple[Any, str]:
+    with contextlib.closing(Repo()) as repo:
+        data, text = kind(repo, "dvc.lock")._load()
+        return data, text
+
+
+def dumped(kind: type[Any], *names: str) -> bytes:
+    """What dvc.lock is once stages were entered into it as they are in the workspace."""
+    before = dvcfile.Lockfile
+    dvcfile.Lockfile = kind
+    try:
+        with contextlib.closing(Repo()) as repo, repo.lock:
+            for name in names:
+                stage = repo.stage.load_one(name=name)
+                stage.save(run_cache=False)
+                stage.dump(update_pipeline=False)
+    finally:
+        dvcfile.Lockfile = before
+    return Path("dvc.lock").read_bytes()
+
+
+def both(*names: str) -> tuple[bytes, bytes]:
+    shutil.copy("dvc.lock", "kept")
+    theirs = dumped(dvcfile.Lockfile, *names)
+    shutil.copy("kept", "dvc.lock")
+    return theirs, dumped(lockfile.Lockfile, *names)
+
+
+def test_a_lock_is_read_as_dvc_reads_it(project: Path) -> None:
+    repro()
+    first = loaded(lockfile.Lockfile)
+    assert first == loaded(dvcfile.Lockfile)
+    assert loaded(lockfile.Lockfile) == first
+
+
+def test_a_stage_that_changed_is_written_as_dvc_writes_it(project: Path) -> None:
+    repro()
+    before = Path("dvc.lock").read_bytes()
+    Path("code").write_text("# other")
+    Path("out/t02/file").write_text("other")
+    theirs, ours = both("make@t02", "make@t01")
+    assert ours == theirs
+    assert ours != before
+
+
+def test_a_new_stage_is_written_as_dvc_writes_it(project: Path) -> None:
+    repro("make@t03", "make@t01")
+    Path("out/t02").mkdir(parents=True)
+    Path("out/t02/file").write_text("two")
+    theirs, ours = both("make@t02")
+    assert ours == theirs
+
+
+def test_a_stage_that_did_not_change_leaves_the_file_alone(project: Path) -> None:
+    repro()
+    before = Path("dvc.lock").stat()
+    dumped(lockfile.Lockfile, "make@t01")
+    after = Path("dvc.lock").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda text: "# by hand\n" + text, id="a-comment-above"),
+        pytest.param(lambda text: text + "datasets: []\n", id="data-sets"),
+        pytest.param(lambda text: text.replace("  make@t02:\n", "  make@t01:\n"), id="a-stage-twice"),
+        pytest.param(lambda text: text.replace("    outs:\n", "    outs: 7\n    x:\n", 1), id="no-lock"),
+        pytest.param(lambda text: text[: len(text) // 2].rpartition(":")[0], id="cut-off"),
+        pytest.param(lambda text: "", id="empty"),
+    ],
+)
+def test_a_lock_of_another_form_is_left_to_dvc(change: Callable[[str], str], project: Path) -> None:
+    repro()
+    text = change(Path("dvc.lock").read_text())
+    Path("dvc.lock").write_text(text)
+    assert outcome(lambda: loaded(lockfile.Lockfile)) == outcome(lambda: loaded(dvcfile.Lockfile))
+
+
+def outcome(work: Callable[[], Any]) -> Any:  # noqa: ANN401 - a value, or the type and text of an error
+    try:
+        return work()
+    except Exception as error:
+        return type(error), str(error)
+
+
+def test_a_lock_that_changed_since_is_read_again(project: Path) -> None:
+    repro()
+    loaded(lockfile.Lockfile)
+    text = Path("dvc.lock").read_text()
+    Path("dvc.lock").write_text(text.replace("word: one", "word: uno"))
+    data, _ = loaded(lockfile.Lockfile)
+    assert data["stages"]["make@t01"]["params"]["params.yaml"]["tasks.t01"]["word"] == "uno"
+    Path("dvc.lock").unlink()
+    assert loaded(lockfile.Lockfile) == ({}, "")
