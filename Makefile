@@ -2,11 +2,12 @@
 PYTHON ?= python3
 FAULTS ?= 50
 SEED ?= 0
+QUICK_FIT := --backbone vit_tiny_patch16_224 --rounds 1
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint compare chaos clean
+.PHONY: help repro test lint compare chaos bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,11 @@ compare: $(READY) ## Run what is missing of the comparison of all methods (hours
 
 chaos: $(READY) ## Kill, stop and fill what two workers need, FAULTS times; compare what they make.
 	@$(BIN)/python benchmarks/chaos.py --faults $(FAULTS) --seed $(SEED)
+
+bench: $(READY) ## Measure speed as ratios (minutes); REFERENCE=PATH adds the released code, FULL=1 takes an hour.
+	@$(BIN)/python benchmarks/fit_speed.py $(if $(FULL),,$(QUICK_FIT)) $(if $(REFERENCE),--reference $(REFERENCE))
+	@$(BIN)/python benchmarks/data_path.py $(if $(FULL),,--quick)
+	@$(BIN)/python benchmarks/fixed_costs.py $(if $(FULL),,--quick)
 
 clean: ## Remove the environment and what tools leave; results stay.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
