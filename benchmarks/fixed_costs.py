@@ -133,15 +133,26 @@ def stages(folder: Path) -> Iterator[dict[str, Any]]:
     if not (project / "dvc.lock").is_file():
         make_project(project)
         cost(project, "dvc", "repro")
-    frozen = subprocess.run(
+    listed = subprocess.run(
         [sys.executable, "-c", COMMANDS], cwd=project, capture_output=True, text=True, check=True
     )
-    for command in json.loads(frozen.stdout):
-        _, kind, *rest = command.split()
-        out = re.sub(r"(?<=--(out|ges|ate) )artifacts/", "scratch/", " ".join(rest))
-        if kind not in ("report", "fetch"):
-            yield {"part": "stages", "what": kind, **cost(project, "sdlora", kind, *out.split())}
+    for command in json.loads(listed.stdout):
+        _, kind, *words = command.split()
+        if kind == "fetch":
+            continue
+        left = LEFT.get(kind, ("--out",))
+        for place, word in enumerate(words):
+            if word in left:
+                words[place + 1] = f"scratch/{words[place + 1]}"
+        yield {"part": "stages", "what": kind, **cost(project, "sdlora", kind, *words)}
 
+
+LEFT = {
+    "start": ("--out", "--evaluation", "--gate"),
+    "split": ("--out", "--images"),
+    "report": ("--out", "--metrics"),
+}
+"""Options of a stage that name what it leaves, where that is more than `--out`."""
 
 COMMANDS = """
 import json
@@ -164,9 +175,9 @@ def tasks(folder: Path, number: int) -> Iterator[dict[str, Any]]:
     for what, figures in idle_costs(project).items():
         yield {"part": "tasks", "tasks": number, "what": what, **figures}
     write_params(project, number + 1)
-    (project / "ledger/journal" / f"fit@{key(number + 1)}.json").unlink(missing_ok=True)
+    before = fit_seconds(project)
     more = cost(project, "sdlora", "run")
-    fit = fit_seconds(project)
+    fit = round(fit_seconds(project) - before, 2)
     yield {"part": "tasks", "tasks": number, "what": "one task more, sdlora run", **more, "fits": fit}
     report = cost(
         project,
