@@ -143,6 +143,7 @@ class Fit:
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
+        self._whole_share = len(team.share(torch.arange(min(schedule.batch_size, len(self._images)))))
         self.micro_batch = schedule.batch_size
         """Images that go through the model at once; fewer than `schedule.batch_size` once memory has run out."""
         self.step = 0
@@ -280,7 +281,7 @@ class Fit:
         """Features (batch, d) of images as the model takes them."""
         bf16 = self.schedule.precision == "bf16"
         # What has another shape, the rest of an epoch, is not worth kernels of its own.
-        whole = len(batch) == min(self.micro_batch, len(self._images))
+        whole = len(batch) == min(self.micro_batch, self._whole_share)
         compiled = self._compiled if whole and torch.is_grad_enabled() else None
         forward = compiled or self.model.features
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
