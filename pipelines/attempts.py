@@ -6,12 +6,16 @@ The count is kept as labels of the flow run, which stays the same run when it is
 from __future__ import annotations
 
 import hashlib
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pipelines.checkpoints import DEFAULT_STORE, KEY, NAME
 from pipelines.errors import InputError
 from pipelines.stage import first_line, say
+
+if TYPE_CHECKING:
+    from prefect import State
 
 IDLE = "sdlora.attempts-without-progress"
 CHECKPOINTS = "sdlora.checkpoints"
@@ -21,18 +25,39 @@ PAUSE = timedelta(seconds=10)
 class Attempts:
     """The attempts of one flow run; what the server does not take is said, and stops nothing."""
 
-    def __init__(self, run: str, limit: int) -> None:
-        self._run, self._limit = UUID(run), limit
+    def __init__(self, run: UUID, state: UUID | None = None) -> None:
+        """`state` is the one in which this process began the run; if that is not known, it never gives way."""
+        self._run, self._state = run, state
 
-    def begin(self, checkpoints: str) -> None:
-        """Count this attempt; an `InputError` if as many as allowed have ended without any progress.
+    def give_way(self) -> None:
+        """End this process, and change nothing, where the attempt that it works at is another's.
+
+        A server on SQLite may give one run to two workers in the same moment: the one that was Running second gives
+        way. So does a process that was taken for dead, and wakes when its run has been started again or has ended.
+        """
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import Abort
+
+        try:
+            with get_client(sync_client=True) as client:
+                states = client.read_flow_run_states(self._run)
+        except Exception as trouble:  # a server that is away stops nothing
+            say(f"prefect: whether this run has begun elsewhere is not known ({first_line(trouble)})")
+            return
+        owner = begun_first(states)
+        if owner != self._state and self._state in [state.id for state in states]:
+            say("prefect: this run is at work elsewhere, or has ended: giving way")
+            raise Abort
+
+    def begin(self, checkpoints: str, limit: int) -> None:
+        """Count this attempt; an `InputError` if `limit` of them have ended without any progress.
 
         Progress is a stage that was finished, or a fit that saved itself: other checkpoints than at the start of the
         attempt before.
         """
         labels = self._labels()
         idle = int(labels.get(IDLE, 0)) if labels.get(CHECKPOINTS, checkpoints) == checkpoints else 0
-        if idle >= self._limit:
+        if idle >= limit:
             raise InputError(
                 f"ended {idle} times in a row without any progress; the logs of the earlier attempts say more."
                 " It is not started again by itself: mend the cause, then run it anew"
@@ -42,6 +67,16 @@ class Attempts:
     def progressed(self) -> None:
         """Note that a stage has been finished: the attempts before count no more."""
         self._write({IDLE: 0})
+
+    def schedule(self, message: str) -> State:
+        """Schedule the next attempt, for any worker; return the state that the run is then in."""
+        from prefect.client.orchestration import get_client
+        from prefect.states import AwaitingRetry
+
+        with get_client(sync_client=True) as client:
+            later: State = AwaitingRetry(scheduled_time=datetime.now(UTC) + self.pause(), message=message)
+            client.set_flow_run_state(self._run, later)
+        return later
 
     def pause(self) -> timedelta:
         """How long to wait before the next attempt: longer each time that nothing came of one."""
@@ -66,6 +101,20 @@ class Attempts:
                 client.update_flow_run_labels(self._run, dict(labels))
         except Exception as trouble:
             say(f"prefect: progress could not be noted ({first_line(trouble)})")
+
+
+def begun_first(states: list[State]) -> UUID | None:
+    """The Running state whose process owns a run: the first of the newest attempt; None if no process should be.
+
+    An attempt is what follows the last state in which nothing is at work on a run.
+    """
+    owner = None
+    for state in sorted(states, key=lambda state: (state.timestamp, state.id)):
+        if state.is_running():
+            owner = owner or state.id
+        elif not state.is_pending():
+            owner = None
+    return owner
 
 
 def checkpoint_mark(store: str | None) -> str:

@@ -59,10 +59,15 @@ def run_pipeline() -> int:
     return 0
 
 
-def finish(progressed: Callable[[], None]) -> Summary:
-    """Bring every stage up to date inside a flow run that has begun; `progressed` is called after each.
+def nothing() -> None:
+    """What a run that nobody watches calls between its stages."""
 
-    What other machines have made is taken from the remote only where a stage reads it.
+
+def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = nothing) -> Summary:
+    """Bring every stage up to date inside a flow run that has begun.
+
+    `before_each` is called before a stage, and `progressed` after one that was computed. What other machines have made
+    is taken from the remote only where a stage reads it.
     """
     params = Params.load()
     with only_run(wait=True):
@@ -74,7 +79,9 @@ def finish(progressed: Callable[[], None]) -> Summary:
         rows: Summary = []
         if plan.stale():
             with warm_processes(plan):
-                rows = bring_up_to_date(params, plan, lean=True, progressed=progressed)
+                rows = bring_up_to_date(
+                    params, plan, lean=True, before_each=before_each, progressed=progressed
+                )
         make_up(plan)
         if unpushed():
             # Another machine would compute it again: better that this one comes back to it.
@@ -88,7 +95,12 @@ def finish(progressed: Callable[[], None]) -> Summary:
 
 
 def bring_up_to_date(
-    params: Params, plan: Plan, *, lean: bool = False, progressed: Callable[[], None] = lambda: None
+    params: Params,
+    plan: Plan,
+    *,
+    lean: bool = False,
+    before_each: Callable[[], None] = nothing,
+    progressed: Callable[[], None] = nothing,
 ) -> Summary:
     """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone."""
     stale = plan.stale()
@@ -104,6 +116,7 @@ def bring_up_to_date(
             if not current.reasons[name]:
                 print_line(f"{head}  inputs are as before")
                 continue
+        before_each()
         print_line(f"{head} …")
         started = time.monotonic()
         if lean:

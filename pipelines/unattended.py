@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from uuid import UUID
 
 from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
 from prefect.input import RunInput
@@ -22,7 +20,7 @@ from pipelines.processes import die_with, environment
 from pipelines.reconcile import begin_overlooked
 from pipelines.repro import StageFailedError, print_line
 from pipelines.run import finish
-from pipelines.stage import Summary, complaint, current_flow_run, first_line, say
+from pipelines.stage import Summary, complaint, first_line, say
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
@@ -40,7 +38,7 @@ def learn(folder: str | None = None, record: bool = True) -> State:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
         record: Put params.yaml, dvc.lock and metrics.json on the branch that workers.branch names, if it names one.
     """
-    return state_of(lambda: work(folder, record=record))
+    return state_of(lambda attempts: work(folder, attempts, record=record))
 
 
 @flow(name="sweep", persist_result=False)
@@ -53,56 +51,63 @@ def sweep(name: str, chain: str, params: str, code: str) -> State:
         params: The whole text of its params.yaml.
         code: Hash of the code and dvc.yaml of the project that sweeps, which this clone must have too.
     """
-    return state_of(lambda: sweep_chain(name, chain, params, code))
+    return state_of(lambda attempts: sweep_chain(name, chain, params, code, attempts))
 
 
-def state_of(work: Callable[[], str]) -> State:
+def state_of(work: Callable[[Attempts], str]) -> State:
     """Do some work; what came of it in one line is a state's message, and so is what the user can mend."""
     from prefect.states import Completed, Failed
 
     # What it prints goes through the worker: without it nothing would be told, and the next print would fail.
     die_with(os.getppid())
+    attempts = this_attempt()
     try:
-        return Completed(message=work())
+        outcome: State = Completed(message=work(attempts))
     except StageFailedError as failure:
         line = str(failure).removeprefix("error: ")
-        return again_later(line) if failure.cut_off else Failed(message=line)
+        attempts.give_way()
+        return again_later(line, attempts) if failure.cut_off else Failed(message=line)
     except Exception as error:
         told = complaint(error)
         if told is None:
             raise
-        return Failed(message=told)
+        outcome = Failed(message=told)
+    attempts.give_way()
+    return outcome
 
 
-def again_later(why: str) -> State:
+def this_attempt() -> Attempts:
+    """The attempts of the flow run that this code is called in, of which this process is one."""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    assert context
+    assert context.flow_run
+    return Attempts(context.flow_run.id, context.flow_run.state.id if context.flow_run.state else None)
+
+
+def again_later(why: str, attempts: Attempts) -> State:
     """Schedule this run again, for any worker, and end the process; where the server is away, return Crashed.
 
     The run asks for it itself, because a server on SQLite loses an event now and then, and with it what an automation
     would do. It begins only when this process is sure to have ended: earlier, Prefect's worker would fail on it.
     """
-    from prefect.client.orchestration import get_client
     from prefect.exceptions import Pause
-    from prefect.states import AwaitingRetry, Crashed
+    from prefect.states import Crashed
 
-    run = current_flow_run()
-    if run is None:
-        return Crashed(message=why)
     try:
-        with get_client(sync_client=True) as client:
-            begin = datetime.now(UTC) + Attempts(run, 0).pause()
-            later: State = AwaitingRetry(scheduled_time=begin, message=f"starts again: {why}")
-            client.set_flow_run_state(UUID(run), later)
+        later = attempts.schedule(f"starts again: {why}")
     except Exception as trouble:
         say(f"prefect: the run could not be scheduled again ({first_line(trouble)})")
         return Crashed(message=why)
     raise Pause(state=later)
 
 
-def work(folder: str | None, *, record: bool) -> str:
+def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     """Do what `learn` says in this worker's clone; return what came of it in one line."""
     os.chdir(project())
     workers = Params.load().workers
-    progressed = begin(workers)
+    begin(attempts, workers)
     branch = workers.branch if record else None
     if branch:
         take(branch, workers.push)
@@ -110,7 +115,7 @@ def work(folder: str | None, *, record: bool) -> str:
         source = arrived(folder, Path(workers.inbox))
         for line in edit(lambda path: add_once(source, path)):
             print_line(line)
-    stages = finish_through_gates(progressed)
+    stages = finish_through_gates(attempts)
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
@@ -129,7 +134,7 @@ class Decision(RunInput):
     why: str = Field(description="The reason, for those who read the ledger later.", min_length=1)
 
 
-def finish_through_gates(progressed: Callable[[], None]) -> Summary:
+def finish_through_gates(attempts: Attempts) -> Summary:
     """Bring the chain up to date; where a gate is closed the flow run is suspended until a person opens it.
 
     Suspended, it holds no worker. Resumed with who and why, it starts again from its beginning, on any worker, where
@@ -140,7 +145,7 @@ def finish_through_gates(progressed: Callable[[], None]) -> Summary:
 
     while True:
         try:
-            return finish(progressed)
+            return finish(attempts.progressed, before_each=attempts.give_way)
         except StageFailedError as failure:
             step = failure.closed_gate
             if step is None:
@@ -164,7 +169,7 @@ PATIENCE_SECONDS = 30 * 24 * 3600
 """How long a suspended run waits for a decision before it fails."""
 
 
-def sweep_chain(name: str, chain: str, params: str, code: str) -> str:
+def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
     """Do what `sweep` says; return what came of it in one line, and leave the numbers as an artifact."""
     from prefect.artifacts import create_table_artifact
 
@@ -176,22 +181,19 @@ def sweep_chain(name: str, chain: str, params: str, code: str) -> str:
             " commit"
         )
     os.chdir(make_workspace(shared, name, chain, params).folder)
-    progressed = begin(Params.load().workers)
+    begin(attempts, Params.load().workers)
     with environment(with_code(shared)):
-        stages = finish(progressed)
+        stages = finish(attempts.progressed, before_each=attempts.give_way)
     numbers = read_result(Path.cwd()).numbers
     create_table_artifact(table=[dict(numbers or {})], key=RESULT)
     return f"{len(stages)} stages brought up to date" if stages else "all up to date"
 
 
-def begin(workers: Workers) -> Callable[[], None]:
-    """Count this attempt of the flow run, and see to those that were overlooked; return what notes progress."""
-    run = current_flow_run()
-    assert run
+def begin(attempts: Attempts, workers: Workers) -> None:
+    """Count this attempt of the flow run, and see to those that were overlooked."""
+    attempts.give_way()
     begin_overlooked()
-    attempts = Attempts(run, workers.attempts)
-    attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store))
-    return attempts.progressed
+    attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store), workers.attempts)
 
 
 def project() -> Path:

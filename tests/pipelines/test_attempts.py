@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
 
@@ -17,7 +18,7 @@ from pipelines.stage import STAGE_TAG, place
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 pytestmark = pytest.mark.slow
 
@@ -54,28 +55,63 @@ def state(client: SyncPrefectClient, run: FlowRun) -> str:
 
 
 def test_attempts_without_progress_are_few_and_with_progress_without_end(client: SyncPrefectClient) -> None:
-    attempts = Attempts(str(running(client).id), 2)
-    attempts.begin("none")
-    attempts.begin("none")
+    attempts = Attempts(running(client).id)
+    attempts.begin("none", 2)
+    attempts.begin("none", 2)
     with pytest.raises(InputError, match="ended 2 times in a row without any progress"):
-        attempts.begin("none")
-    attempts.begin("a fit saved itself")
-    attempts.begin("a fit saved itself")
+        attempts.begin("none", 2)
+    attempts.begin("a fit saved itself", 2)
+    attempts.begin("a fit saved itself", 2)
     attempts.progressed()
     for _ in range(2):
-        attempts.begin("a fit saved itself")
+        attempts.begin("a fit saved itself", 2)
     with pytest.raises(InputError):
-        attempts.begin("a fit saved itself")
+        attempts.begin("a fit saved itself", 2)
 
 
 def test_the_pause_before_an_attempt_grows_with_those_that_came_to_nothing(client: SyncPrefectClient) -> None:
-    attempts = Attempts(str(running(client).id), 9)
+    attempts = Attempts(running(client).id)
     pauses = []
     for _ in range(3):
-        attempts.begin("none")
+        attempts.begin("none", 9)
         pauses.append(attempts.pause().total_seconds())
     attempts.progressed()
     assert [*pauses, attempts.pause().total_seconds()] == [10, 40, 160, 10]
+
+
+def test_of_two_processes_that_were_given_one_run_the_second_gives_way(client: SyncPrefectClient) -> None:
+    from prefect import Flow
+    from prefect.exceptions import Abort
+    from prefect.states import AwaitingRetry, Completed, Crashed, Pending, Running, Scheduled
+
+    run = client.create_flow_run(Flow(lambda: None, name="twice"), state=Scheduled())
+
+    def set_(state: State) -> Attempts:
+        made = client.set_flow_run_state(run.id, state, force=True).state
+        assert made
+        return Attempts(run.id, made.id)
+
+    def gives_way(attempts: Attempts) -> bool:
+        try:
+            attempts.give_way()
+        except Abort:
+            return True
+        return False
+
+    set_(Pending())
+    set_(Pending())
+    first = set_(Running())
+    assert not gives_way(first)
+    second = set_(Running())
+    assert [gives_way(each) for each in (first, second, Attempts(run.id))] == [False, True, False]
+    set_(Crashed())  # the first was taken for dead
+    assert gives_way(first)
+    set_(AwaitingRetry())
+    set_(Pending())
+    third = set_(Running())
+    assert [gives_way(each) for each in (first, second, third)] == [True, True, False]
+    set_(Completed())
+    assert gives_way(third)
 
 
 def test_a_crash_that_the_server_overlooked_is_seen_to_and_a_fresh_or_a_strange_one_is_not(
@@ -105,7 +141,7 @@ def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFi
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
-        Attempts("507763b4-cd5d-498b-8294-8fffe5b7c2be", 1).begin("none")
+        Attempts(UUID("507763b4-cd5d-498b-8294-8fffe5b7c2be")).begin("none", 1)
     assert "attempts could not be counted" in capsys.readouterr().err
 
 

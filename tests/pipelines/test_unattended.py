@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from uuid import uuid4
+
 import pytest
+from prefect import State
 
 from pipelines import unattended
+from pipelines.attempts import Attempts
 from pipelines.repro import StageFailedError
+
+
+class ServerAway(Attempts):
+    """What an attempt can do where no server answers."""
+
+    def give_way(self) -> None:
+        """Stop nothing."""
+
+    def schedule(self, message: str) -> State:
+        raise OSError(message)
 
 
 @pytest.mark.parametrize(("cut_off", "name"), [(True, "Crashed"), (False, "Failed")])
@@ -14,10 +28,11 @@ def test_a_stage_that_was_killed_is_begun_again_and_one_that_refused_is_not(
 ) -> None:
     """The server starts crashed runs again, and leaves failed ones."""
 
-    def work(folder: str | None, *, record: bool) -> str:
+    def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
         raise StageFailedError("error: fit@t01 ended badly", 1, "fit@t01", cut_off=cut_off)
 
     monkeypatch.setattr(unattended, "work", work)
     monkeypatch.setattr(unattended, "die_with", lambda parent: None)
+    monkeypatch.setattr(unattended, "this_attempt", lambda: ServerAway(uuid4()))
     state = unattended.learn.fn()
     assert (state.name, state.message) == (name, "fit@t01 ended badly")

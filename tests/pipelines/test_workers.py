@@ -312,6 +312,27 @@ def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     assert "t03" in site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
 
 
+def test_a_run_that_two_workers_are_given_in_one_moment_is_worked_at_by_one(site: Site) -> None:
+    """What a worker starts is started twice, as after a race in the server's database."""
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    folders = [site.root / "one", site.clone("two")]
+    starts = [
+        site.start(
+            (sys.executable, "-m", "prefect.engine"),
+            folder,
+            f"{folder.name}-engine",
+            PREFECT__FLOW_RUN_ID=str(run),
+        )
+        for folder in folders
+    ]
+    assert [start.wait(120) for start in starts] == [0, 0]
+    logs = [(site.root / f"{folder.name}-engine.log").read_text() for folder in folders]
+    assert sorted("giving way" in log for log in logs) == [False, True]
+    assert site.run(run).state.is_completed()
+    ran = [(folder / "ran").read_text().splitlines() for folder in folders if (folder / "ran").exists()]
+    assert ran == [["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]]
+
+
 def test_a_server_that_goes_away_for_a_while_costs_nothing_that_was_done(site: Site) -> None:
     (site.root / "slow").touch()
     site.work_in(site.root / "one")
