@@ -206,45 +206,69 @@ def forked_for(
 def serve(listener: socket.socket, prepare: Callable[[], object] | None, until: int | None) -> dict[str, Any]:
     """Fork for each request; only a forked process returns, with its request and the asker's streams."""
     this = os.getpid()
+    at_work: dict[int, Worker] = {}
     while True:
-        if until is not None and until in select.select([listener.fileno(), until], [], [])[0]:
+        links = [worker.link.fileno() for worker in at_work.values() if not worker.told]
+        own = [listener.fileno(), *([] if until is None else [until])]
+        ready, _, _ = select.select([*own, *at_work, *links], [], [])
+        if until in ready:
             raise SystemExit
+        for handle, worker in list(at_work.items()):
+            if handle in ready:
+                del at_work[handle]
+                worker.answer()
+                os.close(handle)
+            elif not worker.told and worker.link.fileno() in ready:
+                worker.end()
+        if listener.fileno() not in ready:
+            continue
         link, _ = listener.accept()
-        with link:
-            size, streams, _, _ = socket.recv_fds(link, 8, 3)
-            with link.makefile("rb") as file:
-                data = file.read(int.from_bytes(size))
-            if prepare is not None:
-                prepare()
-            child = os.fork() if len(streams) == 3 and len(data) == int.from_bytes(size) else None
-            if child == 0:
-                die_with(this)
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-            for stream in streams:
-                os.close(stream)
-            if child == 0:
-                return dict(json.loads(data))
-            if child is not None:
-                with contextlib.suppress(OSError):
-                    link.sendall(child.to_bytes(ANSWER))
-                status = wait(child, link)
-                with contextlib.suppress(OSError):
-                    link.sendall(status.to_bytes(ANSWER, signed=True))
+        size, streams, _, _ = socket.recv_fds(link, 8, 3)
+        with link.makefile("rb") as file:
+            data = file.read(int.from_bytes(size))
+        if prepare is not None:
+            prepare()
+        child = os.fork() if len(streams) == 3 and len(data) == int.from_bytes(size) else None
+        if child == 0:
+            die_with(this)
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+        for stream in streams:
+            os.close(stream)
+        if child == 0:
+            for handle, worker in at_work.items():  # the others' business
+                os.close(handle)
+                worker.link.close()
+            link.close()
+            return dict(json.loads(data))
+        if child is None:
+            link.close()
+            continue
+        with contextlib.suppress(OSError):
+            link.sendall(child.to_bytes(ANSWER))
+        at_work[os.pidfd_open(child)] = Worker(child, link)
 
 
-def wait(child: int, link: socket.socket) -> int:
-    """Wait for a forked process, or end it when the asker is gone; return its status as a `Popen` has it."""
-    handle = os.pidfd_open(child)
-    try:
-        ready, _, _ = select.select([handle, link.fileno()], [], [])
-        if handle not in ready:
-            os.kill(child, signal.SIGTERM)
-            os.kill(child, signal.SIGCONT)  # one that was stopped takes no other signal
-    finally:
-        os.close(handle)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+class Worker:
+    """A forked process, and the socket of who asked for it."""
+
+    def __init__(self, child: int, link: socket.socket) -> None:
+        self.child, self.link = child, link
+        self.told = False
+        """Whether it was told to end, because the asker is gone."""
+
+    def end(self) -> None:
+        """Tell it to end; one that was stopped takes no other signal than the one that wakes it."""
+        self.told = True
+        os.kill(self.child, signal.SIGTERM)
+        os.kill(self.child, signal.SIGCONT)
+
+    def answer(self) -> None:
+        """Tell the asker how it has ended: its status, as a `Popen` has it."""
+        _, status = os.waitpid(self.child, 0)
+        with contextlib.suppress(OSError):
+            self.link.sendall(os.waitstatus_to_exitcode(status).to_bytes(ANSWER, signed=True))
+        self.link.close()
 
 
 if __name__ == "__main__":

@@ -86,6 +86,31 @@ def test_a_command_ends_with_the_process_that_asked_for_it(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_command_need_not_wait_for_the_end_of_another(
+    warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes and goes while the first is stopped."""
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    words = ("start", "--out", "x", "--evaluation", "y", "--gate", "z")
+    # A server that takes the connection and says nothing holds the first up until it is stopped.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with monkeypatch.context() as patch:
+            patch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/api")
+            first = sdlora(*words, folder=tmp_path)
+        with first, silent.accept()[0]:
+            (forked,) = (child for child in psutil.Process().children(recursive=True) if is_forked(child))
+            forked.suspend()
+            with sdlora("start", folder=tmp_path) as second:
+                second.communicate(timeout=60)
+            assert second.returncode == 2
+            assert not (tmp_path / "x").exists()
+            forked.resume()
+            first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert (tmp_path / "x").exists()
+
+
 def is_forked(process: psutil.Process) -> bool:
     """A forked process has its warm parent's command line."""
     parent = process.parent()
