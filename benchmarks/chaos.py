@@ -124,6 +124,8 @@ class Site:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.api, self.store = free_port(), free_port()
+        self.runs: set[str] = set()
+        """Those of the chain; others look after them."""
         self.settings = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT")},
             "PYTHONPATH": str(REPOSITORY),
@@ -259,7 +261,9 @@ class Site:
                 above = parent.cmdline() if parent else []
                 if {
                     "worker": process.pid == worker,
-                    "flow": parent is not None and parent.pid == worker,
+                    "flow": parent is not None
+                    and parent.pid == worker
+                    and process.environ().get("PREFECT__FLOW_RUN_ID") in self.runs,
                     "dvc": process.name() == "dvc repro" or (words[3:4] == ["dvc"] and "push" not in words),
                     "training": "pipelines.warm" in above
                     or any(word.endswith("bin/sdlora") for word in words[:2]),
@@ -438,6 +442,7 @@ class Operator:
             deployment = client.read_deployment_by_name("learn/workers")
             parameters = {"folder": self._folder} if self._folder else {}
             self._run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+            self.site.runs.add(str(self._run))
             self.runs += 1
         return False
 
@@ -706,9 +711,10 @@ def endure(faults: int, seed: int, root: Path, only: list[str]) -> dict[str, Any
         except TimeoutError as error:
             return {"seed": seed, "wrong": [str(error)]} | facts(chaos, watch, operator, began)
         disturbed = facts(chaos, watch, operator, began)
-        with contextlib.suppress(TimeoutError):
+        try:
             wait_for(lambda: not left(site), 90, "the end of all processes")
-        wrong += [f"left: {line}" for line in left(site)]
+        except TimeoutError:
+            wrong += [f"left: {line}" for line in left(site)]
         site.supervising = False
         watch.stop()
         for worker in site.workers.values():

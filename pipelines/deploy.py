@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 NAME = "workers"
-"""Of the deployments of the flows `learn` and `sweep`: learn/workers and sweep/workers."""
+"""Of the deployments: learn/workers, sweep/workers and tend/workers."""
 
 TAG = "sdlora"
+"""Of the deployments whose runs do the work, and are started again when they crash."""
+
+TEND = "tend"
+"""The flow that looks after the runs of the others."""
 
 ARRIVED = "sdlora.task-data.arrived"
 """The event that says that images of a new task are in the inbox."""
@@ -40,6 +44,7 @@ def deploy() -> list[str]:
     with get_client(sync_client=True) as client:
         make_pool(client, workers.pool)
         deployments = [make_deployment(workers), make_sweep_deployment(workers)]
+        make_tend_deployment(workers)
         for automation in automations(workers, deployments):
             replace_automation(client, automation)
     when = f"by the schedule {workers.schedule} (UTC), and " if workers.schedule else ""
@@ -49,6 +54,7 @@ def deploy() -> list[str]:
         f"deployment sweep/{NAME}: runs that sdlora sweep asks for",
         f"a run without a sign of life for {workers.dead_after_seconds} s is marked crashed;"
         f" a crashed one starts again, {workers.attempts} times without progress",
+        f"deployment {TEND}/{NAME}: every {TENDINGS * workers.dead_after_seconds} s, sees to runs that were overlooked",
         f"in each clone, for GPU 0: CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {workers.pool} --limit 1",
     ]
 
@@ -117,6 +123,28 @@ def make_sweep_deployment(workers: Workers) -> UUID:
     )
     identity: UUID = made.apply()
     return identity
+
+
+def make_tend_deployment(workers: Workers) -> UUID:
+    """Make the deployment of what the clock starts on some worker, so that nothing depends on an event alone."""
+    from prefect.types.entrypoint import EntrypointType
+
+    from pipelines.unattended import tend
+
+    made: Any = tend.to_deployment(
+        name=NAME,
+        interval=timedelta(seconds=TENDINGS * workers.dead_after_seconds),
+        description=(tend.fn.__doc__ or "").partition("\n")[0],
+        work_pool_name=workers.pool,
+        job_variables={"env": environment(workers)},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    identity: UUID = made.apply()
+    return identity
+
+
+TENDINGS = 2
+"""How many times `dead_after_seconds` lie between two runs of `tend`: the automations come first."""
 
 
 def environment(workers: Workers) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pipelines.deploy import NAME, TAG
+from pipelines.deploy import NAME, TAG, TEND
 from pipelines.stage import STAGE_TAG, current_flow_run, first_line, place, say
 
 if TYPE_CHECKING:
@@ -21,30 +21,47 @@ OVERLOOKED = timedelta(seconds=30)
 """A run that has been Crashed for so long will not be started again by the automation for that."""
 
 
-def begin_overlooked() -> int:
-    """Schedule again the runs of our deployments that have crashed, and that no automation has seen to.
+def see_to_overlooked(dead_after_seconds: int) -> int:
+    """Have the runs of our deployments go on that nothing is behind, and that no automation has seen to.
 
     A server on SQLite loses events when its database is busy, and one that was started anew holds them back for up to
-    15 minutes. Returns how many there were; a server that fails costs a line.
+    15 minutes; automations live on them. Here only states are looked at, and heartbeats for what should be at work. A
+    run that was taken, or has begun, and gives no sign of life is marked crashed; one that has been crashed for a
+    while is scheduled again. Returns how many there were; a server that fails costs a line.
     """
     from prefect.client.orchestration import get_client
-    from prefect.states import AwaitingRetry
+    from prefect.states import AwaitingRetry, Crashed
 
+    patience = timedelta(seconds=dead_after_seconds)
     try:
         with get_client(sync_client=True) as client:
-            found = _crashed(client)
-            for run in found:
+            crashed = _unattended(client, OVERLOOKED, "CRASHED")
+            taken = _unattended(client, patience, "PENDING")
+            silent = [
+                run
+                for run in _unattended(client, SILENCES * patience, "RUNNING")
+                if str(run.id) != current_flow_run()
+                and not has_shown_life(client, f"prefect.flow-run.{run.id}", SILENCES * patience)
+            ]
+            for run in crashed:
                 client.set_flow_run_state(
                     run.id, AwaitingRetry(message="starts again; the crash was overlooked")
                 )
+            for run in (*taken, *silent):
+                state: State[None] = Crashed(message="no sign of life, and overlooked until now")
+                client.set_flow_run_state(run.id, state)
     except Exception as trouble:
         say(f"prefect: crashed runs could not be started again ({first_line(trouble)})")
         return 0
-    return len(found)
+    return len(crashed) + len(taken) + len(silent)
 
 
-def _crashed(client: SyncPrefectClient) -> list[FlowRun]:
-    """Runs of what `sdlora deploy` makes that crashed some time ago."""
+SILENCES = 3
+"""How many times as long as for an automation a run must have been silent: its heartbeats may be lost too."""
+
+
+def _unattended(client: SyncPrefectClient, since: timedelta, kind: str) -> list[FlowRun]:
+    """Runs of what `sdlora deploy` makes that have been in a state for so long."""
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterName,
@@ -60,12 +77,57 @@ def _crashed(client: SyncPrefectClient) -> list[FlowRun]:
             name=DeploymentFilterName(any_=[NAME]), tags=DeploymentFilterTags(all_=[TAG])
         ),
         flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(kind)]))
         ),
         limit=200,
     )
-    ended = datetime.now(UTC) - OVERLOOKED
-    return [run for run in runs if run.state is not None and run.state.timestamp < ended]
+    before = datetime.now(UTC) - since
+    return [run for run in runs if run.state is not None and run.state.timestamp < before]
+
+
+def has_shown_life(client: SyncPrefectClient, resource: str, within: timedelta) -> bool:
+    """Whether a heartbeat of a run, as events name it, was heard lately."""
+    from prefect.events.filters import (
+        EventFilter,
+        EventNameFilter,
+        EventOccurredFilter,
+        EventResourceFilter,
+    )
+
+    heard = client.read_events(
+        EventFilter(
+            occurred=EventOccurredFilter.model_validate({"since": datetime.now(UTC) - within}),
+            event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+            resource=EventResourceFilter(id=[resource]),
+        ),
+        limit=1,
+    )
+    return bool(heard.events)
+
+
+def forget_tendings(before: datetime) -> None:
+    """Delete the runs of `tend` that were to begin before a time: done, late or dead, nobody needs them any more."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowFilter,
+        FlowFilterName,
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+    )
+
+    try:
+        with get_client(sync_client=True) as client:
+            for run in client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[TEND])),
+                flow_run_filter=FlowRunFilter(
+                    expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": before})
+                ),
+                limit=200,
+            ):
+                if str(run.id) != current_flow_run():
+                    client.delete_flow_run(run.id)
+    except Exception as trouble:
+        say(f"prefect: old runs of {TEND} could not be deleted ({first_line(trouble)})")
 
 
 def close_dead_runs() -> int:

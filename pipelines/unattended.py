@@ -1,9 +1,11 @@
-"""The flows that workers run, which `sdlora deploy` gives to a server: the project's chain, and chains of a sweep."""
+"""The flows that workers run, which `sdlora deploy` gives to a server: the project's chain, chains of a sweep, and one
+that looks after the runs of both."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
@@ -13,11 +15,12 @@ from pydantic import Field
 from pipelines.approvals import approve, evaluation_of
 from pipelines.attempts import Attempts, checkpoint_mark
 from pipelines.branch import PushError, commit, edit, take
+from pipelines.deploy import TEND
 from pipelines.errors import InputError
 from pipelines.inbox import add_once, arrived
 from pipelines.params import Params, Workers
 from pipelines.processes import die_with, environment
-from pipelines.reconcile import begin_overlooked
+from pipelines.reconcile import forget_tendings, see_to_overlooked
 from pipelines.repro import StageFailedError, print_line
 from pipelines.run import finish
 from pipelines.stage import Summary, complaint, first_line, say
@@ -52,6 +55,18 @@ def sweep(name: str, chain: str, params: str, code: str) -> State:
         code: Hash of the code and dvc.yaml of the project that sweeps, which this clone must have too.
     """
     return state_of(lambda attempts: sweep_chain(name, chain, params, code, attempts))
+
+
+@flow(name=TEND, persist_result=False)
+def tend() -> State:
+    """Have runs go on that nothing is behind any more and that the server's automations have overlooked."""
+    from prefect.states import Completed
+
+    die_with(os.getppid())
+    os.chdir(project())
+    forget_tendings(datetime.now(UTC) - timedelta(minutes=10))
+    seen_to = see_to_overlooked(Params.load().workers.dead_after_seconds)
+    return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
 
 
 def state_of(work: Callable[[Attempts], str]) -> State:
@@ -192,7 +207,7 @@ def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempt
 def begin(attempts: Attempts, workers: Workers) -> None:
     """Count this attempt of the flow run, and see to those that were overlooked."""
     attempts.give_way()
-    begin_overlooked()
+    see_to_overlooked(workers.dead_after_seconds)
     attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store), workers.attempts)
 
 

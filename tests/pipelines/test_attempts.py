@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -11,9 +11,9 @@ from uuid import UUID
 import pytest
 
 from pipelines.attempts import Attempts, checkpoint_mark
-from pipelines.deploy import NAME, TAG
+from pipelines.deploy import NAME, TAG, TEND
 from pipelines.errors import InputError
-from pipelines.reconcile import begin_overlooked, close_dead_runs
+from pipelines.reconcile import close_dead_runs, forget_tendings, see_to_overlooked
 from pipelines.stage import STAGE_TAG, place
 
 if TYPE_CHECKING:
@@ -114,27 +114,58 @@ def test_of_two_processes_that_were_given_one_run_the_second_gives_way(client: S
     assert gives_way(third)
 
 
-def test_a_crash_that_the_server_overlooked_is_seen_to_and_a_fresh_or_a_strange_one_is_not(
+def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strange_is_not(
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import Flow
-    from prefect.states import Completed, Crashed
+    from prefect.states import Completed, Crashed, Pending, Running
 
     flow = client.create_flow(Flow(lambda: None, name="overlooked"))
     ours = client.create_deployment(flow, name=NAME, tags=[TAG])
     others = client.create_deployment(flow, name=NAME + "-of-others", tags=[TAG])
-    crashed = client.create_flow_run_from_deployment(ours, state=Crashed())
-    done = client.create_flow_run_from_deployment(ours, state=Completed())
-    strange = client.create_flow_run_from_deployment(others, state=Crashed())
+    given = {"crashed": Crashed(), "taken": Pending(), "silent": Running(), "done": Completed()}
+    runs = {name: client.create_flow_run_from_deployment(ours, state=state) for name, state in given.items()}
+    runs["alive"] = client.create_flow_run_from_deployment(ours, state=Running())
+    runs["strange"] = client.create_flow_run_from_deployment(others, state=Crashed())
 
-    assert begin_overlooked() == 0
+    assert see_to_overlooked(60) == 0
     monkeypatch.setattr("pipelines.reconcile.OVERLOOKED", timedelta(0))
-    assert begin_overlooked() == 1
+    monkeypatch.setattr(
+        "pipelines.reconcile.has_shown_life",
+        lambda client, resource, within: resource == f"prefect.flow-run.{runs['alive'].id}",
+    )
+    assert see_to_overlooked(0) == 3
 
-    states = [state(client, run) for run in (crashed, done, strange)]
-    assert states == ["SCHEDULED", "COMPLETED", "CRASHED"]
+    assert {name: state(client, run) for name, run in runs.items()} == {
+        "crashed": "SCHEDULED",
+        "taken": "CRASHED",
+        "silent": "CRASHED",
+        "done": "COMPLETED",
+        "alive": "RUNNING",
+        "strange": "CRASHED",
+    }
     for deployment in (ours, others):
         client.delete_deployment(deployment)
+
+
+def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
+    client: SyncPrefectClient,
+) -> None:
+    from prefect import Flow
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Completed, Scheduled
+
+    now = datetime.now(UTC)
+    ours, others = Flow(lambda: None, name=TEND), Flow(lambda: None, name="others")
+    late = client.create_flow_run(ours, state=Scheduled(scheduled_time=now - timedelta(hours=1)))
+    to_come = client.create_flow_run(ours, state=Scheduled(scheduled_time=now + timedelta(hours=1)))
+    theirs = client.create_flow_run(others, state=Scheduled(scheduled_time=now - timedelta(hours=1)))
+    done = client.create_flow_run(ours, state=Completed())
+
+    forget_tendings(now - timedelta(minutes=10))
+    with pytest.raises(ObjectNotFound):
+        client.read_flow_run(late.id)
+    assert {state(client, run) for run in (to_come, theirs, done)} == {"SCHEDULED", "COMPLETED"}
 
 
 def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFixture[str]) -> None:

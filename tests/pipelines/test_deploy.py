@@ -54,7 +54,8 @@ def test_deploying_twice_leaves_one_of_everything(prefect_url: str, monkeypatch:
         assert "by the schedule 0 3 * * * (UTC)" in lines[0]
         found = {made.flow_id: made for made in client.read_deployments()}
         flows = {client.read_flow(flow).name: made for flow, made in found.items()}
-        assert set(flows) == {"learn", "sweep"}
+        assert set(flows) == {"learn", "sweep", "tend"}
+        assert [schedule.schedule.interval.total_seconds() for schedule in flows["tend"].schedules] == [180]
         assert flows["sweep"].global_concurrency_limit is None
         deployment = flows["learn"]
         assert [schedule.schedule.cron for schedule in deployment.schedules] == ["0 3 * * *"]

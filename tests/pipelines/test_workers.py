@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psutil
 import pytest
 
 from pipelines.processes import end_group
+from pipelines.reconcile import has_shown_life
 from tests.pipelines.test_run import DVC_YAML, EVALUATE, FIT, REPORT
 from tests.pipelines.test_steps import paint
 
@@ -310,6 +312,31 @@ def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     assert done.run_count == 2
     assert (site.root / "two/ran").read_text().splitlines()[-3:] == ["fit t03", "evaluate t03", "report"]
     assert "t03" in site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+
+
+def test_a_worker_tells_the_runs_that_are_alive_from_those_that_were_overlooked(site: Site) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.events import Event, Resource
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = site.settings["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        resources = [f"prefect.flow-run.{uuid4()}" for _ in range(2)]
+        event = Event(
+            event="prefect.flow-run.heartbeat", resource=Resource({"prefect.resource.id": resources[0]})
+        )
+        client.request("POST", "/events", json=[event.model_dump(mode="json")])
+        minute = timedelta(minutes=1)
+        wait_for(lambda: has_shown_life(client, resources[0], minute), 60)
+        assert not has_shown_life(client, resources[1], minute)
+        assert not has_shown_life(client, resources[0], timedelta(0))
+
+        site.work_in(site.root / "one")
+        tend = client.read_deployment_by_name("tend/workers").id
+        run = client.create_flow_run_from_deployment(tend).id
+        wait_for(lambda: client.read_flow_run(run).state.is_final(), 120)
+        state = client.read_flow_run(run).state
+        assert (state.name, state.message) == ("Completed", "nothing was overlooked")
 
 
 def test_a_run_that_two_workers_are_given_in_one_moment_is_worked_at_by_one(site: Site) -> None:
