@@ -116,12 +116,17 @@ class Leader(Protocol):
 def end_group(process: Leader) -> None:
     """End a process that leads a group, and all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-            os.killpg(process.pid, signal.SIGCONT)  # one that was stopped takes no other signal
+        signal_group(process, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
             return
+
+
+def signal_group(process: Leader, sign: signal.Signals) -> None:
+    """Signal a process that leads a group, and all that it started; those that were stopped are woken for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+        os.killpg(process.pid, signal.SIGCONT)
 
 
 def wake_the_ending(mark: Path) -> None:

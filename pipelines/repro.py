@@ -6,7 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -57,7 +58,21 @@ class StageFailedError(Exception):
         return step if name == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
 
 
-def bring(name: str, *, pull: bool) -> bool:
+Process = Forked | subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How DVC is run beside another: what it and its stage print, errors too, goes line by line to `show`."""
+
+    show: Callable[[str], None]
+    begun: Callable[[Process], None]
+    """Called with the process, which leads a group, as soon as there is one."""
+    settings: Mapping[str, str]
+    """What its environment has more."""
+
+
+def bring(name: str, *, pull: bool, apart: Apart | None = None) -> bool:
     """Bring one stage up to date through DVC; return whether its outputs came from the cache.
 
     With `pull` the remote's cache is asked too.
@@ -66,7 +81,7 @@ def bring(name: str, *, pull: bool) -> bool:
         error_file = Path(folder) / "error"
         command = ["repro", "--single-item", name, *(["--pull"] if pull else [])]
         status, cached = dvc(
-            command, {ERROR_FILE: str(error_file), PARENT_FLOW_RUN: current_flow_run() or ""}
+            command, {ERROR_FILE: str(error_file), PARENT_FLOW_RUN: current_flow_run() or ""}, apart
         )
         if status:
             raise failure_of(name, status, error_file)
@@ -86,16 +101,22 @@ def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
     )
 
 
-def dvc(arguments: list[str], settings: Mapping[str, str] = MappingProxyType({})) -> tuple[int, bool]:
+def dvc(
+    arguments: list[str], settings: Mapping[str, str] = MappingProxyType({}), apart: Apart | None = None
+) -> tuple[int, bool]:
     """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
-    process, output = start_dvc(["--wait-for-lock", *arguments], settings)
+    settings = {**settings, **apart.settings} if apart else settings
+    process, output = start_dvc(["--wait-for-lock", *arguments], settings, errors_too=apart is not None)
+    show = apart.show if apart else print_line
     cached = False
     try:
+        if apart:
+            apart.begun(process)
         with output:
             for line in output:
                 cached |= FROM_CACHE in line
                 if line.strip() and not line.startswith(CHATTER):
-                    print_line(line.rstrip())
+                    show(line.rstrip())
         return process.wait(), cached
     except BaseException:
         end_group(process)
@@ -103,15 +124,16 @@ def dvc(arguments: list[str], settings: Mapping[str, str] = MappingProxyType({})
 
 
 def start_dvc(
-    arguments: list[str], settings: Mapping[str, str]
-) -> tuple[Forked | subprocess.Popen[bytes], TextIO]:
+    arguments: list[str], settings: Mapping[str, str], *, errors_too: bool
+) -> tuple[Process, TextIO]:
     """Start DVC, forked from the warm process of `warm_dvc` where there is one; also return what it prints."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
     reading, writing = os.pipe()
     output = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - who called closes it
     try:
-        return warm_or_new(arguments, environment, writing), output
+        streams = (writing, writing if errors_too else 2)
+        return warm_or_new(arguments, environment, *streams), output
     except BaseException:
         output.close()
         raise
@@ -119,14 +141,12 @@ def start_dvc(
         os.close(writing)
 
 
-def warm_or_new(
-    arguments: list[str], environment: Mapping[str, str], stdout: int
-) -> Forked | subprocess.Popen[bytes]:
+def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
     """Start DVC in a session of its own, to end when this process does."""
     with open(os.devnull, "rb") as nothing:
         if DVC_SOCKET in os.environ:
             with contextlib.suppress(OSError):
-                streams = (nothing.fileno(), stdout, 2)
+                streams = (nothing.fileno(), stdout, stderr)
                 forked = Forked(os.environ[DVC_SOCKET], arguments, environment, streams)
                 if forked.pid:
                     return forked
@@ -135,6 +155,7 @@ def warm_or_new(
             [sys.executable, "-P", "-m", "dvc", *arguments],
             stdin=nothing,
             stdout=stdout,
+            stderr=stderr,
             env=environment,
             start_new_session=True,
             preexec_fn=lambda: die_with(parent),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.beside import Beside, open_beforehand, room_beside, side_by_side
 from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.locks import held
@@ -102,34 +103,70 @@ def bring_up_to_date(
     before_each: Callable[[], None] = nothing,
     progressed: Callable[[], None] = nothing,
 ) -> Summary:
-    """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone."""
-    stale = plan.stale()
-    width = len(str(len(stale)))
+    """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone.
+
+    Where there is room, a step is evaluated beside the fit of the next task (`beside.side_by_side`).
+    """
+    room = room_beside(params.training.devices)
+    order, evaluations = (plan.stale(), {}) if room is None else side_by_side(plan, params)
+    heads = {
+        name: f"[{count:{len(str(len(order)))}}/{len(order)}] {name}" for count, name in enumerate(order, 1)
+    }
     rows: Summary = []
-    current = plan
-    outdated = False
-    for count, name in enumerate(stale, start=1):
-        head = f"[{count:{width}}/{len(stale)}] {name}"
-        if not plan.reasons[name]:
-            if outdated:
-                current, outdated = read_plan(params.tasks, lean=lean), False
-            if not current.reasons[name]:
-                print_line(f"{head}  inputs are as before")
-                continue
-        before_each()
-        print_line(f"{head} …")
-        started = time.monotonic()
-        if lean:
-            obtain(name, plan, params)
-        cached = bring(name, pull=plan.remote)
+    current, outdated = plan, False
+    other: Beside | None = None
+
+    def note(name: str, seconds: float, *, cached: bool) -> None:
         if plan.remote:
             push(name)
         if not cached:
             progressed()
-        outdated = True
-        seconds = round(time.monotonic() - started, 1)
-        print_line(f"{head}  {'from the cache' if cached else 'done'}, {seconds} s")
-        rows.append({"stage": name, "seconds": seconds, "from cache": "yes" if cached else "no"})
+        print_line(f"{heads[name]}  {'from the cache' if cached else 'done'}, {seconds:.1f} s")
+        rows.append({"stage": name, "seconds": round(seconds, 1), "from cache": "yes" if cached else "no"})
+
+    def join() -> None:
+        nonlocal other
+        if other is not None:
+            ended, other = other, None
+            cached = ended.join()
+            for line in ended.lines:
+                print_line(line)
+            note(ended.name, ended.seconds, cached=cached)
+
+    try:
+        for name in order:
+            if other is not None and (other.name in plan.needs[name] or name in evaluations):
+                join()
+            if not plan.reasons[name]:
+                if outdated:
+                    join()
+                    current, outdated = read_plan(params.tasks, lean=lean), False
+                if not current.reasons[name]:
+                    print_line(f"{heads[name]}  inputs are as before")
+                    continue
+            before_each()
+            print_line(f"{heads[name]} …")
+            started = time.monotonic()
+            if lean:
+                obtain(name, plan, params)
+            outdated = True
+            if room is not None and name in evaluations:
+                open_beforehand(evaluations[name])
+                other = Beside(name, pull=plan.remote, settings=room)
+                continue
+            cached = bring(name, pull=plan.remote)
+            note(name, time.monotonic() - started, cached=cached)
+        join()
+    except StageFailedError:
+        with contextlib.suppress(
+            StageFailedError
+        ):  # what the other has done is kept, and its failure comes again
+            join()
+        raise
+    except BaseException:
+        if other is not None:
+            other.stop()
+        raise
     return rows
 
 
