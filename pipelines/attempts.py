@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from pipelines.checkpoints import DEFAULT_STORE, KEY, NAME
@@ -15,11 +15,21 @@ from pipelines.errors import InputError
 from pipelines.stage import first_line, say
 
 if TYPE_CHECKING:
-    from prefect import State
+    from prefect import Flow, State
+    from prefect.client.schemas.objects import FlowRun
 
 IDLE = "sdlora.attempts-without-progress"
 CHECKPOINTS = "sdlora.checkpoints"
 PAUSE = timedelta(seconds=10)
+
+
+BEGUN: dict[UUID, UUID] = {}
+"""Flow run → the Running state that this process has given it, as `remember_state` was told."""
+
+
+def remember_state(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
+    """Note in which state this process began a run; the run itself may be read anew, with another's state, after it."""
+    BEGUN[flow_run.id] = state.id
 
 
 class Attempts:
@@ -112,7 +122,7 @@ def begun_first(states: list[State]) -> UUID | None:
     for state in sorted(states, key=lambda state: (state.timestamp, state.id)):
         if state.is_running():
             owner = owner or state.id
-        elif not state.is_pending():
+        elif not (state.is_pending() or state.is_cancelling()):  # Prefect's worker ends what is cancelled
             owner = None
     return owner
 

@@ -10,51 +10,65 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.files import write_json
 from pipelines.params import Params
 from pipelines.plan import Plan
 from pipelines.processes import STOP_SECONDS, signal_group
-from pipelines.repro import Apart, Process, bring
+from pipelines.repro import Apart, Process, bring, print_line
 
 
-def side_by_side(plan: Plan, params: Params) -> tuple[list[str], dict[str, Path]]:
-    """Order the stale stages; also find the evaluations to make beside the next fit, each with its gate's folder.
+class Order(NamedTuple):
+    """Stale stages in the order in which they begin, and what is done beside them."""
+
+    stages: list[str]
+    beside: set[str]
+    """Evaluations, each made while what follows it goes on."""
+    opened: dict[str, Path]
+    """Fit → the folder of the gate that lets it begin, and whose verdict is written when the fit has ended."""
+
+
+def side_by_side(plan: Plan, params: Params) -> Order:
+    """Order the stale stages so that each step is evaluated beside the next fit.
 
     A gate that no limit can close lets the next task be learned before its verdict is written, so it comes after the
     next fit. With a limit a fit waits for the verdict, and so for the evaluation.
     """
     stale = plan.stale()
     if any(limit is not None for limit in params.gate.model_dump().values()):
-        return stale, {}
-    following = {
-        need: fit
+        return Order(stale, set(), {})
+    gates = {
+        fit: need
         for fit in stale
         if fit.startswith("fit@")
         for need in plan.needs[fit] & set(stale)
         if need.startswith("gate@")
     }
-    put_off = {fit: gate for gate, fit in following.items()}
-    order: list[str] = []
+    put_off = set(gates.values())
+    stages: list[str] = []
     for name in stale:
-        if name not in following:
-            order.append(name)
-        if name in put_off:
-            order.append(put_off[name])
-    evaluations = {gate.replace("gate@", "evaluate@", 1): Path(plan.outs[gate][0]) for gate in following}
-    return order, {name: folder for name, folder in evaluations.items() if name in order}
+        if name not in put_off:
+            stages.append(name)
+        if name in gates:
+            stages.append(gates[name])
+    evaluations = {gate.replace("gate@", "evaluate@", 1) for gate in put_off}
+    opened = {fit: Path(plan.outs[gate][0]) for fit, gate in gates.items()}
+    return Order(stages, evaluations & set(stale), opened)
 
 
 def room_beside(devices: int) -> Mapping[str, str] | None:
     """The environment of an evaluation beside a fit on so many devices; None where it would take memory from the fit.
 
-    A fit that runs out of memory goes on with the last bits of another machine, so it never shares an accelerator.
+    A fit that runs out of memory goes on with the last bits of another machine, so it never shares an accelerator. Of
+    accelerators that are not NVIDIA's it is not known how many there are.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("dxg", "kfd")):
         return None
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
-    there = sorted(found, key=int) if visible is None else [name for name in visible.split(",") if name]
+    # CUDA counts those of this container from 0, whatever their files are called.
+    there = [str(n) for n in range(found)] if visible is None else [n for n in visible.split(",") if n]
     if not found or not there:
         return {}
     return {"CUDA_VISIBLE_DEVICES": there[-1]} if len(there) > devices else None
@@ -80,7 +94,7 @@ class Beside:
         self._process: Process | None = None
         self._stopping = threading.Event()
         context = contextvars.copy_context()  # the flow run that the stage's own belongs to
-        self._thread = threading.Thread(target=context.run, args=(self._work,))
+        self._thread = threading.Thread(target=context.run, args=(self._work,), daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
@@ -107,6 +121,11 @@ class Beside:
         if self._error is not None:
             raise self._error
         return self._cached
+
+    def print_all(self) -> None:
+        """Print what it has printed."""
+        for line in self.lines:
+            print_line(line)
 
     def stop(self) -> None:
         """End it, and what it has started."""

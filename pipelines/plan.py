@@ -54,7 +54,7 @@ def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
 
         lockfile.use()
         use_direct_lookup()
-        with contextlib.closing(Repo()) as repo, lock_repo(repo), each_once():
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo), each_once():
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))

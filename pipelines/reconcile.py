@@ -6,6 +6,7 @@ scheduled again.
 
 from __future__ import annotations
 
+import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -30,30 +31,43 @@ def see_to_overlooked(dead_after_seconds: int) -> int:
     while is scheduled again. Returns how many there were; a server that fails costs a line.
     """
     from prefect.client.orchestration import get_client
-    from prefect.states import AwaitingRetry, Crashed
+    from prefect.states import Crashed
 
+    seen_to = begin_overlooked()
     patience = timedelta(seconds=dead_after_seconds)
     try:
         with get_client(sync_client=True) as client:
-            crashed = _unattended(client, OVERLOOKED, "CRASHED")
-            taken = _unattended(client, patience, "PENDING")
             silent = [
                 run
                 for run in _unattended(client, SILENCES * patience, "RUNNING")
                 if str(run.id) != current_flow_run()
                 and not has_shown_life(client, f"prefect.flow-run.{run.id}", SILENCES * patience)
             ]
-            for run in crashed:
+            for run in (*_unattended(client, patience, "PENDING"), *silent):
+                state: State[None] = Crashed(message="no sign of life, and overlooked until now")
+                client.set_flow_run_state(run.id, state)
+                seen_to += 1
+    except Exception as trouble:
+        say(f"prefect: runs without a sign of life could not be closed ({first_line(trouble)})")
+    return seen_to
+
+
+def begin_overlooked() -> int:
+    """Schedule again the runs of our deployments that have been crashed for a while; return how many."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import AwaitingRetry
+
+    found = 0
+    try:
+        with get_client(sync_client=True) as client:
+            for run in _unattended(client, OVERLOOKED, "CRASHED"):
                 client.set_flow_run_state(
                     run.id, AwaitingRetry(message="starts again; the crash was overlooked")
                 )
-            for run in (*taken, *silent):
-                state: State[None] = Crashed(message="no sign of life, and overlooked until now")
-                client.set_flow_run_state(run.id, state)
+                found += 1
     except Exception as trouble:
         say(f"prefect: crashed runs could not be started again ({first_line(trouble)})")
-        return 0
-    return len(crashed) + len(taken) + len(silent)
+    return found
 
 
 SILENCES = 3
@@ -105,8 +119,11 @@ def has_shown_life(client: SyncPrefectClient, resource: str, within: timedelta) 
     return bool(heard.events)
 
 
-def forget_tendings(before: datetime) -> None:
-    """Delete the runs of `tend` that were to begin before a time: done, late or dead, nobody needs them any more."""
+def forget_tendings() -> None:
+    """Delete the runs of `tend` that nobody needs: those that are late, or ended ten minutes ago, or died at work.
+
+    A worker that was busy would have all late ones before the run that waits for it.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
         FlowFilter,
@@ -114,18 +131,25 @@ def forget_tendings(before: datetime) -> None:
         FlowRunFilter,
         FlowRunFilterExpectedStartTime,
     )
+    from prefect.exceptions import ObjectNotFound
 
+    now = datetime.now(UTC)
     try:
         with get_client(sync_client=True) as client:
+            due = FlowRunFilterExpectedStartTime.model_validate({"before_": now})
             for run in client.read_flow_runs(
                 flow_filter=FlowFilter(name=FlowFilterName(any_=[TEND])),
-                flow_run_filter=FlowRunFilter(
-                    expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": before})
-                ),
+                flow_run_filter=FlowRunFilter(expected_start_time=due),
                 limit=200,
             ):
-                if str(run.id) != current_flow_run():
-                    client.delete_flow_run(run.id)
+                state = run.state
+                waits = state is not None and state.is_scheduled()
+                at_work = state is not None and (state.is_pending() or state.is_running())
+                kept = timedelta(seconds=0 if waits else 3600 if at_work else 600)
+                started = run.expected_start_time
+                if str(run.id) != current_flow_run() and started is not None and started < now - kept:
+                    with contextlib.suppress(ObjectNotFound):  # another worker's has been here
+                        client.delete_flow_run(run.id)
     except Exception as trouble:
         say(f"prefect: old runs of {TEND} could not be deleted ({first_line(trouble)})")
 

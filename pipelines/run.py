@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.beside import Beside, open_beforehand, room_beside, side_by_side
+from pipelines.beside import Beside, Order, open_beforehand, room_beside, side_by_side
 from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.locks import held
@@ -108,10 +108,9 @@ def bring_up_to_date(
     Where there is room, a step is evaluated beside the fit of the next task (`beside.side_by_side`).
     """
     room = room_beside(params.training.devices)
-    order, evaluations = (plan.stale(), {}) if room is None else side_by_side(plan, params)
-    heads = {
-        name: f"[{count:{len(str(len(order)))}}/{len(order)}] {name}" for count, name in enumerate(order, 1)
-    }
+    order = Order(plan.stale(), set(), {}) if room is None else side_by_side(plan, params)
+    total = len(order.stages)
+    heads = {name: f"[{n:{len(str(total))}}/{total}] {name}" for n, name in enumerate(order.stages, 1)}
     rows: Summary = []
     current, outdated = plan, False
     other: Beside | None = None
@@ -126,17 +125,24 @@ def bring_up_to_date(
 
     def join() -> None:
         nonlocal other
-        if other is not None:
+        if other is None:
+            return
+        try:
+            cached = other.join()
+        except StageFailedError:
             ended, other = other, None
-            cached = ended.join()
-            for line in ended.lines:
-                print_line(line)
-            note(ended.name, ended.seconds, cached=cached)
+            ended.print_all()
+            raise
+        ended, other = other, None
+        ended.print_all()
+        note(ended.name, ended.seconds, cached=cached)
 
     try:
-        for name in order:
-            if other is not None and (other.name in plan.needs[name] or name in evaluations):
+        for name in order.stages:
+            if other is not None and (other.name in plan.needs[name] or name in order.beside):
                 join()
+            if name in order.opened:
+                open_beforehand(order.opened[name])
             if not plan.reasons[name]:
                 if outdated:
                     join()
@@ -150,17 +156,14 @@ def bring_up_to_date(
             if lean:
                 obtain(name, plan, params)
             outdated = True
-            if room is not None and name in evaluations:
-                open_beforehand(evaluations[name])
+            if room is not None and name in order.beside:
                 other = Beside(name, pull=plan.remote, settings=room)
                 continue
             cached = bring(name, pull=plan.remote)
             note(name, time.monotonic() - started, cached=cached)
         join()
     except StageFailedError:
-        with contextlib.suppress(
-            StageFailedError
-        ):  # what the other has done is kept, and its failure comes again
+        with contextlib.suppress(StageFailedError):  # its failure comes again; what it has done is kept
             join()
         raise
     except BaseException:

@@ -64,7 +64,7 @@ def remembered(name: str) -> bool:
         # Whence a stage came is said by `bring`, and what the remote has lost is made again.
         logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
         logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)
-        with contextlib.closing(Repo()) as repo, lock_repo(repo):
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
             with contextlib.suppress(RunCacheNotSupported):
                 repo.stage_cache.pull(None)
             try:

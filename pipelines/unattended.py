@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
 from prefect.input import RunInput
 from pydantic import Field
 
 from pipelines.approvals import approve, evaluation_of
-from pipelines.attempts import Attempts, checkpoint_mark
+from pipelines.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
 from pipelines.branch import PushError, commit, edit, take
 from pipelines.deploy import TEND
 from pipelines.errors import InputError
@@ -23,7 +23,7 @@ from pipelines.processes import die_with, environment
 from pipelines.reconcile import forget_tendings, see_to_overlooked
 from pipelines.repro import StageFailedError, print_line
 from pipelines.run import finish
-from pipelines.stage import Summary, complaint, first_line, say
+from pipelines.stage import Summary, complaint, current_flow_run, first_line, say
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
@@ -33,7 +33,7 @@ PROJECT = "SDLORA_PROJECT"
 """Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
 
 
-@flow(name="learn", persist_result=False)
+@flow(name="learn", persist_result=False, on_running=[remember_state])
 def learn(folder: str | None = None, record: bool = True) -> State:
     """Bring the chain of tasks up to date on a worker; first append a task where new images are named.
 
@@ -44,7 +44,7 @@ def learn(folder: str | None = None, record: bool = True) -> State:
     return state_of(lambda attempts: work(folder, attempts, record=record))
 
 
-@flow(name="sweep", persist_result=False)
+@flow(name="sweep", persist_result=False, on_running=[remember_state])
 def sweep(name: str, chain: str, params: str, code: str) -> State:
     """Bring one chain of a sweep up to date, in a workspace of its own in this worker's clone.
 
@@ -64,7 +64,7 @@ def tend() -> State:
 
     die_with(os.getppid())
     os.chdir(project())
-    forget_tendings(datetime.now(UTC) - timedelta(minutes=10))
+    forget_tendings()
     seen_to = see_to_overlooked(Params.load().workers.dead_after_seconds)
     return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
 
@@ -93,12 +93,9 @@ def state_of(work: Callable[[Attempts], str]) -> State:
 
 def this_attempt() -> Attempts:
     """The attempts of the flow run that this code is called in, of which this process is one."""
-    from prefect.context import FlowRunContext
-
-    context = FlowRunContext.get()
-    assert context
-    assert context.flow_run
-    return Attempts(context.flow_run.id, context.flow_run.state.id if context.flow_run.state else None)
+    run = current_flow_run()
+    assert run
+    return Attempts(UUID(run), BEGUN.get(UUID(run)))
 
 
 def again_later(why: str, attempts: Attempts) -> State:
@@ -134,6 +131,7 @@ def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
+    attempts.give_way()
     said = f"Learn {folder}" if folder else "Bring the chain up to date"
     try:
         made = commit(branch, said, workers.push)
@@ -199,6 +197,7 @@ def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempt
     begin(attempts, Params.load().workers)
     with environment(with_code(shared)):
         stages = finish(attempts.progressed, before_each=attempts.give_way)
+    attempts.give_way()
     numbers = read_result(Path.cwd()).numbers
     create_table_artifact(table=[dict(numbers or {})], key=RESULT)
     return f"{len(stages)} stages brought up to date" if stages else "all up to date"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pipelines.errors import InputError
-from pipelines.params import Params
 from pipelines.processes import environment
-from pipelines.reconcile import see_to_overlooked
+from pipelines.reconcile import begin_overlooked
 from pipelines.repro import print_line
 from pipelines.stage import PREFECT_SETTINGS, first_line, say
 from pipelines.sweeps.grid import Chain, short_hash
@@ -126,7 +125,7 @@ class Pool:
     def _see_to_crashed(self) -> None:
         """Schedule what the server has overlooked, as nobody else may until another run begins."""
         if "crashed" in self._told.values():
-            see_to_overlooked(Params.load().workers.dead_after_seconds)
+            begin_overlooked()
 
     def _numbers(self, run: UUID) -> Result:
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_the_pause_before_an_attempt_grows_with_those_that_came_to_nothing(clien
 def test_of_two_processes_that_were_given_one_run_the_second_gives_way(client: SyncPrefectClient) -> None:
     from prefect import Flow
     from prefect.exceptions import Abort
-    from prefect.states import AwaitingRetry, Completed, Crashed, Pending, Running, Scheduled
+    from prefect.states import AwaitingRetry, Cancelling, Completed, Crashed, Pending, Running, Scheduled
 
     run = client.create_flow_run(Flow(lambda: None, name="twice"), state=Scheduled())
 
@@ -104,6 +105,8 @@ def test_of_two_processes_that_were_given_one_run_the_second_gives_way(client: S
     assert not gives_way(first)
     second = set_(Running())
     assert [gives_way(each) for each in (first, second, Attempts(run.id))] == [False, True, False]
+    set_(Cancelling())  # Prefect's worker will end it
+    assert not gives_way(first)
     set_(Crashed())  # the first was taken for dead
     assert gives_way(first)
     set_(AwaitingRetry())
@@ -153,19 +156,37 @@ def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
 ) -> None:
     from prefect import Flow
     from prefect.exceptions import ObjectNotFound
-    from prefect.states import Completed, Scheduled
+    from prefect.states import Completed, Pending, Scheduled
 
-    now = datetime.now(UTC)
+    minute = timedelta(minutes=1)
     ours, others = Flow(lambda: None, name=TEND), Flow(lambda: None, name="others")
-    late = client.create_flow_run(ours, state=Scheduled(scheduled_time=now - timedelta(hours=1)))
-    to_come = client.create_flow_run(ours, state=Scheduled(scheduled_time=now + timedelta(hours=1)))
-    theirs = client.create_flow_run(others, state=Scheduled(scheduled_time=now - timedelta(hours=1)))
-    done = client.create_flow_run(ours, state=Completed())
 
-    forget_tendings(now - timedelta(minutes=10))
-    with pytest.raises(ObjectNotFound):
-        client.read_flow_run(late.id)
-    assert {state(client, run) for run in (to_come, theirs, done)} == {"SCHEDULED", "COMPLETED"}
+    def planned(flow: Flow[..., None], late: timedelta) -> FlowRun:
+        return client.create_flow_run(flow, state=Scheduled(scheduled_time=datetime.now(UTC) - late))
+
+    runs = {
+        "late": planned(ours, minute),
+        "to come": planned(ours, -60 * minute),
+        "others'": planned(others, 60 * minute),
+        "begun": planned(ours, minute),
+        "dead": planned(ours, 90 * minute),
+        "just done": planned(ours, minute),
+        "done": planned(ours, 20 * minute),
+    }
+    for name, now in {
+        "begun": Pending(),
+        "dead": Pending(),
+        "just done": Completed(),
+        "done": Completed(),
+    }.items():
+        client.set_flow_run_state(runs[name].id, now, force=True)
+    forget_tendings()
+    left = set()
+    for name, run in runs.items():
+        with contextlib.suppress(ObjectNotFound):
+            client.read_flow_run(run.id)
+            left.add(name)
+    assert left == {"to come", "others'", "begun", "just done"}
 
 
 def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,15 +43,15 @@ mkdir -p artifacts/gate/$1 && ./open $1
 """
 FIT = """#!/bin/sh
 echo "fit $1 begins" >> ran
-i=0; while test -f slow && test $1 = t02 && ! grep -q "evaluate t01 ends" ran && test $i -lt 100
+i=0; while test -f slow && test $1 = t02 && ! grep -q "evaluate t01 ends" ran && test $i -lt 900
 do sleep 0.1; i=$((i+1)); done
 echo "$1 after $2" > artifacts/model/$1
 echo "fit $1 ends" >> ran
 """
 EVALUATE = """#!/bin/sh
 echo "evaluate $1 begins" >> ran
-i=0; while test -f slow && ! grep -q "fit t02 begins" ran && test $i -lt 100; do sleep 0.1; i=$((i+1)); done
-test -f broken && exit 3
+i=0; while test -f slow && ! grep -q "fit t02 begins" ran && test $i -lt 900; do sleep 0.1; i=$((i+1)); done
+test -f broken && echo "why it broke" >&2 && exit 3
 mkdir -p artifacts/evaluation/$1
 case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
 echo "{\\"accuracy\\": [$accuracy]}" > artifacts/evaluation/$1/metrics.json
@@ -119,6 +119,22 @@ def test_where_all_is_in_the_cache_nothing_is_computed(project: Path) -> None:
     assert ran(project) == []
 
 
+def test_a_gate_that_has_lost_its_limit_lets_the_next_fit_begin(project: Path) -> None:
+    """What refused has left nothing, and its evaluation is up to date."""
+    (project / "gate").rename(project / "decide")
+    (project / "gate").write_text('#!/bin/sh\ngrep -q "new_task: null" params.yaml && exec ./decide $1\n')
+    (project / "gate").chmod(0o755)
+    replace(project / "params.yaml", "  new_task: null", "  new_task: 0.5")
+    assert run_pipeline() == 1
+    assert not (project / "artifacts/gate/t01").exists()
+    replace(project / "params.yaml", "  new_task: 0.5", "  new_task: null")
+    ran(project)
+    assert run_pipeline() == 0
+    done = ran(project)
+    assert "evaluate t01 begins" not in done
+    assert done.index("fit t02 ends") < done.index("gate t01")
+
+
 def test_with_a_limit_the_next_fit_waits_for_the_verdict(project: Path) -> None:
     replace(project / "params.yaml", "  new_task: null", "  new_task: 0.5")
     assert run_pipeline() == 0
@@ -129,7 +145,9 @@ def test_with_a_limit_the_next_fit_waits_for_the_verdict(project: Path) -> None:
 def test_an_evaluation_that_fails_costs_no_fit(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "broken").touch()
     assert run_pipeline() == 1
-    assert "evaluate@t01 did not finish" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "evaluate@t01 did not finish" in printed.err
+    assert "why it broke" in printed.out
     done = ran(project)
     assert "fit t02 ends" in done
     assert not any(line.startswith("gate") for line in done)
@@ -155,7 +173,9 @@ def test_who_stops_the_run_stops_both(project: Path) -> None:
         run.send_signal(signal.SIGINT)
         run.communicate(timeout=30)
     assert run.returncode
-    assert [process for process in psutil.process_iter() if is_in(process, project)] == []
+    while [process for process in psutil.process_iter() if is_in(process, project)]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
     done = ran(project)
     assert "evaluate t01 ends" not in done
     assert "fit t02 ends" not in done
@@ -175,6 +195,7 @@ def is_in(process: psutil.Process, folder: Path) -> bool:
         (None, ["0"], 1, None),
         (None, ["0", "1"], 1, {"CUDA_VISIBLE_DEVICES": "1"}),
         (None, ["0", "1"], 2, None),
+        (None, ["2", "3"], 1, {"CUDA_VISIBLE_DEVICES": "1"}),
         ("3", ["0", "1", "2", "3"], 1, None),
         ("2,3", ["0", "1", "2", "3"], 1, {"CUDA_VISIBLE_DEVICES": "3"}),
         ("", ["0"], 1, {}),
