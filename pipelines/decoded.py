@@ -23,9 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import InputError
 from pipelines.files import sha256_of
-from pipelines.images import ANY_SIZE, decode_one, decoding_threads, read_images, strict_pictures
+from pipelines.images import ANY_SIZE, decode_one, decoding_threads, gibibytes, read_images, strict_pictures
 from pipelines.stage import first_line, say
 
 if TYPE_CHECKING:
@@ -304,11 +303,8 @@ def budget() -> int:
         InputError: the environment variable holds no such number.
     """
     text = os.environ.get(BUDGET, "").strip()
-    try:
-        gib = float(text) if text else BUDGET_GIB
-        return max(int(gib * 2**30), 0)
-    except (ValueError, OverflowError):
-        raise InputError(f"{BUDGET}: {text!r} is no number of GiB; set one, or 0 to keep nothing") from None
+    complaint = f"{BUDGET}: {text!r} is no number of GiB; set one, or 0 to keep nothing"
+    return gibibytes(text or str(BUDGET_GIB), complaint)
 
 
 def decoder() -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import PACKED, decode, read_images, training_images
+from pipelines.images import PACKED, decode, device_room, memory_room, read_images, training_images
 from pipelines.members import MEETING, members
 from pipelines.params import Params
 from pipelines.processes import TERMINATED, stop_asked
@@ -164,12 +164,13 @@ def _prepare(
     targets = params.adapter.targets or method.targets
     _check_continues(record, params, before, targets)
     preprocessing = Preprocessing.of(base.description)
-    tasks = {}
+    tasks, room = {}, memory_room()
     for name in [*record["tasks"], task] if method.joint else [task]:
         path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
         labels = torch.tensor(table["label"].to_pylist())
-        pixels = torch.from_numpy(decode(table, preprocessing))
+        pixels = torch.from_numpy(decode(table, preprocessing, room=room))
+        room -= pixels.nbytes
         tasks[name] = TaskImages(pixels, labels - labels.min())
     settings = params.training
     return Fit(
@@ -196,6 +197,7 @@ def _prepare(
         seed=params.seed,
         device=device,
         team=team,
+        image_room=device_room(),
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
-from pipelines.images import decode, read_images, training_images
+from pipelines.images import decode, memory_room, read_images, training_images
 from pipelines.model_facts import last_epoch, learned_magnitudes
 from pipelines.params import Params
 from pipelines.provenance import code_hash, library_versions
@@ -157,7 +157,7 @@ class TrainingFeatures:
         from sdlora.preprocessing import Preprocessing
 
         preprocessing = Preprocessing.of(read_backbone(self._backbone).description)
-        return torch.from_numpy(decode(self._table, preprocessing))
+        return torch.from_numpy(decode(self._table, preprocessing, room=memory_room()))
 
     def labels(self) -> "Tensor":
         """(n,), 0 … classes − 1 within the task."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import math
+import mmap
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.errors import InputError
@@ -130,11 +134,12 @@ def training_images(described: Path, images: Path) -> Path:
     return path
 
 
-def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:
-    """All images of a table as the backbone takes them, uint8 (images, channels, height, width)."""
-    import numpy as np
+def decode(table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZE) -> np.ndarray:
+    """All images of a table as the backbone takes them, uint8 (images, channels, height, width).
 
-    out = np.empty((len(table), *preprocessing.input_size), np.uint8)
+    What takes more than `room` bytes is a nameless file of `SCRATCH` that is mapped into memory, gone with the array.
+    """
+    out = _array((len(table), *preprocessing.input_size), room)
 
     def fill(index: int) -> None:
         out[index] = decode_one(table, index, preprocessing)
@@ -143,6 +148,63 @@ def decode(table: pa.Table, preprocessing: Preprocessing) -> np.ndarray:
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
+
+
+SCRATCH = Path(".sdlora")
+"""Where files are that nobody needs later."""
+
+
+def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
+    import numpy as np
+
+    size = math.prod(shape)
+    if size <= room:
+        return np.empty(shape, np.uint8)
+    with naming(SCRATCH):
+        SCRATCH.mkdir(exist_ok=True)
+        with TemporaryFile(dir=SCRATCH) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, and not a signal later
+            return np.ndarray(shape, np.uint8, mmap.mmap(file.fileno(), size))
+
+
+IMAGES_GIB = "SDLORA_IMAGES_GIB"
+"""Environment variable: what the decoded images of a fit may take, on the device and in main memory each; half of what
+is free if not set. A matter of the machine and not of the run: where they lie changes no value."""
+
+
+def device_room() -> int | None:
+    """Bytes that decoded images may take on the device; None where `IMAGES_GIB` is not set."""
+    text = os.environ.get(IMAGES_GIB, "").strip()
+    return gibibytes(text, f"{IMAGES_GIB}: {text!r} is no number of GiB; set one, or none") if text else None
+
+
+def memory_room() -> int:
+    """Bytes that decoded images may take in main memory."""
+    room = device_room()
+    return free_memory() // 2 if room is None else room
+
+
+def free_memory() -> int:
+    """Main memory that this process may still take, in bytes; without limit where the system does not say."""
+    found = [ANY_SIZE]
+    with contextlib.suppress(OSError):
+        known = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        found += [int(kib) * 1024 for kib in known]
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(limit - used, 0))
+    return min(found)
+
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def gibibytes(text: str, complaint: str) -> int:
+    """A number of GiB in bytes; what is none is an `InputError` of these words."""
+    try:
+        return max(int(float(text) * 2**30), 0)
+    except (ValueError, OverflowError):
+        raise InputError(complaint) from None
 
 
 def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
@@ -221,7 +283,7 @@ def picture_hash(picture: Image) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
     """While pictures are opened, let Pillow refuse one of more pixels and keep quiet about blemishes.
 

@@ -14,6 +14,7 @@ from sdlora.backbones import spell_out_attention
 from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
+from sdlora.image_store import ImageStore
 from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
 from sdlora.seeding import generator_for
@@ -83,6 +84,7 @@ class Fit:
         device: torch.device,
         targets: Sequence[str] | None = None,
         team: Team = ALONE,
+        image_room: int | None = None,
     ) -> None:
         """Prepare to learn a task.
 
@@ -91,6 +93,7 @@ class Fit:
             tasks: task id → its images: the one task to learn; for a joint method all tasks so far, in order.
             targets: what is adapted in every block; None for the method's own.
             team: the processes that do this together, each with a fit of the same arguments on a device of its own.
+            image_room: bytes that the images may take on the device; more stay in main memory (`ImageStore`).
 
         Raises:
             ValueError: no image, or a setting that does not fit the model.
@@ -103,7 +106,7 @@ class Fit:
         self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
         self._before, self._method, self._settings, self._team = before, method, settings, team
-        self._images = torch.cat([images for images, _ in tasks.values()]).to(device)
+        self._images = ImageStore([images for images, _ in tasks.values()], device, room=image_room)
         earlier = Learned() if method.joint else before
         model = IncrementalClassifier(
             backbone, earlier, targets=method.targets if targets is None else targets
@@ -200,9 +203,10 @@ class Fit:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         own = self._team.share(torch.arange(len(batch)))
-        chosen = batch[own].to(self._device)
-        inputs = self._augmented(chosen, own) if self._constant is None else self._constant[chosen]
-        facts = self._backward(inputs, self._labels[chosen], of=len(batch))
+        chosen = batch[own]
+        there = chosen.to(self._device)
+        inputs = self._augmented(chosen, own) if self._constant is None else self._constant[there]
+        facts = self._backward(inputs, self._labels[there], of=len(batch))
         self._add_up(facts)
         self._optimizer.step()
         self._sums += facts

@@ -1,3 +1,4 @@
+import errno
 import io
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from pipelines.images import (
     SampleRow,
     decode,
     decoding_threads,
+    device_room,
+    free_memory,
+    memory_room,
     open_picture,
     picture_hash,
     read_images,
@@ -370,3 +374,51 @@ def test_the_processors_of_this_process_decode_or_as_many_as_omp_num_threads_say
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
 
     assert decoding_threads() == expected
+
+
+def test_images_without_room_in_memory_are_the_same_from_a_file_that_nobody_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = table_of(tmp_path, *(encoded(Image.fromarray(NOISE[:, :, index])) for index in range(3)))
+    way = preprocessing()
+    size = 3 * 3 * 4 * 4
+    held, mapped = decode(table, way, room=size), decode(table, way, room=size - 1)
+    assert not (tmp_path / ".sdlora").exists() or list((tmp_path / ".sdlora").iterdir()) == []
+    assert type(held.base).__name__ != "mmap"
+    assert type(mapped.base).__name__ == "mmap"
+    assert np.array_equal(held, mapped)
+    mapped += 1  # as writable as any
+
+
+def test_a_disk_that_is_full_is_an_error_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        decode(table_of(tmp_path, encoded(Image.fromarray(NOISE))), preprocessing(), room=0)
+    assert found.value.filename == ".sdlora"
+
+
+def test_room_is_what_is_set_or_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.images.CGROUP", tmp_path)
+    whole = free_memory()
+    assert 0 < memory_room() <= whole
+    assert device_room() is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300000\n")
+    assert free_memory() > 10**6
+    (tmp_path / "memory.max").write_text("1300000\n")
+    assert (free_memory(), memory_room()) == (1_000_000, 500_000)
+    monkeypatch.setenv("SDLORA_IMAGES_GIB", "0.5")
+    assert memory_room() == device_room() == 2**29
+    monkeypatch.setenv("SDLORA_IMAGES_GIB", "half")
+    with pytest.raises(
+        InputError, match=r"^SDLORA_IMAGES_GIB: 'half' is no number of GiB; set one, or none$"
+    ):
+        memory_room()

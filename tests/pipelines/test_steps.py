@@ -508,6 +508,24 @@ def test_where_and_how_often_checkpoints_are_kept_changes_no_byte(project: Path)
     assert contents(Path("fit/a")) == contents(Path("fit/b"))
 
 
+@pytest.mark.parametrize(("method", "head"), [("sdlora", "aligned"), ("joint", "linear")])
+def test_images_for_which_there_is_no_room_in_memory_change_no_byte(
+    project: Path, method: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("params.yaml").write_text(settings(method=method, head=head), encoding="utf-8")
+    run_step("t01", "t00")
+    run_fit("t02", "t01", "fit/t02")
+    monkeypatch.setenv("SDLORA_IMAGES_GIB", "0")
+    run_fit("t02", "t01", "fit/other")
+    assert contents(Path("fit/other")) == contents(Path("fit/t02"))
+    run_freeze("t02", "t01")
+    expected = contents(Path("model/t02"))
+    shutil.rmtree("model/t02")
+    monkeypatch.delenv("SDLORA_IMAGES_GIB")
+    run_freeze("t02", "t01")
+    assert contents(Path("model/t02")) == expected
+
+
 def test_a_diverging_fit_is_one_line_and_leaves_nothing(project: Path) -> None:
     Path("params.yaml").write_text(settings(learning_rate="1.0e+30"))
 
