@@ -264,7 +264,8 @@ class Site:
                     "flow": parent is not None
                     and parent.pid == worker
                     and process.environ().get("PREFECT__FLOW_RUN_ID") in self.runs,
-                    "dvc": process.name() == "dvc repro" or (words[3:4] == ["dvc"] and "push" not in words),
+                    "dvc": process.name() == "dvc repro"
+                    or (words[3:4] == ["pipelines.patched_dvc"] and "push" not in words),
                     "training": "pipelines.warm" in above
                     or any(word.endswith("bin/sdlora") for word in words[:2]),
                 }[role]:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
-from pipelines.reading import changes_of, each_once, locked_for_reading, use_direct_lookup
+from pipelines.reading import changes_of, each_once, locked_for_reading
 
 if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
@@ -50,10 +50,9 @@ def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 
-        from pipelines import lockfile
+        from pipelines.patched_dvc import mend
 
-        lockfile.use()
-        use_direct_lookup()
+        mend()
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo), each_once():
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)

@@ -152,7 +152,7 @@ def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: in
                     return forked
         parent = os.getpid()
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "dvc", *arguments],
+            [sys.executable, "-P", "-m", "pipelines.patched_dvc", *arguments],
             stdin=nothing,
             stdout=stdout,
             stderr=stderr,

@@ -61,12 +61,20 @@ def remembered(name: str) -> bool:
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 
+        from pipelines.patched_dvc import mend
+        from pipelines.runcache import RunCacheError
+
+        mend()
         # Whence a stage came is said by `bring`, and what the remote has lost is made again.
         logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
         logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
-            with contextlib.suppress(RunCacheNotSupported):
+            try:
                 repo.stage_cache.pull(None)
+            except RunCacheNotSupported:
+                pass
+            except RunCacheError as error:
+                raise StageFailedError(f"error: {error}", 1, name, cut_off=True) from error
             try:
                 repo.stage_cache.restore(repo.stage.load_one(name=name), pull=True)
             except RunCacheNotFoundError:

@@ -49,6 +49,8 @@ LIBRARIES = (
     "flatten_dict",
     "fsspec.implementations.memory",
     "pipelines.lockfile",
+    "pipelines.patched_dvc",
+    "pipelines.runcache",
     "platformdirs",
     "psutil",
     "pyparsing",
@@ -66,13 +68,8 @@ def main(socket: int) -> None:
     request = forked_for(socket, LIBRARIES, prepare=remember)
     os.setsid()
     os.environ.pop(DVC_SOCKET, None)
-    from dvc.cli import main
+    from pipelines.patched_dvc import main
 
-    from pipelines import lockfile
-    from pipelines.reading import use_direct_lookup
-
-    lockfile.use()
-    use_direct_lookup()
     sys.argv = ["dvc", *request["arguments"]]
     words = [word for word in sys.argv if not word.startswith("-")]
     with contextlib.suppress(OSError):

@@ -163,7 +163,12 @@ def test_who_stops_the_run_stops_both(project: Path) -> None:
     replace(project / "evaluate", "fit t02 begins", "never")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     run = subprocess.Popen(
-        [sys.executable, "-m", "pipelines", "run"], cwd=project, env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "pipelines", "run"],
+        cwd=project,
+        env=environment,
+        stderr=subprocess.PIPE,
+        # What a shell has started in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with run:
         end = time.monotonic() + 60
