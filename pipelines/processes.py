@@ -130,19 +130,27 @@ def signal_group(process: Leader, sign: signal.Signals) -> None:
 
 
 def wake_the_ending(mark: Path) -> None:
-    """Wake the stopped processes that have been told to end, so that they do; none else is touched.
+    """Wake the stopped processes that have been told to end, so that they do; and end stages that nobody is left for.
 
-    When all above a stopped fit is killed, the kernel's SIGTERM waits for it to be woken, and the GPU with it. Such are
-    the user's processes in this state in any folder that holds a file named as `mark` is, a project's.
+    When all above a stopped fit is killed, the kernel's SIGTERM waits for it to be woken, and the GPU with it. One that
+    was stopped before it had asked the kernel for that is known by its session, whose leader, a DVC, is gone. Such are
+    the user's processes in this state in any folder that holds a file named as `mark` is, a project's; none else is
+    touched.
     """
     for place in Path("/proc").glob("[0-9]*"):
         # Others' processes, and those that have ended meanwhile.
         with contextlib.suppress(OSError):
             facts = dict(line.split(":\t", 1) for line in (place / "status").read_text().splitlines())
+            if not facts["State"].startswith("T") or not (place / "cwd").readlink().joinpath(mark).is_file():
+                continue
             pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
-            ending = facts["State"].startswith("T") and pending >> (signal.SIGTERM - 1) & 1
-            if ending and (place / "cwd").readlink().joinpath(mark).is_file():
-                os.kill(int(place.name), signal.SIGCONT)
+            if not pending >> (signal.SIGTERM - 1) & 1:
+                words = (place / "cmdline").read_bytes().split(b"\0")[:2]
+                stage = any(Path(os.fsdecode(word)).name == "sdlora" for word in words)
+                if not stage or Path(f"/proc/{os.getsid(int(place.name))}").exists():
+                    continue
+                os.kill(int(place.name), signal.SIGTERM)
+            os.kill(int(place.name), signal.SIGCONT)
 
 
 @contextlib.contextmanager
