@@ -167,8 +167,6 @@ def test_who_stops_the_run_stops_both(project: Path) -> None:
         cwd=project,
         env=environment,
         stderr=subprocess.PIPE,
-        # What a shell has started in the background ignores Ctrl-C, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with run:
         end = time.monotonic() + 60
