@@ -52,9 +52,14 @@ def project(finished: tuple[Path, str], tmp_path: Path) -> Path:
 
 
 def test_a_run_does_every_stage_once_task_by_task(finished: tuple[Path, str]) -> None:
-    tasks = [f"{stage}@{task}" for task in ("t01", "t02") for stage in TASK]
-    assert sorted(stages_run(finished[1])[:2]) == sorted(FIRST)
-    assert stages_run(finished[1])[2:] == [*tasks, "report"]
+    done = stages_run(finished[1])
+    tasks = [[f"{stage}@{task}" for stage in TASK] for task in ("t01", "t02")]
+    assert sorted(done) == sorted([*FIRST, *tasks[0], *tasks[1], "report"])
+    assert sorted(done[:2]) == sorted(FIRST)
+    assert done[-1] == "report"
+    for own in tasks:
+        assert [name for name in done if name in own] == own
+    assert done.index("freeze@t01") < done.index("fit@t02")
 
 
 def test_the_same_again_is_up_to_date(project: Path) -> None:
