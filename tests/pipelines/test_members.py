@@ -66,9 +66,11 @@ def test_two_devices_learn_what_one_learns_and_one_that_dies_ends_the_fit_which_
     killed = start_fit()
     while not list(Path(".sdlora").rglob("*.safetensors")):
         assert killed.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGSTOP)  # it would be done before the other is found
     family = psutil.Process(killed.pid).children(recursive=True)
     next(child for child in family if "fit-member" in child.cmdline()).send_signal(signal.SIGKILL)
+    killed.send_signal(signal.SIGCONT)
     said = killed.communicate(timeout=60)[1]
     assert killed.returncode == TERMINATED, said
     assert "device 1 of the fit has ended with status -9" in said
