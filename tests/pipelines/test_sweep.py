@@ -12,12 +12,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from pipelines.attempts import Attempts
 from pipelines.cli import app
 from pipelines.errors import InputError
 from pipelines.params import Params
@@ -353,7 +355,7 @@ def test_a_worker_with_other_code_and_paths_that_lead_out_are_refused(
     monkeypatch.setenv("SDLORA_PROJECT", str(project))
     (chain,) = make_chains(read_axes(["seed=3"]))
     with pytest.raises(InputError, match=r"has other code"):
-        sweep_chain("x", "chain", chain.params, read_project().code[::-1])
+        sweep_chain("x", "chain", chain.params, read_project().code[::-1], Attempts(uuid4()))
     out = chain.params.replace("weights: null", "weights: ../../../../mine.safetensors")
     out = out.replace("sha256: null", f"sha256: {'a' * 64}")
     with pytest.raises(InputError, match="leads out of the project"):
