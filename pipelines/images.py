@@ -163,7 +163,11 @@ def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
     with naming(SCRATCH):
         SCRATCH.mkdir(exist_ok=True)
         with TemporaryFile(dir=SCRATCH) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, and not a signal later
+            os.truncate(file.fileno(), size)
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # not on macOS: a full disk is an error now, and not a signal later
+                os.posix_fallocate(file.fileno(), 0, size)
             return np.ndarray(shape, np.uint8, mmap.mmap(file.fileno(), size))
 
 
