@@ -164,13 +164,13 @@ def _prepare(
     targets = params.adapter.targets or method.targets
     _check_continues(record, params, before, targets)
     preprocessing = Preprocessing.of(base.description)
-    tasks, room = {}, memory_room()
+    tasks, room = {}, memory_room() // params.training.devices
     for name in [*record["tasks"], task] if method.joint else [task]:
         path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
         labels = torch.tensor(table["label"].to_pylist())
         pixels = torch.from_numpy(decode(table, preprocessing, room=room))
-        room -= pixels.nbytes
+        room -= pixels.nbytes if pixels.nbytes <= room else 0
         tasks[name] = TaskImages(pixels, labels - labels.min())
     settings = params.training
     return Fit(

@@ -38,14 +38,8 @@ def members(count: int, command: Sequence[str]) -> Iterator[Path]:
             for number in range(1, count)
         ]
         over = threading.Event()
-        # Where no fit takes the signal, before and after its steps, it ends the same way.
-        before = signal.signal(signal.SIGTERM, _end)
-        watchers = [
-            threading.Thread(target=_watch, args=(number, process, over), daemon=True)
-            for number, process in enumerate(started, start=1)
-        ]
-        for watcher in watchers:
-            watcher.start()
+        for number, process in enumerate(started, start=1):
+            threading.Thread(target=_watch, args=(number, process, over), daemon=True).start()
         try:
             yield Path(folder)
             for process in started:
@@ -56,16 +50,8 @@ def members(count: int, command: Sequence[str]) -> Iterator[Path]:
             raise
         finally:
             over.set()
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             for process in started:
                 end_group(process)
-            for watcher in watchers:  # one may be about to send its signal
-                watcher.join()
-            signal.signal(signal.SIGTERM, before)
-
-
-def _end(number: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)
 
 
 def _has_failed(process: subprocess.Popen[bytes]) -> bool:

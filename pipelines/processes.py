@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -145,12 +146,31 @@ def wake_the_ending(mark: Path) -> None:
                 continue
             pending = int(facts["SigPnd"], 16) | int(facts["ShdPnd"], 16)
             if not pending >> (signal.SIGTERM - 1) & 1:
-                words = (place / "cmdline").read_bytes().split(b"\0")[:2]
-                stage = any(Path(os.fsdecode(word)).name == "sdlora" for word in words)
-                if not stage or Path(f"/proc/{os.getsid(int(place.name))}").exists():
+                words = [
+                    Path(os.fsdecode(word)).name for word in (place / "cmdline").read_bytes().split(b"\0")[:3]
+                ]
+                if not any(pair in STAGES for pair in pairwise(words)) or _leader_lives(int(place.name)):
                     continue
                 os.kill(int(place.name), signal.SIGTERM)
             os.kill(int(place.name), signal.SIGCONT)
+
+
+STAGES = {
+    ("sdlora", stage)
+    for stage in ("fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report")
+}
+"""How the commands of stages begin, as DVC calls them."""
+
+
+def _leader_lives(process: int) -> bool:
+    """Whether the leader of a process's session is at work; one of another namespace is not known, so it is."""
+    leader = os.getsid(process)
+    if not leader:
+        return True
+    try:
+        return Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

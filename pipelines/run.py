@@ -19,7 +19,7 @@ from pipelines.processes import wake_the_ending
 from pipelines.reconcile import close_dead_runs
 from pipelines.repro import StageFailedError, bring, print_line
 from pipelines.server import prefect_server
-from pipelines.sharing import make_up, obtain, push, require_remote, unpushed
+from pipelines.sharing import make_up, obtain, owe, push, require_remote, unpushed
 from pipelines.stage import Stage, Summary, run_linked, server_missing
 from pipelines.warm import warm_process
 from pipelines.warm_dvc import warm_dvc
@@ -156,6 +156,8 @@ def bring_up_to_date(
             if lean:
                 obtain(name, plan, params)
             outdated = True
+            if plan.remote:
+                owe(name)
             if room is not None and name in order.beside:
                 other = Beside(name, pull=plan.remote, settings=room)
                 continue

@@ -7,14 +7,17 @@ also copies all entries at each push and pull, and goes on where a copy fails.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dvc.exceptions import DvcException
 from dvc.fs import HTTPFileSystem, LocalFileSystem
-from dvc.stage.cache import RunCacheNotSupported, StageCache
+from dvc.stage.cache import RunCacheNotSupported, StageCache, _get_cache_hash, _get_stage_hash
+from dvc.utils.serialize import YAMLError, load_yaml
 from dvc_objects.fs import generic
 from dvc_objects.fs.utils import as_atomic
 
@@ -31,24 +34,49 @@ class RunCacheError(DvcException):
 
 def use() -> None:
     """Have DVC, in this process, share and look up whole entries only."""
+    StageCache._load_cache = load_entry
     StageCache._load = load
     StageCache.transfer = transfer
 
 
+def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML can hold
+    """Whether an entry says what its name is the hash of."""
+    try:
+        return bool(_get_cache_hash(content) == name)
+    except Exception:  # what is cut off may have any form
+        return False
+
+
+def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
+    """An entry; None if there is none, and what is broken is deleted."""
+    path = Path(cache._get_cache_path(key, name))
+    try:
+        content = load_yaml(path)
+    except FileNotFoundError:
+        return None
+    except YAMLError:
+        content = None
+    if is_whole(content, name):
+        return dict(content)
+    path.unlink(missing_ok=True)
+    return None
+
+
 def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
     """The newest whole entry of a stage; what is broken is passed over, where DVC would take it for all there is."""
-    from dvc.stage.cache import _get_stage_hash
-
     key = _get_stage_hash(stage)
     folder = Path(cache._get_cache_dir(key)) if key else None
     if folder is None or not folder.is_dir():
         return None
-    entries = [path for path in folder.iterdir() if ENTRY.fullmatch(path.name)]
-    for path in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
-        entry: dict[str, Any] | None = cache._load_cache(key, path.name)
-        if entry:
-            return entry
-    return None
+    found = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if ENTRY.fullmatch(path.name):
+                found[path.name] = path.stat().st_mtime
+    entries = (
+        load_entry(cache, key, name) for name in sorted(found, key=lambda name: found[name], reverse=True)
+    )
+    return next((entry for entry in entries if entry), None)
 
 
 def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) -> list[tuple[str, str]]:  # noqa: ANN401 - DVC's own signature
@@ -66,13 +94,11 @@ def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) 
         there = entries_of(to_odb)
         for (key, name), size in entries_of(from_odb).items():
             if size and there.get((key, name)) != size:
-                if from_odb is cache.repo.cache.legacy and cache._load_cache(key, name) is None:
-                    continue  # it was broken
                 source, target = (
                     odb.fs.join(odb.path, "runs", key[:2], key, name) for odb in (from_odb, to_odb)
                 )
-                copy(from_odb.fs, source, to_odb.fs, target)
-                copied.append((key, name))
+                if copy(from_odb.fs, source, to_odb.fs, target, name):
+                    copied.append((key, name))
     except (DvcException, AssertionError):
         raise
     except Exception as error:  # every kind of storage raises its own
@@ -84,22 +110,39 @@ def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) 
 def entries_of(odb: Any) -> dict[tuple[str, str], int]:  # noqa: ANN401
     """Key and name of the entries of a store → bytes."""
     runs = odb.fs.join(odb.path, "runs")
+    found = {}
     if isinstance(odb.fs, LocalFileSystem):
-        sizes = {str(path): path.stat().st_size for path in Path(runs).glob("*/*/*")}
+        for path in Path(runs).glob("*/*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if named := entry_of(str(path)):
+                    found[named] = path.stat().st_size
     else:  # of the file system below DVC's, whose own `find` says no sizes
-        sizes = {path: int(facts["size"]) for path, facts in odb.fs.fs.find(runs, detail=True).items()}
-    parts = {tuple(path.replace(os.sep, "/").split("/")[-2:]): size for path, size in sizes.items()}
-    return {
-        (key, name): size
-        for (key, name), size in parts.items()
-        if ENTRY.fullmatch(key) and ENTRY.fullmatch(name)
-    }
+        for name, facts in odb.fs.fs.find(runs, detail=True).items():
+            if named := entry_of(name):
+                found[named] = int(facts["size"])
+    return found
 
 
-def copy(from_fs: Any, source: str, to_fs: Any, target: str) -> None:  # noqa: ANN401
-    """Copy a file; in a folder it appears whole, as an object does in an object store."""
-    if isinstance(to_fs, LocalFileSystem):
-        with as_atomic(to_fs, target, create_parents=True) as partial:
-            generic.copy(from_fs, source, to_fs, partial)
-    else:
-        generic.copy(from_fs, source, to_fs, target)
+def entry_of(path: str) -> tuple[str, str] | None:
+    """Key and name of the entry that a path leads to, if it is one's."""
+    *_, key, name = path.replace(os.sep, "/").split("/")
+    return (key, name) if ENTRY.fullmatch(key) and ENTRY.fullmatch(name) else None
+
+
+def copy(from_fs: Any, source: str, to_fs: Any, target: str, name: str) -> bool:  # noqa: ANN401
+    """Copy an entry, if it is whole; it appears at once, or not at all. Return whether it was."""
+    with TemporaryDirectory(prefix="sdlora-") as folder:
+        held = str(Path(folder) / name)
+        generic.copy(from_fs, source, LocalFileSystem(), held)
+        try:
+            content = load_yaml(held)
+        except YAMLError:
+            return False
+        if not is_whole(content, name):
+            return False
+        if isinstance(to_fs, LocalFileSystem):
+            with as_atomic(to_fs, target, create_parents=True) as partial:
+                generic.copy(LocalFileSystem(), held, to_fs, partial)
+        else:
+            generic.copy(LocalFileSystem(), held, to_fs, target)
+    return True

@@ -86,15 +86,20 @@ def _is_read(out: Path, read: list[Path]) -> bool:
     return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in read)
 
 
+def owe(name: str) -> None:
+    """Note that a stage is to be pushed, before it runs: a run that is ended in between makes up for it."""
+    write_whole(UNPUSHED, "\n".join(sorted(unpushed() | {name})).encode())
+
+
 def push(name: str) -> None:
-    """Share what a stage has left; what the remote does not take is noted, for `make_up`."""
-    waiting = unpushed() - {name}
+    """Share what a stage has left; what the remote does not take stays noted, for `make_up`."""
+    owe(name)
     if dvc(["push", "--run-cache", name])[0]:
         print_line(
             f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run"
         )
-        waiting |= {name}
-    write_whole(UNPUSHED, "\n".join(sorted(waiting)).encode())
+        return
+    write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
 
 
 def unpushed() -> set[str]:

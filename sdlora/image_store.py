@@ -23,7 +23,7 @@ class ImageStore:
         if room is None and device.type == "cuda":
             room = torch.cuda.mem_get_info(device)[0] // 2
         self.on_device = device.type != "cpu" and (room is None or sum(part.nbytes for part in parts) <= room)
-        self._parts = [torch.cat([part.to(device) for part in parts])] if self.on_device else list(parts)
+        self._parts = [_joined(parts, device)] if self.on_device else list(parts)
         self._ends = torch.tensor([len(part) for part in self._parts]).cumsum(0)
 
     def __len__(self) -> int:
@@ -51,3 +51,11 @@ class ImageStore:
         if self._device.type == "cuda":
             return batch.pin_memory().to(self._device, non_blocking=True)
         return batch.to(self._device)
+
+
+def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All parts in a row on a device, where they never lie twice."""
+    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:], device=device)
+    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        place.copy_(part)
+    return whole

@@ -72,7 +72,8 @@ def test_two_devices_learn_what_one_learns_and_one_that_dies_ends_the_fit_which_
     next(child for child in family if "fit-member" in child.cmdline()).send_signal(signal.SIGKILL)
     killed.send_signal(signal.SIGCONT)
     said = killed.communicate(timeout=60)[1]
-    assert killed.returncode == TERMINATED, said
+    # By its own handler, or before or after that by the signal itself.
+    assert killed.returncode in (TERMINATED, -signal.SIGTERM), said
     assert "device 1 of the fit has ended with status -9" in said
     assert "Traceback" not in said
     assert psutil.wait_procs(family, timeout=20)[1] == []

@@ -153,25 +153,28 @@ def test_a_stopped_process_that_was_told_to_end_is_woken_and_no_other(tmp_path: 
 def test_a_stopped_stage_whose_dvc_is_gone_is_ended_though_nothing_told_it_to(tmp_path: Path) -> None:
     """It was stopped before it had asked the kernel to be ended with its DVC."""
     (tmp_path / "mark").touch()
-    (tmp_path / "sdlora").write_text("#!/bin/sh\necho $$ > $1\nsleep 60\n")
+    (tmp_path / "sdlora").write_text("#!/bin/sh\necho $$ > $2\nsleep 60\n")
     (tmp_path / "sdlora").chmod(0o755)
+    commands = {"orphan": "fit", "kept": "fit", "run": "run"}
     leaders = [
-        subprocess.Popen(["sh", "-c", f"./sdlora {name}; true"], cwd=tmp_path, start_new_session=True)
-        for name in ("orphan", "kept")
+        subprocess.Popen(["sh", "-c", f"./sdlora {what} {name}; true"], cwd=tmp_path, start_new_session=True)
+        for name, what in commands.items()
     ]
     try:
         pids = []
-        for name in ("orphan", "kept"):
+        for name in commands:
             wait_for(lambda name=name: (tmp_path / name).exists() and (tmp_path / name).read_text())
             pids.append(int((tmp_path / name).read_text()))
             os.kill(pids[-1], signal.SIGSTOP)
             wait_for(lambda: is_stopped(pids[-1]))
-        leaders[0].kill()
-        leaders[0].wait()
+        for leader in (leaders[0], leaders[2]):
+            leader.kill()
+            leader.wait()
         wake_the_ending(Path("mark"))
         wait_for(lambda: not is_stopped(pids[0]))
         wait_for(lambda: not Path(f"/proc/{pids[0]}").exists() or "Z" in state_of(pids[0]))
         assert is_stopped(pids[1])
+        assert is_stopped(pids[2])
     finally:
         for leader in leaders:
             with contextlib.suppress(ProcessLookupError):

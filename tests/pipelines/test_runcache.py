@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import YAMLError, parse_yaml
+
+from pipelines.runcache import is_whole
 
 DVC_YAML = """
 stages:
@@ -54,6 +58,43 @@ def entry(root: Path = RUNS) -> Path:
 def forget() -> None:
     for name in ("dvc.lock", "out"):
         Path(name).unlink()
+
+
+def test_an_entry_that_was_cut_off_anywhere_is_not_whole(project: Path) -> None:
+    """Many cuts leave YAML, and something that DVC takes for an entry."""
+    whole = entry()
+    content = whole.read_text()
+    assert is_whole(parse_yaml(content, "entry"), whole.name)
+    taken = 0
+    said = content.rindex("md5: ") + len("md5: ") + 32  # what follows is a size, which may be missing
+    for cut in range(said):
+        with contextlib.suppress(YAMLError):
+            left = parse_yaml(content[:cut], "entry")
+            taken += 1
+            assert not is_whole(left, whole.name)
+    assert taken > 50
+
+
+@pytest.mark.parametrize("cut", [0, 160])
+def test_an_entry_that_was_cut_off_hides_no_whole_one(cut: int, project: Path) -> None:
+    whole = entry()
+    content = whole.read_bytes()
+    remote = project.parent / "remote/runs"
+    dvc("push", "--run-cache")
+    entry(remote).chmod(0o644)
+    entry(remote).write_bytes(content[:cut])
+    forget()
+    dvc("repro", "--pull")
+    assert whole.read_bytes() == content
+    assert (project / "ran").read_text() == "made\n"
+    dvc("push", "--run-cache")
+    assert entry(remote).read_bytes() == content
+    whole.chmod(0o644)
+    whole.write_bytes(content[:cut])
+    forget()
+    dvc("repro", "--pull")
+    assert whole.read_bytes() == content
+    assert (project / "ran").read_text() == "made\n"
 
 
 def leave_rubbish(whole: Path) -> None:
