@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.beside import Beside, Order, open_beforehand, room_beside, side_by_side
 from pipelines.errors import InputError
 from pipelines.files import read_json
-from pipelines.locks import held
+from pipelines.locks import held, mend_rwlock
 from pipelines.params import Params, missing_source
 from pipelines.plan import Plan, read_plan
 from pipelines.processes import wake_the_ending
@@ -192,6 +192,7 @@ def only_run(*, wait: bool = False) -> Iterator[None]:
     wake_the_ending(lock)
     busy = f"another sdlora run is at work in {Path.cwd()}; wait for it or stop it"
     with held(lock, busy=None if wait else busy):
+        mend_rwlock()
         yield
 
 

@@ -253,6 +253,16 @@ def test_an_interrupted_run_leaves_no_process_behind(project: Path) -> None:
     wait_for(lambda: not Path(f"/proc/{sleeper}").exists())
 
 
+def test_a_file_of_locks_that_a_full_disk_has_cut_off_stops_no_run(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / ".dvc/tmp").mkdir(exist_ok=True)
+    (project / ".dvc/tmp/rwlock").write_text('{"/some/where": {"read": [{"pid"')
+    assert run_pipeline() == 0
+    assert ".dvc/tmp/rwlock was damaged" in capsys.readouterr().err
+    assert ran(project) == EVERYTHING
+
+
 def test_status_says_what_is_stale_and_why(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_status()
     assert "6 of 6 stages are not up to date" in capsys.readouterr().out
