@@ -60,14 +60,19 @@ def begin_overlooked() -> int:
     found = 0
     try:
         with get_client(sync_client=True) as client:
-            for run in _unattended(client, OVERLOOKED, "CRASHED"):
-                client.set_flow_run_state(
-                    run.id, AwaitingRetry(message="starts again; the crash was overlooked")
-                )
+            lost = [run for run in _unattended(client, OVERLOOKED, "CANCELLED") if _has_lost_its_slot(run)]
+            for run in (*_unattended(client, OVERLOOKED, "CRASHED"), *lost):
+                again: State[None] = AwaitingRetry(message="starts again; its end was overlooked")
+                client.set_flow_run_state(run.id, again, force=True)
                 found += 1
     except Exception as trouble:
         say(f"prefect: crashed runs could not be started again ({first_line(trouble)})")
     return found
+
+
+def _has_lost_its_slot(run: FlowRun) -> bool:
+    """Whether the server has cancelled a run by itself: its start took longer than its lease of the one slot."""
+    return run.state is not None and "slot lost" in (run.state.message or "")
 
 
 SILENCES = 3

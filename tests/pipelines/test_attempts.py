@@ -121,12 +121,14 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
     client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import Flow
-    from prefect.states import Completed, Crashed, Pending, Running
+    from prefect.states import Cancelled, Completed, Crashed, Pending, Running
 
     flow = client.create_flow(Flow(lambda: None, name="overlooked"))
     ours = client.create_deployment(flow, name=NAME, tags=[TAG])
     others = client.create_deployment(flow, name=NAME + "-of-others", tags=[TAG])
     given = {"crashed": Crashed(), "taken": Pending(), "silent": Running(), "done": Completed()}
+    given |= {"cancelled": Cancelled(message="by Ana")}
+    given |= {"slot": Cancelled(message="Deployment concurrency slot lost during provisioning")}
     runs = {name: client.create_flow_run_from_deployment(ours, state=state) for name, state in given.items()}
     runs["alive"] = client.create_flow_run_from_deployment(ours, state=Running())
     runs["strange"] = client.create_flow_run_from_deployment(others, state=Crashed())
@@ -137,13 +139,15 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
         "pipelines.reconcile.has_shown_life",
         lambda client, resource, within: resource == f"prefect.flow-run.{runs['alive'].id}",
     )
-    assert see_to_overlooked(0) == 3
+    assert see_to_overlooked(0) == 4
 
     assert {name: state(client, run) for name, run in runs.items()} == {
         "crashed": "SCHEDULED",
         "taken": "CRASHED",
         "silent": "CRASHED",
         "done": "COMPLETED",
+        "cancelled": "CANCELLED",
+        "slot": "SCHEDULED",
         "alive": "RUNNING",
         "strange": "CRASHED",
     }
