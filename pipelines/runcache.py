@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dvc.exceptions import DvcException
 from dvc.fs import HTTPFileSystem, LocalFileSystem
 from dvc.stage.cache import RunCacheNotSupported, StageCache, _get_cache_hash, _get_stage_hash
-from dvc.utils.serialize import YAMLError, load_yaml
+from dvc.utils.serialize import ParseError, load_yaml
 from dvc_objects.fs import generic
 from dvc_objects.fs.utils import as_atomic
 
@@ -47,19 +47,25 @@ def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML c
         return False
 
 
+def read_whole(path: Path, name: str) -> dict[str, Any] | None:
+    """What an entry says; None if it is broken."""
+    try:
+        content = load_yaml(path)
+    except ParseError:  # no YAML, or no text
+        return None
+    return dict(content) if is_whole(content, name) else None
+
+
 def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
     """An entry; None if there is none, and what is broken is deleted."""
     path = Path(cache._get_cache_path(key, name))
     try:
-        content = load_yaml(path)
+        entry = read_whole(path, name)
     except FileNotFoundError:
         return None
-    except YAMLError:
-        content = None
-    if is_whole(content, name):
-        return dict(content)
-    path.unlink(missing_ok=True)
-    return None
+    if entry is None:
+        path.unlink(missing_ok=True)
+    return entry
 
 
 def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
@@ -134,11 +140,7 @@ def copy(from_fs: Any, source: str, to_fs: Any, target: str, name: str) -> bool:
     with TemporaryDirectory(prefix="sdlora-") as folder:
         held = str(Path(folder) / name)
         generic.copy(from_fs, source, LocalFileSystem(), held)
-        try:
-            content = load_yaml(held)
-        except YAMLError:
-            return False
-        if not is_whole(content, name):
+        if read_whole(Path(held), name) is None:
             return False
         if isinstance(to_fs, LocalFileSystem):
             with as_atomic(to_fs, target, create_parents=True) as partial:

@@ -104,6 +104,9 @@ def leave_rubbish(whole: Path) -> None:
         path = whole.with_name(name)
         path.write_bytes(b"" if name.startswith(("0", ".")) else whole.read_bytes()[:40])
         os.utime(path, (later, later))
+    no_text = whole.with_name("e" * 64)
+    no_text.write_bytes(b"\xff\x00" * 20)
+    os.utime(no_text, (later, later))
 
 
 def test_a_stage_that_was_computed_is_not_computed_again_for_rubbish_beside_its_entry(project: Path) -> None:
