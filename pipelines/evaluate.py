@@ -30,7 +30,7 @@ def evaluate(
 
     from pipelines.decoded import PackedImages, pixel_batches
     from pipelines.images import write_rows
-    from sdlora.backbones import read_backbone
+    from sdlora.backbones import read_backbone, spell_out_attention
     from sdlora.classifier import merged_classifier
     from sdlora.devices import best_device, set_deterministic
     from sdlora.evaluation import predict_batches
@@ -38,7 +38,8 @@ def evaluate(
     from sdlora.preprocessing import Preprocessing
 
     params = Params.load()
-    set_deterministic(params.training.deterministic)
+    precision = params.evaluation.precision
+    set_deterministic(params.training.deterministic, tf32=precision == "tf32")
     device = best_device()
     base = read_backbone(backbone)
     learned, record = read_model(model)
@@ -49,6 +50,8 @@ def evaluate(
             "run `sdlora run` to bring both up to date"
         )
     classifier = merged_classifier(base.model, learned).to(device)
+    if precision == "bf16" and device.type == "cpu":
+        spell_out_attention(base.model)
     preprocessing = Preprocessing.of(base.description)
     packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
     held = read_json(validation / "tasks.json")["tasks"]
@@ -67,6 +70,7 @@ def evaluate(
         mean=preprocessing.mean,
         std=preprocessing.std,
         device=device,
+        bf16=precision == "bf16",
     )
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0

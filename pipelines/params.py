@@ -269,6 +269,8 @@ class Evaluation(Section):
 
     batch_size: Count
     """images in one forward pass"""
+    precision: Literal["fp32", "tf32", "bf16"]
+    """number format of the backbone's forward pass"""
 
 
 class Gate(Section):

@@ -111,8 +111,14 @@ class IncrementalClassifier(nn.Module):
         return self.backbone(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, all classes so far): every class seen is a candidate, no task id is used."""
-        return self.head(self.features(images))
+        """Logits (batch, all classes so far): every class seen is a candidate, no task id is used.
+
+        The head computes in the type of its rows under autocast too: bfloat16 would round logits of a head from
+        statistics by whole units.
+        """
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weights[0].dtype))
 
 
 def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClassifier:

@@ -27,12 +27,18 @@ def predict_batches(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
+    bf16: bool = False,
 ) -> Iterator[Predictions]:
-    """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU; no task id is used."""
+    """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU; no task id is used.
+
+    Args:
+        bf16: whether the backbone computes in bfloat16 (autocast).
+    """
     like = next(model.parameters())
 
     def predict(images: Tensor) -> tuple[Tensor, ...]:
-        logits = model(normalise(images, mean=mean, std=std).to(like.dtype))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = model(normalise(images, mean=mean, std=std).to(like.dtype))
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
         return classes, confidences
 

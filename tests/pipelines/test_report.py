@@ -38,7 +38,7 @@ adapter: {method: sdlora, head: linear, formulation: continuous, targets: null, 
 training: {optimizer: sgd, learning_rate: 0.01, momentum: 0.9, schedule: constant, epochs: 4, batch_size: 32,
   crop_scale: 1.0, flip: false, precision: fp32, compile: false, devices: 1, deterministic: true,
   checkpoint_seconds: 30, checkpoint_store: null}
-evaluation: {batch_size: 256}
+evaluation: {batch_size: 256, precision: fp32}
 gate: {fall: null, negative_flips: null, calibration_error: null, new_task: null}
 approvals: {}
 workers: {pool: gpu, schedule: null, inbox: data/inbox, branch: null, push: null, heartbeat_seconds: 30,

@@ -324,6 +324,21 @@ def test_validation_images_are_evaluated_beside_the_tests_and_never_trained_on(p
     assert len(read_images(Path("evaluation/t02/predictions.arrow"))) == 8
 
 
+def test_an_evaluation_in_bf16_says_nearly_the_same(project: Path) -> None:
+    run_step("t01", "t00")
+    run_evaluation("t01")
+    full = read_images(Path("evaluation/t01/predictions.arrow"))
+    params = Path("params.yaml").read_text()
+    head, _, rest = params.partition("evaluation:\n")
+    assert "  precision: fp32 " in rest
+    Path("params.yaml").write_text(f"{head}evaluation:\n{rest.replace('fp32', 'bf16', 1)}")
+    run_evaluation("t01")
+    half = read_images(Path("evaluation/t01/predictions.arrow"))
+
+    assert half["confidence"].to_pylist() != full["confidence"].to_pylist()
+    assert half["confidence"].to_numpy() == pytest.approx(full["confidence"].to_numpy(), abs=0.05)
+
+
 def test_each_record_holds_the_hash_of_the_one_before_and_earlier_files_keep_their_bytes(
     project: Path,
 ) -> None:

@@ -10,7 +10,7 @@ from sdlora.evaluation import predict_batches
 from tests.sdlora.conftest import tiny_task, tiny_vit
 
 
-def predict(learned: Learned, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(learned: Learned, batch_size: int, *, bf16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.cat([tiny_task(index)[0] for index in (1, 2, 3)])
     batches = list(
         predict_batches(
@@ -19,6 +19,7 @@ def predict(learned: Learned, batch_size: int) -> tuple[torch.Tensor, torch.Tens
             mean=[0.5],
             std=[0.5],
             device=torch.device("cpu"),
+            bf16=bf16,
         )
     )
     return torch.cat([b.classes for b in batches]), torch.cat([b.confidences for b in batches])
@@ -38,6 +39,28 @@ def test_predictions_do_not_depend_on_the_batch_size(three_steps: dict[str, Lear
 
     assert torch.equal(whole[0], single[0])
     torch.testing.assert_close(whole[1], single[1])
+
+
+def test_bf16_predicts_nearly_the_same(three_steps: dict[str, Learned]) -> None:
+    full = predict(three_steps["continuous"], 100)
+    half = predict(three_steps["continuous"], 100, bf16=True)
+
+    assert half[1].dtype == torch.float32
+    assert not torch.equal(full[1], half[1])
+    torch.testing.assert_close(half[1], full[1], rtol=0, atol=0.02)
+
+
+def test_the_head_computes_in_full_precision_under_autocast(three_steps: dict[str, Learned]) -> None:
+    model = merged_classifier(tiny_vit(), three_steps["continuous"])
+    images = tiny_task(1)[0].float() / 255
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features, logits = model.features(images), model(images)
+        rounded = model.head(features)
+
+    with torch.inference_mode():
+        assert torch.equal(logits, model.head(features.float()))
+    assert rounded.dtype == torch.bfloat16
+    assert not torch.equal(logits, rounded.float())
 
 
 def test_a_gpu_has_its_next_batches_before_the_host_waits_for_a_result(
