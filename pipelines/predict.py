@@ -134,12 +134,14 @@ def best_guesses(
     import torch
 
     from sdlora.preprocessing import normalise
+    from sdlora.products import by_onednn
 
     if not pixels:
         return []
     device = next(classifier.parameters()).device
     batch = torch.from_numpy(np.stack(pixels)).to(device)
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    with torch.inference_mode(), autocast, by_onednn(device):
         logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
     found = logits.float().softmax(dim=1).topk(top, dim=1)
     return [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.preprocessing import normalise
+from sdlora.products import by_onednn
 
 AHEAD = 2
 """Batches that a GPU may have before it when the host waits for the result of the first."""
@@ -77,7 +78,8 @@ def _results(
     """
     waiting: deque[tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = deque()
     for batch in batches:
-        results = compute(batch.to(device, non_blocking=True))
+        with by_onednn(device):
+            results = compute(batch.to(device, non_blocking=True))
         # From a GPU this is a copy into pinned memory, and whole when the event has come.
         found = tuple(result.to("cpu", non_blocking=True) for result in results)
         on_gpu = results[0].is_cuda

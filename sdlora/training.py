@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from sdlora.head import HeadBlock, initial_block
 from sdlora.image_store import ImageStore
 from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
+from sdlora.products import by_onednn
 from sdlora.seeding import generator_for
 from sdlora.team import ALONE, Team
 
@@ -288,7 +290,8 @@ class Fit:
         whole = len(batch) == min(self.micro_batch, self._whole_share)
         compiled = self._compiled if whole and torch.is_grad_enabled() else None
         forward = compiled or self.model.features
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+        products = by_onednn(self._device) if compiled is None else nullcontext()
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16), products:
             return forward(batch).to(self._dtype)
 
     def _batches(self) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdlora.classifier import Learned
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
-from sdlora.methods import METHODS, Settings
+from sdlora.methods import METHODS, FitResult, Settings
 from sdlora.team import ALONE, Team
 from sdlora.training import Fit, Schedule, TaskImages
 
@@ -94,6 +94,13 @@ def make_fit(
         targets=targets,
         team=team,
     )
+
+
+def finish(fit: Fit) -> FitResult:
+    """What a fit has learned at its end."""
+    for _ in fit.run():
+        pass
+    return fit.result()
 
 
 def learn(tasks: int, *, method: str = "sdlora", chosen: Settings | None = None) -> Learned:

@@ -13,13 +13,7 @@ from sdlora.freezing import freeze
 from sdlora.methods import METHODS, FitResult
 from sdlora.preprocessing import normalise
 from sdlora.training import Fit, TaskImages
-from tests.sdlora.conftest import learn, make_fit, settings, tiny_task, tiny_vit
-
-
-def finish(fit: Fit) -> FitResult:
-    for _ in fit.run():
-        pass
-    return fit.result()
+from tests.sdlora.conftest import finish, learn, make_fit, settings, tiny_task, tiny_vit
 
 
 def everything(result: FitResult) -> dict[str, Tensor]:
