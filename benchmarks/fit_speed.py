@@ -1,9 +1,9 @@
 """How fast a fit is, against the floor that the machine sets and against the authors' released code.
 
 First the machine: what it multiplies in a second in the sizes of the model, and what it copies. Then one training step
-of SD-LoRA after --earlier tasks: the operations and the bytes that it cannot do without over these rates, and the time
-that it takes, in parts. Then what docs/performance.md promises of a fit, each a ratio of two things that are measured
-in turn in this run, --rounds times, of which the medians are compared:
+of SD-LoRA after --earlier tasks, and one batch of an evaluation: the operations and the bytes that they cannot do
+without over these rates, and the time that they take, the step in parts. Then what docs/performance.md promises of a
+fit, each a ratio of two things that are measured in turn in this run, --rounds times, medians being compared:
 
 * a whole fit from JPEG files, decoding included, against the released code with its own data loader and transforms on
   the same files (--reference: a checkout of WuYichen-97/SD-Lora-CL, which is not part of this project);
@@ -37,7 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_cost import CLASSES, RANK, backbone, cpu_name, our_fit, reference_training
 
 from pipelines.__main__ import SPIN
+from sdlora.backbones import spell_out_attention
+from sdlora.classifier import Learned, merged_classifier
 from sdlora.devices import best_device
+from sdlora.evaluation import predict_batches
+from sdlora.head import HeadBlock
 
 RESULTS = Path("benchmarks/results/fit_speed.jsonl")
 PHOTO = (375, 500)
@@ -155,6 +159,26 @@ def parts(arguments: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def evaluation(arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a batch in a pass of the merged model over decoded test images, as the stage `evaluate` makes it."""
+    model, device, bf16 = backbone(arguments.backbone), best_device(), arguments.precision == "bf16"
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    rows = HeadBlock(torch.zeros(CLASSES, model.num_features), torch.zeros(CLASSES))
+    classifier = merged_classifier(model, Learned(head={"t01": rows})).to(device)
+    if bf16 and device.type == "cpu":
+        spell_out_attention(model)
+    images = torch.randint(0, 255, (arguments.batch, *size), dtype=torch.uint8)
+    batches = [images.pin_memory() if device.type == "cuda" else images] * arguments.steps
+
+    def whole_pass() -> None:
+        for _ in predict_batches(
+            classifier, batches, mean=[0.5] * size[0], std=[0.5] * size[0], device=device, bf16=bf16
+        ):
+            pass
+
+    return {"seconds": best(whole_pass, 2) / len(batches)}
+
+
 def measured(work: Callable[[], Any], times: list[float]) -> Any:  # noqa: ANN401 - what the work returns
     synchronise()
     started = time.perf_counter()
@@ -259,7 +283,14 @@ def machine(arguments: argparse.Namespace) -> dict[str, float]:
     return rates(int(least["width"]), int(least["tokens"]), arguments.precision)
 
 
-SIDES = {"machine": machine, "ours": ours, "reference": reference, "parts": parts, "memory": memory}
+SIDES = {
+    "machine": machine,
+    "ours": ours,
+    "reference": reference,
+    "parts": parts,
+    "evaluation": evaluation,
+    "memory": memory,
+}
 
 
 def child(arguments: argparse.Namespace, side: str, **changes: object) -> dict[str, float]:
@@ -275,7 +306,8 @@ def child(arguments: argparse.Namespace, side: str, **changes: object) -> dict[s
     settings = {"GOMP_SPINCOUNT": SPIN, **os.environ}
     done = subprocess.run(command, capture_output=True, text=True, env=settings)
     if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr}")
+        killed = "; it was killed, as where memory is short (try a smaller --batch)"
+        sys.exit(f"{done.stderr}{side} failed: status {done.returncode}{killed * (done.returncode == -9)}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -313,8 +345,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ratio = f"{step[name] / shares[name]:.2f}" if name in shares else ""
         print(f"| {name} | {step[name]:.3f} | {ratio} |")
     print(f"| the rest | {rest:.3f} | |\n| all | {step['stored']:.3f} | {step['stored'] / compute:.2f} |")
+    tested = in_turn(arguments, {"": {"side": "evaluation"}})[""]["seconds"]
+    print(f"| a batch of an evaluation | {tested:.3f} | {tested / shares['forward']:.2f} |")
     bars = {
-        "share of the matrix rate": compute / step["stored"],
+        "share of the matrix rate in a step": compute / step["stored"],
+        "share of the matrix rate in evaluation": shares["forward"] / tested,
         "stored images over ready tensors (at most 1.10)": step["stored"] / step["ready"],
     }
     flat = in_turn(arguments, {str(n): {"side": "memory", "earlier": n} for n in (5, 50)})
@@ -324,6 +359,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "torch": torch.__version__,
         "step": step,
+        "evaluation": tested,
         "floor": compute,
         "rate": rate,
     }
