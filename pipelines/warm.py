@@ -32,12 +32,18 @@ SOCKET = "SDLORA_WARM"
 LIBRARIES = (
     "prefect.flow_engine",
     "prefect.artifacts",
+    "typer",
+    "pydantic.type_adapter",
+    "pydantic.types",
+    "ruamel.yaml",
     "pyarrow",
     "PIL.Image",
+    "imagehash",
     "torch",
     "timm",
     "safetensors.torch",
 )
+"""What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A warm process for `dvc repro` alone, which starts every stage anew: begun by its second stage, ended with it.
 
 It forks for the stages that follow as the one of `sdlora run` does. A stage that is called by hand, or is the only one
-that its DVC runs, runs by itself.
+that its DVC runs, runs by itself. The first stage of a chain that has no dvc.lock yet will not be the only one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ask(arguments: list[str]) -> int | None:
         die_with_starter()
         forked = Forked(str(path), arguments, os.environ, [0, 1, 2])
     except FileNotFoundError:
-        if has_ended_a_stage(dvc):
+        if not Path("dvc.lock").exists() or has_ended_a_stage(dvc):
             with contextlib.suppress(OSError):
                 begin(path, dvc)
         return None

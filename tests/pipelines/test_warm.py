@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines import warm
+from pipelines import warm, warm_alone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -117,3 +117,21 @@ def is_forked(process: psutil.Process) -> bool:
     return (
         parent is not None and "pipelines.warm" in process.cmdline() and parent.cmdline() == process.cmdline()
     )
+
+
+@pytest.mark.parametrize(("lock", "begun"), [("none", True), ("older", False), ("newer", True)])
+def test_dvc_alone_gets_a_warm_process_where_a_stage_will_not_be_its_only_one(
+    lock: str, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if lock != "none":
+        Path("dvc.lock").touch()
+    if lock == "older":
+        os.utime("dvc.lock", (0, 0))
+    asked: list[int] = []
+    monkeypatch.setattr(warm_alone, "starter", os.getpid)
+    monkeypatch.setattr(warm_alone, "die_with_starter", lambda: None)
+    monkeypatch.setattr(warm_alone, "begin", lambda path, dvc: asked.append(dvc))
+
+    assert warm_alone.ask(["start"]) is None
+    assert asked == ([os.getpid()] if begun else [])
