@@ -9,9 +9,10 @@ from dvc.cli import main as run
 
 def mend() -> None:
     """Change DVC in this process: how it reads, writes and shares; what it does and prints stays DVC's own."""
-    from pipelines import lockfile, runcache
+    from pipelines import hashing, lockfile, runcache
     from pipelines.reading import use_direct_lookup
 
+    hashing.use()
     lockfile.use()
     runcache.use()
     use_direct_lookup()

@@ -8,7 +8,7 @@ finds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -39,28 +39,26 @@ def each_once() -> Iterator[None]:
     from dvc.dependency import param
     from dvc.output import Output
 
+    from pipelines.hashing import Hashes
+
     load, get_hash = param.load_path, Output.get_hash
     contents: dict[Any, Any] = {}
-    hashes: dict[Any, Any] = {}
+    hashes = Hashes()
 
     def load_once(path: Any, fs: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401 - DVC's own signature
-        return remembered(contents, (path, id(fs)), lambda: load(path, fs, **kwargs))
+        key = (path, id(fs))
+        if key not in contents:
+            contents[key] = load(path, fs, **kwargs)
+        return contents[key]
 
     def hash_once(self: Output) -> Any:  # noqa: ANN401
-        return remembered(hashes, (self.fs_path, self.hash_name), lambda: get_hash(self))
+        return hashes.of(self)[2].hash_info
 
     param.load_path, Output.get_hash = load_once, hash_once
     try:
         yield
     finally:
         param.load_path, Output.get_hash = load, get_hash
-
-
-def remembered(known: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:  # noqa: ANN401
-    """The value of a key, found the first time."""
-    if key not in known:
-        known[key] = find()
-    return known[key]
 
 
 @contextlib.contextmanager

@@ -195,12 +195,15 @@ def forked_for(
 ) -> dict[str, Any]:
     """Load, and fork for each request that comes to a socket; only a forked process returns, with its request.
 
-    It is in the folder, and has the environment and the streams, of who asked. `prepare` is called before each fork.
+    It is in the folder, and has the environment and the streams, of who asked. `prepare` is called at once, and again
+    before each fork.
     Once the process of the handle `until` has ended, this one ends too.
     """
     with socket.socket(fileno=number) as listener:
         for name in libraries:
             importlib.import_module(name)
+        if prepare is not None:
+            prepare()
         gc.freeze()  # a collection in a forked process would copy all of it
         request = serve(listener, prepare, until)
     os.chdir(request["folder"])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,69 @@ def test_a_lock_that_changed_since_is_read_again(project: Path) -> None:
     assert data["stages"]["make@t01"]["params"]["params.yaml"]["tasks.t01"]["word"] == "uno"
     Path("dvc.lock").unlink()
     assert loaded(lockfile.Lockfile) == ({}, "")
+
+
+@pytest.fixture
+def many(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project's dvc.lock, of few entries, treated as one of many; and nothing that this process has read."""
+    repro()
+    (project / ".sdlora").mkdir()
+    monkeypatch.setattr(lockfile, "MANY", 2)
+    monkeypatch.setattr(lockfile, "_entries", {})
+    return project / "dvc.lock"
+
+
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process one that has read nothing, and that cannot read YAML."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(lockfile, "_entries", {})
+    monkeypatch.setattr(lockfile, "parse_yaml", refuse)
+
+
+def test_the_next_process_need_not_parse_what_this_one_has_read(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = lockfile.read_entries(many)
+    unread(monkeypatch)
+
+    assert read
+    assert lockfile.read_entries(many) == read
+    assert repr(lockfile.read_entries(many)) == repr(read)
+
+
+def test_an_entry_that_changed_since_is_not_taken_from_what_was_read(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = lockfile.read_entries(many)
+    many.write_text(many.read_text().replace("word: one", "word: another"))
+    monkeypatch.setattr(lockfile, "_entries", {})
+    after = lockfile.read_entries(many)
+    monkeypatch.setattr(lockfile, "_entries", {})
+    monkeypatch.setattr(lockfile, "MANY", 1000)
+
+    assert after != before
+    assert after == lockfile.read_entries(many)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"a": 1}', b"\xff", b"null"])
+def test_a_memory_that_is_damaged_is_read_anew(
+    damage: bytes, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = lockfile.read_entries(many)
+    memory = many.parent / lockfile.MEMORY
+    whole = memory.read_bytes()
+    memory.write_bytes(damage)
+    monkeypatch.setattr(lockfile, "_entries", {})
+
+    assert lockfile.read_entries(many) == read
+    assert memory.read_bytes() == whole
+
+
+def test_what_json_cannot_say_is_not_kept(many: Path) -> None:
+    for content in ({"day": date(2026, 1, 1)}, {1: "a whole number as a key"}, {"share": float("nan")}):
+        lockfile.keep(many.parent / lockfile.MEMORY, {"text": ("name", content)})
+
+        assert not (many.parent / lockfile.MEMORY).exists()

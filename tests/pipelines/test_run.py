@@ -16,7 +16,7 @@ import pytest
 from pipelines.errors import InputError
 from pipelines.params import Params
 from pipelines.plan import read_plan, run_order
-from pipelines.run import only_run, run_pipeline, show_status
+from pipelines.run import has_new_task, only_run, run_pipeline, show_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -144,6 +144,14 @@ def test_everything_runs_once_and_then_all_is_up_to_date(
     assert ran(project) == []
     assert capfd.readouterr().out.startswith("all up to date: 6 stages, 2 tasks\n")
     assert not (project / ".prefect").exists()
+
+
+def test_a_server_is_begun_before_the_plan_only_where_there_must_be_something_to_do(project: Path) -> None:
+    assert has_new_task(Params.load())
+    assert run_pipeline() == 0
+    assert not has_new_task(Params.load())
+    replace(project / "dvc.lock", "@t02:", "@t03:")
+    assert has_new_task(Params.load())
 
 
 def test_a_stage_whose_inputs_turn_out_equal_is_left_alone(
