@@ -42,6 +42,7 @@ from sdlora.classifier import Learned, merged_classifier
 from sdlora.devices import best_device
 from sdlora.evaluation import predict_batches
 from sdlora.head import HeadBlock
+from sdlora.products import by_onednn
 
 RESULTS = Path("benchmarks/results/fit_speed.jsonl")
 PHOTO = (375, 500)
@@ -90,7 +91,8 @@ def rates(width: int, tokens: int, precision: str) -> dict[str, float]:
     for columns, rows in ((width, 3 * width), (width, 4 * width), (4 * width, width)):
         left = torch.randn(tokens, columns, device=device).to(dtype)
         right = torch.randn(rows, columns, device=device).to(dtype)
-        seconds = best(lambda a=left, b=right: torch.nn.functional.linear(a, b), 10)
+        with by_onednn(device):
+            seconds = best(lambda a=left, b=right: torch.nn.functional.linear(a, b), 10)
         found.append(2 * tokens * columns * rows / seconds)
     source = torch.zeros(64 << 20, device=device)
     target = torch.empty_like(source)
