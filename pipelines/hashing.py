@@ -1,7 +1,7 @@
 """DVC's hashes of files and folders, found once where DVC finds the same several times over.
 
 A stage that runs has each of its deps hashed six times, and a folder of folders is walked again for each of those
-within. The report reads the steps of all tasks: of 200 tasks that are 130,000 files, 20 seconds in place of 5.
+within. The report reads the steps of all tasks: of 200 tasks that are 130,000 files, 5 seconds in place of 20.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dvc_data.hashfile.tree import Tree
 Built = tuple[Any, Any, Any]
 """What DVC builds of a path: where its objects are, what is known of it, and the object, a file or a tree."""
 Files = dict[tuple[str, ...], tuple[Any, Any]]
+"""The files below a folder: the parts of the path → what is known of it, and its hash."""
 
 
 class Hashes:
@@ -91,43 +92,31 @@ class Hashes:
         return self._folders[folder]
 
 
-_build, _run_stage, _command, _save = Output._build, dvc_run.run_stage, dvc_run.cmd_run, Stage.save
-_known: Hashes | None = None
-"""Of the deps of the stage that DVC is about to run, or has run."""
+_build, _run_stage, _save = Output._build, dvc_run.run_stage, Stage.save
+_looks: list[Hashes] = []
+"""The last is of the stage that DVC is about to run, or has run; after the command comes another."""
 
 
 def use() -> None:
     """Have DVC, in this process, hash each dep once before a stage's command and once after it."""
     Output._build = _build_once
-    dvc_stage.run_stage = _remembering(_run_stage)
-    dvc_run.cmd_run = _forgetting(_command)
-    Stage.save = _remembering(_save)
+    dvc_stage.run_stage = _in_one_look(_run_stage)
+    Stage.save = _in_one_look(_save)
 
 
 def _build_once(self: Output, *args: Any, **kwargs: Any) -> Built:  # noqa: ANN401 - DVC's own signature
-    if _known is not None and self.IS_DEPENDENCY and kwargs.get("dry_run"):
-        return _known.of(self)
+    if _looks and self.IS_DEPENDENCY and kwargs.get("dry_run"):
+        return _looks[-1].of(self)
     return _build(self, *args, **kwargs)
 
 
-def _remembering(work: Callable[..., Any]) -> Callable[..., Any]:
+def _in_one_look(work: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(work)
     def within(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        global _known
-        _known = Hashes()
+        _looks.append(Hashes())
         try:
             return work(*args, **kwargs)
         finally:
-            _known = None
-
-    return within
-
-
-def _forgetting(work: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(work)
-    def within(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        global _known
-        _known = None
-        return work(*args, **kwargs)
+            _looks.pop()
 
     return within

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dvc import __version__ as VERSION
 from dvc import dvcfile
 from dvc.stage import serialize
 from dvc.utils.serialize import dumps_yaml, parse_yaml
@@ -107,7 +108,7 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
 
 def keep(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
     """Leave entries for the next process, where JSON says what YAML said."""
-    known = {digest(text): list(entry) for text, entry in entries.items()}
+    known = {"dvc": VERSION, **{digest(text): list(entry) for text, entry in entries.items()}}
     try:
         data = json.dumps(known)
     except (TypeError, ValueError):
@@ -118,12 +119,20 @@ def keep(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
 
 
 def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
-    """What an earlier process has read in these texts; nothing where there is no telling."""
+    """What an earlier process, of the same DVC, has read in these texts; nothing where there is no telling."""
+    found = {}
     try:
         known = json.loads(memory.read_bytes())
-        return {text: (known[key][0], known[key][1]) for text in texts if (key := digest(text)) in known}
+        if known["dvc"] != VERSION:
+            return {}
+        for text in texts:
+            if (key := digest(text)) in known:
+                name, content = known[key]
+                if isinstance(content, dict) and text.startswith(f"  {name}:\n"):
+                    found[text] = (name, content)
     except (OSError, ValueError, LookupError, TypeError):
         return {}
+    return found
 
 
 def digest(text: str) -> str:

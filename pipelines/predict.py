@@ -140,8 +140,8 @@ def best_guesses(
         return []
     device = next(classifier.parameters()).device
     batch = torch.from_numpy(np.stack(pixels)).to(device)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-    with torch.inference_mode(), autocast, by_onednn(device):
+    how = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else by_onednn(device)
+    with torch.inference_mode(), how:
         logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
     found = logits.float().softmax(dim=1).topk(top, dim=1)
     return [

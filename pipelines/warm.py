@@ -196,11 +196,12 @@ def forked_for(
     """Load, and fork for each request that comes to a socket; only a forked process returns, with its request.
 
     It is in the folder, and has the environment and the streams, of who asked. `prepare` is called at once, and again
-    before each fork.
-    Once the process of the handle `until` has ended, this one ends too.
+    before each fork. Once the process of the handle `until` has ended, this one ends too.
     """
     with socket.socket(fileno=number) as listener:
         for name in libraries:
+            if until is not None and select.select([until], [], [], 0)[0]:
+                raise SystemExit
             importlib.import_module(name)
         if prepare is not None:
             prepare()

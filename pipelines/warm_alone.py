@@ -1,7 +1,7 @@
 """A warm process for `dvc repro` alone, which starts every stage anew: begun by its second stage, ended with it.
 
 It forks for the stages that follow as the one of `sdlora run` does. A stage that is called by hand, or is the only one
-that its DVC runs, runs by itself. The first stage of a chain that has no dvc.lock yet will not be the only one.
+that its DVC runs, runs by itself. Where there is no dvc.lock yet, the first stage of a chain begins it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ask(arguments: list[str]) -> int | None:
         die_with_starter()
         forked = Forked(str(path), arguments, os.environ, [0, 1, 2])
     except FileNotFoundError:
-        if not Path("dvc.lock").exists() or has_ended_a_stage(dvc):
+        if has_ended_a_stage(dvc) or begins_a_chain(dvc):
             with contextlib.suppress(OSError):
                 begin(path, dvc)
         return None
@@ -48,6 +48,15 @@ def has_ended_a_stage(dvc: int) -> bool:
         return Path("dvc.lock").stat().st_mtime > time.time() - age
     except (OSError, AttributeError):
         return False
+
+
+def begins_a_chain(dvc: int) -> bool:
+    """Whether nothing has been run yet, and a DVC is not about to run a single stage."""
+    try:
+        words = Path(f"/proc/{dvc}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not Path("dvc.lock").exists() and not {b"-s", b"--single-item"} & set(words)
 
 
 def begin(path: Path, dvc: int) -> None:

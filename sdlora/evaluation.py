@@ -38,7 +38,7 @@ def predict_batches(
     like = next(model.parameters())
 
     def predict(images: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else by_onednn(device):
             logits = model(normalise(images, mean=mean, std=std).to(like.dtype))
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
         return classes, confidences
@@ -61,7 +61,8 @@ def feature_batches(
 
     def features(some: Tensor) -> tuple[Tensor, ...]:
         normal = normalise(some, mean=mean, std=std).to(like.dtype)
-        return (model.features(normal).float(),)  # type: ignore[operator]
+        with by_onednn(device):
+            return (model.features(normal).float(),)  # type: ignore[operator]
 
     for (found,) in _results(features, images.split(batch_size), device):
         yield found
@@ -78,8 +79,7 @@ def _results(
     """
     waiting: deque[tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = deque()
     for batch in batches:
-        with by_onednn(device):
-            results = compute(batch.to(device, non_blocking=True))
+        results = compute(batch.to(device, non_blocking=True))
         # From a GPU this is a copy into pinned memory, and whole when the event has come.
         found = tuple(result.to("cpu", non_blocking=True) for result in results)
         on_gpu = results[0].is_cuda

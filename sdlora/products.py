@@ -1,8 +1,9 @@
 """float32 matrix products on the CPU by oneDNN, where torch takes MKL's.
 
 MKL uses half the width of the vector units of a processor that is not Intel's. Measured on an EPYC with AVX-512, in the
-sizes of the models here: MKL 220, oneDNN 370 to 520 GFLOP/s on two cores (docs/performance.md). torch takes oneDNN for
-bfloat16 by itself, for float32 through the operator that its own compiler uses.
+sizes of the models here: MKL 220, oneDNN 370 to 520 GFLOP/s on two cores (docs/performance.md; Intel's not measured).
+torch takes oneDNN for bfloat16 by itself, for float32 through the operator that its own compiler uses. The products do
+not depend on the number of threads, nor on the other rows of a batch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
 def by_onednn(device: torch.device) -> AbstractContextManager[object]:
-    """Within this block float32 linear layers on the CPU go through oneDNN; others, and other devices, as ever."""
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return _LinearByOneDnn() if both and device.type == "cpu" else nullcontext()
+    """Within this block float32 linear layers on the CPU go through oneDNN; others, and other devices, as ever.
+
+    Backward passes may come after the block. Second derivatives are refused; `torch.func` and checkpoints that compute
+    again outside of the block know nothing of it.
+    """
+    usable = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    wanted = usable and torch.backends.mkldnn.enabled and device.type == "cpu"
+    return _LinearByOneDnn() if wanted else nullcontext()
 
 
 class _LinearByOneDnn(TorchFunctionMode):
@@ -35,7 +42,10 @@ class _LinearByOneDnn(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input.dtype != torch.float32 or weight.dtype != torch.float32 or not input.numel():
+    parts = (input, weight) if bias is None else (input, weight, bias)
+    plain = all(part.dtype == torch.float32 and part.device.type == "cpu" for part in parts)
+    fitting = input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and input.numel()
+    if not plain or not fitting:  # torch says what is wrong, where something is
         return functional.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias)
 
@@ -49,6 +59,7 @@ class _Linear(torch.autograd.Function):
         return _product(input, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # noqa: ANN401
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad

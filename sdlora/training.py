@@ -290,7 +290,7 @@ class Fit:
         whole = len(batch) == min(self.micro_batch, self._whole_share)
         compiled = self._compiled if whole and torch.is_grad_enabled() else None
         forward = compiled or self.model.features
-        products = by_onednn(self._device) if compiled is None else nullcontext()
+        products = nullcontext() if bf16 or compiled else by_onednn(self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16), products:
             return forward(batch).to(self._dtype)
 

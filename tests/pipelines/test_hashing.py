@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dvc.stage
 import pytest
+from dvc.output import Output
 from dvc.repo import Repo
 
 from pipelines import hashing
@@ -110,6 +112,28 @@ def test_a_folder_without_files_is_as_dvc_has_it(project: Path) -> None:
         with contextlib.closing(Repo()) as repo:
             dep = next(d for stage in repo.index.stages for d in stage.deps if d.def_path == part)
             assert known.of(dep)[2].hash_info == dep.get_hash()
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep")  # DVC's tries
+def test_a_stage_that_runs_has_each_dep_hashed_once_before_and_once_after(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: Counter[str] = Counter()
+    build = hashing._build_files
+
+    def counted(folder: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        built[os.path.relpath(folder, project)] += 1
+        return build(folder, *args, **kwargs)
+
+    monkeypatch.setattr(hashing, "_build_files", counted)
+    for owner, name in ((Output, "_build"), (dvc.stage, "run_stage"), (dvc.stage.Stage, "save")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what `use` changes
+    hashing.use()
+    with contextlib.closing(Repo()) as repo:
+        repo.reproduce()
+
+    assert Path("out").read_text() == "made"
+    assert built == dict.fromkeys(["many", "many/a", "many/a/b", "many/c", "many/empty"], 2)
 
 
 def test_what_a_command_changes_is_recorded_as_it_is_afterwards(project: Path) -> None:

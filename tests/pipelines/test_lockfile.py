@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,32 @@ def test_a_memory_that_is_damaged_is_read_anew(
 
     assert lockfile.read_entries(many) == read
     assert memory.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda known: known.update(dvc="1.0"), id="of-another-dvc"),
+        pytest.param(
+            lambda known: known.update({key: ["other", {}] for key in known if key != "dvc"}), id="names"
+        ),
+        pytest.param(
+            lambda known: known.update({key: ["start", 1] for key in known if key != "dvc"}), id="contents"
+        ),
+        pytest.param(lambda known: known.update({key: 5 for key in known if key != "dvc"}), id="neither"),
+    ],
+)
+def test_a_memory_that_cannot_be_right_is_read_anew(
+    change: Callable[[dict[str, Any]], object], many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = lockfile.read_entries(many)
+    memory = many.parent / lockfile.MEMORY
+    known = json.loads(memory.read_bytes())
+    change(known)
+    memory.write_text(json.dumps(known))
+    monkeypatch.setattr(lockfile, "_entries", {})
+
+    assert lockfile.read_entries(many) == read
 
 
 def test_what_json_cannot_say_is_not_kept(many: Path) -> None:

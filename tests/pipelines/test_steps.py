@@ -339,6 +339,17 @@ def test_an_evaluation_in_bf16_says_nearly_the_same(project: Path) -> None:
     assert half["confidence"].to_numpy() == pytest.approx(full["confidence"].to_numpy(), abs=0.05)
 
 
+@pytest.mark.parametrize(("precision", "tf32"), [("tf32", True), ("fp32", False)])
+def test_an_evaluation_rounds_as_its_own_precision_says(project: Path, precision: str, tf32: bool) -> None:
+    run_step("t01", "t00")
+    params = Path("params.yaml").read_text()
+    head, _, rest = params.partition("evaluation:\n")
+    Path("params.yaml").write_text(f"{head}evaluation:\n{rest.replace('fp32', precision, 1)}")
+    run_evaluation("t01")
+
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
 def test_each_record_holds_the_hash_of_the_one_before_and_earlier_files_keep_their_bytes(
     project: Path,
 ) -> None:

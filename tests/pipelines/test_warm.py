@@ -119,19 +119,42 @@ def is_forked(process: psutil.Process) -> bool:
     )
 
 
-@pytest.mark.parametrize(("lock", "begun"), [("none", True), ("older", False), ("newer", True)])
+@pytest.mark.parametrize(
+    ("lock", "words", "begun"),
+    [
+        ("none", "dvc repro", True),
+        ("none", "dvc repro --single-item start", False),
+        ("none", "dvc repro -s start", False),
+        ("older", "dvc repro", False),
+        ("newer", "dvc repro -s start evaluate", True),
+    ],
+)
 def test_dvc_alone_gets_a_warm_process_where_a_stage_will_not_be_its_only_one(
-    lock: str, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lock: str, words: str, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if lock != "none":
-        Path("dvc.lock").touch()
     if lock == "older":
+        Path("dvc.lock").touch()
         os.utime("dvc.lock", (0, 0))
     asked: list[int] = []
-    monkeypatch.setattr(warm_alone, "starter", os.getpid)
-    monkeypatch.setattr(warm_alone, "die_with_starter", lambda: None)
     monkeypatch.setattr(warm_alone, "begin", lambda path, dvc: asked.append(dvc))
+    with subprocess.Popen(
+        ["python", "-c", "input()", *words.split()], executable=sys.executable, stdin=subprocess.PIPE
+    ) as process:
+        if lock == "newer":
+            Path("dvc.lock").touch()
+        monkeypatch.setattr(warm_alone, "starter", lambda: process.pid)
+        monkeypatch.setattr(warm_alone, "die_with_starter", lambda: None)
 
-    assert warm_alone.ask(["start"]) is None
-    assert asked == ([os.getpid()] if begun else [])
+        assert warm_alone.ask(["start"]) is None
+        assert asked == ([process.pid] if begun else [])
+        process.communicate(b"\n")
+
+
+def test_one_whose_dvc_has_ended_loads_no_more(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        handle = os.pidfd_open(process.pid)
+        process.wait()
+    with warm.listening(str(tmp_path / "warm")) as listener, pytest.raises(SystemExit):
+        warm.forked_for(os.dup(listener.fileno()), ["no_such_library"], until=handle)
+    os.close(handle)

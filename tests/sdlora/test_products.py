@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdlora import products
-from sdlora.classifier import Learned
+from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.evaluation import feature_batches, predict_batches
+from sdlora.head import HeadBlock
 from sdlora.products import by_onednn
 from tests.sdlora.conftest import finish, make_fit, tiny_task, tiny_vit
 
 CPU = torch.device("cpu")
+HERE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+only_here = pytest.mark.skipif(not HERE, reason="this torch has no MKL that oneDNN could stand in for")
 
 
 @pytest.fixture
@@ -34,6 +38,7 @@ def random(*shape: int, trained: bool = True) -> Tensor:
     return torch.randn(*shape, generator=generator).requires_grad_(trained)
 
 
+@only_here
 @pytest.mark.parametrize("shape", [(5, 16), (3, 7, 16), (2, 3, 5, 16)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
@@ -56,6 +61,7 @@ def test_a_layer_and_its_gradients_are_those_of_torch(
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@only_here
 def test_the_input_of_a_frozen_layer_is_not_kept() -> None:
     kept: list[tuple[int, ...]] = []
     layer = nn.Linear(16, 24).requires_grad_(False)
@@ -70,9 +76,14 @@ def test_the_input_of_a_frozen_layer_is_not_kept() -> None:
     assert kept == [(24, 16)]
 
 
-def test_other_types_and_other_devices_go_as_ever(taken: list[int]) -> None:
+def test_other_types_shapes_and_devices_go_as_ever(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = nn.Linear(16, 24), random(5, 16)
     with by_onednn(CPU):
+        layer(random(16)).sum().backward()
+        with pytest.raises(RuntimeError, match="dtype"):
+            functional.linear(inputs, layer.weight, layer.bias.double())
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(random(5, 15))
         layer.double()(inputs.double())
         layer.bfloat16()(inputs.bfloat16())
         layer.float()(inputs[:0])
@@ -81,10 +92,44 @@ def test_other_types_and_other_devices_go_as_ever(taken: list[int]) -> None:
     with by_onednn(torch.device("cuda")):
         layer(inputs)
     layer(inputs)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with by_onednn(CPU):
+        layer(inputs)
 
     assert not taken
 
 
+@only_here
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    inputs, layer = random(5, 16), nn.Linear(16, 24)
+    with by_onednn(CPU):
+        (grad,) = torch.autograd.grad(layer(inputs).square().sum(), inputs, create_graph=True)
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@only_here
+@pytest.mark.parametrize(("bf16", "used"), [(False, True), (True, False)])
+def test_predictions_take_it_where_they_are_in_fp32(bf16: bool, used: bool, taken: list[int]) -> None:
+    model = IncrementalClassifier(
+        tiny_vit(), Learned(head={"t01": HeadBlock(torch.zeros(2, 16), torch.zeros(2))})
+    )
+    images = [tiny_task(1)[0]]
+    list(predict_batches(model, images, mean=[0.5], std=[0.5], device=CPU, bf16=bf16))
+
+    assert bool(taken) == used
+
+
+@only_here
+def test_features_take_it(taken: list[int]) -> None:
+    model = IncrementalClassifier(tiny_vit(), Learned())
+    list(feature_batches(model, tiny_task(1)[0], mean=[0.5], std=[0.5], batch_size=7, device=CPU))
+
+    assert taken
+
+
+@only_here
 @pytest.mark.parametrize(("precision", "used"), [("fp32", True), ("bf16", False)])
 def test_a_fit_in_fp32_takes_it_forward_and_back(precision: str, used: bool, taken: list[int]) -> None:
     fit = make_fit(Learned(), 1, precision=precision)
