@@ -35,10 +35,7 @@ TASKS_IN_THE_TABLE = 20
 def run_pipeline() -> int:
     """Bring every stage up to date; return the exit status."""
     params = Params.load()
-    with only_run(), contextlib.ExitStack() as stack:
-        server = prefect_server(Path(".prefect"))
-        # Of many tasks the plan takes longer than a server's start.
-        wait = stack.enter_context(server) if has_new_task(params) else None
+    with only_run():
         plan = read_plan(params.tasks)
         require_sources(params, plan)
         make_up(plan)
@@ -47,8 +44,7 @@ def run_pipeline() -> int:
             print_summary(params)
             return 0
         try:
-            wait = wait or stack.enter_context(server)
-            with warm_processes(plan):
+            with prefect_server(Path(".prefect")) as wait, warm_processes(plan):
                 wait()
                 bring = Stage("pipeline", lambda: bring_up_to_date(params, plan))
                 missing = server_missing()
@@ -62,15 +58,6 @@ def run_pipeline() -> int:
             return failure.status
         print_summary(params)
     return 0
-
-
-def has_new_task(params: Params) -> bool:
-    """Whether some task has no entry in dvc.lock, so that there is something to do, whatever the plan says."""
-    try:
-        text = Path("dvc.lock").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return True
-    return any(f"@{task}:\n" not in text for task in params.tasks)
 
 
 def nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 from pipelines.errors import InputError
 from pipelines.params import Params
 from pipelines.plan import read_plan, run_order
-from pipelines.run import has_new_task, only_run, run_pipeline, show_status
+from pipelines.run import only_run, run_pipeline, show_status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -145,28 +144,6 @@ def test_everything_runs_once_and_then_all_is_up_to_date(
     assert ran(project) == []
     assert capfd.readouterr().out.startswith("all up to date: 6 stages, 2 tasks\n")
     assert not (project / ".prefect").exists()
-
-
-def test_a_task_that_dvc_lock_does_not_know_is_new(project: Path) -> None:
-    assert has_new_task(Params.load())
-    assert run_pipeline() == 0
-    assert not has_new_task(Params.load())
-    replace(project / "dvc.lock", "@t02:", "@t03:")
-    assert has_new_task(Params.load())
-
-
-def test_a_run_that_is_refused_leaves_no_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a new task the server is begun before the plan; what the plan then refuses ends it."""
-    monkeypatch.delenv("PREFECT_API_URL")
-    shutil.rmtree(project / "images")
-    with pytest.raises(InputError, match="no folder images"):
-        run_pipeline()
-
-    assert (project / ".prefect/server.log").exists()
-    home = f"PREFECT_HOME={project / '.prefect'}".encode()
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            assert home not in (place / "environ").read_bytes().split(b"\0")
 
 
 def test_a_stage_whose_inputs_turn_out_equal_is_left_alone(
