@@ -814,6 +814,7 @@ def passes(arguments: argparse.Namespace) -> bool:
     """Endure, print and keep the result; return whether all held that must hold."""
     with TemporaryDirectory(prefix="sdlora-chaos-") as folder:
         root = (arguments.keep or Path(folder)).resolve()
+        root.mkdir(parents=True, exist_ok=True)
         result = endure(arguments.faults, arguments.seed, root, arguments.only or [""])
     print(f"{table(result)}\n\n{summary(result)}")
     for line in result["wrong"]:
