@@ -133,16 +133,15 @@ def test_dvc_alone_gets_a_warm_process_where_a_stage_will_not_be_its_only_one(
     lock: str, words: str, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if lock == "older":
+    if lock != "none":
         Path("dvc.lock").touch()
-        os.utime("dvc.lock", (0, 0))
+        # Files are dated by a coarser clock than processes.
+        os.utime("dvc.lock", (0, 0) if lock == "older" else (time.time() + 1, time.time() + 1))
     asked: list[int] = []
     monkeypatch.setattr(warm_alone, "begin", lambda path, dvc: asked.append(dvc))
     with subprocess.Popen(
         ["python", "-c", "input()", *words.split()], executable=sys.executable, stdin=subprocess.PIPE
     ) as process:
-        if lock == "newer":
-            Path("dvc.lock").touch()
         monkeypatch.setattr(warm_alone, "starter", lambda: process.pid)
         monkeypatch.setattr(warm_alone, "die_with_starter", lambda: None)
 
