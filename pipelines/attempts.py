@@ -5,14 +5,16 @@ The count is kept as labels of the flow run, which stays the same run when it is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from pipelines.checkpoints import DEFAULT_STORE, KEY, NAME
 from pipelines.errors import InputError
-from pipelines.stage import first_line, say
+from pipelines.stage import PREFECT_SETTINGS, first_line, say
 
 if TYPE_CHECKING:
     from prefect import Flow, State
@@ -49,7 +51,7 @@ class Attempts:
         from prefect.exceptions import Abort
 
         try:
-            with get_client(sync_client=True) as client:
+            with few_tries(), get_client(sync_client=True) as client:
                 states = client.read_flow_run_states(self._run)
         except Exception as trouble:  # a server that is away stops nothing
             say(f"prefect: whether this run has begun elsewhere is not known ({first_line(trouble)})")
@@ -76,7 +78,8 @@ class Attempts:
 
     def progressed(self) -> None:
         """Note that a stage has been finished: the attempts before count no more."""
-        self._write({IDLE: 0})
+        with few_tries():
+            self._write({IDLE: 0})
 
     def schedule(self, message: str) -> State:
         """Schedule the next attempt, for any worker; return the state that the run is then in."""
@@ -111,6 +114,19 @@ class Attempts:
                 client.update_flow_run_labels(self._run, dict(labels))
         except Exception as trouble:
             say(f"prefect: progress could not be noted ({first_line(trouble)})")
+
+
+@contextlib.contextmanager
+def few_tries() -> Iterator[None]:
+    """Within this block a server that is away is asked again no more often than a stage asks it.
+
+    By Prefect's own rule a process of a worker tries for a minute and more, between any two stages.
+    """
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    few = min(PREFECT_CLIENT_MAX_RETRIES.value(), int(PREFECT_SETTINGS["PREFECT_CLIENT_MAX_RETRIES"]))
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: few}):
+        yield
 
 
 def begun_first(states: list[State]) -> UUID | None:

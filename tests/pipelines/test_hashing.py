@@ -60,6 +60,20 @@ def project(make_project: Callable[[dict[str, str]], Path]) -> Path:
     return folder
 
 
+@pytest.fixture
+def seen(project: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the files of each folder of the project were hashed."""
+    counts: Counter[str] = Counter()
+    build = hashing._build_files
+
+    def counted(folder: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        counts[os.path.relpath(folder, project)] += 1
+        return build(folder, *args, **kwargs)
+
+    monkeypatch.setattr(hashing, "_build_files", counted)
+    return counts
+
+
 def repro(*, module: str) -> str:
     """Run all stages by a DVC; return what dvc.lock says then."""
     Path("dvc.lock").unlink(missing_ok=True)
@@ -85,17 +99,7 @@ def test_size_and_number_of_files_are_those_of_dvc(project: Path) -> None:
     assert repro(module="pipelines.patched_dvc") == repro(module="dvc")
 
 
-def test_each_folder_is_looked_at_once_however_many_ask(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: Counter[str] = Counter()
-    build = hashing._build_files
-
-    def counted(folder: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        seen[os.path.relpath(folder, project)] += 1
-        return build(folder, *args, **kwargs)
-
-    monkeypatch.setattr(hashing, "_build_files", counted)
+def test_each_folder_is_looked_at_once_however_many_ask(seen: Counter[str]) -> None:
     known = Hashes()
     for _ in range(2):
         hashed(lambda stage: stage.deps, known.of)
@@ -116,16 +120,8 @@ def test_a_folder_without_files_is_as_dvc_has_it(project: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:_NoneStep")  # DVC's tries
 def test_a_stage_that_runs_has_each_dep_hashed_once_before_and_once_after(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    seen: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built: Counter[str] = Counter()
-    build = hashing._build_files
-
-    def counted(folder: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        built[os.path.relpath(folder, project)] += 1
-        return build(folder, *args, **kwargs)
-
-    monkeypatch.setattr(hashing, "_build_files", counted)
     for owner, name in ((Output, "_build"), (dvc.stage, "run_stage"), (dvc.stage.Stage, "save")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what `use` changes
     hashing.use()
@@ -133,7 +129,7 @@ def test_a_stage_that_runs_has_each_dep_hashed_once_before_and_once_after(
         repo.reproduce()
 
     assert Path("out").read_text() == "made"
-    assert built == dict.fromkeys(["many", "many/a", "many/a/b", "many/c", "many/empty"], 2)
+    assert seen == dict.fromkeys(["many", "many/a", "many/a/b", "many/c", "many/empty"], 2)
 
 
 def test_what_a_command_changes_is_recorded_as_it_is_afterwards(project: Path) -> None:

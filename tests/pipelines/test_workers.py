@@ -395,8 +395,7 @@ def test_a_server_that_goes_away_for_a_while_costs_nothing_that_was_done(site: S
     wait_for((site.root / "busy").exists, 90)
     end_group(site.processes[0])
     (site.root / "slow").unlink()
-    # Prefect may try for more than a minute to note that the fit is done, before the next stage begins.
-    wait_for((site.root / "one/artifacts/evaluation/t01").exists, 240)
+    wait_for((site.root / "one/artifacts/evaluation/t01").exists, 90)
     site.serve()
     done = site.ended(run, 300)
     assert done.state.is_completed(), done.state.message
