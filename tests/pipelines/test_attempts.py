@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from pipelines.attempts import Attempts, checkpoint_mark
+from pipelines.attempts import Attempts, checkpoint_mark, few_tries
 from pipelines.deploy import NAME, TAG, TEND
 from pipelines.errors import InputError
 from pipelines.reconcile import close_dead_runs, forget_tendings, see_to_overlooked
@@ -238,3 +238,13 @@ def test_runs_of_this_folder_and_children_of_ended_runs_are_closed_and_no_others
     assert placeholder.is_crashed()
     assert [state(client, run) for run in (at_work, somebodys, alive)] == ["RUNNING"] * 3
     assert close_dead_runs() == 0
+
+
+@pytest.mark.parametrize(("before", "within"), [(5, 1), (0, 0)])
+def test_between_two_stages_a_server_is_not_asked_for_a_minute(before: int, within: int) -> None:
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: before}):
+        with few_tries():
+            assert PREFECT_CLIENT_MAX_RETRIES.value() == within
+        assert PREFECT_CLIENT_MAX_RETRIES.value() == before
