@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.files import sha256_of, whole_folder
-from pipelines.params import Params
+from pipelines.params import Backbone, read_params
 from pipelines.stage import Summary, stage
 
 
@@ -27,7 +27,7 @@ def backbone(*, out: Path) -> Summary:
     """Leave the backbone that `params.yaml` names in `out`: weights, preprocessing, ledger record of step t00."""
     from sdlora.backbones import create_backbone, write_backbone
 
-    choice = Params.load().backbone
+    choice = read_params("backbone", Backbone)
     if choice.weights:
         _check_file(Path(choice.weights), choice.sha256)
     created = create_backbone(

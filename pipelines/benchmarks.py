@@ -19,7 +19,7 @@ from pipelines.downloads import FOLDER, Remote, obtain
 from pipelines.errors import InputError
 from pipelines.files import sha256_of
 from pipelines.png import png
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.stage import say
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ class Benchmark:
 
 def load(name: str) -> Benchmark:
     """Read what is known of a data set."""
-    folder = resources.files("pipelines").joinpath("embedded", name)
+    folder = resources.files("pipelines") / "embedded" / name
     try:
         source = json.loads(folder.joinpath("source.json").read_text(encoding="utf-8"))
         lines = folder.joinpath("classes.txt").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"pipelines/embedded/{name}: a file is missing; install the package again") from None
+        raise InputError(f"{folder}: a file is missing; install the package again") from None
     return Benchmark(
         name=name,
         title=source["title"],
@@ -157,7 +157,7 @@ def numbered(
     benchmark: Benchmark, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray]
 ) -> Iterator[Image]:
     """Images that come as arrays, one for each part; a file is named by its place in the data set."""
-    with Progress(f"unpack {benchmark.name}", total=sum(map(len, pictures.values())), unit="images") as bar:
+    with progress(f"unpack {benchmark.name}", total=sum(map(len, pictures.values())), unit="images") as bar:
         done = 0
         for part in PARTS:
             if len(pictures[part]) != len(labels[part]) or (labels[part] >= len(benchmark.classes)).any():
@@ -277,7 +277,7 @@ def by_lists(
     """Of some archives, the files that `parts` names; return those that are in none."""
     known = {**benchmark.folders, **{name: name for name in benchmark.classes}}
     missing = set(parts)
-    with Progress(f"unpack {benchmark.name}", total=len(parts), unit="images") as bar:
+    with progress(f"unpack {benchmark.name}", total=len(parts), unit="images") as bar:
         for archive in archives:
             for path, data in members(archive, parts.__contains__):
                 if path.parent.name not in known:

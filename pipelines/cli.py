@@ -41,6 +41,10 @@ Backbone = Annotated[Path, typer.Option(help="Model folder of step t00: the froz
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and exit status 2."""
+    from pipelines.progress import show_progress
+    from pipelines.progress_bar import ProgressBar
+
+    show_progress(ProgressBar)
     try:
         app(prog_name="sdlora")
     except SystemExit as end:
@@ -429,6 +433,16 @@ def fetch(
 
 
 @app.command(hidden=True)
+def code(out: Out) -> None:
+    """Leave the fingerprint of each stage's code."""
+    require_project()
+    from pipelines.code import code as stage
+    from pipelines.stage import launch
+
+    launch(stage, out=out)
+
+
+@app.command(hidden=True)
 def start(
     out: Out,
     evaluation: Annotated[Path, typer.Option(help="Folder for the results before any task: none.")],
@@ -498,8 +512,8 @@ def fit(
     )
 
 
-@app.command("fit-member", hidden=True)
-def fit_member(
+@app.command(hidden=True)
+def take_part(
     task: Task,
     number: Annotated[int, typer.Argument(help="Which of the devices.")],
     meeting: Annotated[Path, typer.Argument(help="Folder that the processes share.")],
@@ -511,9 +525,9 @@ def fit_member(
 ) -> None:
     """Share the batches of a fit that another process has begun."""
     require_project()
-    from pipelines.fit import take_part
+    from pipelines.fit import take_part as work
 
-    take_part(
+    work(
         task,
         number,
         meeting,

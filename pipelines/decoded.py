@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.files import sha256_of
+from pipelines.fingerprints import fingerprint_of
 from pipelines.images import ANY_SIZE, decode_one, decoding_threads, gibibytes, read_images, strict_pictures
 from pipelines.stage import first_line, say
 
@@ -50,11 +51,6 @@ TOGETHER = 8
 NAME = re.compile(r"[0-9a-f]{32}\.pixels")
 PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
 _DIGEST = hashlib.sha256().digest_size
-_CODE = tuple(
-    hashlib.sha256((Path(__file__).resolve().parent.parent / name).read_bytes()).hexdigest()
-    for name in ("pipelines/decoded.py", "pipelines/images.py", "sdlora/preprocessing.py")
-)
-"""Hashes of the code that makes pixels, as it was when it was loaded."""
 
 
 def pixel_batches(
@@ -312,9 +308,11 @@ def decoder() -> dict[str, object]:
     import PIL
     from PIL import features
 
+    from sdlora.preprocessing import Preprocessing
+
     libraries = ("jpg", "libjpeg_turbo", "zlib", "libtiff", "webp", "littlecms2")
     return {
-        "code": _CODE,
+        "code": [fingerprint_of(part).sha256 for part in (PackedImages, Preprocessing)],
         "machine": platform.machine(),
         "pillow": PIL.__version__,
         **{name: features.version(name) for name in libraries},

@@ -30,7 +30,7 @@ from pipelines.pictures import (
     read_pictures,
 )
 from pipelines.pictures import same_pictures as find_same
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.sources import EXTENSIONS, WORDS, Found, class_names, divide, is_divided, read_source, visible
 from pipelines.tasks import PARAMS, inside_project, known_tasks, next_task
 
@@ -576,7 +576,7 @@ def features_of(chosen: Mapping[str, Mapping[str, Sequence[Loader]]], base: Back
     total = sum(len(readers) for classes in chosen.values() for readers in classes.values())
     found: dict[str, Features] = {}
     done = 0
-    with Progress("look at images", total=total, unit="images") as bar, torch.inference_mode():
+    with progress("look at images", total=total, unit="images") as bar, torch.inference_mode():
         for key, classes in chosen.items():
             for name, readers in classes.items():
                 images = pa.array([reader() for reader in readers], pa.large_binary())

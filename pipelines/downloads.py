@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 from pipelines.errors import InputError
 from pipelines.files import naming
 from pipelines.locks import held
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.stage import say
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _copy(answer: httpx.Response, file: IO[bytes], *, title: str, total: int, mo
     """Append the body of an answer, as it comes, to the file."""
     done = _length(file)
     unit, divisor = ("MB", 1_000_000) if total >= 10_000_000 else ("kB", 1_000)
-    with Progress(title, total=-(-total // divisor), unit=unit) as bar:
+    with progress(title, total=-(-total // divisor), unit=unit) as bar:
         bar.update(done // divisor)
         for chunk in answer.iter_raw():
             done += len(chunk)

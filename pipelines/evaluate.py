@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, whole_folder, write_json
-from pipelines.params import Params
-from pipelines.progress import Progress
+from pipelines.params import Evaluation, read_params
+from pipelines.progress import progress
 from pipelines.stage import Summary, stage
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def evaluate(
     from sdlora.model_folder import read_model
     from sdlora.preprocessing import Preprocessing
 
-    params = Params.load()
-    precision = params.evaluation.precision
-    set_deterministic(params.training.deterministic, tf32=precision == "tf32")
+    settings = read_params("evaluation", Evaluation)
+    precision, batch_size = settings.precision, settings.batch_size
+    set_deterministic(read_params("training.deterministic", bool), tf32=precision == "tf32")
     device = best_device()
     base = read_backbone(backbone)
     learned, record = read_model(model)
@@ -61,12 +61,10 @@ def evaluate(
         if name in held
     }
     waiting = [*packed.items(), *selecting.items()]
-    of_tasks = [name for name, images in waiting for _ in range(0, len(images), params.evaluation.batch_size)]
+    of_tasks = [name for name, images in waiting for _ in range(0, len(images), batch_size)]
     predictions_of = predict_batches(
         classifier,
-        pixel_batches(
-            [images for _, images in waiting], batch_size=params.evaluation.batch_size, device=device
-        ),
+        pixel_batches([images for _, images in waiting], batch_size=batch_size, device=device),
         mean=preprocessing.mean,
         std=preprocessing.std,
         device=device,
@@ -74,7 +72,7 @@ def evaluate(
     )
     columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
     done = 0
-    with Progress(f"evaluate {task}", total=sum(len(images) for _, images in waiting), unit="images") as bar:
+    with progress(f"evaluate {task}", total=sum(len(images) for _, images in waiting), unit="images") as bar:
         for name, batch in zip(of_tasks, predictions_of, strict=True):
             columns["prediction"].append(batch.classes.numpy().astype(np.int32))
             columns["confidence"].append(batch.confidences.numpy())

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.benchmarks import LAYOUTS, images
 from pipelines.errors import InputError
 from pipelines.files import naming, whole_folder
-from pipelines.params import Digits, Glyphs100, Params, Section, class_name_fault
+from pipelines.params import Digits, Fetch, Glyphs100, Section, class_name_fault, read_params
 from pipelines.png import png
 from pipelines.stage import stage
 
 if TYPE_CHECKING:
     import numpy as np
-
-GLYPHS = "embedded/glyphs100/glyphs100.arrow"
 
 
 class DataSet(NamedTuple):
@@ -33,12 +31,11 @@ class DataSet(NamedTuple):
 @stage
 def fetch(name: str, *, out: Path) -> list[dict[str, str | int | float]]:
     """Write the images of the data set `name` to `out`, the same files, byte for byte, every time."""
-    params = Params.load()
     if name not in KNOWN:
         raise InputError(
             f"fetch: {name!r} is not a data set that can be fetched; known are {', '.join(KNOWN)}"
         )
-    options = params.fetch.entry(name)
+    options = read_params("fetch", Fetch).entry(name)
     if options is None:
         raise InputError(f"params.yaml: fetch: there is no entry {name!r}; add one (see its comment)")
     data_set = KNOWN[name](options)
@@ -115,23 +112,19 @@ def glyphs100(options: Glyphs100) -> DataSet:
     """The embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
     import pyarrow as pa
 
-    packed = resources.files("pipelines").joinpath(GLYPHS)
+    packed = resources.files("pipelines") / "embedded" / "glyphs100" / "glyphs100.arrow"
     try:
         table = pa.ipc.open_file(pa.py_buffer(packed.read_bytes())).read_all()
     except FileNotFoundError:
-        raise InputError(
-            f"pipelines/{GLYPHS}: the file is missing from the package; install it again"
-        ) from None
+        raise InputError(f"{packed}: the file is missing from the package; install it again") from None
     except pa.ArrowInvalid:
-        raise InputError(f"pipelines/{GLYPHS}: not an Arrow file; install the package again") from None
+        raise InputError(f"{packed}: not an Arrow file; install the package again") from None
     columns = (table[name].to_pylist() for name in ("split", "label", "font", "image"))
     files = []
     for index, (part, label, font, image) in enumerate(zip(*columns, strict=True)):
         class_name = str(label)
         if part not in ("train", "test") or class_name_fault(class_name):
-            raise InputError(
-                f"pipelines/{GLYPHS}: row {index} has no class folder; install the package again"
-            )
+            raise InputError(f"{packed}: row {index} has no class folder; install the package again")
         slug = re.sub(r"[^a-z0-9]+", "-", font.lower()).strip("-")
         files.append((PurePosixPath(part, class_name, f"{index:04d}-{slug}.png"), image))
     return DataSet(files, left_out=0)

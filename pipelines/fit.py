@@ -4,16 +4,16 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.checkpoints import CheckpointStore, input_key
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import PACKED, decode, device_room, memory_room, read_images, training_images
 from pipelines.members import MEETING, members
-from pipelines.params import Params
+from pipelines.params import Adapter, Training, read_params
 from pipelines.processes import TERMINATED, stop_asked
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.provenance import code_hash, library_versions
 from pipelines.receipts import given_back
 from pipelines.stage import Summary, say, stage
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 
     from sdlora.team import Team
     from sdlora.training import Fit
+
+
+class Choices(NamedTuple):
+    """What a fit reads of `params.yaml`."""
+
+    adapter: Adapter
+    training: Training
+    seed: int
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """The training settings that change the result: all but where and how often checkpoints are kept."""
+        return self.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"})
+
+
+def read_choices() -> Choices:
+    """Read what a fit reads of `params.yaml`."""
+    return Choices(
+        read_params("adapter", Adapter), read_params("training", Training), read_params("seed", int)
+    )
 
 
 @stage
@@ -38,16 +58,16 @@ def fit(
 
     from sdlora.fit_folder import write_fit
 
-    params = Params.load()
-    given = given_back("fit", task, params, out)
+    given = given_back("fit", task, out)
     if given is not None:
         return given
-    training = params.training
-    key = _key(task, params, train, classes, before, backbone)
+    choices = read_choices()
+    training = choices.training
+    key = _key(task, choices, train, classes, before, backbone)
     store = CheckpointStore(training.checkpoint_store, key)
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
     _own_device(0, training.devices)  # before any process is started for another one
-    with _others(task, params, inputs) as meeting:
+    with _others(task, training.devices, inputs) as meeting:
         team, learner = _meet(task, 0, meeting, inputs)
         for snapshot in store.newest():
             learner.restore(snapshot)
@@ -68,12 +88,12 @@ def fit(
             description={
                 "task": task,
                 "classes": _own_classes(task, classes),
-                "adapter": params.adapter.of_the_fit,
+                "adapter": choices.adapter.of_the_fit,
                 "split": read_json(train),
                 "code": code_hash("fit"),
                 "versions": library_versions(),
-                "training": _decisive(params),
-                "seed": params.seed,
+                "training": choices.decisive,
+                "seed": choices.seed,
                 "steps": learner.total_steps,
                 "images": learner.images,
                 "trained_parameters": learner.trained_parameters,
@@ -96,21 +116,20 @@ def fit(
 
 def take_part(task: str, number: int, meeting: Path, **inputs: Path) -> None:
     """Be one of the further processes of a fit: go through all of its steps, and leave nothing."""
-    params = Params.load()
     team, learner = _meet(task, number, meeting, inputs)
     team.wait()
-    key = _key(task, params, inputs["train"], inputs["classes"], inputs["before"], inputs["backbone"])
+    key = _key(task, read_choices(), inputs["train"], inputs["classes"], inputs["before"], inputs["backbone"])
     learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
     for _ in learner.run():
         pass
 
 
-def _others(task: str, params: Params, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
+def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
     """The processes for the devices beyond the first; a folder that all share, which a fit by itself does not need."""
-    if params.training.devices == 1:
+    if devices == 1:
         return contextlib.nullcontext(Path())
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    return members(params.training.devices, ["fit-member", task, *options])
+    return members(devices, [take_part.__name__.replace("_", "-"), task, *options])
 
 
 def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["Team", "Fit"]:
@@ -118,7 +137,7 @@ def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> 
     from sdlora.devices import set_deterministic
     from sdlora.team import join_team
 
-    training = Params.load().training
+    training = read_params("training", Training)
     set_deterministic(training.deterministic, tf32=training.precision == "tf32")
     device = _own_device(number, training.devices)
     team = join_team(number, training.devices, meeting=meeting / MEETING, device=device)
@@ -157,14 +176,15 @@ def _prepare(
     from sdlora.preprocessing import Preprocessing
     from sdlora.training import Fit, Schedule, TaskImages
 
-    params = Params.load()
-    method = METHODS[params.adapter.method]
+    choices = read_choices()
+    adapter, settings = choices.adapter, choices.training
+    method = METHODS[adapter.method]
     base = read_backbone(backbone)
     learned, record = read_model(before)
-    targets = params.adapter.targets or method.targets
-    _check_continues(record, params, before, targets)
+    targets = adapter.targets or method.targets
+    _check_continues(record, adapter, before, targets)
     preprocessing = Preprocessing.of(base.description)
-    tasks, room = {}, memory_room() // params.training.devices
+    tasks, room = {}, memory_room() // settings.devices
     for name in [*record["tasks"], task] if method.joint else [task]:
         path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
@@ -172,7 +192,6 @@ def _prepare(
         pixels = torch.from_numpy(decode(table, preprocessing, room=room))
         room -= pixels.nbytes if pixels.nbytes <= room else 0
         tasks[name] = TaskImages(pixels, labels - labels.min())
-    settings = params.training
     return Fit(
         base.model,
         learned,
@@ -180,7 +199,7 @@ def _prepare(
         mean=preprocessing.mean,
         std=preprocessing.std,
         method=method,
-        settings=settings_of(params.adapter),
+        settings=settings_of(adapter),
         targets=targets,
         schedule=Schedule(
             optimizer=settings.optimizer,
@@ -194,7 +213,7 @@ def _prepare(
             precision=settings.precision,
             compile=settings.compile,
         ),
-        seed=params.seed,
+        seed=choices.seed,
         device=device,
         team=team,
         image_room=device_room(),
@@ -223,14 +242,14 @@ def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
 
 
-def _check_continues(record: dict[str, Any], params: Params, before: Path, targets: Sequence[str]) -> None:
+def _check_continues(record: dict[str, Any], adapter: Adapter, before: Path, targets: Sequence[str]) -> None:
     """Refuse to go on with choices that cannot read what the step before has left."""
     from sdlora.adapters import target_of
 
     held = sorted({target_of(name) for name in record.get("targets", [])})
     for key, chosen, found in (
-        ("method", params.adapter.method, record.get("method")),
-        ("formulation", params.adapter.formulation, record.get("formulation")),
+        ("method", adapter.method, record.get("method")),
+        ("formulation", adapter.formulation, record.get("formulation")),
         ("targets", ", ".join(sorted(targets)), ", ".join(held)),
     ):
         found = found or chosen
@@ -249,7 +268,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
     seen, saved = 0, time.monotonic()
     total = learner.total_steps and schedule.epochs * images
     pause, micro_batch = every, learner.micro_batch
-    with stop_asked() as stop, Progress(f"fit {learner.task}", total=total, unit="images") as bar:
+    with stop_asked() as stop, progress(f"fit {learner.task}", total=total, unit="images") as bar:
         try:
             for seen in learner.run():
                 facts = learner.curve[-1]._asdict() if learner.curve else {}
@@ -287,19 +306,14 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
     return seen
 
 
-def _decisive(params: Params) -> dict[str, object]:
-    """The training settings that change the result: all but where and how often checkpoints are kept."""
-    return params.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"})
-
-
-def _key(task: str, params: Params, train: Path, classes: Path, before: Path, backbone: Path) -> str:
+def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
     """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
     settings = {
         "code": code_hash("fit"),
         "task": task,
-        "adapter": params.adapter.of_the_fit,
-        "training": _decisive(params),
-        "seed": params.seed,
+        "adapter": choices.adapter.of_the_fit,
+        "training": choices.decisive,
+        "seed": choices.seed,
         "classes": _own_classes(task, classes),
     }
     return input_key(settings, [train, before / "step.json", backbone / "step.json"])

@@ -8,7 +8,7 @@ from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder
 from pipelines.images import decode, memory_room, read_images, training_images
 from pipelines.model_facts import last_epoch, learned_magnitudes
-from pipelines.params import Params
+from pipelines.params import Adapter, read_params
 from pipelines.provenance import code_hash, library_versions
 from pipelines.receipts import given_back
 from pipelines.stage import Summary, stage
@@ -39,12 +39,12 @@ def freeze(
     from sdlora.model_folder import read_model, write_model
     from sdlora.seeding import generator_for
 
-    params = Params.load()
-    given = given_back("freeze", task, params, out)
+    given = given_back("freeze", task, out)
     if given is not None:
         return given
-    adapter = params.adapter
-    set_deterministic(params.training.deterministic)
+    adapter, seed = read_params("adapter", Adapter), read_params("seed", int)
+    deterministic = read_params("training.deterministic", bool)
+    set_deterministic(deterministic)
     described = read_json(fit / "fit.json")
     if described["task"] != task:
         raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
@@ -73,7 +73,7 @@ def freeze(
             features=features,
             head=head,
             covariance_rank=adapter.covariance_rank,
-            generator=generator_for(params.seed, "settle", task),
+            generator=generator_for(seed, "settle", task),
         )
     seen = [*record["classes"], *described["classes"]]
     with whole_folder(out) as folder:
@@ -96,9 +96,7 @@ def freeze(
                 "split": described["split"],
                 "code": {"fit": described["code"], "freeze": code_hash("freeze")},
                 "versions": library_versions(),
-                "determinism": "deterministic algorithms"
-                if params.training.deterministic
-                else "none required",
+                "determinism": "deterministic algorithms" if deterministic else "none required",
                 "metrics": last_epoch(fit),
                 "rank": max(
                     (pair.down.shape[0] for pair in frozen.directions.get(task, {}).values()), default=0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of, whole_folder, write_json
-from pipelines.params import Approval, Params
+from pipelines.params import Approval, Gate, Task, read_params
 from pipelines.stage import Summary, stage
 from pipelines.verdicts import broken, measured_in, results_of
 
@@ -27,15 +27,15 @@ def gate(
     its samples and of its results, so the hash of the last one stands for the whole chain. A step that breaks a limit
     leaves nothing, and the chain stops, unless a person has approved of just these results.
     """
-    params = Params.load()
     measured = measured_in(evaluation, evaluation_before)
-    faults = broken(params.gate, measured)
-    approval = params.approvals.get(task)
+    limits = read_params("gate", Gate)
+    faults = broken(limits, measured)
+    approval = read_params("approvals", dict[str, Approval]).get(task)
     if faults and not (approval and covers(approval, faults, evaluation)):
         late = "; what was approved were other results, or other limits" if approval else ""
         raise InputError(
             f"gate: {task} {' and '.join(faults.values())}{late}; look at it (`sdlora audit diff "
-            f"{params.tasks[task].after} {task}`), then mend the step, or let it through with "
+            f"{read_params('tasks', dict[str, Task])[task].after} {task}`), then mend the step, or let it through with "
             f"`sdlora approve {task} --by NAME --why REASON`"
         )
     with whole_folder(out) as folder:
@@ -48,7 +48,7 @@ def gate(
                 "samples": read_json(split)["digest"],
                 "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
                 "measured": measured,
-                "limits": params.gate.model_dump(),
+                "limits": limits.model_dump(),
                 "broken": faults,
                 "approved": {"by": approval.by, "why": approval.why} if faults and approval else None,
             },

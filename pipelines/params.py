@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pipelines.errors import InputError
 
+T = TypeVar("T")
+PARAMS = Path("params.yaml")
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -367,7 +369,7 @@ class Params(Section):
     """the tasks in order of arrival"""
 
     @classmethod
-    def load(cls, path: Path = Path("params.yaml")) -> Self:
+    def load(cls, path: Path = PARAMS) -> Self:
         """Read and validate the file; an `InputError` names the first fault and counts the others."""
         return cls.parse(read_text(path), origin=str(path))
 
@@ -394,6 +396,30 @@ class Params(Section):
                     return params
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(f"{origin}: {faults[0]}{more}")
+
+
+def read_params(key: str, kind: type[T]) -> T:
+    """Return what `params.yaml` has under a dotted key, as a stage reads it.
+
+    A stage names each key that it reads, so that its fingerprint has the settings of that key and of no other. The
+    whole file was validated by `Params.load` when the stage began.
+
+    Raises:
+        InputError: there is no such key, or another value than the key takes.
+    """
+    value: Any = read_yaml(read_text(PARAMS), origin=str(PARAMS))
+    try:
+        for part in key.split("."):
+            value = value[part]
+        return TypeAdapter(kind).validate_python(value)
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{PARAMS}: {key}: the key is missing; restore the file from version control"
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join([key, *map(str, first["loc"])])
+        raise InputError(f"{PARAMS}: {where}: {first['msg']}; correct it") from None
 
 
 def read_text(path: Path) -> str:

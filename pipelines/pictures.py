@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipelines.errors import InputError
 from pipelines.files import write_whole
 from pipelines.images import in_parallel, open_picture, strict_pictures
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.sources import PARTS, Fault, Found
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read_pictures(
         else:
             look(index, data, picture)
 
-    with strict_pictures(max_pixels), Progress(title, total=len(images), unit="images") as bar:
+    with strict_pictures(max_pixels), progress(title, total=len(images), unit="images") as bar:
         for done in in_parallel(read, range(len(images))):
             bar.update(done)
     return dict(sorted(faults.items()))

@@ -68,7 +68,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
     """
     from pipelines.images import strict_pictures
-    from pipelines.progress import Progress
+    from pipelines.progress import progress
     from sdlora.backbones import spell_out_attention
     from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
@@ -99,7 +99,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
         bar = None
         if sys.stderr.isatty() and "-" not in images:
             total = sum(1 for _ in files(images))
-            bar = stack.enter_context(Progress("predict", total=total, unit="images"))
+            bar = stack.enter_context(progress("predict", total=total, unit="images"))
         stack.enter_context(strict_pictures())
         for some, decoded in _decoded_batches(itertools.chain([first], names), preprocessing, size):
             good = [item for item in decoded if not isinstance(item, str)]

@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+from pipelines.layout import CODE_STAGE, STAGES
+
 STOP_SECONDS = 5.0
 GRACE_SECONDS = 20.0
 """How long work may take to come to a good end after SIGTERM; a spot machine is gone after 30 seconds."""
@@ -149,16 +151,13 @@ def wake_the_ending(mark: Path) -> None:
                 words = [
                     Path(os.fsdecode(word)).name for word in (place / "cmdline").read_bytes().split(b"\0")[:3]
                 ]
-                if not any(pair in STAGES for pair in pairwise(words)) or _leader_lives(int(place.name)):
+                if not any(pair in _COMMANDS for pair in pairwise(words)) or _leader_lives(int(place.name)):
                     continue
                 os.kill(int(place.name), signal.SIGTERM)
             os.kill(int(place.name), signal.SIGCONT)
 
 
-STAGES = {
-    ("sdlora", stage)
-    for stage in ("fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report")
-}
+_COMMANDS = {("sdlora", stage) for stage in (CODE_STAGE, *STAGES)}
 """How the commands of stages begin, as DVC calls them."""
 
 

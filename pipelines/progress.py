@@ -1,140 +1,40 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, an artifact in a Prefect flow run."""
+"""The progress of long work, and who shows it: work says how far it is, and knows nothing of terminals or servers."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections import deque
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-from pipelines.stage import say
-
-if TYPE_CHECKING:
-    from uuid import UUID
-
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
-
-LINE_SECONDS = 5.0
-"""Without a terminal a line is printed, and in Prefect the artifact is written, at most this often."""
-
-WINDOW_SECONDS = 20.0
-"""The rate is that of the last so many seconds."""
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Protocol
 
 
-class Progress:
-    """Shows how far work is: `update(done, loss=0.12)` as often as one likes, `done` of `total`."""
-
-    def __init__(self, title: str, *, total: int, unit: str = "steps") -> None:
-        self.title = title
-        self.total = total
-        self.unit = unit
-        self._started = time.monotonic()
-        self._samples: deque[tuple[float, int]] = deque()
-        self._spoken = self._started
-        self._bar: Bar | None = None
-        self._row: TaskID | None = None
-        self._artifact = Artifact(title)
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self._bar = self._make_bar()
-            self._row = self._bar.add_task(self.title, total=self.total, facts="")
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif kind is None and self._samples:
-            self._say(f"{self._samples[-1][1]}/{self.total} {self.unit} in {self._clock(self._elapsed())}")
-        if kind is None:
-            self._artifact.show(100.0, f"{self.total} {self.unit} in {self._clock(self._elapsed())}")
+class Bar(Protocol):
+    """What shows how far work is."""
 
     def update(self, done: int, **facts: str | int | float) -> None:
-        """Say that `done` of `total` units are done, with facts to show beside (step, epoch, loss)."""
-        now = time.monotonic()
-        self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[0][0] > WINDOW_SECONDS:
-            self._samples.popleft()
-        if self._bar is not None and self._row is not None:
-            self._bar.update(self._row, completed=done, facts=self._describe(facts))
-        if now - self._spoken >= LINE_SECONDS:
-            self._spoken = now
-            line = f"{done}/{self.total} {self.unit}  {self._describe(facts)}"
-            if self._bar is None:
-                self._say(line)
-            self._artifact.show(100.0 * done / max(self.total, 1), line)
-
-    def _describe(self, facts: dict[str, str | int | float]) -> str:
-        """Put facts, rate and time left into one text; work that was resumed counts from where it was."""
-        parts = [
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in facts.items()
-        ]
-        (first, before), (last, done) = self._samples[0], self._samples[-1]
-        if last > first and done > before:
-            rate = (done - before) / (last - first)
-            parts += [f"{rate:.3g} {self.unit}/s" if rate < 100 else f"{rate:,.0f} {self.unit}/s"]
-            parts += [f"{self._clock((self.total - done) / rate)} left"]
-        return "  ".join(parts)
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
-
-    def _say(self, text: str) -> None:
-        say(f"{self.title}: {text}")
-
-    @staticmethod
-    def _clock(seconds: float) -> str:
-        if seconds < 60:
-            return f"{seconds:.1f} s"
-        minutes, rest = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-    @staticmethod
-    def _make_bar() -> Bar:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        return Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[facts]}", style="dim"),
-            console=Console(stderr=True),
-        )
+        """Show that `done` units are done, with facts beside (step, epoch, loss)."""
 
 
-class Artifact:
-    """A progress artifact of the flow run that this process is in; without one, nothing."""
+class _Hidden:
+    def update(self, done: int, **facts: str | int | float) -> None:
+        """Show nothing."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._id: UUID | None = None
-        # Prefect is not imported for this: where it is not loaded already, there is no flow run.
-        self._lost = "prefect" not in sys.modules
 
-    def show(self, percent: float, text: str) -> None:
-        """Write the artifact; after the first failure never again, so that a dead server costs no time."""
-        if self._lost:
-            return
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
-        from prefect.context import FlowRunContext
+Shown = Callable[[str, int, str], AbstractContextManager[Bar]]
+"""Makes a bar of a title, the number of units and what they are called."""
 
-        if FlowRunContext.get() is None:
-            self._lost = True
-            return
-        try:
-            if self._id is None:
-                key = "progress-" + "".join(c if c.isalnum() else "-" for c in self._title.lower())
-                self._id = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._id, percent, description=text)
-        except Exception:
-            self._lost = True
+_shown: ContextVar[Shown | None] = ContextVar("shown", default=None)
+
+
+def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextManager[Bar]:
+    """Return what to tell of the progress of work of `total` units.
+
+    It is shown as `show_progress` has arranged it, and nowhere where nobody has.
+    """
+    shown = _shown.get()
+    return nullcontext(_Hidden()) if shown is None else shown(title, total, unit)
+
+
+def show_progress(shown: Shown) -> None:
+    """Have all work in this context, and in what is called from it, show its progress in this way."""
+    _shown.set(shown)

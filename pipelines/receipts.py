@@ -16,7 +16,7 @@ from pipelines.audits.places import Objects, md5_of
 from pipelines.errors import InputError
 from pipelines.files import sha256_of, whole_folder, write_json
 from pipelines.journal import GIVEN_BACK
-from pipelines.params import RETIRED, Params, Section, Text, read_text, read_yaml
+from pipelines.params import RETIRED, Section, Task, Text, read_params, read_text, read_yaml
 from pipelines.stage import Summary, say
 
 RECEIPT = "receipt.json"
@@ -170,7 +170,6 @@ def read_receipts() -> dict[str, Receipt]:
 def given_back(
     stage: str,
     task: str,
-    params: Params,
     out: Path,
     *,
     images: Path | None = None,
@@ -183,7 +182,7 @@ def given_back(
     parameters, and what it learned on top of, may not: then there is nothing to give back, and an `InputError` says
     what differs.
     """
-    entry = params.tasks.get(task)
+    entry = read_params("tasks", dict[str, Task]).get(task)
     if entry is None or not entry.retired:
         return None
     path = receipt_of(task)

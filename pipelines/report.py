@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.files import whole_folder, write_json
-from pipelines.params import Params
+from pipelines.params import Task, read_params
 from pipelines.reports.exhibits import make_exhibits
 from pipelines.reports.history import read_history
 from pipelines.reports.numbers import headline, shown
@@ -19,7 +19,7 @@ from pipelines.stage import Summary, publish_markdown, stage
 @stage
 def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
     """Write the metrics to `metrics`, the plot data and the page to `out`; return the headline numbers."""
-    history = read_history(artifacts, list(Params.load().tasks))
+    history = read_history(artifacts, list(read_params("tasks", dict[str, Task])))
     movement = read_movement(artifacts, history)
     album = Album(artifacts, history)
     numbers = headline(history)

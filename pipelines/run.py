@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.beside import Beside, Order, open_beforehand, room_beside, side_by_side
 from pipelines.errors import InputError
 from pipelines.files import read_json
+from pipelines.fingerprints import require_own_code
 from pipelines.locks import held, mend_rwlock
 from pipelines.params import Params, missing_source
 from pipelines.plan import Plan, read_plan
@@ -35,6 +36,7 @@ TASKS_IN_THE_TABLE = 20
 def run_pipeline() -> int:
     """Bring every stage up to date; return the exit status."""
     params = Params.load()
+    require_own_code()
     with only_run():
         plan = read_plan(params.tasks)
         require_sources(params, plan)

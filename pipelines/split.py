@@ -22,7 +22,7 @@ from pipelines.images import (
     write_images,
     write_samples,
 )
-from pipelines.params import Params
+from pipelines.params import Data, Task, read_params
 from pipelines.pictures import (
     Print,
     leaking_pictures,
@@ -82,18 +82,18 @@ def split(
     Of a task whose images were deleted (`sdlora retire`) it gives back what it left, and in place of the training
     images their hash.
     """
-    params = Params.load()
-    if task not in params.tasks:
-        raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(params.tasks)}")
-    given = given_back("split", task, params, out, images=images, then=partial(hand_on, before))
+    tasks = read_params("tasks", dict[str, Task])
+    if task not in tasks:
+        raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(tasks)}")
+    given = given_back("split", task, out, images=images, then=partial(hand_on, before))
     if given is not None:
         return given
-    names, data = params.tasks[task].classes, params.data
+    names, data = tasks[task].classes, read_params("data", Data)
     earlier = read_json(before / "classes.json")
     refuse_known_classes(task, names, earlier["classes"])
 
     first = len(earlier["classes"])
-    listed = task_images(source, names, manifest=params.tasks[task].manifest, data=data)
+    listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
     labels = {name: first + i for i, name in enumerate(names)}
     pictures = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
     samples = [picture.sample() for picture in pictures]
@@ -148,7 +148,7 @@ def split(
             folder / "split.json",
             {
                 "task": task,
-                "after": params.tasks[task].after,
+                "after": tasks[task].after,
                 "counts": counts,
                 "digest": digest_of(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),

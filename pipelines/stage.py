@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
+from pipelines.fingerprints import require_own_code, stage_fingerprint
+from pipelines.layout import CODE, STAGES
 from pipelines.processes import die_with_starter
 
 if TYPE_CHECKING:
@@ -56,18 +58,13 @@ PREFECT_SETTINGS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of dvc.yaml: called, it is its plain function; `flow` is the same as a Prefect flow."""
+    """A stage of dvc.yaml: called, it is its plain function."""
 
     name: str
     fn: Callable[..., Summary]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Summary:  # noqa: ANN401 - the function's own arguments
         return self.fn(*args, **kwargs)
-
-    @property
-    def flow(self) -> Flow[..., Summary]:
-        """The stage as a Prefect flow, for deployments."""
-        return make_flow(self.fn, self.name)
 
 
 def stage(fn: Callable[..., Summary]) -> Stage:
@@ -81,18 +78,31 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
     """
     die_with_starter()
+    require_hashed_code(stage.name)
     task = arguments.get("task", arguments.get("name"))
     label = f"{stage.name}@{task}" if task else stage.name
     from pipelines.journal import keep
+    from pipelines.progress import show_progress
+    from pipelines.progress_artifact import ProgressArtifact
+    from pipelines.progress_bar import ProgressBar
 
+    show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
     missing, started = server_missing(), time.monotonic()
     if missing:
         say(f"prefect: no server ({missing}); running {label} plainly")
         summary = stage(**arguments)
     else:
         summary = run_linked(stage, label, arguments)
-    if "out" in arguments:
+    if stage.name in STAGES:
         keep(label, arguments, summary, seconds=time.monotonic() - started)
+
+
+def require_hashed_code(kind: str) -> None:
+    """Refuse to run a stage whose code is not the one that DVC has hashed for it."""
+    hashed = CODE / kind
+    if hashed.is_file() and hashed.read_text(encoding="utf-8") != stage_fingerprint(kind).text:
+        require_own_code()
+        raise InputError(f"{kind}: its code was edited since {hashed} was written; run the same again")
 
 
 def say(line: str) -> None:

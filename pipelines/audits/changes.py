@@ -30,7 +30,7 @@ from pipelines.audits.steps import (
 )
 from pipelines.errors import InputError
 from pipelines.images import decode, read_images
-from pipelines.progress import Progress
+from pipelines.progress import progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -399,7 +399,7 @@ def compared_features(
     models = [classifier_of(step, base) for step, base in zip((then, now), bases, strict=True)]
     features: list[list[np.ndarray]] = [[], []]
     done = 0
-    with Progress("features", total=2 * sum(map(len, tables.values())), unit="images") as bar:
+    with progress("features", total=2 * sum(map(len, tables.values())), unit="images") as bar:
         for task, images in tables.items():
             pixels = decode(images, ways[0])
             for side, (model, way) in enumerate(zip(models, ways, strict=True)):

@@ -47,7 +47,7 @@ from pipelines.errors import InputError
 from pipelines.files import natural_key, read_json, sha256_of
 from pipelines.images import open_picture, picture_hash, read_images, strict_pictures
 from pipelines.predict import best_guesses, choose_bf16, choose_device, shown
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.sources import read_source
 
 WORST = 10
@@ -259,7 +259,7 @@ def image_history(project: Project, which: str) -> Record:
     preprocessing = Preprocessing.of(base.description)
     pixels = preprocessing.pixels(picture)
     rows = []
-    with Progress("image", total=len(names)) as bar:
+    with progress("image", total=len(names)) as bar:
         for done, name in enumerate(names, start=1):
             step = project.step(name)
             classes = [entry["name"] for entry in step.classes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from importlib import resources
 
 from pipelines.reports.figures import (
     MANY_TASKS,
@@ -23,7 +23,7 @@ from pipelines.reports.history import History, head_of
 from pipelines.reports.numbers import flip_rows, prediction_shares
 from pipelines.reports.weights import Movement
 
-COLOURS = Path(__file__).parents[1] / "templates" / "report.css"
+COLOURS = resources.files("pipelines") / "templates" / "report.css"
 
 
 def make_exhibits(history: History, movement: Movement | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Callable
-from pathlib import Path
+from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ from pipelines.reports.numbers import (
 from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATES = resources.files("pipelines") / "templates"
 
 
 class Pictures(NamedTuple):
@@ -62,7 +62,7 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+        loader=FileSystemLoader(str(TEMPLATES), encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

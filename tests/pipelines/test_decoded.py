@@ -14,11 +14,10 @@ from PIL import Image
 from pipelines import decoded
 from pipelines.decoded import BUDGET, FOLDER, PackedImages, pixel_batches
 from pipelines.errors import InputError
-from pipelines.files import sha256_of
+from pipelines.fingerprints import fingerprint_of
 from pipelines.images import ImageRow, decode, read_images, write_images
 from sdlora.preprocessing import Preprocessing
 from tests.chains import encoded, picture
-from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
 WAY = Preprocessing(
@@ -151,10 +150,10 @@ def test_the_decoder_names_the_libraries_that_make_pixels() -> None:
 
     assert found["pillow"] == Image.__version__
     assert found["libjpeg_turbo"]
-    assert found["code"] == tuple(
-        sha256_of(REPOSITORY / name)
-        for name in ("pipelines/decoded.py", "pipelines/images.py", "sdlora/preprocessing.py")
-    )
+    code = [fingerprint_of(part) for part in (PackedImages, Preprocessing)]
+    assert found["code"] == [part.sha256 for part in code]
+    names = {definition.name for part in code for definition in part.definitions}
+    assert {"decode_one", "open_picture", "on_white", "Preprocessing"} <= names
 
 
 @pytest.mark.parametrize("place", [0, 3 * SIZE + 5, -1], ids=["first", "a-pixel", "a-checksum"])

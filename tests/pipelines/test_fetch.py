@@ -131,9 +131,7 @@ def test_a_missing_benchmark_file_is_named(project: Path, monkeypatch: pytest.Mo
     with_glyphs()
     monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda _: project))
 
-    with pytest.raises(
-        InputError, match=r"pipelines/embedded/glyphs100/glyphs100\.arrow: the file is missing"
-    ):
+    with pytest.raises(InputError, match=r"embedded/glyphs100/glyphs100\.arrow: the file is missing"):
         fetch("glyphs100", out=project / "out")
 
 

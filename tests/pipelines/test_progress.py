@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import progress
-from pipelines.progress import Progress
+from pipelines import progress_bar
+from pipelines.progress_bar import ProgressBar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -29,14 +29,14 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(progress, "time", found)
+    monkeypatch.setattr(progress_bar, "time", found)
     return found
 
 
 def test_elsewhere_than_on_a_terminal_a_line_is_printed_at_most_every_five_seconds(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress("fit t02", total=100, unit="images") as bar:
+    with ProgressBar("fit t02", 100, "images") as bar:
         for done in range(1, 101):
             clock.now += 0.125
             bar.update(done, step=f"{done}/100", loss=0.12345)
@@ -50,7 +50,7 @@ def test_elsewhere_than_on_a_terminal_a_line_is_printed_at_most_every_five_secon
 def test_work_that_was_resumed_does_not_count_what_was_done_before(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress("fit", total=1000) as bar:
+    with ProgressBar("fit", 1000, "steps") as bar:
         bar.update(900)
         clock.now += 6
         bar.update(906)
@@ -59,7 +59,7 @@ def test_work_that_was_resumed_does_not_count_what_was_done_before(
 
 def test_work_that_fails_is_not_said_to_be_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
-        with Progress("fit", total=10) as bar:
+        with ProgressBar("fit", 10, "steps") as bar:
             bar.update(1)
             raise ValueError("no")
 
@@ -71,8 +71,8 @@ def test_work_that_fails_is_not_said_to_be_done(clock: Clock, capsys: pytest.Cap
 def test_on_a_terminal_there_is_a_bar_with_facts_and_time_left() -> None:
     program = """
 import time
-from pipelines.progress import Progress
-with Progress("fit t02", total=4, unit="images") as bar:
+from pipelines.progress_bar import ProgressBar
+with ProgressBar("fit t02", 4, "images") as bar:
     for done in range(1, 5):
         bar.update(done, epoch="1/2", loss=0.5)
         time.sleep(0.05)

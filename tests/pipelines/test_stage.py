@@ -24,6 +24,7 @@ from pipelines.stage import (
     Summary,
     complaint,
     launch,
+    make_flow,
     publish_markdown,
     say,
     stage,
@@ -148,14 +149,14 @@ def test_a_server_that_dies_in_the_middle_does_not_fail_finished_work(tmp_path: 
         """
 import os
 from pathlib import Path
-from pipelines.progress import Progress
+from pipelines.progress import progress
 from pipelines.server import prefect_server
 from pipelines.stage import current_flow_run, launch, stage
 
 @stage
 def measure(task, *, out):
     assert current_flow_run()
-    with Progress("measure", total=2) as bar:
+    with progress("measure", total=2) as bar:
         bar.update(1)
         # The server is the only child of this process.
         os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), 9)
@@ -306,7 +307,7 @@ with get_client(sync_client=True) as client:
 
 
 def test_the_flow_of_a_stage_is_named_after_it_and_caches_nothing() -> None:
-    flow = measure.flow
+    flow = make_flow(measure.fn, "measure")
     assert flow.name == "measure"
     assert flow.persist_result is False
     assert flow.retries == 0

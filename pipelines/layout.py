@@ -1,0 +1,32 @@
+"""Where everything is in a project, and what its stages are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Self
+
+PARAMS = Path("params.yaml")
+ARTIFACTS = Path("artifacts")
+CODE = ARTIFACTS / "code"
+"""For each stage a file with the fingerprint of its code."""
+
+CODE_STAGE = "code"
+STAGES = ("fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report")
+"""The stages whose code has a fingerprint, in the order in which a chain runs them."""
+
+
+class StageName(NamedTuple):
+    """The name of a stage in dvc.yaml, such as `fit@t03` or `report`."""
+
+    kind: str
+    item: str | None = None
+    """The task, or the data set that `fetch` brings; None for a stage that there is once."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a name as DVC writes it."""
+        kind, _, item = text.partition("@")
+        return cls(kind, item or None)
+
+    def __str__(self) -> str:
+        return self.kind if self.item is None else f"{self.kind}@{self.item}"
