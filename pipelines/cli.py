@@ -91,11 +91,15 @@ def run(
         bool,
         typer.Option("--force", help="With --params: overwrite what is not committed, or trained otherwise."),
     ] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train again what older code has trained; see sdlora keep.")
+    ] = False,
 ) -> None:
     """Bring everything up to date: train new tasks, test, report.
 
-    Only stages whose inputs changed run; what was made before comes from the cache. Killed at any moment, the
-    same command goes on. Each stage is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
+    Only stages whose inputs changed run; what was made before comes from the cache. What an older version of this
+    program has trained is trained again with --retrain only. Killed at any moment, the same command goes on. Each stage
+    is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
     """
     require_project()
     if params is not None:
@@ -109,7 +113,21 @@ def run(
         raise InputError("run: --seed, --dry and --force go with --params; give the file of a parameter set")
     from pipelines.run import run_pipeline
 
-    raise SystemExit(run_pipeline())
+    raise SystemExit(run_pipeline(retrain=retrain))
+
+
+@app.command()
+def keep() -> None:
+    """Keep what older code of this program has trained, although the code has changed.
+
+    For after an upgrade: nothing is computed, and ledger/kept says what was kept. Only stages of which nothing but the
+    code changed are kept.
+    """
+    require_project()
+    from pipelines.keep import keep as work
+
+    for line in work():
+        typer.echo(line)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import InputError
+from pipelines.fingerprints import code_files
+from pipelines.layout import CODE, CODE_STAGE, StageName
 from pipelines.reading import changes_of, each_once, locked_for_reading
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class Plan:
     """Stage → what it leaves."""
     deps: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
     """Stage → what it reads."""
+    code: Mapping[str, str | None] = field(repr=False, default_factory=dict)
+    """Finished stage → the md5 of the fingerprint of the code that made it; None where dvc.lock has none."""
     remote: bool = False
 
     def stale(self) -> list[str]:
@@ -62,15 +66,33 @@ def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
                 reasons = {
                     s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
                 }
+            for stage in stages:
+                if stage.always_changed and stage.addressing == CODE_STAGE:
+                    # Its sources are those of the installed program, which DVC does not watch.
+                    reasons[CODE_STAGE] = ["the code of sdlora changed"] * (not code_is_written())
             return Plan(
                 order=run_order(needs, list(tasks)),
                 needs=needs,
                 reasons=reasons,
-                made={stage.addressing for stage in stages if any(out.hash_info for out in stage.outs)},
+                made={stage.addressing for stage in stages if _is_made(stage)},
                 outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
                 deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
+                code={s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)},
                 remote=remote,
             )
+
+
+def _is_made(stage: DvcStage) -> bool:
+    return any(out.hash_info for out in stage.outs)
+
+
+def _reads_code(stage: DvcStage) -> bool:
+    return any(CODE in PurePath(dep.def_path).parents for dep in stage.deps)
+
+
+def _code_of(stage: DvcStage) -> str | None:
+    path = str(CODE / StageName.parse(stage.addressing).kind)
+    return next((dep.hash_info.value for dep in stage.deps if dep.def_path == path and dep.hash_info), None)
 
 
 def left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
@@ -159,6 +181,30 @@ def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
                 if not others:
                     heapq.heappush(ready, (rank[name], name))
     return order
+
+
+def code_is_written() -> bool:
+    """Whether what stands in `artifacts/code` is of the code that runs."""
+    try:
+        return all((CODE / name).read_text(encoding="utf-8") == text for name, text in code_files().items())
+    except OSError:
+        return False
+
+
+def record_as_it_is(names: Iterable[str]) -> None:
+    """Have dvc.lock say of finished stages that they are up to date with their inputs as those are now.
+
+    Nothing is computed, and nothing enters the run-cache: no other machine takes it for what the inputs give.
+    """
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
+            for name in names:
+                stage = repo.stage.get_target(name)
+                stage.save(run_cache=False)
+                stage.commit()
+                stage.dvcfile.dump_stages([stage], update_pipeline=False)
 
 
 @contextlib.contextmanager

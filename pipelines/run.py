@@ -13,6 +13,7 @@ from pipelines.beside import Beside, Order, open_beforehand, room_beside, side_b
 from pipelines.errors import InputError
 from pipelines.files import read_json
 from pipelines.fingerprints import require_own_code
+from pipelines.keep import require_decision
 from pipelines.locks import held, mend_rwlock
 from pipelines.params import Params, missing_source
 from pipelines.plan import Plan, read_plan
@@ -33,12 +34,17 @@ TASKS_IN_THE_TABLE = 20
 """Of more tasks a terminal shows no matrix that could be read; the report has it."""
 
 
-def run_pipeline() -> int:
-    """Bring every stage up to date; return the exit status."""
+def run_pipeline(*, retrain: bool = False) -> int:
+    """Bring every stage up to date; return the exit status.
+
+    With `retrain`, what was trained by other code is trained again.
+    """
     params = Params.load()
     require_own_code()
     with only_run():
         plan = read_plan(params.tasks)
+        for line in require_decision(plan, retrain=retrain):
+            print_line(line)
         require_sources(params, plan)
         make_up(plan)
         if not plan.stale():
@@ -75,6 +81,8 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     params = Params.load()
     with only_run(wait=True):
         plan = read_plan(params.tasks, lean=True)
+        for line in require_decision(plan, retrain=False):
+            print_line(line)
         require_remote(plan)
         require_sources(params, plan)
         if server_missing() is None:
@@ -256,6 +264,11 @@ def show_status() -> None:
 
     plan = read_plan(Params.load().tasks)
     stale = set(plan.stale())
+    decision: list[str] = []
+    try:
+        decision += require_decision(plan, retrain=False)
+    except InputError as undecided:
+        decision.append(str(undecided))
     kinds = dict.fromkeys(name.partition("@")[0] for name in plan.order)
     console = Console()
     table = Table()
@@ -277,6 +290,8 @@ def show_status() -> None:
         if plan.reasons[name] and name in plan.made:
             first, *rest = plan.reasons[name]
             console.print(f"{name}: {first}" + (f" (and {len(rest)} more)" if rest else ""), highlight=False)
+    for line in decision:
+        console.print(line, highlight=False)
     left = (
         f"{len(stale)} of {len(plan.order)} stages are not up to date: sdlora run"
         if stale

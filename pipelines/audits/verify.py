@@ -21,6 +21,8 @@ from pipelines.audits.places import (
 from pipelines.errors import InputError
 from pipelines.files import read_json, sha256_of
 from pipelines.images import PACKED, TRAINING, SampleRow, digest_of, read_images
+from pipelines.kept import KEPT, read_notes
+from pipelines.layout import CODE
 from pipelines.model_facts import last_epoch, learned_magnitudes
 from pipelines.params import Gate, Params
 from pipelines.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
@@ -137,11 +139,27 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     found = place.find(train.parent) / PACKED
     if found.exists() and sha256_of(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
+    check_code(place, step, record)
     told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: its {name} do not follow from the fit")
     check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
+
+
+def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
+    """The code that made the step is the one that dvc.lock names, or a note says that the step was kept."""
+    if str(CODE) not in place.lock.outs or receipt_of(step).exists():
+        return  # a chain of before fingerprints; a step that is given back as the code of then made it
+    kept = {(name, stage.result) for note in read_notes() for name, stage in note.stages.items()}
+    for kind, file in (("fit", f"fit/{step}/fit.json"), ("freeze", f"model/{step}/step.json")):
+        if sha256_of(place.find(CODE) / kind) == record["code"][kind]:
+            continue
+        path = ARTIFACTS / file
+        if (f"{kind}@{step}", sha256_of(place.find(path.parent) / path.name)) not in kept:
+            raise FaultError(
+                f"{path}: made by other code than {CODE / kind}, and no note in {KEPT} says that it was kept"
+            )
 
 
 def check_inputs(place: Place, stages: Iterable[str]) -> None:
