@@ -40,7 +40,6 @@ def keep() -> list[str]:
     if not kept:
         return ["nothing to keep: no finished stage was made by other code alone"]
     hashes = _hashes()
-    record_as_it_is(kept)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     path = write_note(
         now,
@@ -49,6 +48,7 @@ def keep() -> list[str]:
             for name, was in kept.items()
         },
     )
+    record_as_it_is(kept)  # after the note: what is kept is never without one
     others = [name for name in outdated if name not in kept]
     reasons = [next(r for r in plan.reasons[name] if not r.startswith(f"{CODE}/")) for name in others]
     return [

@@ -200,11 +200,11 @@ def record_as_it_is(names: Iterable[str]) -> None:
         from dvc.repo import Repo, lock_repo
 
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
-            for name in names:
-                stage = repo.stage.get_target(name)
+            stages = [repo.stage.get_target(name) for name in names]
+            for stage in stages:
                 stage.save(run_cache=False)
                 stage.commit()
-                stage.dvcfile.dump_stages([stage], update_pipeline=False)
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
 
 
 @contextlib.contextmanager
