@@ -2,6 +2,7 @@
 PYTHON ?= python3
 FAULTS ?= 50
 SEED ?= 0
+WORKERS ?= 2
 QUICK_FIT := --backbone vit_tiny_patch16_224 --rounds 1
 BIN := .venv/bin
 READY := .venv/.ready
@@ -15,8 +16,8 @@ help: ## Show this list.
 repro: $(READY) ## Bring everything up to date: train, test, report.
 	@$(BIN)/sdlora run
 
-test: $(READY) ## Run all tests.
-	@$(BIN)/python -m pytest -q
+test: $(READY) ## Run all tests, WORKERS files at a time; print the slowest ten.
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(READY) ## Check style, format and types.
 	@$(BIN)/ruff check .

@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pipelines.warm import warm_process
 from tests.pipelines.test_steps import paint, settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,10 +32,20 @@ def call(folder: Path, *command: str) -> str:
     return done.stdout
 
 
+def load_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the warm process of a run in this process load nothing: stages that are shell scripts need no torch."""
+    monkeypatch.setattr("pipelines.run.warm_process", partial(warm_process, libraries=()))
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, str]:
     """A project of two tasks of two classes that `sdlora run` has brought up to date, and what it printed."""
-    folder = tmp_path_factory.mktemp("chain") / "project"
+    made = made_once("chain", finish_chain)
+    return made / "project", (made / "printed.txt").read_text(encoding="utf-8")
+
+
+def finish_chain(root: Path) -> None:
+    folder = root / "project"
     skip = shutil.ignore_patterns("__pycache__")
     for name in ("pipelines", "sdlora", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore", "dvc.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,4 +62,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     text = re.sub(r"^fetch:\n(  .*\n)+", "fetch: {}\n", text, flags=re.MULTILINE)
     (folder / "params.yaml").write_text(text, encoding="utf-8")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    return folder, call(folder, "sdlora", "run")
+    (root / "printed.txt").write_text(call(folder, "sdlora", "run"), encoding="utf-8")
