@@ -90,7 +90,7 @@ def fit(
                 "classes": _own_classes(task, classes),
                 "adapter": choices.adapter.of_the_fit,
                 "split": read_json(train),
-                "code": code_hash("fit"),
+                "code": code_hash(fit),
                 "versions": library_versions(),
                 "training": choices.decisive,
                 "seed": choices.seed,
@@ -309,7 +309,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
 def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
     """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
     settings = {
-        "code": code_hash("fit"),
+        "code": code_hash(fit),
         "task": task,
         "adapter": choices.adapter.of_the_fit,
         "training": choices.decisive,

@@ -94,7 +94,7 @@ def freeze(
                 "head": adapter.head,
                 "images": {**record.get("images", {}), task: described["split"]["images"]},
                 "split": described["split"],
-                "code": {"fit": described["code"], "freeze": code_hash("freeze")},
+                "code": {"fit": described["code"], "freeze": code_hash(freeze)},
                 "versions": library_versions(),
                 "determinism": "deterministic algorithms" if deterministic else "none required",
                 "metrics": last_epoch(fit),

@@ -3,18 +3,19 @@
 import platform
 from importlib import metadata
 
-from pipelines.fingerprints import stage_fingerprint
+from pipelines.fingerprints import fingerprint_of
+from pipelines.stage import Stage
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "safetensors", "timm", "torch")
 """What can change the bytes of a step."""
 
 
-def code_hash(stage: str) -> str:
+def code_hash(stage: Stage) -> str:
     """Return the hash of the code of a stage: of what decides whether DVC runs it again.
 
     So the same inputs never give two records.
     """
-    return stage_fingerprint(stage).sha256
+    return fingerprint_of(stage.fn).sha256
 
 
 def library_versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ from pipelines.thumbnails import data_uri
 if TYPE_CHECKING:
     from rich.console import Group
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 MARK = b'<meta name="generator" content="sdlora audit diff">'
 """What tells a page of this command from other files."""
 ROWS = 12
