@@ -24,15 +24,15 @@ import timm
 import torch
 from PIL import Image
 
-from pipelines.files import read_json, write_json
-from pipelines.freeze import freeze
-from pipelines.gate import gate
-from pipelines.images import TRAINING, read_images, write_rows
-from pipelines.params import Params
-from pipelines.provenance import code_hash, library_versions
-from pipelines.report import report
-from pipelines.split import split
-from pipelines.start import start
+from pipelines.data.packed import TRAINING, read_images, write_rows
+from pipelines.project.files import read_json, write_json
+from pipelines.project.params import Params
+from pipelines.project.provenance import code_hash, library_versions
+from pipelines.stages.freeze import freeze
+from pipelines.stages.gate import gate
+from pipelines.stages.report import report
+from pipelines.stages.split import split
+from pipelines.stages.start import start
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.backbones import Backbone, write_backbone
 from sdlora.fit_folder import EpochRecord, write_fit

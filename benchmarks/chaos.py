@@ -56,8 +56,8 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
-from pipelines.processes import end_group
-from pipelines.stage import server_trouble
+from pipelines.runtime.processes import end_group
+from pipelines.runtime.stage import server_trouble
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results/chaos.jsonl")
@@ -265,8 +265,8 @@ class Site:
                     and parent.pid == worker
                     and process.environ().get("PREFECT__FLOW_RUN_ID") in self.runs,
                     "dvc": process.name() == "dvc repro"
-                    or (words[3:4] == ["pipelines.patched_dvc"] and "push" not in words),
-                    "training": "pipelines.warm" in above
+                    or (words[3:4] == ["pipelines.versioning.patches"] and "push" not in words),
+                    "training": "pipelines.runtime.fork_server" in above
                     or any(word.endswith("bin/sdlora") for word in words[:2]),
                 }[role]:
                     return process

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.fetch import KNOWN
-from pipelines.files import natural_key
-from pipelines.images import ImageRow, decode, read_images, write_images
-from pipelines.params import HEADS_OF, Digits, Glyphs100
+from pipelines.data.packed import ImageRow, decode, read_images, write_images
+from pipelines.project.files import natural_key
+from pipelines.project.params import HEADS_OF, Digits, Glyphs100
+from pipelines.stages.fetch import KNOWN
 from sdlora.backbones import Backbone, create_backbone
 from sdlora.classifier import Learned, merged_classifier
 from sdlora.devices import best_device, set_deterministic

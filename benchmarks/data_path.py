@@ -35,11 +35,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import decoded, images, pictures
-from pipelines.decoded import PackedImages, pixel_batches
-from pipelines.images import decoding_threads, open_picture, picture_hash
-from pipelines.split import split
-from pipelines.start import start
+from pipelines.data import duplicates, packed, pixel_cache
+from pipelines.data.packed import decoding_threads, open_picture, picture_hash
+from pipelines.data.pixel_cache import PackedImages, pixel_batches
+from pipelines.stages.split import split
+from pipelines.stages.start import start
 from sdlora import load
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.backbones import create_backbone, write_backbone
@@ -262,17 +262,17 @@ def measure_split(photographs: Sequence[bytes], rounds: int) -> tuple[list[Row],
     def whole(data: bytes) -> None:
         picture = open_picture(data)
         picture_hash(picture)
-        pictures.perceptual_hash(picture)
+        duplicates.perceptual_hash(picture)
 
     def threaded() -> None:
-        for _ in images.in_parallel(lambda index: whole(photographs[index]), range(len(photographs))):
+        for _ in packed.in_parallel(lambda index: whole(photographs[index]), range(len(photographs))):
             pass
 
     times = in_turn(
         {
             "decode": lambda: [open_picture(data) for data in photographs],
             "hash of the pixels": lambda: [picture_hash(picture) for picture in opened],
-            "perceptual hash": lambda: [pictures.perceptual_hash(picture) for picture in opened],
+            "perceptual hash": lambda: [duplicates.perceptual_hash(picture) for picture in opened],
             "all, one thread": lambda: [whole(data) for data in photographs],
             f"all, {decoding_threads()} threads": threaded,
         },
@@ -296,17 +296,17 @@ def measure_split(photographs: Sequence[bytes], rounds: int) -> tuple[list[Row],
 def counted() -> Iterator[list[int]]:
     """The positions of the images that are decoded meanwhile."""
     found: list[int] = []
-    original = decoded.decode_one
+    original = pixel_cache.decode_one
 
     def decode_one(table: Any, index: int, preprocessing: Preprocessing) -> np.ndarray:  # noqa: ANN401
         found.append(index)
         return original(table, index, preprocessing)
 
-    decoded.decode_one = decode_one
+    pixel_cache.decode_one = decode_one
     try:
         yield found
     finally:
-        decoded.decode_one = original
+        pixel_cache.decode_one = original
 
 
 def drain(names: Sequence[str], batch: int) -> None:
@@ -333,13 +333,13 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
     total = len(names) * (test // CLASSES) * CLASSES
 
     def cold() -> None:
-        shutil.rmtree(decoded.FOLDER, ignore_errors=True)
+        shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
         drain(names, 256)
 
     def off() -> None:
-        os.environ[decoded.BUDGET] = "0"
+        os.environ[pixel_cache.BUDGET] = "0"
         drain(names, 256)
-        del os.environ[decoded.BUDGET]
+        del os.environ[pixel_cache.BUDGET]
 
     times = in_turn({"nothing is kept": off, "keeping it": cold, "kept": lambda: drain(names, 256)}, rounds)
     rows, facts = [], {}
@@ -354,7 +354,7 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
             )
         )
         facts[name] = {"wall_ms": 1000 * wall / total, "cpu_ms": 1000 * processor / total}
-    shutil.rmtree(decoded.FOLDER, ignore_errors=True)
+    shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
     with counted() as found:
         for index in range(len(names)):
             drain_step(names[: index + 1])
@@ -372,7 +372,7 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
     for _ in range(max(1, rounds // 3)):
         for name, runs in stage.items():
             if name == "nothing kept":
-                shutil.rmtree(decoded.FOLDER, ignore_errors=True)
+                shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
             runs.append(run_evaluate(names[-1]))
     for name, runs in stage.items():
         chosen = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
@@ -453,7 +453,7 @@ def child(arguments: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     what, task = arguments.child
     if what == "evaluate":
-        from pipelines.evaluate import evaluate
+        from pipelines.stages.evaluate import evaluate
 
         place, models = Path("artifacts/split") / task, Path("artifacts/model")
         evaluate(

@@ -232,14 +232,14 @@ def write_params(folder: Path, number: int) -> None:
 
 def make(number: int) -> None:
     """Call all stages of the project in this folder, then have DVC enter what they left into dvc.lock."""
-    from pipelines import journal
-    from pipelines.cli import app
+    from pipelines.cli.app import app
+    from pipelines.ledger import journal
 
     journal.commit = lambda: None  # git is asked once a stage otherwise
     from dvc.repo import Repo, lock_repo
 
-    from pipelines.params import Params
-    from pipelines.plan import read_plan
+    from pipelines.project.params import Params
+    from pipelines.versioning.plan import read_plan
 
     names = list(Params.load().tasks)
     order = read_plan(names).order

@@ -1,1 +1,1 @@
-"""The stages of the pipeline, the flows that run them, and the command line."""
+"""The application in rooms: each imports only from rooms below it, from `cli` at the top down to `project`."""

@@ -15,18 +15,18 @@ def main() -> None:
     if "SDLORA_WARM" in os.environ:
         import sys
 
-        from pipelines import warm
+        from pipelines.runtime import fork_server
 
-        status = warm.ask(sys.argv[1:])
+        status = fork_server.ask(sys.argv[1:])
     elif "DVC_STAGE" in os.environ:
         import sys
 
-        from pipelines import warm_alone
+        from pipelines.cli import preloaded_for_dvc
 
-        status = warm_alone.ask(sys.argv[1:])
+        status = preloaded_for_dvc.ask(sys.argv[1:])
     if status is not None:
         raise SystemExit(status)
-    from pipelines.cli import main
+    from pipelines.cli.app import main
 
     main()
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.support.repository import REPOSITORY
+
 # Before torch, Prefect or DVC are loaded, here or in a process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
@@ -21,8 +23,6 @@ os.environ.pop("PREFECT_API_URL", None)
 
 # What a shell has started in the background ignores Ctrl-C, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +59,7 @@ def made_once(
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API of a real Prefect server, one for the whole session, for processes that a test starts."""
-    from pipelines.server import prefect_server
+    from pipelines.orchestration.server import prefect_server
 
     with prefect_server(tmp_path_factory.mktemp("prefect")) as wait:
         wait()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support.repository import REPOSITORY
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 

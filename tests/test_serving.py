@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.export import export
-from pipelines.exports.subject import Subject, reference_logits
-from pipelines.images import open_picture
+from pipelines.data.packed import open_picture
+from pipelines.serving.export import export
+from pipelines.serving.exports.subject import Subject, reference_logits
 from sdlora.ledger import record_hash
-from tests.chains import encoded, make_chain, picture
+from tests.support.chains import encoded, make_chain, picture
+from tests.support.repository import REPOSITORY
 
-PAGE = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

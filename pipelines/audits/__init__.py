@@ -1,1 +1,1 @@
-"""The commands of `sdlora audit`: what holds, what changed, who says so."""
+"""What holds, what changed, who says so, and what may go: verify, diff, show, sign, retire."""

@@ -28,9 +28,9 @@ from pipelines.audits.steps import (
     taken_for,
     test_pictures,
 )
-from pipelines.errors import InputError
-from pipelines.images import decode, read_images
-from pipelines.progress import progress
+from pipelines.data.packed import decode, read_images
+from pipelines.project.errors import InputError
+from pipelines.runtime.progress import progress
 
 if TYPE_CHECKING:
     from torch import nn

@@ -25,10 +25,10 @@ from pipelines.audits.tables import (
     rounded,
     table,
 )
-from pipelines.errors import InputError
-from pipelines.files import write_whole
-from pipelines.images import read_images
-from pipelines.thumbnails import data_uri
+from pipelines.data.packed import read_images
+from pipelines.data.thumbnails import data_uri
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines.audits.places import FaultError
 from pipelines.audits.retrain import retrain
 from pipelines.audits.sign import check_signatures
 from pipelines.audits.verify import verify
+from pipelines.versioning.artifacts import FaultError
 
 
 def show_verification(*, as_json: bool, signers: Path | None, again: list[str]) -> int:

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipelines.audits.places import ARTIFACTS, FaultError, Place, read_lock
-from pipelines.errors import InputError
-from pipelines.files import read_json
-from pipelines.images import TRAINING
-from pipelines.params import Params, read_text, read_yaml
-from pipelines.provenance import library_versions
-from pipelines.receipts import receipt_of
+from pipelines.data.packed import TRAINING
+from pipelines.ledger.receipts import receipt_of
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json
+from pipelines.project.params import Params, read_text, read_yaml
+from pipelines.project.provenance import library_versions
+from pipelines.versioning.artifacts import ARTIFACTS, FaultError, Place, read_lock
 
 
 def retrain(step: str) -> float:
@@ -25,7 +25,7 @@ def retrain(step: str) -> float:
     Bytes repeat on one kind of machine, with the same libraries (docs/method.md); the error says which were others.
     Returns the seconds that it took.
     """
-    from pipelines.adapters import tasks_read
+    from pipelines.project.method_settings import tasks_read
 
     params = Params.load()
     if step not in params.tasks:

@@ -43,12 +43,12 @@ from pipelines.audits.tables import (
     rounded,
     table,
 )
-from pipelines.errors import InputError
-from pipelines.files import natural_key, read_json, sha256_of
-from pipelines.images import open_picture, picture_hash, read_images, strict_pictures
-from pipelines.predict import best_guesses, choose_bf16, choose_device, shown
-from pipelines.progress import progress
-from pipelines.sources import read_source
+from pipelines.data.packed import open_picture, picture_hash, read_images, strict_pictures
+from pipelines.data.sources import read_source
+from pipelines.project.errors import InputError
+from pipelines.project.files import natural_key, read_json, sha256_of
+from pipelines.runtime.progress import progress
+from pipelines.serving.predict import best_guesses, choose_bf16, choose_device, shown
 
 WORST = 10
 """Mistakes on the terminal; JSON has all."""

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.audits.places import FaultError
 from pipelines.audits.verify import Finding, verify
-from pipelines.errors import InputError
-from pipelines.files import sha256_of, write_whole
-from pipelines.receipts import read_receipts, receipt_of
+from pipelines.ledger.receipts import read_receipts, receipt_of
+from pipelines.project.errors import InputError
+from pipelines.project.files import sha256_of, write_whole
+from pipelines.versioning.artifacts import FaultError
 
 SIGNATURES = Path("ledger/signatures")
 NAMESPACE = "sdlora-ledger"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from pipelines.audits.places import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
-from pipelines.errors import InputError
-from pipelines.images import read_images
-from pipelines.params import Params
+from pipelines.data.packed import read_images
+from pipelines.project.errors import InputError
+from pipelines.project.params import Params
+from pipelines.versioning.artifacts import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
 
 if TYPE_CHECKING:
     from torch import nn

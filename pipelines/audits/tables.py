@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.predict import shown
+from pipelines.serving.predict import shown
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -9,7 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.audits.places import (
+from pipelines.data.packed import PACKED, TRAINING, SampleRow, digest_of, read_images
+from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
+from pipelines.ledger.kept import KEPT, read_notes
+from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
+from pipelines.ledger.verdicts import broken, measured_in
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json, sha256_of
+from pipelines.project.layout import CODE
+from pipelines.project.params import Gate, Params
+from pipelines.versioning.artifacts import (
     ARTIFACTS,
     LOCK,
     FaultError,
@@ -18,15 +27,6 @@ from pipelines.audits.places import (
     md5_of,
     read_lock,
 )
-from pipelines.errors import InputError
-from pipelines.files import read_json, sha256_of
-from pipelines.images import PACKED, TRAINING, SampleRow, digest_of, read_images
-from pipelines.kept import KEPT, read_notes
-from pipelines.layout import CODE
-from pipelines.model_facts import last_epoch, learned_magnitudes
-from pipelines.params import Gate, Params
-from pipelines.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
-from pipelines.verdicts import broken, measured_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -351,7 +351,7 @@ def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
 
 def check_metrics(place: Place, params: Params) -> None:
     """metrics.json follows from the evaluations."""
-    from pipelines.reports.numbers import headline_of
+    from pipelines.reports.statistics import headline_of
 
     evaluations = [
         read_json(place.find(ARTIFACTS / "evaluation" / task) / "metrics.json") for task in params.tasks

@@ -1,1 +1,1 @@
-"""What the stage `report` is made of: the history that it reads, and what it makes of it."""
+"""What the report is made of: the history that it reads, figures, pages and templates."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.reports.history import History
-from pipelines.reports.numbers import calibration_errors, flip_rows, head_bias, reliability
+from pipelines.reports.statistics import calibration_errors, flip_rows, head_bias, reliability
 from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 

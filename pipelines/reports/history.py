@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.errors import InputError
-from pipelines.files import read_json, sha256_of
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json, sha256_of
 from sdlora import metrics as measure
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Recor
 
 def read_predictions(path: Path, samples: list[int]) -> Predictions:
     """Read the predictions of one step, of so many images per task."""
-    from pipelines.images import read_images
+    from pipelines.data.packed import read_images
 
     table = read_images(path)
     if len(table) != sum(samples):

@@ -28,7 +28,7 @@ from pipelines.reports.figures import (
     training_figures,
 )
 from pipelines.reports.history import History, Record, head_of
-from pipelines.reports.numbers import (
+from pipelines.reports.statistics import (
     calibration_errors,
     flip_rows,
     gate_rows,
@@ -44,7 +44,7 @@ from pipelines.reports.numbers import (
 from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 
-TEMPLATES = resources.files("pipelines") / "templates"
+TEMPLATES = resources.files("pipelines.reports") / "templates"
 
 
 class Pictures(NamedTuple):

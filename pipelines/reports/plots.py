@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.reports.history import History
-from pipelines.reports.numbers import (
+from pipelines.reports.statistics import (
     calibration_errors,
     curves_over_steps,
     flip_rows,

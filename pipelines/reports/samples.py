@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipelines.errors import InputError
+from pipelines.data.thumbnails import data_uri
+from pipelines.project.errors import InputError
 from pipelines.reports.history import History, Record, needed
-from pipelines.thumbnails import data_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +46,7 @@ class Album:
         }
 
     def _bytes(self, row: int) -> bytes:
-        from pipelines.images import read_images
+        from pipelines.data.packed import read_images
 
         task = int(self._history.predictions[-1].task[row])
         path = self._folder / f"{self._history.tasks[task]}.arrow"

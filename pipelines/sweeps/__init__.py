@@ -1,1 +1,1 @@
-"""`sdlora sweep`: chains that differ in a few parameters, side by side, and one table of their results."""
+"""`sdlora sweep`: many chains that differ in a few parameters, and one table of their results."""

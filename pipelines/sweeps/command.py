@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.errors import InputError
-from pipelines.repro import print_line
-from pipelines.stage import server_missing
+from pipelines.project.errors import InputError
+from pipelines.runtime.stage import server_missing
 from pipelines.sweeps.grid import MANY, checked_name, default_name, make_chains, read_axes
 from pipelines.sweeps.results import as_json, shown, write_table
+from pipelines.versioning.repro import print_line
 
 
 def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes: bool) -> int:

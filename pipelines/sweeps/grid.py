@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import InputError
-from pipelines.experiments import flow, with_value
-from pipelines.params import Params, read_text, read_yaml
+from pipelines.planning.experiments import flow, with_value
+from pipelines.project.errors import InputError
+from pipelines.project.params import Params, read_text, read_yaml
 
 MANY = 20
 """More chains than this are trained only by somebody who has seen how many they are."""

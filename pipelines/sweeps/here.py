@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.locks import held
-from pipelines.processes import die_with, end_group, environment
-from pipelines.repro import print_line
-from pipelines.server import prefect_server
+from pipelines.orchestration.server import prefect_server
+from pipelines.runtime.file_lock import held
+from pipelines.runtime.processes import die_with, end_group, environment
 from pipelines.sweeps.grid import Chain
 from pipelines.sweeps.results import Result, read_result
 from pipelines.sweeps.workspace import SWEEPS, Workspace, make_workspace, read_project, with_code
+from pipelines.versioning.repro import print_line
 
 LOG = Path(".sdlora/run.log")
 POLL_SECONDS = 0.2

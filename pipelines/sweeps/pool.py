@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from pipelines.errors import InputError
-from pipelines.processes import environment
-from pipelines.reconcile import begin_overlooked
-from pipelines.repro import print_line
-from pipelines.stage import PREFECT_SETTINGS, first_line, say
+from pipelines.orchestration.reconcile import begin_overlooked
+from pipelines.project.errors import InputError
+from pipelines.runtime.processes import environment
+from pipelines.runtime.stage import PREFECT_SETTINGS, first_line, say
 from pipelines.sweeps.grid import Chain, short_hash
 from pipelines.sweeps.here import may_begin, only_sweep, place_of
 from pipelines.sweeps.results import Result
 from pipelines.sweeps.workspace import Project, Workspace, make_workspace, read_project
+from pipelines.versioning.repro import print_line
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.experiments import flow
-from pipelines.files import read_json, write_json, write_whole
-from pipelines.run import percent
+from pipelines.orchestration.run import percent
+from pipelines.planning.experiments import flow
+from pipelines.project.files import read_json, write_json, write_whole
 from pipelines.sweeps.grid import Chain
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import InputError
-from pipelines.files import sha256_of, whole_folder, write_json, write_whole
-from pipelines.locks import held
-from pipelines.params import Params
-from pipelines.plan import dvc_errors, needs_of
+from pipelines.project.errors import InputError
+from pipelines.project.files import sha256_of, whole_folder, write_json, write_whole
+from pipelines.project.params import Params
+from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
-from pipelines.turns import TURNS
+from pipelines.versioning.plan import dvc_errors, needs_of
+from pipelines.versioning.stage_lock import TURNS
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

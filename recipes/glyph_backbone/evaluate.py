@@ -85,7 +85,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--weights", type=Path, default=Path("sdlora/weights/glyph_vit.safetensors"))
-    parser.add_argument("--glyphs", type=Path, default=Path("pipelines/embedded/glyphs100/glyphs100.arrow"))
+    parser.add_argument(
+        "--glyphs", type=Path, default=Path("pipelines/data/embedded/glyphs100/glyphs100.arrow")
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the digits' split")
     arguments = parser.parse_args()
     print(json.dumps(evaluate(arguments.weights, arguments.glyphs, arguments.seed), indent=1))

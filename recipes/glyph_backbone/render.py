@@ -578,7 +578,7 @@ def main() -> None:
     parser.add_argument(
         "--benchmark",
         type=Path,
-        default=Path("pipelines/embedded/glyphs100/glyphs100.arrow"),
+        default=Path("pipelines/data/embedded/glyphs100/glyphs100.arrow"),
         help="file for the benchmark",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")

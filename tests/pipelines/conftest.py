@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipelines.warm import warm_process
-from tests.pipelines.test_steps import paint, settings
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def environment() -> dict[str, str]:
-    """A server is named that does not answer, so everything runs plainly and fast."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PREFECT_API_URL": "http://127.0.0.1:1/api"}
-
-
-def call(folder: Path, *command: str) -> str:
-    """Run a command of the environment; return what it printed."""
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from pipelines.runtime.fork_server import warm_process
+from tests.support.commands import call
+from tests.support.parameters import settings
+from tests.support.pictures import paint
+from tests.support.repository import REPOSITORY
 
 
 def load_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the warm process of a run in this process load nothing: stages that are shell scripts need no torch."""
-    monkeypatch.setattr("pipelines.run.warm_process", partial(warm_process, libraries=()))
+    monkeypatch.setattr("pipelines.orchestration.run.warm_process", partial(warm_process, libraries=()))
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.layout import CODE, CODE_STAGE
-from pipelines.layout import STAGES as KINDS
+from pipelines.project.layout import CODE, CODE_STAGE
+from pipelines.project.layout import STAGES as KINDS
+from tests.support.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 
 NOT_OF_THE_RESULT = {"checkpoint_seconds", "checkpoint_store"}
@@ -39,8 +38,8 @@ def test_dvc_yaml_has_the_stages_that_have_fingerprints() -> None:
 
 
 def test_every_data_set_that_fetch_knows_and_reads_from_the_package_has_a_hash() -> None:
-    from pipelines.fetch import KNOWN
-    from pipelines.fingerprints import code_files
+    from pipelines.project.fingerprints import code_files
+    from pipelines.stages.fetch import KNOWN
 
     assert f"{CODE}/embedded/${{key}}" in stage("fetch")["deps"]
     assert set(KNOWN) == {
@@ -53,14 +52,14 @@ def test_dvc_yaml_is_readable_in_one_screen() -> None:
 
 
 def test_a_fit_is_keyed_by_every_training_parameter_that_matters_and_no_other() -> None:
-    from pipelines.params import Training
+    from pipelines.project.params import Training
 
     listed = {key.removeprefix("training.") for key in stage("fit")["params"] if key.startswith("training.")}
     assert listed == set(Training.model_fields) - NOT_OF_THE_RESULT
 
 
 def test_a_fit_is_keyed_by_every_adapter_parameter_but_those_of_the_freezing() -> None:
-    from pipelines.params import AT_FREEZING, Adapter
+    from pipelines.project.params import AT_FREEZING, Adapter
 
     listed = {key.removeprefix("adapter.") for key in stage("fit")["params"] if key.startswith("adapter.")}
     assert listed == set(Adapter.model_fields) - AT_FREEZING
@@ -68,7 +67,7 @@ def test_a_fit_is_keyed_by_every_adapter_parameter_but_those_of_the_freezing() -
 
 
 def test_every_section_of_params_is_a_param_of_some_stage() -> None:
-    from pipelines.params import Params
+    from pipelines.project.params import Params
 
     listed = {key.partition(".")[0] for name in STAGES for key in stage(name).get("params", [])}
     assert listed == set(Params.model_fields) - {"workers"}  # who runs the chain, and when, changes no stage
@@ -89,7 +88,7 @@ def test_a_stage_takes_part_in_the_run_cache(name: str) -> None:
 def test_the_commands_are_those_of_the_command_line() -> None:
     from typer.main import get_command
 
-    from pipelines.cli import app
+    from pipelines.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for name in STAGES:

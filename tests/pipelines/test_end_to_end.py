@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,23 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.pipelines.conftest import call, environment
+from tests.support.commands import call, environment
+from tests.support.finished_chain import entries, entries_of, hashes, stages_run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 FIRST = ["start", "backbone"]
 TASK = ["split", "fit", "freeze", "evaluate", "gate"]
-
-
-def stages_run(output: str) -> list[str]:
-    return re.findall(r"^\[.*\] (\S+)  done, ", output, re.MULTILINE)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = [path for path in (folder / "artifacts").rglob("*") if path.is_file()]
-    files += [folder / "metrics.json"]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def forget(folder: Path) -> None:
@@ -140,9 +128,9 @@ def part_of(victim: str, family: list[psutil.Process]) -> psutil.Process:
     """The process of a role: what forks is the first with its command line, what it has forked the second."""
     sought, forked = {
         "run": ("run", False),
-        "dvc": ("pipelines.warm_dvc", True),
-        "warm dvc": ("pipelines.warm_dvc", False),
-        "warm": ("pipelines.warm", False),
+        "dvc": ("pipelines.versioning.dvc_server", True),
+        "warm dvc": ("pipelines.versioning.dvc_server", False),
+        "warm": ("pipelines.runtime.fork_server", False),
         "dvc alone": ("repro", False),
         "dvc alone, warm": ("repro", False),
     }[victim]
@@ -179,17 +167,6 @@ def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(p
     earlier = {name: file for name, file in hashes(project).items() if "/t03/" in name}
     for name in ("directions/t01.safetensors", "directions/t02.safetensors", "head/t01.safetensors"):
         assert earlier[f"artifacts/model/t03/{name}"] == before[f"artifacts/model/t02/{name}"]
-
-
-def entries(folder: Path) -> dict[str, object]:
-    return entries_of((folder / "dvc.lock").read_text())
-
-
-def entries_of(lock: str) -> dict[str, object]:
-    """The stages of a dvc.lock, whose order is that of their ends."""
-    from ruamel.yaml import YAML
-
-    return dict(YAML(typ="safe").load(lock)["stages"])
 
 
 def forget_second_fit(folder: Path) -> None:

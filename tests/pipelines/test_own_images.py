@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.pipelines.conftest import call, environment
-from tests.pipelines.test_end_to_end import hashes, stages_run
+from tests.support.commands import call, environment
+from tests.support.finished_chain import hashes, stages_run
 
 pytestmark = pytest.mark.slow
 NAMES = ["2", "10", "Überweg & Schild"]
@@ -115,7 +115,7 @@ def test_what_predict_sees_is_what_was_evaluated_in_every_format(tmp_path: Path)
     """A picture is decoded alike wherever it comes from: as a file, or packed."""
     import pyarrow as pa
 
-    from pipelines.images import decode, open_picture
+    from pipelines.data.packed import decode, open_picture
     from sdlora.preprocessing import Preprocessing
 
     put(tmp_path / "pictures", 7)

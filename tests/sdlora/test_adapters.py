@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from timm.models import VisionTransformer
-from timm.models.eva import Eva
 from torch import nn
 
 from sdlora.adapters import (
@@ -18,7 +17,8 @@ from sdlora.adapters import (
     truncate,
 )
 from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
-from tests.sdlora.conftest import tiny_vit
+from tests.support.tiny_model import tiny_vit
+from tests.support.vision_transformers import FAMILIES
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -28,31 +28,6 @@ def random_factors(rows: int, columns: int, rank: int, seed: int = 0) -> Factors
     return Factors(
         torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
     )
-
-
-def eva(**options: bool) -> nn.Module:
-    torch.manual_seed(0)
-    return Eva(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=0, **options
-    ).eval()
-
-
-def vit(**options: object) -> nn.Module:
-    """A tiny vision transformer of timm's with one of its many options."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    return VisionTransformer(**sizes, num_classes=0, **options).eval()
-
-
-FAMILIES = [
-    pytest.param(tiny_vit, id="fused-qkv"),
-    pytest.param(lambda: vit(init_values=0.1), id="layer-scale"),
-    pytest.param(lambda: vit(reg_tokens=3), id="register-tokens"),
-    pytest.param(lambda: vit(global_pool="avg", class_token=False), id="pooled"),
-    pytest.param(lambda: vit(qk_norm=True, qkv_bias=False), id="normalised-query-and-key"),
-    pytest.param(lambda: eva(qkv_fused=True), id="fused-qkv-with-separate-biases"),
-    pytest.param(lambda: eva(qkv_fused=False), id="split-qkv"),
-]
 
 
 @pytest.mark.parametrize("make", FAMILIES)

@@ -16,9 +16,10 @@ from sdlora.backbones import (
 )
 from sdlora.ledger import read_record
 from sdlora.tensors import file_sha256, write_tensors
-from tests.sdlora.conftest import tiny_vit
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_model import tiny_vit
 
-PACKAGED = Path(__file__).parents[2] / "sdlora" / "weights" / "glyph_vit.safetensors"
+PACKAGED = REPOSITORY / "sdlora" / "weights" / "glyph_vit.safetensors"
 
 
 def test_the_packaged_backbone_loads_through_timm_by_its_name() -> None:

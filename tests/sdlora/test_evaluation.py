@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdlora.classifier import Learned, merged_classifier
 from sdlora.evaluation import predict_batches
-from tests.sdlora.conftest import tiny_task, tiny_vit
+from tests.support.tiny_model import tiny_task, tiny_vit
 
 
 def predict(learned: Learned, batch_size: int, *, bf16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from sdlora.freezing import freeze
 from sdlora.methods import METHODS
 from sdlora.model_folder import read_model, write_model
 from sdlora.training import Fit, TaskImages
-from tests.sdlora.conftest import schedule, settings
+from tests.support.tiny_model import schedule, settings
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 FLEXIBLE = {key: value for key, value in TINY.items() if key != "img_size"}

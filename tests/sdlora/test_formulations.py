@@ -13,7 +13,7 @@ from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS
 from sdlora.preprocessing import normalise
-from tests.sdlora.conftest import learn, make_fit, settings, tiny_task, tiny_vit
+from tests.support.tiny_model import learn, make_fit, settings, tiny_task, tiny_vit
 
 RATE, MOMENTUM, STEPS = 0.05, 0.9, 5
 

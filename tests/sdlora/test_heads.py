@@ -10,7 +10,7 @@ from sdlora.head import HeadBlock
 from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
 from sdlora.methods import METHODS
 from sdlora.statistics import ClassStatistics, class_statistics, drifted
-from tests.sdlora.conftest import learn, make_fit, settings
+from tests.support.tiny_model import learn, make_fit, settings
 
 SIZE = 6
 

@@ -16,8 +16,8 @@ from torch import nn
 import sdlora
 from sdlora.classifier import adapted_classifier, merged_classifier
 from sdlora.loading import classifier_names, read_step, summed_directions, timm_architecture, timm_classifier
-from tests.chains import make_chain, picture
-from tests.families import FAMILIES
+from tests.support.chains import make_chain, picture
+from tests.support.families import FAMILIES
 
 NAMES = ["glyph_vit", *FAMILIES]
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from sdlora.methods import METHODS, FitResult, inflora, sdlora_kd
 from sdlora.methods.clora import orthonormal
 from sdlora.methods.sdlora_rr import rank_of
 from sdlora.preprocessing import normalise
-from tests.sdlora.conftest import learn, make_fit, settings, tiny_task, tiny_vit
-from tests.sdlora.test_adapters import FAMILIES
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_model import learn, make_fit, settings, tiny_task, tiny_vit
+from tests.support.vision_transformers import FAMILIES
 
 PAPER = {"t01": 10, "t04": 8, "t08": 6}
 
@@ -351,7 +351,7 @@ def test_ncm_trains_nothing() -> None:
 
 
 def test_the_example_in_the_documentation_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "docs/method.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs/method.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)  # type: ignore[index]
     monkeypatch.setitem(METHODS, "first", names["METHOD"])

@@ -11,7 +11,7 @@ from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import read_model, write_model
 from sdlora.statistics import class_statistics
-from tests.sdlora.conftest import learn
+from tests.support.tiny_model import learn
 
 
 def record(learned: Learned, step: str) -> dict[str, object]:

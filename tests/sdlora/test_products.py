@@ -12,7 +12,7 @@ from sdlora.classifier import IncrementalClassifier, Learned
 from sdlora.evaluation import feature_batches, predict_batches
 from sdlora.head import HeadBlock
 from sdlora.products import by_onednn
-from tests.sdlora.conftest import finish, make_fit, tiny_task, tiny_vit
+from tests.support.tiny_model import finish, make_fit, tiny_task, tiny_vit
 
 CPU = torch.device("cpu")
 HERE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

@@ -12,10 +12,9 @@ import torch
 
 from sdlora.team import ALONE, Team, join_team
 from sdlora.tensors import read_tensors, write_tensors
-from tests.sdlora.conftest import learn, make_fit
-from tests.sdlora.test_training import everything, finish
+from tests.support.repository import REPOSITORY
+from tests.support.tiny_model import everything, finish, learn, make_fit
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = {"crop_scale": 0.5, "flip": True, "epochs": 2}
 
 

@@ -13,13 +13,7 @@ from sdlora.freezing import freeze
 from sdlora.methods import METHODS, FitResult
 from sdlora.preprocessing import normalise
 from sdlora.training import Fit, TaskImages
-from tests.sdlora.conftest import finish, learn, make_fit, settings, tiny_task, tiny_vit
-
-
-def everything(result: FitResult) -> dict[str, Tensor]:
-    tensors = {f"{name}.{i}": t for name, pair in result.factors.items() for i, t in enumerate(pair)}
-    rows = {f"{task}.{part}": t for task, block in result.head.items() for part, t in block._asdict().items()}
-    return tensors | dict(result.magnitudes) | rows | dict(result.memory)
+from tests.support.tiny_model import everything, finish, learn, make_fit, settings, tiny_task, tiny_vit
 
 
 def assert_identical(left: FitResult, right: FitResult) -> None:

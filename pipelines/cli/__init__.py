@@ -1,0 +1,1 @@
+"""What people and dvc.yaml type, and the entry points of preloaded processes."""

@@ -1,0 +1,646 @@
+"""The command line `sdlora`: what people call, and the stages that dvc.yaml calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipelines.project.errors import InputError
+
+# Everything else is imported by the command that needs it: `--help` and `status` load no torch, no Prefect.
+
+app = typer.Typer(
+    name="sdlora",
+    help="Teach an image classifier new classes, task by task, without touching what it knows.",
+    epilog="Stages, which dvc.yaml calls: start backbone split fit freeze evaluate gate report (each has its --help).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+audit = typer.Typer(
+    help="Prove that nothing was touched; see what changed, and why.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(audit, name="audit")
+
+Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
+Out = Annotated[Path, typer.Option(help="Folder to leave; an existing one is replaced as a whole.")]
+Before = Annotated[Path, typer.Option(help="The same folder of the step before.")]
+Classes = Annotated[Path, typer.Option(help="All classes so far, classes.json.")]
+Train = Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")]
+Images = Annotated[Path, typer.Option(help="Folder of the training images: a folder for each task.")]
+Backbone = Annotated[Path, typer.Option(help="Model folder of step t00: the frozen backbone.")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    from pipelines.runtime.progress import show_progress
+    from pipelines.runtime.progress_bar import ProgressBar
+
+    show_progress(ProgressBar)
+    try:
+        app(prog_name="sdlora")
+    except SystemExit as end:
+        if end.code == 130:
+            sys.stderr.write("interrupted; the same command goes on from here\n")
+        raise
+    except Exception as error:
+        raise SystemExit(report_error(error)) from None
+
+
+def report_error(error: Exception) -> int:
+    """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
+    from pipelines.runtime.stage import ERROR_FILE, complaint, first_line
+
+    line = complaint(error)
+    status = 2 if line else 1
+    if line is None:
+        traceback.print_exception(error)
+        line = f"bug: {type(error).__name__}: {first_line(error)}"
+    else:
+        line = f"error: {line}"
+    if os.environ.get(ERROR_FILE):  # `sdlora run` prints it, as its own last line
+        Path(os.environ[ERROR_FILE]).write_text(f"{status} {line}\n", encoding="utf-8")
+    else:
+        sys.stderr.write(line + "\n")
+    return status
+
+
+def require_project() -> None:
+    """Refuse to work anywhere but in a project's folder."""
+    for name in ("params.yaml", "dvc.yaml"):
+        if not Path(name).is_file():
+            raise InputError(f"no {name} in {Path.cwd()}: run sdlora in the folder of the project")
+
+
+@app.command()
+def run(
+    params: Annotated[
+        Path | None, typer.Option(help="First lay this parameter set (experiments/*.yaml) over params.yaml.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --params: another seed than the set's.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="With --params: write params.yaml, and stop.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --params: overwrite what is not committed, or trained otherwise."),
+    ] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train again what older code has trained; see sdlora keep.")
+    ] = False,
+) -> None:
+    """Bring everything up to date: train new tasks, test, report.
+
+    Only stages whose inputs changed run; what was made before comes from the cache. What an older version of this
+    program has trained is trained again with --retrain only. Killed at any moment, the same command goes on. Each stage
+    is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
+    """
+    require_project()
+    if params is not None:
+        from pipelines.planning.experiments import lay_over
+
+        for line in lay_over(params, seed=seed, force=force):
+            typer.echo(line)
+        if dry:
+            return
+    elif seed is not None or dry or force:
+        raise InputError("run: --seed, --dry and --force go with --params; give the file of a parameter set")
+    from pipelines.orchestration.run import run_pipeline
+
+    raise SystemExit(run_pipeline(retrain=retrain))
+
+
+@app.command()
+def keep() -> None:
+    """Keep what older code of this program has trained, although the code has changed.
+
+    For after an upgrade: nothing is computed, and ledger/kept says what was kept. Only stages of which nothing but the
+    code changed are kept.
+    """
+    require_project()
+    from pipelines.planning.keep import keep as work
+
+    for line in work():
+        typer.echo(line)
+
+
+@app.command()
+def status() -> None:
+    """Show which stages are done, which are stale, and why."""
+    require_project()
+    from pipelines.orchestration.run import show_status
+
+    show_status()
+
+
+@app.command()
+def plan(
+    source: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a manifest.")] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Instead: a data set of the papers, such as imagenet-r; also adds it to fetch."),
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(help="Number of tasks.")] = None,
+    classes_per_task: Annotated[int | None, typer.Option(help="Instead: classes in each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the order of the classes.")] = 1993,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if steps of the old plan are trained.")
+    ] = False,
+) -> None:
+    """Divide the classes of a folder, or of a benchmark, into tasks."""
+    require_project()
+    if (source is None) == (benchmark is None):
+        raise InputError("plan: give either a folder of images or --benchmark NAME")
+    if benchmark is not None:
+        from pipelines.planning.experiments import plan_benchmark
+
+        lines = plan_benchmark(
+            benchmark, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force
+        )
+    else:
+        from pipelines.planning import tasks as edit
+
+        assert source is not None
+        lines = edit.plan(source, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force)
+    for line in lines:
+        typer.echo(line)
+
+
+@app.command("add-task")
+def add_task(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders, or a manifest.")],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
+    ] = None,
+) -> None:
+    """Append a task for new classes to params.yaml.
+
+    `sdlora run` then trains that task only.
+    """
+    require_project()
+    from pipelines.planning import tasks as edit
+
+    for line in edit.add_task(source, classes=classes):
+        typer.echo(line)
+
+
+@app.command()
+def approve(
+    task: Annotated[str, typer.Argument(help="Step that broke a limit of `gate`, such as t03.")],
+    by: Annotated[str, typer.Option(help="Who decides.")],
+    why: Annotated[str, typer.Option(help="The reason, for those who audit it later.")],
+) -> None:
+    """Let a step through its gate although a limit is broken.
+
+    Written to params.yaml, and from there into the ledger; it holds for the results that are there now, and for no
+    others. Look at them first: `sdlora audit diff`.
+    """
+    require_project()
+    from pipelines.planning.approvals import approve as write
+
+    for line in write(task, by=by, why=why):
+        typer.echo(line)
+
+
+@app.command()
+def retire(
+    task: Annotated[str, typer.Argument(help="Task whose step is done, such as t01.")],
+    by: Annotated[str | None, typer.Option(help="Who has it deleted.")] = None,
+    why: Annotated[str | None, typer.Option(help="The reason, for those who audit it later.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Say what would go, and stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a task's images for good; its model stays, and a receipt.
+
+    Raw images and packed training images go from the project, DVC's cache and every DVC remote. Packed test images
+    stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
+    """
+    require_project()
+    from pipelines.audits.retire import retire as work
+
+    raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
+
+
+@app.command()
+def deploy() -> None:
+    """Have a Prefect server run the chain on GPU workers.
+
+    On the server of PREFECT_API_URL it makes or renews what `workers` in params.yaml describes: work pool, deployment,
+    schedule, and the rules that start again what has died.
+    """
+    require_project()
+    from pipelines.orchestration.deploy import deploy as make
+
+    for line in make():
+        typer.echo(line)
+
+
+@app.command()
+def sweep(
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=A,B…", help="Parameter and its values, such as seed=1993,1994."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the table; sweep/NAME, named after the keys, if not given."),
+    ] = None,
+    local: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Compute here, N chains at a time, not on workers.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Even if they are many.")] = False,
+) -> None:
+    """Train a chain for every combination of values; put all in one table.
+
+    On the workers of PREFECT_API_URL, or here if it is not set. Stages that chains have in common are computed once.
+    Killed at any moment, the same command goes on. Exit status 1 says that some chain failed.
+    """
+    require_project()
+    from pipelines.sweeps.command import sweep as work
+
+    raise SystemExit(work(values, out=out, local=local, yes=yes))
+
+
+@audit.command("verify")
+def audit_verify(
+    signers: Annotated[
+        Path | None, typer.Option(help="File of allowed signers (ssh-keygen): whose the signatures are.")
+    ] = None,
+    retrain: Annotated[
+        list[str] | None, typer.Option(help="Learn this step again and compare every byte; repeatable.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock.
+
+    One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
+    not in the workspace is read from DVC's cache or remote.
+    """
+    require_project()
+    from pipelines.audits.outcome import show_verification
+
+    raise SystemExit(show_verification(as_json=json, signers=signers, again=retrain or []))
+
+
+@audit.command("sign")
+def audit_sign(
+    key: Annotated[Path, typer.Option(help="Private SSH key, or the public one of a key in ssh-agent.")],
+) -> None:
+    """Sign the head of the ledger, once the whole chain has been verified."""
+    require_project()
+    from pipelines.audits.sign import sign
+
+    for line in sign(key):
+        typer.echo(line)
+
+
+@audit.command("diff")
+def audit_diff(
+    then: Annotated[str, typer.Argument(metavar="A", help="Step (t03, 3), or any artifacts/model/t03.")],
+    now: Annotated[str, typer.Argument(metavar="B", help="The step to compare with it.")],
+    features: Annotated[
+        bool, typer.Option("--features/--no-features", help="Run both models on the test images.")
+    ] = True,
+    html: Annotated[Path | None, typer.Option(help="Write all of it to a page, too.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what changed from step A to step B, or between two runs of a step.
+
+    Accuracy with intervals, flipped images with exact tests (corrected for many
+    looks), where errors went, calibration, features, magnitudes and weights.
+    """
+    require_project()
+    from pipelines.audits.diff import diff
+
+    diff(then, now, features=features, as_json=json, page=html)
+
+
+@audit.command("show")
+def audit_show(
+    class_name: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="A class through all steps since it came.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE|ID", help="What each step says of a picture, or a test image.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="What a task's step was, and what became of it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show the history of one class, one image or one task."""
+    require_project()
+    if sum(given is not None for given in (class_name, image, task)) != 1:
+        raise InputError("audit show: give one of --class, --image and --task")
+    from pipelines.audits.show import show_class, show_image, show_task
+
+    if class_name is not None:
+        show_class(class_name, as_json=json)
+    elif image is not None:
+        show_image(image, as_json=json)
+    else:
+        assert task is not None
+        show_task(task, as_json=json)
+
+
+@app.command()
+def doctor(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="Folder or manifest that would be the next task; all tasks if not given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every file and class.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at files only, not through the backbone.")
+    ] = False,
+) -> None:
+    """Check images before any training: faults, duplicates, leaks.
+
+    Ends with status 2 if there is an error, with 0 if there are warnings only.
+    """
+    require_project()
+    from pipelines.planning.doctor import doctor as examine
+
+    raise SystemExit(examine(source, as_json=as_json, quick=quick))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Model folder, or a step of this project: t03 or 3.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders (with all in them), or - for a list on standard input."),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.")] = 1,
+    format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="What is written.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of standard output.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; 64, on a GPU 256.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto is bf16 on a GPU that is fast at it.")
+    ] = "auto",
+    backbone: Annotated[
+        Path | None, typer.Option(help="Folder of step t00; the one beside MODEL if not given.")
+    ] = None,
+) -> None:
+    """Name the class of images, as soon as they are read.
+
+    Exit status 1 says that some image could not be read (named, the others are done), 2 that nothing was done.
+    """
+    from pipelines.ledger.find_step import find_model
+    from pipelines.serving.predict import Settings
+    from pipelines.serving.predict import predict as work
+
+    settings = Settings(
+        top=top, batch_size=batch_size, device=device, precision=precision, format=format, out=out
+    )
+    raise SystemExit(work(find_model(model), backbone, images, settings))
+
+
+@app.command()
+def export(
+    format: Annotated[
+        Literal["timm", "peft", "onnx", "hub"], typer.Argument(help="hub is timm with a model card.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to leave; an earlier export is replaced.")],
+    step: Annotated[str | None, typer.Option(help="Step, such as 3; the latest if not given.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder instead of a step.")] = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="Folder of step t00; the one beside the model if not given.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images for the check; the step's test images if not given.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many images the check takes.")] = 64,
+) -> None:
+    """Write a step's model for other programs, checked on images.
+
+    Exit status 1 says that the check failed and nothing was kept.
+    """
+    if step is not None and model is not None:
+        raise InputError("--step and --model: give one of them")
+    from pipelines.ledger.find_step import find_model
+    from pipelines.serving.export import run as work
+
+    folder = find_model(str(model) if model else step)
+    raise SystemExit(work(format, out, model=folder, backbone=backbone, images=images, count=count))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`, such as digits or cifar100.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
+) -> None:
+    """Write a known data set as image files.
+
+    Its archives are kept in .sdlora/downloads/NAME. A download that was cut off goes on where it was. Without a network
+    put the archives there yourself.
+    """
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.fetch import fetch as stage
+
+    launch(stage, name=name, out=out or Path("data/raw") / name)
+
+
+@app.command(hidden=True)
+def code(out: Out) -> None:
+    """Leave the fingerprint of each stage's code."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.code import code as stage
+
+    launch(stage, out=out)
+
+
+@app.command(hidden=True)
+def start(
+    out: Out,
+    evaluation: Annotated[Path, typer.Option(help="Folder for the results before any task: none.")],
+    gate: Annotated[Path, typer.Option(help="Folder for the first verdict.")],
+) -> None:
+    """Leave the empty class map of step t00."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.start import start as stage
+
+    launch(stage, out=out, evaluation=evaluation, gate=gate)
+
+
+@app.command(hidden=True)
+def backbone(out: Out) -> None:
+    """Leave the frozen backbone: weights, hash, preprocessing."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.backbone import backbone as stage
+
+    launch(stage, out=out)
+
+
+@app.command(hidden=True)
+def split(
+    task: Task,
+    source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
+    before: Before,
+    out: Out,
+    images: Annotated[Path, typer.Option(help="Folder to leave with the training images.")],
+) -> None:
+    """Pack a task's images; hand on tests and classes so far."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.split import split as stage
+
+    launch(stage, task=task, source=source, before=before, out=out, images=images)
+
+
+@app.command(hidden=True)
+def fit(
+    task: Task,
+    train: Train,
+    images: Images,
+    classes: Classes,
+    before: Before,
+    backbone: Backbone,
+    out: Out,
+) -> None:
+    """Learn a task: a direction, all magnitudes, head rows.
+
+    Killed at any moment, it goes on from its last checkpoint.
+    """
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.fit import fit as stage
+
+    launch(
+        stage,
+        task=task,
+        train=train,
+        images=images,
+        classes=classes,
+        before=before,
+        backbone=backbone,
+        out=out,
+    )
+
+
+@app.command(hidden=True)
+def take_part(
+    task: Task,
+    number: Annotated[int, typer.Argument(help="Which of the devices.")],
+    meeting: Annotated[Path, typer.Argument(help="Folder that the processes share.")],
+    train: Train,
+    images: Images,
+    classes: Classes,
+    before: Before,
+    backbone: Backbone,
+) -> None:
+    """Share the batches of a fit that another process has begun."""
+    require_project()
+    from pipelines.stages.fit import take_part as work
+
+    work(
+        task,
+        number,
+        meeting,
+        train=train,
+        images=images,
+        classes=classes,
+        before=before,
+        backbone=backbone,
+    )
+
+
+@app.command(hidden=True)
+def freeze(
+    task: Task,
+    fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
+    train: Train,
+    images: Images,
+    before: Before,
+    backbone: Backbone,
+    out: Out,
+) -> None:
+    """Freeze what a task learned, and settle the head: the model folder of this step."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.freeze import freeze as stage
+
+    launch(stage, task=task, fit=fit, train=train, images=images, before=before, backbone=backbone, out=out)
+
+
+@app.command(hidden=True)
+def evaluate(
+    task: Task,
+    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
+    backbone: Backbone,
+    test: Annotated[Path, typer.Option(help="Folder of all test files so far.")],
+    validation: Annotated[Path, typer.Option(help="Folder of all validation files so far.")],
+    classes: Classes,
+    out: Out,
+) -> None:
+    """Test a step on every task so far, among all classes so far."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.evaluate import evaluate as stage
+
+    launch(
+        stage,
+        task=task,
+        model=model,
+        backbone=backbone,
+        test=test,
+        validation=validation,
+        classes=classes,
+        out=out,
+    )
+
+
+@app.command(hidden=True)
+def gate(
+    task: Task,
+    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
+    split: Annotated[Path, typer.Option(help="What `split` says of the task, split.json.")],
+    evaluation: Annotated[Path, typer.Option(help="What `evaluate` left for this step.")],
+    evaluation_before: Annotated[Path, typer.Option(help="The same folder of the step before.")],
+    before: Before,
+    out: Out,
+) -> None:
+    """Let the next task be learned if this step keeps every limit.
+
+    The limits are `gate` in params.yaml; `sdlora approve` lets a step through all the same.
+    """
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.gate import gate as stage
+
+    launch(
+        stage,
+        task=task,
+        model=model,
+        split=split,
+        evaluation=evaluation,
+        evaluation_before=evaluation_before,
+        before=before,
+        out=out,
+    )
+
+
+@app.command(hidden=True)
+def report(
+    artifacts: Annotated[Path, typer.Option(help="Folder of all that the other stages left.")],
+    out: Out,
+    metrics: Annotated[Path, typer.Option(help="Summary to write, metrics.json.")],
+) -> None:
+    """Put all evaluations and models into a report."""
+    require_project()
+    from pipelines.runtime.stage import launch
+    from pipelines.stages.report import report as stage
+
+    launch(stage, artifacts=artifacts, out=out, metrics=metrics)

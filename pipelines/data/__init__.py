@@ -1,0 +1,1 @@
+"""Images: sources, packed files, decoding, duplicates, downloads and archives."""

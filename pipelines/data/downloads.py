@@ -1,0 +1,226 @@
+"""Downloads that can be cut off anywhere: resumed where they were, verified against a recorded hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import naming
+from pipelines.runtime.file_lock import held
+from pipelines.runtime.progress import progress
+from pipelines.runtime.stage import say
+
+if TYPE_CHECKING:
+    import httpx
+
+FOLDER = Path(".sdlora/downloads")
+"""Where archives are kept, a folder for each data set; files that are put there by hand are used."""
+
+TRIES = 6
+"""So many times in a row a server may fail without a single new byte."""
+
+FIRST_PAUSE = 1.0
+"""Seconds before the second try; doubled for each further one."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds; also the most that a server's Retry-After is obeyed."""
+
+TIMEOUT = 60.0
+"""Seconds without a byte after which a server is given up for this try."""
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A file on the web: every address in `urls` has the same bytes."""
+
+    name: str
+    urls: tuple[str, ...]
+    size: int | None
+    """bytes, where recorded"""
+    digest: str | None
+    """`sha256:`, `md5:` or `git-blob:` (the id that git gives a file) and hexadecimal digits, where recorded"""
+
+
+class TransientError(Exception):
+    """The same request may well succeed a little later."""
+
+    def __init__(self, fault: str, pause: float | None = None) -> None:
+        super().__init__(fault)
+        self.pause = pause
+
+
+class RefusedError(Exception):
+    """This address will not give the file, however often it is asked."""
+
+
+def obtain(remote: Remote, folder: Path) -> Path:
+    """Return the verified file in `folder`, downloaded if it is not there.
+
+    What a download that was cut off left in NAME.part is continued where a hash will tell whether the halves
+    fit. A download with another hash than the recorded one is thrown away; a file that was put there is left.
+    """
+    path = folder / remote.name
+    if path.is_file():
+        if fault := mismatch(path, remote):
+            raise InputError(f"{path}: {fault}; delete it, and run the same again to download it")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{remote.name}.part"
+    faults = []
+    with only_download(part) as file:
+        for url in remote.urls:
+            try:
+                _fetch(url, remote, file)
+            except RefusedError as refusal:
+                faults.append(f"{url}: {refusal}")
+                continue
+            file.flush()
+            os.fsync(file.fileno())
+            if fault := mismatch(part, remote):
+                file.truncate(0)
+                faults.append(f"{url}: {fault}; what came was thrown away")
+                continue
+            part.rename(path)
+            return path
+        kept = _length(file)
+        if not kept:
+            part.unlink()
+    raise InputError(
+        f"{remote.name}: not downloaded ({'; '.join(faults)}); run the same again"
+        f"{f' to go on at byte {kept:,}' if kept else ''}, or put the file into {folder}"
+    )
+
+
+def mismatch(path: Path, remote: Remote) -> str | None:
+    """What is wrong with a file that should be `remote`, or nothing."""
+    size = path.stat().st_size
+    if remote.size is not None and size != remote.size:
+        return f"found {size:,} bytes, expected {remote.size:,}"
+    if remote.digest is None:
+        return None
+    kind, _, expected = remote.digest.partition(":")
+    found = digest_of(path, kind)
+    return None if found == expected else f"found {kind} {found}, expected {expected}"
+
+
+def digest_of(path: Path, kind: str) -> str:
+    """The hash of a file's bytes in hexadecimal: sha256, md5, or the id that git gives a file (git-blob)."""
+    if kind == "git-blob":
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    else:
+        digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def only_download(part: Path) -> Iterator[IO[bytes]]:
+    """Open the file of a download under way for this process alone."""
+    with held(part, busy=f"{part}: another process is downloading it; wait for it or stop it") as file:
+        yield file
+
+
+def _fetch(url: str, remote: Remote, file: IO[bytes]) -> None:
+    """Bring the whole of `url` into `file`, from where the file ends, with patience for a failing server."""
+    if remote.size is not None and _length(file) > remote.size:
+        file.truncate(0)
+    failures, most = 0, _length(file)
+    while remote.size is None or _length(file) != remote.size:
+        if remote.digest is None:  # nothing could tell whether two halves are of one file
+            file.truncate(0)
+        try:
+            return _request(url, remote, file)
+        except TransientError as trouble:
+            failures = 1 if _length(file) > most else failures + 1
+            most = max(most, _length(file))
+            if failures == TRIES:
+                raise RefusedError(str(trouble)) from None
+            pause = trouble.pause if trouble.pause is not None else FIRST_PAUSE * 2 ** (failures - 1)
+            pause = min(pause, LONGEST_PAUSE)
+            say(f"download {remote.name}: {trouble}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+
+
+def _request(url: str, remote: Remote, file: IO[bytes]) -> None:
+    """Ask once, for what is missing; return when the server has sent all that it announced."""
+    import httpx
+
+    start = _length(file)
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        with (
+            httpx.Client(follow_redirects=True, timeout=TIMEOUT) as client,
+            client.stream("GET", url, headers=headers) as answer,
+        ):
+            if not _has_body(answer, file, start):
+                return
+            start = _length(file)
+            announced = answer.headers.get("Content-Length", "")
+            total = remote.size or (start + int(announced) if announced.isdigit() else 0)
+            _copy(answer, file, title=f"download {remote.name}", total=total, most=remote.size)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise RefusedError(str(error)) from None
+    except httpx.TooManyRedirects:
+        raise RefusedError("redirects without end") from None
+    except httpx.TransportError as error:
+        raise TransientError(" ".join(str(error).split()) or type(error).__name__) from None
+    if remote.size is not None and _length(file) < remote.size:
+        raise TransientError(f"the server stopped at byte {_length(file):,} of {remote.size:,}")
+
+
+def _has_body(answer: httpx.Response, file: IO[bytes], start: int) -> bool:
+    """Make the file ready for the body of an answer; false if nothing is missing; an error if there is none."""
+    status = answer.status_code
+    if status == 206:
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            file.truncate(0)
+            raise TransientError("the server sent another part than was asked for")
+    elif status == 200:
+        file.truncate(0)  # it knows no ranges: from the beginning
+    elif status == 416 and answer.headers.get("Content-Range") == f"bytes */{start}":
+        return False
+    elif status == 416 and start:
+        file.truncate(0)
+        raise TransientError("the server has fewer bytes than are here")
+    elif status in (408, 425, 429) or status >= 500:
+        wait = answer.headers.get("Retry-After", "")
+        raise TransientError(
+            f"the server answers {status} {answer.reason_phrase}", float(wait) if wait.isdigit() else None
+        )
+    else:
+        raise RefusedError(f"the server answers {status} {answer.reason_phrase}")
+    return True
+
+
+def _copy(answer: httpx.Response, file: IO[bytes], *, title: str, total: int, most: int | None) -> None:
+    """Append the body of an answer, as it comes, to the file."""
+    done = _length(file)
+    unit, divisor = ("MB", 1_000_000) if total >= 10_000_000 else ("kB", 1_000)
+    with progress(title, total=-(-total // divisor), unit=unit) as bar:
+        bar.update(done // divisor)
+        for chunk in answer.iter_raw():
+            done += len(chunk)
+            if most is not None and done > most:
+                file.truncate(0)
+                raise RefusedError(f"sends more than the expected {most:,} bytes")
+            with naming(Path(file.name)):
+                file.write(chunk)
+                file.flush()
+            bar.update(-(-done // divisor))
+
+
+def _length(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size

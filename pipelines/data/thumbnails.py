@@ -1,0 +1,28 @@
+"""Small copies of pictures for pages that hold all they show."""
+
+import io
+from base64 import b64encode
+
+THUMBNAIL = 128
+"""Longer side of a sample image on the page, at most, in pixels."""
+
+
+def data_uri(image: bytes) -> str:
+    """Encode a small copy of an image, whatever its format, as one that every browser shows."""
+    from PIL import Image
+
+    from pipelines.data.packed import ANY_SIZE, open_picture, strict_pictures
+
+    with strict_pictures(ANY_SIZE):
+        picture = open_picture(image)
+    if picture.mode == "RGBA":  # white shows through, as it does for the model
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    encoded = io.BytesIO()
+    if max(picture.size) <= THUMBNAIL // 2:  # pixels that one can count must not be blurred
+        kind = "png"
+        picture.save(encoded, "PNG")
+    else:
+        kind = "jpeg"
+        picture.save(encoded, "JPEG", quality=85)
+    return f"data:image/{kind};base64,{b64encode(encoded.getvalue()).decode()}"

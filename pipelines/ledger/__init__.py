@@ -1,0 +1,1 @@
+"""What stays of a step: records, verdicts, receipts and costs."""

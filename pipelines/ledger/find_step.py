@@ -1,0 +1,32 @@
+"""The model folder that a command is given: by its path, or by its step."""
+
+import re
+from pathlib import Path
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import natural_key
+
+MODELS = Path("artifacts/model")
+
+
+def find_model(which: str | None) -> Path:
+    """A model folder by its path, or by its step's name or number (t03, 3); None for the latest step."""
+    steps = sorted(path for path in MODELS.glob("t*") if re.fullmatch(r"t[0-9]+", path.name))
+    known = [path.name for path in steps if path.name != "t00"]
+    if which is None:
+        if not known:
+            raise InputError(f"{MODELS}: no step there yet; run `sdlora run`, or name a model folder")
+        return MODELS / max(known, key=natural_key)
+    if not re.fullmatch(r"t?[0-9]+", which) or Path(which).is_dir():
+        if not (Path(which) / "step.json").is_file():
+            raise InputError(
+                f"{which}: no model folder (no step.json in it); name one, or a step such as t03"
+            )
+        return Path(which)
+    name = f"t{int(which.removeprefix('t')):02}"
+    if name not in known:
+        there = f"there are {', '.join(known)}" if known else "there are none"
+        raise InputError(
+            f"{MODELS}: no step {name} with classes ({there}); `dvc checkout` or `sdlora run` makes it"
+        )
+    return MODELS / name

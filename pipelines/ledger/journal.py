@@ -1,0 +1,75 @@
+"""What a stage cost, when and where: beside the ledger and outside its hashes, because it differs from run to run."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.project.files import sha256_of, write_json
+from pipelines.runtime.stage import Summary, say
+
+JOURNAL = Path("ledger/journal")
+GIVEN_BACK = "given back"
+"""In a summary, that the stage computed nothing: what it cost is what it cost then."""
+RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json")
+"""The one file of a stage's output that stands for all of it."""
+
+
+def keep(label: str, arguments: Mapping[str, str | Path], summary: Summary, *, seconds: float) -> None:
+    """Write `ledger/journal/LABEL.json` for a stage that has just ended; a stage never fails for it.
+
+    It is of the last time that the stage was computed here; what came from a cache was computed elsewhere.
+    """
+    if any(GIVEN_BACK in row for row in summary):
+        return
+    out = Path(arguments["out"])
+    try:
+        write_json(
+            JOURNAL / f"{label}.json",
+            {
+                "stage": label,
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 2),
+                "images": sum(int(row["images"]) for row in summary if "images" in row),
+                "host": platform.node(),
+                "machine": platform.machine(),
+                "commit": commit(),
+                "output": {name: sha256_of(out / name) for name in RECORDS if (out / name).is_file()},
+                **memory(),
+            },
+        )
+    except OSError as error:
+        say(f"warning: {label} is done, but its cost could not be written to {JOURNAL} ({error.strerror})")
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with a + where tracked files differ from it; None outside of git."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        return done.stdout.strip() or None
+    return None
+
+
+def memory() -> dict[str, Any]:
+    """The device and the peak of memory so far, in bytes, of this process and of its accelerator."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found: dict[str, Any] = {"device": "cpu", "peak_memory": kib * (1 if sys.platform == "darwin" else 1024)}
+    torch = sys.modules.get("torch")  # a stage that did not need it has used no accelerator
+    if torch is not None and torch.cuda.is_available():
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "peak_device_memory": torch.cuda.max_memory_allocated(),
+        }
+    return found

@@ -1,0 +1,1 @@
+"""The only door to Prefect: runs, servers, workers, deployments and what they leave behind."""

@@ -1,0 +1,158 @@
+"""How often an unattended run may start again: as long as it gets on, for ever; without progress, a few times.
+
+The count is kept as labels of the flow run, which stays the same run when it is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from pipelines.project.errors import InputError
+from pipelines.runtime.checkpoints import DEFAULT_STORE, KEY, NAME
+from pipelines.runtime.stage import PREFECT_SETTINGS, first_line, say
+
+if TYPE_CHECKING:
+    from prefect import Flow, State
+    from prefect.client.schemas.objects import FlowRun
+
+IDLE = "sdlora.attempts-without-progress"
+CHECKPOINTS = "sdlora.checkpoints"
+PAUSE = timedelta(seconds=10)
+
+
+BEGUN: dict[UUID, UUID] = {}
+"""Flow run → the Running state that this process has given it, as `remember_state` was told."""
+
+
+def remember_state(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
+    """Note in which state this process began a run; the run itself may be read anew, with another's state, after it."""
+    BEGUN[flow_run.id] = state.id
+
+
+class Attempts:
+    """The attempts of one flow run; what the server does not take is said, and stops nothing."""
+
+    def __init__(self, run: UUID, state: UUID | None = None) -> None:
+        """`state` is the one in which this process began the run; if that is not known, it never gives way."""
+        self._run, self._state = run, state
+
+    def give_way(self) -> None:
+        """End this process, and change nothing, where the attempt that it works at is another's.
+
+        A server on SQLite may give one run to two workers in the same moment: the one that was Running second gives
+        way. So does a process that was taken for dead, and wakes when its run has been started again or has ended.
+        """
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import Abort
+
+        try:
+            with few_tries(), get_client(sync_client=True) as client:
+                states = client.read_flow_run_states(self._run)
+        except Exception as trouble:  # a server that is away stops nothing
+            say(f"prefect: whether this run has begun elsewhere is not known ({first_line(trouble)})")
+            return
+        owner = begun_first(states)
+        if owner != self._state and self._state in [state.id for state in states]:
+            say("prefect: this run is at work elsewhere, or has ended: giving way")
+            raise Abort
+
+    def begin(self, checkpoints: str, limit: int) -> None:
+        """Count this attempt; an `InputError` if `limit` of them have ended without any progress.
+
+        Progress is a stage that was finished, or a fit that saved itself: other checkpoints than at the start of the
+        attempt before.
+        """
+        labels = self._labels()
+        idle = int(labels.get(IDLE, 0)) if labels.get(CHECKPOINTS, checkpoints) == checkpoints else 0
+        if idle >= limit:
+            raise InputError(
+                f"ended {idle} times in a row without any progress; the logs of the earlier attempts say more."
+                " It is not started again by itself: mend the cause, then run it anew"
+            )
+        self._write({IDLE: idle + 1, CHECKPOINTS: checkpoints})
+
+    def progressed(self) -> None:
+        """Note that a stage has been finished: the attempts before count no more."""
+        with few_tries():
+            self._write({IDLE: 0})
+
+    def schedule(self, message: str) -> State:
+        """Schedule the next attempt, for any worker; return the state that the run is then in."""
+        from prefect.client.orchestration import get_client
+        from prefect.states import AwaitingRetry
+
+        with get_client(sync_client=True) as client:
+            later: State = AwaitingRetry(scheduled_time=datetime.now(UTC) + self.pause(), message=message)
+            client.set_flow_run_state(self._run, later)
+        return later
+
+    def pause(self) -> timedelta:
+        """How long to wait before the next attempt: longer each time that nothing came of one."""
+        return PAUSE * 4 ** max(0, int(self._labels().get(IDLE, 0)) - 1)
+
+    def _labels(self) -> dict[str, str]:
+        from prefect.client.orchestration import get_client
+
+        try:
+            with get_client(sync_client=True) as client:
+                labels = client.read_flow_run(self._run).labels
+            return {name: str(value) for name, value in labels.items()}
+        except Exception as trouble:
+            say(f"prefect: attempts could not be counted ({first_line(trouble)})")
+            return {}
+
+    def _write(self, labels: dict[str, str | int]) -> None:
+        from prefect.client.orchestration import get_client
+
+        try:
+            with get_client(sync_client=True) as client:
+                client.update_flow_run_labels(self._run, dict(labels))
+        except Exception as trouble:
+            say(f"prefect: progress could not be noted ({first_line(trouble)})")
+
+
+@contextlib.contextmanager
+def few_tries() -> Iterator[None]:
+    """Within this block a server that is away is asked again no more often than a stage asks it.
+
+    By Prefect's own rule a process of a worker tries for a minute and more, between any two stages.
+    """
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    few = min(PREFECT_CLIENT_MAX_RETRIES.value(), int(PREFECT_SETTINGS["PREFECT_CLIENT_MAX_RETRIES"]))
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: few}):
+        yield
+
+
+def begun_first(states: list[State]) -> UUID | None:
+    """The Running state whose process owns a run: the first of the newest attempt; None if no process should be.
+
+    An attempt is what follows the last state in which nothing is at work on a run.
+    """
+    owner = None
+    for state in sorted(states, key=lambda state: (state.timestamp, state.id)):
+        if state.is_running():
+            owner = owner or state.id
+        elif not (state.is_pending() or state.is_cancelling()):  # Prefect's worker ends what is cancelled
+            owner = None
+    return owner
+
+
+def checkpoint_mark(store: str | None) -> str:
+    """A hash of the names of all checkpoints in a store: another one whenever any fit has saved itself.
+
+    Other files do not count. A checkpoint is known by its form, KEY/NAME, and not by its chain: the key is the hash of
+    inputs that a fit knows only when it runs. So a fit of another project in the same store counts as progress too;
+    where that matters, give each project a store of its own.
+    """
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(store or DEFAULT_STORE)
+    found = (path.split("/")[-2:] for path in (fs.find(root) if fs.isdir(root) else []))
+    names = sorted(f"{key}/{name}" for key, name in found if KEY.fullmatch(key) and NAME.fullmatch(name))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

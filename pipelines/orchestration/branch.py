@@ -1,0 +1,243 @@
+"""The Git branch that unattended runs read and write: three files and ledger/, and nothing else of the clone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json, write_json, write_whole
+
+FILES = ("params.yaml", "dvc.lock", "metrics.json")
+TRIES = 5
+"""How often a commit is made anew, on top of what somebody else pushed meanwhile."""
+LEDGER = Path("ledger")
+"""What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
+PARAMS = Path("params.yaml")
+OURS = Path(".sdlora/params.sha256")
+"""The hashes of what an unattended run may have left as params.yaml: that may be replaced by the branch's."""
+NEXT = Path("params.yaml.partial")
+"""Where an edit of params.yaml is made: beside it, because it names folders that are relative to its own."""
+STATE = Path(".sdlora/branch.json")
+"""The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
+
+
+class PushError(InputError):
+    """A remote did not take a commit; it may the next time."""
+
+
+def take(branch: str, remote: str | None) -> None:
+    """Bring the three files and the ledger to what the branch holds, so that any machine goes on where another ended.
+
+    Of the ledger, what this clone itself has written since the last time stays. Where there is no such branch yet it
+    begins at the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
+    somebody's work: refused.
+    """
+    if git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
+        raise InputError(
+            f"workers.branch: {branch} is checked out in {Path.cwd()}, and a commit would change it underneath you;"
+            " check out another branch there"
+        )
+    if remote:
+        _fetch(branch, remote)
+    base = tip(branch) or git("rev-parse", "HEAD").decode()
+    texts = {name: _content(base, name) for name in FILES}
+    params = PARAMS.read_bytes()
+    known = {texts["params.yaml"], _content("HEAD", "params.yaml")}
+    if params not in known and _sha256(params) not in _ours():
+        raise InputError(
+            f"{Path.cwd()}/params.yaml has changes that are in no commit; commit them, or git restore params.yaml"
+        )
+    _mark(params, texts["params.yaml"] or params)
+    for name, data in texts.items():
+        path = Path(name)
+        if data is not None and not (path.is_file() and path.read_bytes() == data):
+            write_whole(path, data)
+    _take_ledger(base)
+
+
+def edit(change: Callable[[Path], list[str]]) -> list[str]:
+    """Have `change` edit params.yaml, whose path it is given, in a copy that takes its place; return its lines.
+
+    If params.yaml was an unattended run's before, it is one's after, wherever a kill falls: the hashes of both texts
+    are there before the new one is.
+    """
+    old = PARAMS.read_bytes()
+    write_whole(NEXT, old)
+    try:
+        lines = change(NEXT)
+        new = NEXT.read_bytes()
+        if _sha256(old) in _ours():
+            _mark(old, new)
+        write_whole(PARAMS, new)
+    except InputError as error:
+        raise InputError(str(error).replace(NEXT.name, PARAMS.name)) from None
+    finally:
+        NEXT.unlink(missing_ok=True)
+    return [line.replace(NEXT.name, PARAMS.name) for line in lines]
+
+
+def commit(branch: str, message: str, remote: str | None) -> str | None:
+    """Put the files, and what this clone wrote of the ledger, on the branch as one commit, after `take`.
+
+    Return its id, or None if they are there already. The index and the files of the clone stay as they are. The
+    remote gets the commit before the clone's own branch does: wherever this ends, the two have not gone apart.
+
+    Raises:
+        InputError: the parameters on the branch are others than those that the run began from.
+        PushError: the remote does not take the commit. What the run has computed is found again by the next one.
+    """
+    taken = _remembered()["taken"]
+    for _ in range(TRIES):
+        parent = tip(branch)
+        start = parent or git("rev-parse", "HEAD").decode()
+        known = (_content(taken[-1], "params.yaml"), PARAMS.read_bytes())
+        if _content(start, "params.yaml") not in known:
+            raise InputError(
+                f"workers.branch: params.yaml has changed on {branch} since this run began, so nothing was committed;"
+                " run it anew, with the same parameters: what was computed is found again"
+            )
+        made = _commit_on(start, message, taken)
+        if remote and (made or parent):
+            try:
+                git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
+            except InputError as refused:
+                _fetch(branch, remote)
+                if tip(branch) == parent:
+                    raise PushError(
+                        f"{refused}; nothing was committed: mend that, and run it anew, with the same parameters"
+                    ) from None
+                continue
+        if made:
+            git("update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made))  # only if not moved
+        return made
+    raise InputError(f"workers.branch: {branch} moved {TRIES} times while it was committed to; run it anew")
+
+
+def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
+    """Make the commit that follows a commit, on no branch yet; None if it would change nothing."""
+    with TemporaryDirectory(prefix="sdlora-") as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        git("read-tree", start, settings=index)
+        for name in (*filter(os.path.isfile, FILES), *_own_ledger(taken[-1])):
+            blob = git("hash-object", "-w", "--path", name, name).decode()
+            git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
+        tree = git("write-tree", settings=index).decode()
+    if tree == git("rev-parse", f"{start}^{{tree}}").decode():
+        return None
+    nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    somebody = git("config", "user.email", check=False)
+    made = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    write_json(STATE, {"taken": taken, "made": made})
+    return made
+
+
+def tip(branch: str) -> str | None:
+    """The commit that the branch stands at, if there is such a branch."""
+    return git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
+
+
+def git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None = None) -> bytes:
+    """Run Git without asking anything; return what it printed, without the last line end."""
+    done = subprocess.run(
+        ["git", *arguments],
+        env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(settings or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    if check and done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise InputError(f"git {arguments[0]}: {said or f'status {done.returncode}'}")
+    return done.stdout.removesuffix(b"\n") if not done.returncode else b""
+
+
+def _fetch(branch: str, remote: str) -> None:
+    """Bring the branch forward to where the remote has it."""
+    if not git("ls-remote", remote, f"refs/heads/{branch}"):
+        return
+    theirs = f"refs/remotes/{remote}/{branch}"
+    git("fetch", "--quiet", remote, f"+refs/heads/{branch}:{theirs}")
+    mine, other = tip(branch), git("rev-parse", theirs).decode()
+    common = git("merge-base", mine, other, check=False).decode() if mine else None
+    if common == other:
+        return
+    if common != mine:
+        raise InputError(
+            f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
+        )
+    git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+
+
+def _mark(*texts: bytes) -> None:
+    write_whole(OURS, "\n".join(map(_sha256, texts)).encode())
+
+
+def _ours() -> list[str]:
+    return OURS.read_text().split() if OURS.is_file() else []
+
+
+def _take_ledger(base: str) -> None:
+    """Bring the ledger to that of a commit, but for what this clone itself has written."""
+    state = _remembered()
+    before = state["taken"]
+    if state["made"] and git("merge-base", state["made"], base, check=False).decode() == state["made"]:
+        before = [*before, state["made"]]
+    new, here = _ledger(base), _ledger_here()
+    taken = [_ledger(commit) for commit in before]
+    # Killed among the writes below, the next take must still know each file as taken, whichever commit it is of.
+    write_json(STATE, {"taken": [*before, base], "made": None})
+    for name, blob in new.items():
+        mine = here.get(name)
+        if mine != blob and mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
+            write_whole(Path(name), _content(base, name) or b"")
+    for name in sorted(here.keys() - new.keys()):
+        if here[name] in (tree.get(name) for tree in taken):
+            Path(name).unlink()
+            with contextlib.suppress(OSError):
+                os.removedirs(Path(name).parent)
+    write_json(STATE, {"taken": [base], "made": None})
+
+
+def _own_ledger(base: str) -> list[str]:
+    """The files of the ledger that this clone has written since it took those of a commit.
+
+    What is as the checked-out commit has it was written by nobody here, also where the branch lacks it.
+    """
+    seen = {**_ledger("HEAD"), **_ledger(base)}
+    return [name for name, blob in _ledger_here().items() if seen.get(name) != blob]
+
+
+def _ledger(commit: str) -> dict[str, str]:
+    """The files of the ledger in a commit, and their hashes; none where Git has forgotten the commit."""
+    lines = git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
+    rows = [line.split(b"\t", 1) for line in lines if line]
+    return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
+
+
+def _ledger_here() -> dict[str, str]:
+    """The files of the ledger in this clone, and their hashes; half-written ones are none."""
+    names = sorted(
+        path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
+    )
+    blobs = git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
+    return dict(zip(names, blobs, strict=True))
+
+
+def _remembered() -> dict[str, Any]:
+    return dict(read_json(STATE)) if STATE.is_file() else {"taken": [], "made": None}
+
+
+def _content(commit: str, name: str) -> bytes | None:
+    """A file's bytes in a commit; None where it is not in it."""
+    done = subprocess.run(["git", "cat-file", "blob", f"{commit}:{name}"], capture_output=True)
+    return None if done.returncode else done.stdout
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

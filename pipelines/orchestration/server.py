@@ -1,0 +1,83 @@
+"""A Prefect server of the project's own, for as long as a run lasts, where the user names none."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipelines.runtime.processes import die_with, end_group, environment
+from pipelines.runtime.stage import PREFECT_SETTINGS, say, server_trouble
+
+START_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
+    """Set PREFECT_API_URL to a server that is starting; what is yielded waits until it answers.
+
+    A server that the user's PREFECT_API_URL names is used as it is. Otherwise one is started on the loopback
+    interface, with its history in `home`, and stopped at the end. A run never fails for want of a server: one
+    that does not come up costs a line, and PREFECT_API_URL is unset.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        yield lambda: None
+        return
+    home.mkdir(exist_ok=True)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    process = _start(home, port)
+
+    def wait() -> None:
+        importlib.import_module("prefect.flow_engine")  # takes as long as the server
+        if not _comes_up(process, url):
+            say(f"prefect: no server could be started (see {home / 'server.log'}); running plainly")
+            del os.environ["PREFECT_API_URL"]
+
+    try:
+        with environment({**PREFECT_SETTINGS, "PREFECT_API_URL": url, "NO_PROXY": _without_proxy()}):
+            yield wait
+    finally:
+        end_group(process)
+
+
+def _start(home: Path, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--no-ui", "--no-services"]
+    settings = {name: value for name, value in PREFECT_SETTINGS.items() if "LOGGING" not in name}
+    parent = os.getpid()
+    with (home / "server.log").open("wb") as output:
+        return subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **settings, "PREFECT_HOME": str(home.resolve())},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: die_with(parent),
+        )
+
+
+def _comes_up(process: subprocess.Popen[bytes], url: str) -> bool:
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        if server_trouble(url) is None:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _without_proxy() -> str:
+    """Return NO_PROXY with the loopback interface in it: a proxy cannot reach this machine's own server."""
+    return ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy")), "127.0.0.1"]))

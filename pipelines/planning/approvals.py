@@ -1,0 +1,62 @@
+"""`sdlora approve`: a person lets a step through its gate, in `params.yaml` and from there in the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.ledger.verdicts import broken, measured_in, results_of
+from pipelines.planning.tasks import PARAMS, with_lines
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_whole
+from pipelines.project.params import Approval, Params, read_text
+
+EVALUATIONS = Path("artifacts/evaluation")
+
+
+def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
+    """Write who lets `task` through, and why, beside the hash of the results that are there; return lines to print.
+
+    A later result of the same step is another matter: the approval does not hold for it.
+    """
+    text = read_text(path)
+    params = Params.parse(text, origin=str(path))
+    if task not in params.tasks:
+        raise InputError(f"approve: there is no task {task!r}; known are {', '.join(params.tasks)}")
+    results = evaluation_of(task)
+    for option, value in (("--by", by), ("--why", why)):
+        if not value.strip() or not value.isprintable():
+            raise InputError(
+                f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
+            )
+    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after))
+    if not faults:
+        raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")
+    entry = Approval.model_validate(
+        {"by": by.strip(), "why": why.strip(), "evaluation": results_of(results), "limits": sorted(faults)}
+    )
+    known: Mapping[str, Approval] = {**params.approvals, task: entry}
+    lines = {
+        name: json.dumps(known[name].model_dump(mode="json"), ensure_ascii=False) for name in sorted(known)
+    }
+    changed = with_lines(text, "approvals", [f"{name}: {value}" for name, value in lines.items()])
+    if Params.parse(changed, origin=f"{path} (not changed)").approvals != known:
+        raise InputError(
+            f"{path}: its approvals are written in a way that cannot be edited safely; edit by hand"
+        )
+    write_whole(path, changed.encode())
+    return [
+        f"{path}: {task} approved by {entry.by}, although it {' and '.join(faults.values())}",
+        "`sdlora run` goes on from there",
+    ]
+
+
+def evaluation_of(task: str) -> Path:
+    """Where the results of a step are."""
+    folder = EVALUATIONS / task
+    if not (folder / "metrics.json").is_file():
+        raise InputError(
+            f"{folder}/metrics.json: {task} has no results to approve of yet; run `sdlora run` first"
+        )
+    return folder

@@ -1,0 +1,282 @@
+"""`params.yaml` for a benchmark: its tasks in the papers' order, and parameter sets that are laid over it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.catalog import LAYOUTS, Benchmark, load
+from pipelines.planning.tasks import (
+    PARAMS,
+    chained,
+    last_index,
+    line_end,
+    refuse_computed,
+    replace_file,
+    shuffled,
+    task_line,
+    task_sizes,
+    with_block,
+)
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_whole
+from pipelines.project.params import Params, Task, read_text, read_yaml
+
+RAW = Path("data/raw")
+
+USUAL: dict[str, dict[str, Any]] = {
+    "cub200": {"split": "official"},
+    "domainnet": {"split": "coda-prompt"},
+    "imagenet-a": {"split": "stratified"},
+    "imagenet-r": {"split": "coda-prompt"},
+}
+"""Settings with which `plan` adds a data set: the published division nearest to the papers' that can be had."""
+
+WHOLE = {("adapter", "rank_schedule")}
+"""Blocks that a parameter set replaces as a whole, because their keys are data."""
+
+
+def plan_benchmark(
+    name: str,
+    *,
+    tasks: int | None = None,
+    classes_per_task: int | None = None,
+    seed: int = 1993,
+    path: Path = PARAMS,
+    force: bool = False,
+) -> list[str]:
+    """Write the tasks of a benchmark, and the entry that fetches it; return lines to print.
+
+    The order is the papers': numpy's legacy permutation of their labels. The data need not be here.
+    """
+    text = read_text(path)
+    raw = read_yaml(text, origin=str(path))
+    block = benchmark_tasks(
+        name, raw, tasks=tasks, classes_per_task=classes_per_task, seed=seed, root=path.parent
+    )
+    if not force and not same_tasks(raw, block):
+        refuse_computed(raw["tasks"] if isinstance(raw.get("tasks"), dict) else {}, path)
+    lines = [f"{path}: {sum(len(t.classes) for t in block.values())} classes of {name} in {len(block)} tasks,"
+             f" in the order of seed {seed}"]  # fmt: skip
+    new, added = with_fetch(with_block(text, block), name, raw, path)
+    replace_file(path, new, expected=block)
+    lines += added
+    return lines + [task_line(key, task) for key, task in block.items()]
+
+
+def lay_over(
+    overlay: Path, *, path: Path = PARAMS, seed: int | None = None, force: bool = False
+) -> list[str]:
+    """Lay a parameter set over `params.yaml`; return a line for each key that it changes.
+
+    The set holds only what differs, and `plan: {benchmark, tasks, seed}` in place of the tasks; `seed`, if
+    given, is that of both the class order and the run. All is validated before a byte is written; what is not
+    committed, or computed already with other tasks, is overwritten only by `force`.
+    """
+    wanted = read_yaml(read_text(overlay), origin=str(overlay))
+    plan = wanted.pop("plan", None)
+    text = new = read_text(path)
+    raw = read_yaml(text, origin=str(path))
+    if seed is not None:
+        wanted["seed"] = seed
+    there = places(text)
+    lines = []
+    for keys, value in leaves(wanted):
+        present = value_at(raw, keys)
+        if present != value or keys not in there:
+            lines.append(f"{path}: {'.'.join(keys)}: {flow(present)} → {flow(value)}")
+            new = with_value(new, keys, value)
+    if plan is not None:
+        new, planned = with_plan(new, plan, overlay, seed=seed, path=path, force=force)
+        lines += planned
+    if not lines:
+        return [f"{path}: is as {overlay} has it already"]
+    Params.parse(new, origin=f"{path} with {overlay} (not written)")
+    written = read_yaml(new, origin=str(path))
+    if any(value_at(written, keys) != value for keys, value in leaves(wanted)):
+        raise InputError(
+            f"{path}: is written in a way that cannot be edited safely; edit it by hand as {overlay} says"
+        )
+    if not force and uncommitted(path):
+        raise InputError(
+            f"{path}: has changes that are not committed and that {overlay} would overwrite in part; commit them,"
+            " or go on with --force"
+        )
+    write_whole(path, new.encode())
+    return lines
+
+
+def with_plan(
+    text: str, plan: object, overlay: Path, *, seed: int | None, path: Path, force: bool
+) -> tuple[str, list[str]]:
+    """The text with the tasks that a parameter set plans, and what changed."""
+    if not isinstance(plan, dict) or set(plan) != {"benchmark", "tasks", "seed"}:
+        raise InputError(f"{overlay}: plan: expected {{benchmark: NAME, tasks: N, seed: N}}; correct it")
+    if type(plan["tasks"]) is not int or type(plan["seed"]) is not int:
+        raise InputError(f"{overlay}: plan: tasks and seed are whole numbers; correct them")
+    raw = read_yaml(text, origin=str(path))
+    chosen = plan["seed"] if seed is None else seed
+    block = benchmark_tasks(plan["benchmark"], raw, tasks=plan["tasks"], seed=chosen, root=path.parent)
+    text, lines = with_fetch(text, plan["benchmark"], raw, path)
+    if same_tasks(raw, block):
+        return text, lines
+    if not force:
+        refuse_computed(raw["tasks"] if isinstance(raw.get("tasks"), dict) else {}, path)
+    lines.append(f"{path}: tasks: {len(block)} of {plan['benchmark']}, in the order of seed {chosen}")
+    return with_block(text, block), lines
+
+
+def with_fetch(text: str, name: str, raw: Mapping[str, Any], path: Path) -> tuple[str, list[str]]:
+    """The text with an entry that fetches the data set, unless it has one or the images are the user's own."""
+    if name in (raw.get("fetch") or {}) or is_own(name, raw, path.parent):
+        return text, []
+    settings = USUAL.get(name, {})
+    return with_value(text, ("fetch", name), settings), [f"{path}: fetch: added {name}: {flow(settings)}"]
+
+
+def benchmark_tasks(
+    name: str,
+    raw: Mapping[str, Any],
+    *,
+    tasks: int | None = None,
+    classes_per_task: int | None = None,
+    seed: int,
+    root: Path,
+) -> dict[str, Task]:
+    """The tasks of a benchmark in the papers' class order."""
+    if name not in LAYOUTS:
+        raise InputError(
+            f"plan: {name!r} is not a known benchmark; known are {', '.join(LAYOUTS)};"
+            " for images of your own give their folder"
+        )
+    benchmark = load(name)
+    classes = own_classes(benchmark, root) if is_own(name, raw, root) else benchmark.classes
+    sizes = task_sizes(len(classes), tasks=tasks, classes_per_task=classes_per_task)
+    return chained(shuffled(classes, seed), sizes, source=(RAW / name).as_posix())
+
+
+def is_own(name: str, raw: Mapping[str, Any], root: Path) -> bool:
+    """Whether the user put the benchmark's images there: the folder is there, and no stage makes it."""
+    return name not in (raw.get("fetch") or {}) and (root / RAW / name).is_dir()
+
+
+def own_classes(benchmark: Benchmark, root: Path) -> list[str]:
+    """The class folders that the user has, named as in the archive or by class, in the order of the labels."""
+    train = root / RAW / benchmark.name / "train"
+    folders = {entry.name for entry in train.iterdir() if entry.is_dir()} if train.is_dir() else set()
+    for names in (list(benchmark.folders), benchmark.classes):
+        if folders == set(names):
+            return names
+    raise InputError(
+        f"{RAW / benchmark.name / 'train'}: its {len(folders)} class folders are not the {len(benchmark.folders)} of"
+        f" {benchmark.title}; remove the folder to have it fetched, or plan it as your own: sdlora plan"
+        f" {RAW / benchmark.name}"
+    )
+
+
+def same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
+    """Whether the tasks that a params file has are those of `block`."""
+    return raw.get("tasks") == {
+        key: {"after": task.after, "source": task.source, "classes": list(task.classes)}
+        for key, task in block.items()
+    }
+
+
+def uncommitted(path: Path) -> bool:
+    """Whether git has another version of the file, or none; without git there is nothing to compare with."""
+    command = ["git", "status", "--porcelain", "--", path.name]
+    try:
+        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return False
+    except subprocess.TimeoutExpired:
+        return True
+    return bool(done.stdout.strip()) if done.returncode == 0 else "not a git repository" not in done.stderr
+
+
+def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of a nested block with the keys that lead to it; an entry of `fetch` is one value."""
+    for key, value in block.items():
+        keys = (*where, str(key))
+        if isinstance(value, dict) and keys not in WHOLE and where != ("fetch",):
+            yield from leaves(value, keys)
+        else:
+            yield keys, value
+
+
+def value_at(block: object, keys: tuple[str, ...]) -> Any:  # noqa: ANN401 - whatever YAML can hold
+    """What stands under some keys; None where nothing does."""
+    for key in keys:
+        block = block.get(key) if isinstance(block, dict) else None
+    return block
+
+
+def places(text: str) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """The nodes of key and value under all keys that lead to them; they know their places in the text."""
+    from ruamel.yaml import YAML
+
+    found: dict[tuple[str, ...], tuple[Any, Any]] = {}
+
+    def walk(node: Any, where: tuple[str, ...]) -> None:  # noqa: ANN401 - ruamel nodes
+        for key, value in node.value:
+            found[(*where, key.value)] = (key, value)
+            if value.id == "mapping":
+                walk(value, (*where, key.value))
+
+    walk(YAML(typ="rt", pure=True).compose(text), ())
+    return found
+
+
+def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
+    """The text with a value in place of the present one; comments stay, and stay in their columns if they can.
+
+    Where the key is not there yet it becomes the last one of its block; whether it may be there is not asked.
+    """
+    found = places(text)
+    new = flow(value)
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if keys in found:
+        key, node = found[keys]
+        start, end = node.start_mark.index, last_index(key, node)
+        if end <= start or (node.id != "scalar" and not node.flow_style):  # nothing, or lines of a block
+            start, new = text.index(":", key.end_mark.index) + 1, f" {new}"
+            end = max(start, end)
+        rest = text[end:]
+        if comment := re.match(r" +(?=#)", rest):
+            room = len(comment[0]) + (end - start) - len(new)
+            rest = " " * max(2, room) + rest[len(comment[0]) :]
+        return text[:start] + new + rest
+    line = f"{flow(keys[-1])}: {new}"
+    if len(keys) == 1:
+        return f"{text}{'' if text.endswith(newline) else newline}{line}{newline}"
+    key, block = found.get(keys[:-1], (None, None))
+    if block is None or block.id != "mapping" or not block.value:
+        return with_value(text, keys[:-1], {keys[-1]: value})
+    last_key, last_value = block.value[-1]
+    position = last_index(last_key, last_value)
+    if block.flow_style:
+        return f"{text[:position]}, {line}{text[position:]}"
+    position = line_end(text, position)
+    start = "" if text[:position].endswith("\n") else newline
+    return f"{text[:position]}{start}{' ' * last_key.start_mark.column}{line}{newline}{text[position:]}"
+
+
+def flow(value: object) -> str:
+    """A value as one writes it in a line of YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in NOT_TEXT:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+"""Words that some reader of YAML takes for something else than text."""

@@ -1,0 +1,56 @@
+"""Folders of new images that an event names: only what lies in the inbox is ever looked at."""
+
+import os
+from pathlib import Path, PurePosixPath
+
+from pipelines.data.sources import class_names
+from pipelines.planning.tasks import PARAMS, add_task, inside_project
+from pipelines.project.errors import InputError
+from pipelines.project.params import Params
+
+
+def arrived(folder: str, inbox: Path) -> Path:
+    """The folder of the inbox that an event names; an `InputError` for a name that could mean anything else.
+
+    The inbox itself may be a link, to storage that all machines share. Below it nothing may lead out of it.
+    """
+    shown = repr(folder) if len(folder) <= 80 else f"{folder[:77]!r}..."
+    parts = PurePosixPath(folder).parts
+    if not parts:
+        raise InputError(
+            f"the event names no folder; its payload is a folder of {inbox}, as in folder: zebras"
+        )
+    if folder.startswith("/") or "\\" in folder or ".." in parts or not folder.isprintable():
+        raise InputError(f"{shown}: not the name of a folder in {inbox}; nothing else is looked at")
+    if not inbox.is_dir():
+        raise InputError(
+            f"{inbox}: the inbox is missing on this machine; make it, or link to where images arrive"
+        )
+    found, root = inbox / folder, inbox.resolve()
+    if not found.resolve().is_relative_to(root):
+        raise InputError(f"{shown}: a link that leads out of {inbox}; copy the images into it")
+    if not found.is_dir():
+        raise InputError(
+            f"{shown}: there is no such folder in {inbox}; put the images there, then send the event"
+        )
+    for place, folders, files in os.walk(found):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise InputError(
+                    f"{shown}: {path.relative_to(found)} is a link that leads out of {inbox}; copy what it links to"
+                )
+    return found
+
+
+def add_once(source: Path, path: Path = PARAMS) -> list[str]:
+    """Append a task for the new classes of a folder, if any are left; return lines to print.
+
+    The same event may come twice, and a run that was cut off starts again.
+    """
+    tasks = Params.load(path).tasks
+    folder, manifest = inside_project(source, path)
+    learned = {name for task in tasks.values() if task.source == folder for name in task.classes}
+    if learned and learned >= set(class_names(Path(folder), manifest=manifest, shown=folder)):
+        return [f"{path}: all classes of {folder} are there already"]
+    return add_task(source, path=path)

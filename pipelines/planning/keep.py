@@ -1,0 +1,135 @@
+"""`sdlora keep`: what was made by older code stays as it is, and the ledger says so."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipelines.ledger.journal import RECORDS
+from pipelines.ledger.kept import KeptStage, write_note
+from pipelines.project.errors import InputError
+from pipelines.project.files import sha256_of
+from pipelines.project.fingerprints import code_files, require_own_code
+from pipelines.project.layout import CODE, CODE_STAGE, StageName
+from pipelines.project.params import Params
+from pipelines.versioning.plan import Plan, read_plan, record_as_it_is
+from pipelines.versioning.repro import bring
+
+TRAINED = ("fit", "freeze")
+"""Kinds of stages that are not made again without a word when code changes: they cost most, and images may be gone."""
+MADE_ANEW = (CODE_STAGE, "report")
+"""Kinds of stages that are made again at no cost."""
+SHOWN = 3
+"""Names in one line."""
+
+
+def keep() -> list[str]:
+    """Record that finished stages are up to date although their code has changed; return lines to print.
+
+    Only the code may be another: where a parameter, an input or an output changed too, a stage is left as it is.
+    """
+    params = Params.load()
+    require_own_code()
+    before = read_plan(params.tasks)
+    outdated = made_by_other_code(before)
+    bring(CODE_STAGE, pull=False)
+    plan = read_plan(params.tasks)
+    kept = {name: before.code[name] for name in outdated if _only_code(plan, name)}
+    if not kept:
+        return ["nothing to keep: no finished stage was made by other code alone"]
+    hashes = _hashes()
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    path = write_note(
+        now,
+        {
+            name: KeptStage(made_by=was, now=hashes[StageName.parse(name).kind], result=_result(plan, name))
+            for name, was in kept.items()
+        },
+    )
+    record_as_it_is(kept)  # after the note: what is kept is never without one
+    others = [name for name in outdated if name not in kept]
+    reasons = [next(r for r in plan.reasons[name] if not r.startswith(f"{CODE}/")) for name in others]
+    return [
+        f"kept as they are: {len(kept)} stages ({shortened(kept)}); noted in {path}",
+        *(f"not kept: {name}: {reason}" for name, reason in zip(others, reasons, strict=True)),
+        "`sdlora run` does the rest; commit dvc.lock and ledger",
+    ]
+
+
+def require_decision(plan: Plan, *, retrain: bool) -> Iterator[str]:
+    """Yield lines on which finished stages the code of this program will re-run, and why.
+
+    Raises:
+        InputError: some of them are trained, and nobody has decided whether they are trained again.
+    """
+    outdated = made_by_other_code(plan)
+    trained = [name for name in outdated if StageName.parse(name).kind in TRAINED]
+    if trained and not retrain:
+        told = (
+            "dvc.lock is of a version that knew no fingerprints of code"
+            if None in (plan.code[name] for name in trained)
+            else f"the code of {shortened(trained)} changed ({_changed_definitions(trained)})"
+        )
+        raise InputError(
+            f"{told}; `sdlora keep` keeps what was trained (as `dvc repro code` and `dvc commit -f` do) and "
+            "notes it in ledger/, `sdlora run --retrain` trains it again"
+        )
+    for kind in dict.fromkeys(StageName.parse(name).kind for name in outdated):
+        names = [name for name in outdated if StageName.parse(name).kind == kind]
+        yield f"code of {kind} changed ({_changed_definitions(names)}): {shortened(names)} will run again"
+
+
+def made_by_other_code(plan: Plan) -> list[str]:
+    """Return the finished stages, in order, whose code has another fingerprint than when they were made."""
+    hashes = _hashes()
+    found = []
+    for name in plan.order:
+        kind = StageName.parse(name).kind
+        if name in plan.code and kind not in MADE_ANEW and plan.code[name] != hashes[kind]:
+            found.append(name)
+    return found
+
+
+def _only_code(plan: Plan, name: str) -> bool:
+    """Whether nothing but its code is a reason to run a stage."""
+    return all(reason.startswith(f"{CODE}/") for reason in plan.reasons[name])
+
+
+def _result(plan: Plan, name: str) -> str | None:
+    """Return the hash of the file that stands for what a stage has left; None where none does."""
+    files = (Path(out) / record for out in plan.outs[name] for record in RECORDS)
+    return next((sha256_of(path) for path in files if path.is_file()), None)
+
+
+def _hashes() -> Mapping[str, str]:
+    """Return the md5 of each fingerprint, as DVC takes it."""
+    return {name: hashlib.md5(text.encode()).hexdigest() for name, text in code_files().items()}
+
+
+def _changed_definitions(names: Iterable[str]) -> str:
+    """Say which definitions of stages are others than `artifacts/code` has."""
+    import json
+
+    found: dict[str, None] = {}
+    new = code_files()
+    try:
+        old = {name: (CODE / name).read_text(encoding="utf-8") for name in new}
+        were, are = json.loads(old["names.json"]), json.loads(new["names.json"])
+    except OSError:
+        return f"{CODE} has no older fingerprints"
+    for kind in dict.fromkeys(StageName.parse(name).kind for name in names):
+        then, now = (
+            dict(zip(known[kind], (line.split()[0] for line in texts[kind].splitlines()), strict=True))
+            for known, texts in ((were, old), (are, new))
+        )
+        found |= dict.fromkeys(name for name in {**then, **now} if then.get(name) != now.get(name))
+    return shortened(found) or "in another version than artifacts/code has"
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Return the first names and how many more there are."""
+    known = list(names)
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return ", ".join(known[:SHOWN]) + more

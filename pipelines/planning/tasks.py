@@ -1,0 +1,267 @@
+"""Edits of the `tasks` block of `params.yaml`; every byte outside the edited lines stays as it is."""
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.sources import class_names
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_whole
+from pipelines.project.params import MANIFEST, Params, Task, read_text, read_yaml
+
+PARAMS = Path("params.yaml")
+
+
+def plan(
+    source: str | Path,
+    *,
+    tasks: int | None = None,
+    classes_per_task: int | None = None,
+    seed: int = 1993,
+    path: Path = PARAMS,
+    force: bool = False,
+) -> list[str]:
+    """Write a `tasks` block for all classes of a source, in place of the present one; return lines to print.
+
+    The order is numpy's legacy permutation of the naturally sorted names, as in the papers' code. Exactly one
+    of `tasks` and `classes_per_task` is given; sizes differ by one at most, the larger first. A block of
+    which a step has been computed is replaced only by `force`.
+    """
+    folder, manifest = inside_project(source, path)
+    names = class_names(path.parent / folder, manifest=manifest, shown=folder)
+    sizes = task_sizes(len(names), tasks=tasks, classes_per_task=classes_per_task)
+    text = read_text(path)
+    old = read_yaml(text, origin=str(path)).get("tasks")
+    if not force:
+        refuse_computed(old if isinstance(old, dict) else {}, path)
+
+    block = chained(shuffled(names, seed), sizes, source=folder, manifest=manifest)
+    replace_file(path, with_block(text, block), expected=block)
+    lines = [f"{path}: {len(names)} classes of {folder} in {len(sizes)} tasks, in the order of seed {seed}"]
+    if sizes[0] != sizes[-1]:
+        more = sizes.count(sizes[0])
+        lines.append(
+            f"{len(names)} classes do not divide into {len(sizes)} equal tasks:"
+            f" the first {more} {'has' if more == 1 else 'have'} {sizes[0]}, the others {sizes[-1]}"
+        )
+    return lines + [task_line(key, task) for key, task in block.items()]
+
+
+def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
+    """Append the next task: the given classes of a source, or all that are new; return lines to print."""
+    key, task, known, text = next_task(source, classes=classes, path=path)
+    replace_file(path, text, expected={**known, key: task})
+    return [
+        f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}",
+        task_line(key, task),
+    ]
+
+
+def next_task(
+    source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS
+) -> tuple[str, Task, Mapping[str, Task], str]:
+    """The task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with it."""
+    folder, manifest = inside_project(source, path)
+    text = read_text(path)
+    known = known_tasks(text, path)
+    names = class_names(path.parent / folder, manifest=manifest, shown=folder)
+    owner = {name: key for key, task in known.items() for name in task.classes}
+    chosen = list(classes or (name for name in names if name not in owner))
+    there = set(names)
+    for name in chosen:
+        if name not in there:
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise InputError(f"{folder}: there is no class {name!r}; classes there are {shown}")
+        if name in owner:
+            raise InputError(f"class {name!r} is already in {owner[name]} of {path}; a class is learned once")
+    if not chosen:
+        raise InputError(f"{folder}: all {len(names)} classes are in {path} already; nothing to add")
+
+    last = list(known)[-1] if known else "t00"
+    key = f"t{int(last[1:]) + 1:02d}"
+    task = Task(after=last, source=folder, manifest=manifest, classes=tuple(chosen))
+    return key, task, known, with_line(text, key, task) if known else with_block(text, {key: task})
+
+
+def known_tasks(text: str, path: Path) -> Mapping[str, Task]:
+    """The tasks of a params file; none where the block is absent or empty, the rest of the file being checked later."""
+    raw = read_yaml(text, origin=str(path)).get("tasks")
+    return Params.parse(text, origin=str(path)).tasks if raw else {}
+
+
+def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
+    """The source folder as `params.yaml` names it, relative to the file's own folder and inside it; its manifest.
+
+    A manifest that stands for its folder is one by its name; in every other case the manifest is None.
+    """
+    manifest = None
+    if re.fullmatch(MANIFEST, Path(source).name) and not Path(source).is_dir():
+        manifest, source = Path(source).name, Path(source).parent
+    folder = Path(os.path.relpath(source, path.parent)).as_posix()
+    if folder == "." or folder.startswith(".."):
+        raise InputError(f"{source}: not a folder inside the project; copy or link the images into data/raw")
+    return folder, manifest
+
+
+def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None) -> list[int]:
+    """Sizes as even as possible, the larger ones first; `classes_per_task` is the most that one may have."""
+    if (tasks is None) == (classes_per_task is None):
+        raise InputError("plan: give either the number of tasks or the classes per task")
+    asked = tasks if tasks is not None else classes_per_task
+    assert asked is not None
+    if not 1 <= asked <= classes:
+        what = "tasks" if tasks is not None else "classes per task"
+        raise InputError(f"plan: {asked} {what} for {classes} classes; give a number from 1 to {classes}")
+    number = asked if tasks is not None else -(-classes // asked)
+    return [classes // number + (position < classes % number) for position in range(number)]
+
+
+def chained(
+    order: Sequence[str], sizes: Sequence[int], *, source: str, manifest: str | None = None
+) -> dict[str, Task]:
+    """The classes in their order as tasks of these sizes, each after the one before it."""
+    block: dict[str, Task] = {}
+    before, start = "t00", 0
+    for number, size in enumerate(sizes, start=1):
+        key = f"t{number:02d}"
+        classes = tuple(order[start : start + size])
+        block[key] = Task(after=before, source=source, manifest=manifest, classes=classes)
+        before, start = key, start + size
+    return block
+
+
+def shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """The class order of a seed, as the papers' code draws it."""
+    import numpy as np
+
+    if not 0 <= seed < 2**32:
+        raise InputError(f"plan: the seed is {seed}; give a number from 0 to {2**32 - 1}")
+    # The legacy generator on purpose: published class orders are its.
+    order = np.random.RandomState(seed).permutation(len(names))
+    return [names[index] for index in order]
+
+
+def refuse_computed(tasks: Mapping[Any, Any], path: Path) -> None:
+    """Steps that exist were computed from the block that is there."""
+    done = [str(key) for key in tasks if (path.parent / "artifacts" / "model" / str(key)).exists()]
+    if done:
+        raise InputError(
+            f"{path}: tasks: {', '.join(done)} already computed (artifacts/model); add to them with"
+            " `sdlora add-task`, or replace them all with --force"
+        )
+
+
+def task_line(key: str, task: Task) -> str:
+    """A task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
+    classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
+    source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
+    manifest = f" manifest: {json.dumps(task.manifest, ensure_ascii=False)}," if task.manifest else ""
+    return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
+
+
+def with_block(text: str, tasks: Mapping[str, Task]) -> str:
+    """The text with its `tasks` block, or its end if it has none, replaced."""
+    return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
+
+
+def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
+    """The text with the block called `name`, or its end if it has none, replaced by one of these lines."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
+    nodes = block_nodes(text, name)
+    if nodes is None:
+        return text + ("" if text.endswith(end) else end) + block
+    key, value = nodes
+    return text[: key.start_mark.index] + block + text[line_end(text, last_index(key, value)) :]
+
+
+def with_line(text: str, key: str, task: Task) -> str:
+    """The text with one task more after the last one of its block."""
+    nodes = block_nodes(text, "tasks")
+    assert nodes is not None
+    _, value = nodes
+    last_key, last_value = value.value[-1]
+    if value.flow_style:
+        position = last_index(last_key, last_value)
+        return text[:position] + f", {task_line(key, task)}" + text[position:]
+    end = "\r\n" if "\r\n" in text else "\n"
+    position = line_end(text, last_index(last_key, last_value))
+    start = "" if text[:position].endswith(end) else end
+    return (
+        text[:position]
+        + start
+        + " " * last_key.start_mark.column
+        + task_line(key, task)
+        + end
+        + text[position:]
+    )
+
+
+def with_task(text: str, key: str, task: Task) -> str:
+    """The text with the entry of a task that it has replaced by one line."""
+    nodes = block_nodes(text, "tasks")
+    assert nodes is not None
+    start, end = next(
+        (name.start_mark.index, last_index(name, value))
+        for name, value in nodes[1].value
+        if name.value == key
+    )
+    return text[:start] + task_line(key, task) + text[end:]
+
+
+def without_fetch(text: str, names: Collection[str]) -> str:
+    """The text with data sets taken out of its `fetch` block; what is left of the block is written anew."""
+    nodes = block_nodes(text, "fetch")
+    assert nodes is not None
+    key, value = nodes
+    held = read_yaml(text, origin="params.yaml")["fetch"]
+    lines = [
+        f"{name}: {json.dumps(entry, ensure_ascii=False)}"
+        for name, entry in held.items()
+        if name not in names
+    ]
+    if lines:
+        return with_lines(text, "fetch", lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[line_end(text, last_index(key, value)) :]
+
+
+def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
+    """The nodes of a key at the top level and its value, which know their places in the text."""
+    from ruamel.yaml import YAML
+
+    root = YAML(typ="rt", pure=True).compose(text)
+    return next(((key, value) for key, value in root.value if key.value == name), None)
+
+
+def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
+    """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
+    if value.start_mark.index == value.end_mark.index:
+        return key.end_mark.index
+    if value.id == "scalar" and value.style in ("|", ">"):
+        text = value.start_mark.buffer[: value.end_mark.index]  # the end mark lies at what follows
+        return len(text.rstrip())
+    if value.id == "scalar" or value.flow_style:
+        return value.end_mark.index
+    last = value.value[-1]
+    return last_index(*last) if isinstance(last, tuple) else last_index(last, last)
+
+
+def line_end(text: str, index: int) -> int:
+    """Where the line of `index` ends, its comment and line break included."""
+    found = text.find("\n", index)
+    return len(text) if found < 0 else found + 1
+
+
+def replace_file(path: Path, text: str, *, expected: Mapping[str, Task]) -> None:
+    """Put the new text in the file's place if it is valid and says what it should; else leave the file."""
+    params = Params.parse(text, origin=f"{path} (not changed)")
+    if dict(params.tasks) != dict(expected):
+        raise InputError(
+            f"{path}: its tasks block is written in a way that cannot be edited safely; edit it by hand"
+        )
+    write_whole(path, text.encode())

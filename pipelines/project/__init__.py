@@ -1,0 +1,1 @@
+"""A project's parameters, files, errors and code fingerprints."""

@@ -1,0 +1,90 @@
+"""Files and folders that are whole or absent, never half-written."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.project.errors import InputError
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` on success; after any exception `out` is as it was."""
+    partial = out.parent / f".{out.name}.partial"
+    _remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _remove(out)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file in one move: a reader, or a crash, sees the old content or the new, never a part."""
+    partial = path.parent / f".{path.name}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(path), partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
+    """Write JSON that is the same for equal values, byte for byte."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Read a JSON file that an earlier stage left; an `InputError` names it when it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: the file is missing; run `sdlora run`, which makes it") from None
+    except ValueError as error:
+        fault = " ".join(str(error).split())
+        raise InputError(f"{path}: not a JSON file ({fault}); delete it and run `sdlora run`") from None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """A sort key under which `img2` comes before `img10`; unequal names never compare equal."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an `OSError` that names no file (a full disk in mid-write) the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

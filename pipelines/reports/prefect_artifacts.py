@@ -1,0 +1,107 @@
+"""The figures of the report as texts that Prefect shows beside a run."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+from pipelines.reports.figures import (
+    MANY_TASKS,
+    accuracy_figures,
+    accuracy_heat,
+    bias_figure,
+    calibration_figures,
+    change_heat,
+    draw_heat,
+    flip_figure,
+    magnitude_figure,
+    overlap_heat,
+)
+from pipelines.reports.history import History, head_of
+from pipelines.reports.statistics import flip_rows, prediction_shares
+from pipelines.reports.weights import Movement
+
+COLOURS = resources.files("pipelines.reports") / "templates" / "report.css"
+
+
+def make_exhibits(history: History, movement: Movement | None) -> dict[str, str]:
+    """Key → Markdown: figures as images in the text itself, numbers as tables where they are not too many."""
+    pages: dict[str, list[str | None]] = {
+        "report-accuracy": [
+            "# Accuracy",
+            *map(picture, accuracy_figures(history).values()),
+            accuracy_table(history),
+            f"Head of the ledger: `{head_of(history)}`",
+        ],
+        "report-bias": ["# Head bias", picture(bias_figure(history)), bias_table(history)],
+        "report-flips": ["# Flips", picture(flip_figure(history)), flips_table(history)],
+        "report-calibration": ["# Calibration", *map(picture, calibration_figures(history).values())],
+        "report-weights": ["# Weights", picture(magnitude_figure(history)), *weight_maps(history, movement)],
+    }
+    return {key: "\n\n".join(filter(None, parts)) + "\n" for key, parts in pages.items()}
+
+
+def weight_maps(history: History, movement: Movement | None) -> list[str | None]:
+    """The maps of what changed."""
+    if movement is None:
+        return ["No weight of the backbone was changed."]
+    maps = [(change_heat(history, movement), "Change of the weights of each block at each step")]
+    for spaces, values in (("column", movement.columns), ("row", movement.rows)):
+        maps.append((overlap_heat(movement, values), f"Overlap of the {spaces} spaces of every two tasks"))
+    return [part for heat, title in maps for part in (f"## {title}", picture(draw_heat(heat, alt=title)))]
+
+
+def accuracy_table(history: History) -> str | None:
+    """The accuracy matrix in percent; as a picture where there are many tasks."""
+    if len(history.tasks) > MANY_TASKS:
+        return picture(draw_heat(accuracy_heat(history), alt="Accuracy of each task after each step"))
+    rows = (
+        [step, *(f"{100 * value:.1f}" for value in row[: i + 1]), *[""] * (len(row) - i - 1)]
+        for i, (step, row) in enumerate(zip(history.tasks, history.accuracy, strict=True))
+    )
+    return markdown_table(["after", *history.tasks], rows)
+
+
+def bias_table(history: History) -> str:
+    """Shares of the last step."""
+    shares = prediction_shares(history)
+    rows = (
+        [task, f"{100 * actual:.1f} %", f"{100 * predicted:.1f} %"]
+        for task, actual, predicted in zip(
+            history.tasks, shares.actual[-1], shares.predicted[-1], strict=True
+        )
+    )
+    return markdown_table(["task", "images", "predictions"], rows)
+
+
+def flips_table(history: History) -> str:
+    """Losses and gains of every step."""
+    if len(history.tasks) == 1:
+        return "There is no step before the first to compare with."
+    rows = (
+        [row["step"], row["images"], row["lost"], row["gained"], f"{row['p']:.3g}"]
+        for row in flip_rows(history)
+    )
+    return markdown_table(["step", "images", "lost", "gained", "p"], rows)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of numbers, its first column of names."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def picture(svg: str | None) -> str | None:
+    """A figure of the page as an image that stands alone: on white, in the colours of the light page."""
+    if svg is None:
+        return None
+    css = COLOURS.read_text(encoding="utf-8")
+    light = dict(reversed(re.findall(r"--(\w+): (#[0-9a-f]{6})", css)))
+    svg = re.sub(r"var\(--(\w+)\)", lambda found: light[found[1]], svg)
+    width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = svg.replace("<svg ", f'<svg {names} width="{width}" height="{height}" style="background:#fff" ', 1)
+    alt = re.findall(r'aria-label="([^":;]*)', svg)[0]
+    return f"![{alt}](data:image/svg+xml;base64,{b64encode(svg.encode()).decode()})"

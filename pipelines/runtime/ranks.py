@@ -1,0 +1,68 @@
+"""The further processes of a fit that several devices share: they take part until it ends, and end with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipelines.runtime.processes import TERMINATED, die_with, end_group
+from pipelines.runtime.stage import say
+
+MEETING = "meeting"
+"""In the folder that all share: the file by which they find each other."""
+
+
+@contextlib.contextmanager
+def members(count: int, command: Sequence[str]) -> Iterator[Path]:
+    """Start `count` − 1 processes beside this one, and end them; give the folder that all share while they work.
+
+    Each is called with `command`, its number and the folder. Where one of them ends badly this process is sent SIGTERM:
+    it would wait for ever, and the same again may go well.
+    """
+    with TemporaryDirectory(prefix="sdlora-") as folder:
+        parent = os.getpid()
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipelines", *command, str(number), folder],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=lambda: die_with(parent),
+            )
+            for number in range(1, count)
+        ]
+        over = threading.Event()
+        for number, process in enumerate(started, start=1):
+            threading.Thread(target=_watch, args=(number, process, over), daemon=True).start()
+        try:
+            yield Path(folder)
+            for process in started:
+                process.wait()
+        except RuntimeError:
+            if any(_has_failed(process) for process in started):  # that is what torch complains of
+                raise SystemExit(TERMINATED) from None
+            raise
+        finally:
+            over.set()
+            for process in started:
+                end_group(process)
+
+
+def _has_failed(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended badly; its connections are closed a moment before it has."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=2) != 0
+    return False
+
+
+def _watch(number: int, process: subprocess.Popen[bytes], over: threading.Event) -> None:
+    status = process.wait()
+    if status and not over.is_set():
+        say(f"device {number} of the fit has ended with status {status}; the others cannot go on without it")
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,113 @@
+"""Export `onnx`: one file for ONNX Runtime and whatever else reads it, any number of images at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.serving.exports.subject import Subject, batches
+
+if TYPE_CHECKING:
+    import onnx
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+FILE = "model.onnx"
+LARGE = 1_500_000_000
+"""Bytes of weights beyond which they lie in a file of their own: one protocol buffer ends at 2 GiB."""
+
+
+def write(folder: Path, subject: Subject) -> None:
+    """Leave model.onnx, with the carried facts in its metadata too, and the carried files."""
+    import onnx
+
+    from sdlora.loading import timm_classifier
+
+    step = subject.step()
+    model = timm_classifier(step)
+    proto = convert(model, subject.preprocessing.input_size)
+    facts = {
+        "classes": step.classes,
+        "preprocessing": subject.described_preprocessing(),
+        "ledger": {key: value for key, value in subject.described_ledger(step).items() if key != "record"},
+    }
+    for key, value in facts.items():
+        proto.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True, ensure_ascii=False))
+    large = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > LARGE
+    onnx.save_model(
+        proto, str(folder / FILE), save_as_external_data=large, location=f"{FILE}.data" if large else None
+    )
+    subject.carry(folder, step)
+
+
+def convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelProto:
+    """The graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes).
+
+    Nothing of the machine stays in it: torch writes the paths of its sources beside every node.
+    """
+    import torch
+
+    for module in model.modules():
+        # torch's own decomposition of fused attention fails where there is a bias of relative positions.
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]
+    with quiet():
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, *input_size),),  # one image would be taken for a constant
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    for node in [proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.functions]:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for function in proto.functions:
+        for node in function.node:
+            del node.metadata_props[:]
+    return proto
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While torch converts, keep back its notes on folded constants and its own deprecations."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
+    """Logits (n, classes) by ONNX Runtime: the first picture alone, three together, then many."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    transform = subject.preprocessing
+    found = []
+    for some in [pictures[:1], pictures[1:4], *batches(pictures[4:])]:
+        if some:
+            images = torch.stack([transform(picture) for picture in some]).numpy()
+            (part,) = session.run(["logits"], {"images": images})
+            found.append(torch.from_numpy(part))
+    return torch.cat(found)
+
+
+def usage(out: Path, subject: Subject) -> str:
+    """How the export is loaded, in one line."""
+    return f'onnxruntime.InferenceSession("{out / FILE}").run(["logits"], {{"images": images}})'

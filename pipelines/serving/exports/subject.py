@@ -1,0 +1,119 @@
+"""What is exported: a step of a chain, with what every export carries beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from sdlora.loading import Step
+    from sdlora.preprocessing import Preprocessing
+
+BATCH = 32
+"""Pictures in one forward pass of the check."""
+
+
+class Link(NamedTuple):
+    """A step's record in the chain."""
+
+    step: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model folder, and the backbone of its chain."""
+
+    model: Path
+    backbone: Path
+
+    def step(self) -> Step:
+        """The step anew, because building a model of it changes its backbone."""
+        from sdlora.loading import read_step
+
+        return read_step(self.model, backbone=self.backbone)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the chain's backbone wants its pictures."""
+        from pipelines.project.files import read_json
+        from sdlora.backbones import DESCRIPTION
+        from sdlora.preprocessing import Preprocessing
+
+        return Preprocessing.of(read_json(self.backbone / DESCRIPTION))
+
+    def chain(self) -> list[Link]:
+        """The records from this step back to t00, as far as their folders lie beside it.
+
+        Each is checked to be the one that its successor names.
+        """
+        from sdlora.ledger import read_record, record_hash
+
+        record = read_record(self.model)
+        links = [Link(record["step"], record_hash(self.model))]
+        for step in ["t00", *record["tasks"]][-2::-1]:
+            folder = self.backbone if step == "t00" else self.model.resolve().parent / step
+            links.append(Link(step, record["previous"]))
+            if not (folder / "step.json").is_file():
+                break
+            if record_hash(folder) != record["previous"]:
+                raise InputError(
+                    f"{folder}: its record is not the one that {links[-2].step} was made from "
+                    f"({record['previous'][:12]}); restore the chain with `dvc checkout`"
+                )
+            record = read_record(folder)
+        return links
+
+    def carry(self, folder: Path, step: Step) -> None:
+        """Write what every export carries: classes.json, preprocessing.json and ledger.json."""
+        write_json(folder / "classes.json", {"classes": step.record["classes"]})
+        write_json(folder / "preprocessing.json", self.described_preprocessing())
+        write_json(folder / "ledger.json", self.described_ledger(step))
+
+    def described_preprocessing(self) -> dict[str, Any]:
+        """All that a server must know of the pictures."""
+        own = self.preprocessing
+        return {
+            **asdict(own),
+            "colours": "grey" if own.input_size[0] == 1 else "RGB",
+            "layout": "NCHW, float32, (value / 255 - mean) / std",
+            "transparency": "on white",
+        }
+
+    def described_ledger(self, step: Step) -> dict[str, Any]:
+        """Which step this is, and what it came from."""
+        head, *earlier = self.chain()
+        return {
+            "step": head.step,
+            "sha256": head.sha256,
+            "earlier": [link._asdict() for link in earlier],
+            "record": step.record,
+        }
+
+
+def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:
+    """Some pictures at a time."""
+    for start in range(0, len(pictures), BATCH):
+        yield pictures[start : start + BATCH]
+
+
+def reference_logits(subject: Subject, pictures: Sequence[Image]) -> Tensor:
+    """Logits (n, classes) of the model as it is evaluated, on the CPU."""
+    import torch
+
+    from sdlora.classifier import merged_classifier
+
+    step, transform = subject.step(), subject.preprocessing
+    model = merged_classifier(step.backbone.model, step.learned)
+    with torch.inference_mode():
+        return torch.cat(
+            [model(torch.stack([transform(picture) for picture in some])) for some in batches(pictures)]
+        )

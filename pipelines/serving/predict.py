@@ -1,0 +1,304 @@
+"""`sdlora predict`: classes of images by the model of a step, as they are read, one line each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import naming, natural_key
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from sdlora.preprocessing import Preprocessing
+
+AHEAD = 2
+"""Batches that are decoded while another one is predicted."""
+
+
+class Guess(NamedTuple):
+    """A class and the softmax probability that the model gives it."""
+
+    name: str
+    label: int
+    probability: float
+
+
+class Row(NamedTuple):
+    """What is known of an image: the best guesses first, or why it could not be read."""
+
+    image: str
+    guesses: list[Guess]
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How predictions are computed and written."""
+
+    top: int
+    batch_size: int | None
+    device: str
+    """`auto`, or a device of torch."""
+    precision: str
+    """`auto`, `fp32` or `bf16`."""
+    format: str
+    """`table`, `jsonl` or `csv`."""
+    out: Path | None
+    """None for standard output."""
+
+
+def predict(model: Path, backbone: Path | None, images: Sequence[str], settings: Settings) -> int:
+    """Predict and write one line for each image; returns 0, or 1 where an image could not be read.
+
+    Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
+    """
+    from pipelines.data.packed import strict_pictures
+    from pipelines.runtime.progress import progress
+    from sdlora.backbones import spell_out_attention
+    from sdlora.classifier import merged_classifier
+    from sdlora.devices import set_deterministic
+    from sdlora.loading import read_step
+    from sdlora.preprocessing import Preprocessing
+
+    for name in images:
+        if name != "-" and not os.path.lexists(name):
+            raise InputError(f"{shown(name)}: no such file or folder")
+    names = files(images)
+    first = next(names, None)
+    if first is None:
+        raise InputError(f"{' '.join(map(shown, images))}: no image there")
+    device = choose_device(settings.device)
+    bf16 = choose_bf16(settings.precision, device)
+    set_deterministic(True)
+    step = read_step(model, backbone=backbone)
+    preprocessing = Preprocessing.of(step.backbone.description)
+    classifier = merged_classifier(step.backbone.model, step.learned).to(device)
+    if bf16 and device.type == "cpu":
+        spell_out_attention(step.backbone.model)
+    size = settings.batch_size or (256 if device.type == "cuda" else 64)
+    top = min(settings.top, len(step.classes))
+    done = failed = 0
+    with ExitStack() as stack:
+        sink = stack.enter_context(opened(settings.out))
+        write = WRITERS[settings.format](sink, top, step.classes)
+        bar = None
+        if sys.stderr.isatty() and "-" not in images:
+            total = sum(1 for _ in files(images))
+            bar = stack.enter_context(progress("predict", total=total, unit="images"))
+        stack.enter_context(strict_pictures())
+        for some, decoded in _decoded_batches(itertools.chain([first], names), preprocessing, size):
+            good = [item for item in decoded if not isinstance(item, str)]
+            found = iter(best_guesses(classifier, good, preprocessing, step.classes, top=top, bf16=bf16))
+            for name, item in zip(some, decoded, strict=True):
+                if isinstance(item, str):
+                    failed += 1
+                    sys.stderr.write(f"{shown(name)}: {item}\n")
+                    write(Row(name, [], item))
+                else:
+                    write(Row(name, next(found), None))
+            sink.flush()
+            done += len(some)
+            if bar is not None:
+                bar.update(done)
+    if failed:
+        sys.stderr.write(f"{failed} of {done} images could not be read\n")
+    return 1 if failed else 0
+
+
+def best_guesses(
+    classifier: nn.Module,
+    pixels: Sequence[np.ndarray],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    top: int,
+    bf16: bool,
+) -> list[list[Guess]]:
+    """The `top` best guesses of each image, from uint8 pixels (channels, height, width) each, in one forward pass."""
+    import numpy as np
+    import torch
+
+    from sdlora.preprocessing import normalise
+    from sdlora.products import by_onednn
+
+    if not pixels:
+        return []
+    device = next(classifier.parameters()).device
+    batch = torch.from_numpy(np.stack(pixels)).to(device)
+    how = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else by_onednn(device)
+    with torch.inference_mode(), how:
+        logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
+    found = logits.float().softmax(dim=1).topk(top, dim=1)
+    return [
+        [Guess(classes[label], label, round(p, 6)) for p, label in zip(ps, labels, strict=True)]
+        for ps, labels in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]
+
+
+def files(images: Iterable[str]) -> Iterator[str]:
+    """The names of all images: a folder stands for those in it, `-` for a list on standard input, one a line."""
+    for name in images:
+        if name == "-":
+            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
+        elif os.path.isdir(name):
+            yield from map(str, files_of(Path(name)))
+        else:
+            yield name
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The images of a folder and of the folders in it, by name, `img2` before `img10`; hidden ones are left out."""
+    from PIL import Image
+
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for home, folders, names in os.walk(folder):
+        folders[:] = sorted((name for name in folders if name[0] != "."), key=natural_key)
+        for name in sorted(names, key=natural_key):
+            if name[0] != "." and os.path.splitext(name)[1].lower() in known:
+                yield Path(home, name)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; an `InputError` says that this machine has none such."""
+    import torch
+
+    from sdlora.devices import best_device
+
+    if name == "auto":
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fault = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {name}: not usable here ({fault}); try cpu or auto") from None
+    return device
+
+
+def choose_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: `auto` does on a GPU that is fast at it, and nowhere else."""
+    import torch
+
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "bf16"
+
+
+def _decoded_batches(
+    names: Iterator[str], preprocessing: Preprocessing, size: int
+) -> Iterator[tuple[list[str], list[np.ndarray | str]]]:
+    """Names with their pixels, or with why there are none, `size` at a time, some batches ahead, in threads."""
+    waiting: deque[tuple[list[str], list[Future[np.ndarray | str]]]] = deque()
+    from pipelines.data.packed import decoding_threads
+
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        try:
+            while True:
+                while len(waiting) <= AHEAD and (some := list(itertools.islice(names, size))):
+                    waiting.append((some, [pool.submit(_pixels, name, preprocessing) for name in some]))
+                if not waiting:
+                    return
+                some, futures = waiting.popleft()
+                yield some, [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
+    from pipelines.data.packed import open_picture
+
+    try:
+        return preprocessing.pixels(open_picture(Path(name).read_bytes()))
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except ValueError as error:
+        return str(error)
+
+
+def shown(text: str) -> str:
+    """A text as a terminal may show it: whatever is not printable is escaped."""
+    return text if text.isprintable() else json.dumps(text)
+
+
+# ---- what is written
+
+Write = Callable[[Row], None]
+
+
+def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+    def write(row: Row) -> None:
+        value: dict[str, object] = {"image": row.image}
+        if row.error is None:
+            value["predictions"] = [
+                {"class": guess.name, "label": guess.label, "probability": guess.probability}
+                for guess in row.guesses
+            ]
+        else:
+            value["error"] = row.error
+        sink.write(json.dumps(value) + "\n")
+
+    return write
+
+
+def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+    writer = csv.writer(sink, lineterminator="\n")
+    ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
+    writer.writerow(["image", *ranks, "error"])
+
+    def write(row: Row) -> None:
+        cells = [cell for guess in row.guesses for cell in (guess.name, f"{guess.probability:.6f}")]
+        writer.writerow([row.image, *(cells or [""] * len(ranks)), row.error or ""])
+
+    return write
+
+
+def _table(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+    width = max(len(shown(name)) for name in classes)
+
+    def write(row: Row) -> None:
+        cells = [f"{shown(guess.name):{width}} {guess.probability:6.1%}" for guess in row.guesses]
+        sink.write("   ".join([*(cells or [f"not read: {row.error}"]), shown(row.image)]) + "\n")
+
+    return write
+
+
+WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], Write]] = {
+    "table": _table,
+    "jsonl": _jsonl,
+    "csv": _csv,
+}
+"""The formats by name."""
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[TextIO]:
+    """A text file that is whole or absent, or standard output; a name that is no text keeps its bytes."""
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+        return
+    partial = path.parent / f".{path.name}.partial"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(path), partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

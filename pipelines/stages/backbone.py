@@ -1,0 +1,49 @@
+"""Stage `backbone`: the frozen base of the chain, step t00."""
+
+from pathlib import Path
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import sha256_of, whole_folder
+from pipelines.project.params import Backbone, read_params
+from pipelines.runtime.stage import Summary, stage
+
+
+def _check_file(weights: Path, expected: str | None) -> None:
+    """Refuse a weight file that is missing or not the one whose hash is written down."""
+    if not weights.is_file():
+        raise InputError(
+            f"{weights}: no such weight file; correct backbone.weights in params.yaml or set it to null"
+        )
+    found = sha256_of(weights)
+    if found != expected:
+        raise InputError(
+            f"{weights}: its sha256 is {found}, params.yaml: backbone.sha256 says {expected}; restore the file, or "
+            "write down the new hash to start the chain from it"
+        )
+
+
+@stage
+def backbone(*, out: Path) -> Summary:
+    """Leave the backbone that `params.yaml` names in `out`: weights, preprocessing, ledger record of step t00."""
+    from sdlora.backbones import create_backbone, write_backbone
+
+    choice = read_params("backbone", Backbone)
+    if choice.weights:
+        _check_file(Path(choice.weights), choice.sha256)
+    created = create_backbone(
+        choice.name,
+        weights=Path(choice.weights) if choice.weights else None,
+        image_size=choice.image_size,
+        input_normalisation=choice.input_normalisation,
+    )
+    with whole_folder(out) as folder:
+        record = write_backbone(folder, created)
+    channels, height, width = created.input_size
+    return [
+        {
+            "backbone": choice.name,
+            "parameters": sum(parameter.numel() for parameter in created.model.parameters()),
+            "input": f"{channels}×{height}×{width}",
+            "sha256": record["backbone"][:12],
+        }
+    ]

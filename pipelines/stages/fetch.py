@@ -1,0 +1,145 @@
+"""The stage `fetch`: bring a known data set as image files, `train/<class>/` and `test/<class>/`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.data.catalog import LAYOUTS, images
+from pipelines.data.png import png
+from pipelines.project.errors import InputError
+from pipelines.project.files import naming, whole_folder
+from pipelines.project.params import Digits, Fetch, Glyphs100, Section, class_name_fault, read_params
+from pipelines.runtime.stage import stage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class DataSet(NamedTuple):
+    """The files of a data set: `{train,test}/<class>/<file>` and bytes."""
+
+    files: Iterable[tuple[PurePosixPath, bytes]]
+    left_out: int = 0
+    """images that are not among the files because others are the same"""
+
+
+@stage
+def fetch(name: str, *, out: Path) -> list[dict[str, str | int | float]]:
+    """Write the images of the data set `name` to `out`, the same files, byte for byte, every time."""
+    if name not in KNOWN:
+        raise InputError(
+            f"fetch: {name!r} is not a data set that can be fetched; known are {', '.join(KNOWN)}"
+        )
+    options = read_params("fetch", Fetch).entry(name)
+    if options is None:
+        raise InputError(f"params.yaml: fetch: there is no entry {name!r}; add one (see its comment)")
+    data_set = KNOWN[name](options)
+    written: list[PurePosixPath] = []
+    with whole_folder(out) as folder:
+        for path, data in data_set.files:
+            write_image(folder, path, data)
+            written.append(path)
+    return summarise(written, data_set.left_out)
+
+
+def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
+    """Write one image at its place in the folder, which nothing may have taken."""
+    part, class_name, name = path.parts
+    if part not in ("train", "test") or class_name_fault(class_name) or name.startswith("."):
+        raise InputError(f"{path}: not the path of an image, {{train,test}}/<class>/<file>")
+    (folder / path.parent).mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(folder / path), (folder / path).open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        raise InputError(f"{path}: the data set has this file twice; report it with this line") from None
+
+
+def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str | int | float]]:
+    """One row for train, one for test, and one for what was left out, if anything was."""
+    summary: list[dict[str, str | int | float]] = []
+    for part in ("train", "test"):
+        classes = [path.parts[1] for path in paths if path.parts[0] == part]
+        summary.append({"split": part, "classes": len(set(classes)), "images": len(classes)})
+    if left_out:
+        summary.append({"split": "left out: copies", "classes": 0, "images": left_out})
+    return summary
+
+
+def digits(options: Digits) -> DataSet:
+    """scikit-learn's handwritten digits, 8x8 in 16 grey levels, white ink; numbered as in the data set.
+
+    Each class is divided by itself: a seeded permutation, at least one image on either side.
+    """
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target
+    kept = distinct_images(images, labels)
+    files = []
+    for label in np.unique(labels):
+        members = kept[labels[kept] == label]
+        tests = max(1, min(len(members) - 1, round(len(members) * options.test_fraction)))
+        order = np.random.default_rng([options.seed, int(label)]).permutation(len(members))
+        test = set(members[order[:tests]].tolist())
+        for index in members.tolist():
+            part = "test" if index in test else "train"
+            files.append((PurePosixPath(part, str(label), f"{index:04d}.png"), png(images[index])))
+    return DataSet(files, left_out=len(images) - len(kept))
+
+
+def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Indices that keep each image once: the first of its copies where all have one label, else none."""
+    import numpy as np
+
+    copies: dict[bytes, list[int]] = {}
+    for index, image in enumerate(images):
+        copies.setdefault(image.tobytes(), []).append(index)
+    return np.array(
+        [indices[0] for indices in copies.values() if len({int(labels[i]) for i in indices}) == 1],
+        dtype=np.int64,
+    )
+
+
+def glyphs100(options: Glyphs100) -> DataSet:
+    """The embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
+    import pyarrow as pa
+
+    packed = resources.files("pipelines.data") / "embedded" / "glyphs100" / "glyphs100.arrow"
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(packed.read_bytes())).read_all()
+    except FileNotFoundError:
+        raise InputError(f"{packed}: the file is missing from the package; install it again") from None
+    except pa.ArrowInvalid:
+        raise InputError(f"{packed}: not an Arrow file; install the package again") from None
+    columns = (table[name].to_pylist() for name in ("split", "label", "font", "image"))
+    files = []
+    for index, (part, label, font, image) in enumerate(zip(*columns, strict=True)):
+        class_name = str(label)
+        if part not in ("train", "test") or class_name_fault(class_name):
+            raise InputError(f"{packed}: row {index} has no class folder; install the package again")
+        slug = re.sub(r"[^a-z0-9]+", "-", font.lower()).strip("-")
+        files.append((PurePosixPath(part, class_name, f"{index:04d}-{slug}.png"), image))
+    return DataSet(files, left_out=0)
+
+
+def published(name: str, options: Section) -> DataSet:
+    """A data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
+    chosen = options.model_dump()
+    archive = Path(chosen["archive"]) if chosen.get("archive") else None
+    return DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))
+
+
+KNOWN: dict[str, Callable[[Any], DataSet]] = {
+    "digits": digits,
+    "glyphs100": glyphs100,
+    **{name: partial(published, name) for name in LAYOUTS},
+}
+"""The data sets by name; each has an entry of the same name, its settings, in `params.Fetch`."""

@@ -1,0 +1,319 @@
+"""Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipelines.data.packed import PACKED, decode, device_room, memory_room, read_images, training_images
+from pipelines.ledger.receipts import given_back
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json, sha256_of, whole_folder
+from pipelines.project.params import Adapter, Training, read_params
+from pipelines.project.provenance import code_hash, library_versions
+from pipelines.runtime.checkpoints import CheckpointStore, input_key
+from pipelines.runtime.processes import TERMINATED, stop_asked
+from pipelines.runtime.progress import progress
+from pipelines.runtime.ranks import MEETING, members
+from pipelines.runtime.stage import Summary, say, stage
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdlora.team import Team
+    from sdlora.training import Fit
+
+
+class Choices(NamedTuple):
+    """What a fit reads of `params.yaml`."""
+
+    adapter: Adapter
+    training: Training
+    seed: int
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """The training settings that change the result: all but where and how often checkpoints are kept."""
+        return self.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"})
+
+
+def read_choices() -> Choices:
+    """Read what a fit reads of `params.yaml`."""
+    return Choices(
+        read_params("adapter", Adapter), read_params("training", Training), read_params("seed", int)
+    )
+
+
+@stage
+def fit(
+    task: str, *, train: Path, images: Path, classes: Path, before: Path, backbone: Path, out: Path
+) -> Summary:
+    """Train what the method trains on the images of `task` alone; leave it raw, with the training curve, in `out`.
+
+    A checkpoint is written every `training.checkpoint_seconds` under the hash of everything that decides the
+    result; started again after being killed, the stage goes on from the newest one and leaves the same bytes.
+    """
+    import torch
+
+    from sdlora.fit_folder import write_fit
+
+    given = given_back("fit", task, out)
+    if given is not None:
+        return given
+    choices = read_choices()
+    training = choices.training
+    key = _key(task, choices, train, classes, before, backbone)
+    store = CheckpointStore(training.checkpoint_store, key)
+    inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
+    _own_device(0, training.devices)  # before any process is started for another one
+    with _others(task, training.devices, inputs) as meeting:
+        team, learner = _meet(task, 0, meeting, inputs)
+        for snapshot in store.newest():
+            learner.restore(snapshot)
+            say(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
+            break
+        if team.size > 1:
+            CheckpointStore(str(meeting / "state"), key).save(learner.snapshot())
+        team.wait()
+        started, first = time.monotonic(), learner.step
+        seen = _train(learner, store, every=training.checkpoint_seconds)
+        seconds = time.monotonic() - started
+    last = learner.curve[-1] if learner.curve else None
+    with whole_folder(out) as folder:
+        write_fit(
+            folder,
+            learner.result(),
+            curve=learner.curve,
+            description={
+                "task": task,
+                "classes": _own_classes(task, classes),
+                "adapter": choices.adapter.of_the_fit,
+                "split": read_json(train),
+                "code": code_hash(fit),
+                "versions": library_versions(),
+                "training": choices.decisive,
+                "seed": choices.seed,
+                "steps": learner.total_steps,
+                "images": learner.images,
+                "trained_parameters": learner.trained_parameters,
+            },
+        )
+    store.forget_old()
+    if learner.step > first:
+        where = f"{team.size} × {learner.device.type}" if team.size > 1 else f"{learner.device}"
+        say(f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)")
+    return [
+        {
+            "task": task,
+            "images": learner.images,
+            "trained parameters": learner.trained_parameters,
+            "steps": learner.total_steps,
+            **({"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)} if last else {}),
+        }
+    ]
+
+
+def take_part(task: str, number: int, meeting: Path, **inputs: Path) -> None:
+    """Be one of the further processes of a fit: go through all of its steps, and leave nothing."""
+    team, learner = _meet(task, number, meeting, inputs)
+    team.wait()
+    key = _key(task, read_choices(), inputs["train"], inputs["classes"], inputs["before"], inputs["backbone"])
+    learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
+    for _ in learner.run():
+        pass
+
+
+def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
+    """The processes for the devices beyond the first; a folder that all share, which a fit by itself does not need."""
+    if devices == 1:
+        return contextlib.nullcontext(Path())
+    options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
+    return members(devices, [take_part.__name__.replace("_", "-"), task, *options])
+
+
+def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["Team", "Fit"]:
+    """Take a device, find the others, and prepare the fit."""
+    from sdlora.devices import set_deterministic
+    from sdlora.team import join_team
+
+    training = read_params("training", Training)
+    set_deterministic(training.deterministic, tf32=training.precision == "tf32")
+    device = _own_device(number, training.devices)
+    team = join_team(number, training.devices, meeting=meeting / MEETING, device=device)
+    return team, _prepare(task, **inputs, device=device, team=team)
+
+
+def _own_device(number: int, count: int) -> "torch.device":
+    from sdlora.devices import device_of
+
+    try:
+        return device_of(number, count)
+    except ValueError as error:
+        raise InputError(
+            f"params.yaml: training.devices: {error}; write how many there are, or correct CUDA_VISIBLE_DEVICES"
+        ) from error
+
+
+def _prepare(
+    task: str,
+    *,
+    train: Path,
+    images: Path,
+    classes: Path,
+    before: Path,
+    backbone: Path,
+    device: "torch.device",
+    team: "Team",
+) -> "Fit":
+    """A fit of `task` that has not begun."""
+    import torch
+
+    from pipelines.project.method_settings import settings_of
+    from sdlora.backbones import read_backbone
+    from sdlora.methods import METHODS
+    from sdlora.model_folder import read_model
+    from sdlora.preprocessing import Preprocessing
+    from sdlora.training import Fit, Schedule, TaskImages
+
+    choices = read_choices()
+    adapter, settings = choices.adapter, choices.training
+    method = METHODS[adapter.method]
+    base = read_backbone(backbone)
+    learned, record = read_model(before)
+    targets = adapter.targets or method.targets
+    _check_continues(record, adapter, before, targets)
+    preprocessing = Preprocessing.of(base.description)
+    tasks, room = {}, memory_room() // settings.devices
+    for name in [*record["tasks"], task] if method.joint else [task]:
+        path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
+        table = read_images(path)
+        labels = torch.tensor(table["label"].to_pylist())
+        pixels = torch.from_numpy(decode(table, preprocessing, room=room))
+        room -= pixels.nbytes if pixels.nbytes <= room else 0
+        tasks[name] = TaskImages(pixels, labels - labels.min())
+    return Fit(
+        base.model,
+        learned,
+        tasks=tasks,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        method=method,
+        settings=settings_of(adapter),
+        targets=targets,
+        schedule=Schedule(
+            optimizer=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            momentum=settings.momentum,
+            decay=settings.schedule,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            crop_scale=settings.crop_scale,
+            flip=settings.flip,
+            precision=settings.precision,
+            compile=settings.compile,
+        ),
+        seed=choices.seed,
+        device=device,
+        team=team,
+        image_room=device_room(),
+    )
+
+
+def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) -> Path:
+    """The training images of an earlier task, for a joint method.
+
+    They are no declared input of the stage, but the step before is, and its ledger holds their hash: images that are
+    not those are refused, so what DVC stores under the declared inputs was made of these images alone.
+    """
+    path = images / name / PACKED
+    if not path.is_file():
+        raise InputError(
+            f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "
+            f"them (`dvc checkout {path.parent}`, `dvc pull {path.parent}`), or choose another adapter.method"
+        )
+    if sha256_of(path) != record["images"][name]:
+        raise InputError(f"{path}: changed since {name} was learned; run `sdlora run` from the first task")
+    return path
+
+
+def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
+    """The entries of the class map that arrive with `task`, in label order."""
+    return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
+
+
+def _check_continues(record: dict[str, Any], adapter: Adapter, before: Path, targets: Sequence[str]) -> None:
+    """Refuse to go on with choices that cannot read what the step before has left."""
+    from sdlora.adapters import target_of
+
+    held = sorted({target_of(name) for name in record.get("targets", [])})
+    for key, chosen, found in (
+        ("method", adapter.method, record.get("method")),
+        ("formulation", adapter.formulation, record.get("formulation")),
+        ("targets", ", ".join(sorted(targets)), ", ".join(held)),
+    ):
+        found = found or chosen
+        if found != chosen:
+            raise InputError(
+                f"{before}: this step was made with {key} {found!r}, params.yaml: adapter.{key} is {chosen!r}; "
+                "a chain keeps one of them (run `sdlora run` from the first task)"
+            )
+
+
+def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
+    """Train to the end, saving a checkpoint every so many seconds, and on SIGTERM; returns the images seen."""
+    import torch
+
+    schedule, images, before = learner.schedule, learner.images, learner.images_seen
+    seen, saved = 0, time.monotonic()
+    total = learner.total_steps and schedule.epochs * images
+    pause, micro_batch = every, learner.micro_batch
+    with stop_asked() as stop, progress(f"fit {learner.task}", total=total, unit="images") as bar:
+        try:
+            for seen in learner.run():
+                facts = learner.curve[-1]._asdict() if learner.curve else {}
+                shown = {key: facts[key] for key in ("loss", "accuracy") if key in facts}
+                done = before + seen
+                epoch = min(done // images + 1, schedule.epochs)
+                bar.update(
+                    done,
+                    step=f"{learner.step}/{learner.total_steps}",
+                    epoch=f"{epoch}/{schedule.epochs}",
+                    **shown,
+                )
+                if learner.micro_batch < micro_batch:
+                    micro_batch = learner.micro_batch
+                    say(f"fit {learner.task}: out of memory; going on with {micro_batch} images at a time")
+                if stop():
+                    store.save(learner.snapshot())
+                    say(
+                        f"fit {learner.task}: stopped by SIGTERM at step {learner.step}; the same goes on from here"
+                    )
+                    raise SystemExit(TERMINATED)
+                if time.monotonic() - saved >= pause and learner.step < learner.total_steps:
+                    begun = time.monotonic()
+                    stored = store.save(learner.snapshot())
+                    saved = time.monotonic()
+                    # A store that is away may take a tenth of the time, and no more.
+                    pause = every if stored else max(every, 9 * (saved - begun))
+        except FloatingPointError as error:
+            raise InputError(f"params.yaml: training.learning_rate: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"fit {learner.task}: not even one image at a time fits the memory that is free; free some (is another "
+                "program on the device?), or choose a smaller backbone.image_size or backbone"
+            ) from error
+    return seen
+
+
+def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
+    """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
+    settings = {
+        "code": code_hash(fit),
+        "task": task,
+        "adapter": choices.adapter.of_the_fit,
+        "training": choices.decisive,
+        "seed": choices.seed,
+        "classes": _own_classes(task, classes),
+    }
+    return input_key(settings, [train, before / "step.json", backbone / "step.json"])

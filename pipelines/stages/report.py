@@ -1,0 +1,41 @@
+"""Stage `report`: from all steps to numbers for DVC (`metrics.json`, `plots/*.csv`) and a page for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.project.files import whole_folder, write_json
+from pipelines.project.params import Task, read_params
+from pipelines.reports.history import read_history
+from pipelines.reports.pages import Pictures, render_page
+from pipelines.reports.plots import write_plots
+from pipelines.reports.prefect_artifacts import make_exhibits
+from pipelines.reports.samples import Album, flipped_images, sample_images
+from pipelines.reports.statistics import headline, shown
+from pipelines.reports.weights import read_movement
+from pipelines.runtime.stage import Summary, publish_markdown, stage
+
+
+@stage
+def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
+    """Write the metrics to `metrics`, the plot data and the page to `out`; return the headline numbers."""
+    history = read_history(artifacts, list(read_params("tasks", dict[str, Task])))
+    movement = read_movement(artifacts, history)
+    album = Album(artifacts, history)
+    numbers = headline(history)
+    with whole_folder(out) as folder:
+        write_plots(folder / "plots", history, movement)
+        page = render_page(
+            history, movement, Pictures(sample_images(album, history), flipped_images(album, history))
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
+    write_json(metrics, numbers)
+    publish_markdown(lambda: make_exhibits(history, movement))
+    return [
+        {
+            "metric": name.replace("_", " "),
+            "per sample": shown(numbers[name]),
+            "per task": shown(numbers[f"{name}_per_task"]),
+        }
+        for name in ("last_accuracy", "average_accuracy", "forgetting", "backward_transfer")
+    ]

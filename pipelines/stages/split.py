@@ -1,0 +1,246 @@
+"""The stage `split`: a task's images, checked and packed, beside all that is known of the tasks before."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from pipelines.data.duplicates import (
+    Print,
+    leaking_pictures,
+    near_across_parts,
+    near_line,
+    perceptual_hash,
+    read_pictures,
+    refuse_unreadable,
+    same_pictures,
+)
+from pipelines.data.packed import (
+    PACKED,
+    TRAINING,
+    ImageRow,
+    SampleRow,
+    digest_of,
+    picture_hash,
+    read_images,
+    write_images,
+    write_samples,
+)
+from pipelines.data.sources import PARTS, Found, refuse, task_images
+from pipelines.ledger.receipts import given_back
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
+from pipelines.project.params import Data, Task, read_params
+from pipelines.runtime.stage import say, stage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+
+
+class Picture(NamedTuple):
+    """An image of this task."""
+
+    found: Found
+    row: ImageRow
+    perceptual: str
+
+    @property
+    def part(self) -> str:
+        """train, validation or test."""
+        assert self.found.part is not None
+        return self.found.part
+
+    def sample(self) -> SampleRow:
+        """The picture without its bytes."""
+        row = self.row
+        return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
+
+
+@stage
+def split(
+    task: str, *, source: Path, before: Path, out: Path, images: Path
+) -> list[dict[str, str | int | float]]:
+    """Pack the images of a task's classes, divided into train, test and, if asked for, validation.
+
+    The training images go to `images`, all else to `out`. What `before` holds is handed on. Refused, with the files
+    named: a class of an earlier task, what `pipelines.data.sources` finds wrong with the source, a file that cannot be
+    decoded.
+
+    The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of
+    this task or of another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two
+    tasks or under two classes it is refused too, unless `data.duplicates` is `allow` or `leave_out`: then train
+    may repeat train, and test may repeat test. Copies within one class of one part
+    are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
+    nearly, by a perceptual hash, pictures of validation or test.
+
+    Of a task whose images were deleted (`sdlora retire`) it gives back what it left, and in place of the training
+    images their hash.
+    """
+    tasks = read_params("tasks", dict[str, Task])
+    if task not in tasks:
+        raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(tasks)}")
+    given = given_back("split", task, out, images=images, then=partial(hand_on, before))
+    if given is not None:
+        return given
+    names, data = tasks[task].classes, read_params("data", Data)
+    earlier = read_json(before / "classes.json")
+    refuse_known_classes(task, names, earlier["classes"])
+
+    first = len(earlier["classes"])
+    listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
+    labels = {name: first + i for i, name in enumerate(names)}
+    pictures = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
+    samples = [picture.sample() for picture in pictures]
+    prints = [print_of(sample, shown=str(p.found.path)) for p, sample in zip(pictures, samples, strict=True)]
+    known = [
+        print_of(sample, shown=f"{sample.id} of an earlier task")
+        for sample in earlier_samples(before, earlier["tasks"])
+    ]
+    left_out: list[int] = []
+    if data.duplicates == "leave_out":
+        left_out = leaking_pictures(prints, known)
+        pictures, samples, prints = (
+            without(pictures, left_out),
+            without(samples, left_out),
+            without(prints, left_out),
+        )
+        refuse_emptied(task, names, pictures, left_out)
+    refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
+    near = near_across_parts(prints, known)
+    if near:
+        say(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
+
+    parts = PARTS if data.validation is not None else ("train", "test")
+    classes = [{"label": labels[name], "name": name, "task": task} for name in names]
+    counts = {name: dict.fromkeys(parts, 0) for name in names}
+    for picture in pictures:
+        counts[picture.found.name][picture.part] += 1
+    with whole_folder(images) as packed, whole_folder(out) as folder:
+        hand_on(before, folder)
+        rows = {part: [p.row for p in pictures if p.part == part] for part in PARTS}
+        write_images(packed / PACKED, rows["train"])
+        write_images(folder / "test" / f"{task}.arrow", rows["test"])
+        if data.validation is not None:
+            write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
+        list_validation(folder)
+        write_samples(folder / "samples" / f"{task}.arrow", samples)
+        trained = [sample for sample in samples if sample.split == "train"]
+        write_json(
+            folder / TRAINING,
+            {
+                "task": task,
+                "images": sha256_of(packed / PACKED),
+                "counts": {name: counts[name]["train"] for name in names},
+                "digest": digest_of(trained),
+            },
+        )
+        write_json(
+            folder / "classes.json",
+            {"classes": earlier["classes"] + classes, "tasks": [*earlier["tasks"], task]},
+        )
+        write_json(
+            folder / "split.json",
+            {
+                "task": task,
+                "after": tasks[task].after,
+                "counts": counts,
+                "digest": digest_of(samples),
+                "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
+                "near_duplicates": len(near),
+                "left_out": len(left_out),
+            },
+        )
+    return [{"class": name, **counts[name]} for name in names]
+
+
+def hand_on(before: Path, folder: Path) -> None:
+    """Have the split of a task hold what the one before it holds of all earlier tasks, and nothing else of theirs."""
+    for kind in ("test", "validation", "samples"):
+        (folder / kind).mkdir(exist_ok=True)
+        for name in (f"{task}.arrow" for task in read_json(before / "classes.json")["tasks"]):
+            if kind != "validation" or (before / kind / name).is_file():
+                shutil.copyfile(before / kind / name, folder / kind / name)
+            else:
+                (folder / kind / name).unlink(missing_ok=True)
+    list_validation(folder)
+
+
+def list_validation(folder: Path) -> None:
+    """Note in a split which tasks have validation images: DVC keeps no empty folder, and `evaluate` reads this one."""
+    held = sorted(path.stem for path in (folder / "validation").glob("*.arrow"))
+    write_json(folder / "validation" / "tasks.json", {"tasks": held})
+
+
+def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:
+    """The rows but for those at some positions."""
+    out = set(positions)
+    return [row for index, row in enumerate(rows) if index not in out]
+
+
+def refuse_emptied(
+    task: str, names: Sequence[str], pictures: Iterable[Picture], left_out: Sequence[int]
+) -> None:
+    """Say what was left out; refuse a class of which nothing to train on, or to test, is left."""
+    held = {(picture.found.name, picture.part) for picture in pictures}
+    for name in names:
+        for part in ("train", "test"):
+            if (name, part) not in held:
+                raise InputError(
+                    f"{task}: class {name!r}: every {part} image stands in another part too, and would be left out; "
+                    "give it images of its own"
+                )
+    if left_out:
+        count = "1 picture stands" if len(left_out) == 1 else f"{len(left_out)} pictures stand"
+        say(f"split {task}: {count} in another part too and left out, as data.duplicates says")
+
+
+def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:
+    """A class has one label, given by the first task that brings it."""
+    owner = {entry["name"]: entry["task"] for entry in known}
+    for name in names:
+        if name in owner:
+            raise InputError(
+                f"{task}: class {name!r} was already learned in {owner[name]};"
+                f" remove it from tasks.{task}.classes in params.yaml"
+            )
+
+
+def read_task(
+    task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int
+) -> list[Picture]:
+    """Read and fully decode every file; all that cannot be read are refused in one error."""
+    pictures: dict[int, Picture] = {}
+
+    def keep(index: int, data: bytes, picture: Image) -> None:
+        found = images[index]
+        row = ImageRow(
+            id=f"{task}/{found.part}/{found.name}/{found.file}",
+            label=labels[found.name],
+            image=data,
+            sha256=hashlib.sha256(data).hexdigest(),
+            pixels=picture_hash(picture),
+        )
+        pictures[index] = Picture(found, row, perceptual_hash(picture))
+
+    faults = read_pictures(f"split {task}", images, keep, max_pixels=max_pixels)
+    refuse_unreadable(task, images, faults)
+    return [pictures[index] for index in range(len(images))]
+
+
+def earlier_samples(before: Path, tasks: Iterable[str]) -> Iterator[SampleRow]:
+    """Every image of the tasks before, without its bytes."""
+    for task in tasks:
+        table = read_images(before / "samples" / f"{task}.arrow")
+        for row in table.to_pylist():
+            yield SampleRow(**row)
+
+
+def print_of(sample: SampleRow, *, shown: str) -> Print:
+    """What a sample's picture is compared by."""
+    return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)

@@ -1,0 +1,27 @@
+"""The stage `start`: the state of the data before any task, so that the first task is no special case."""
+
+from pathlib import Path
+
+from pipelines.project.files import whole_folder, write_json
+from pipelines.runtime.stage import stage
+
+
+@stage
+def start(*, out: Path, evaluation: Path, gate: Path) -> list[dict[str, str | int | float]]:
+    """Leave an empty class map in `out`, no results in `evaluation`, and the first verdict in `gate`."""
+    with whole_folder(out) as folder:
+        write_json(folder / "classes.json", {"classes": [], "tasks": []})
+        write_json(folder / "split.json", {"task": "t00"})
+        for part in (
+            "samples",
+            "test",
+            "validation",
+        ):  # DVC keeps no empty folder, and the first task reads them
+            write_json(folder / part / "tasks.json", {"tasks": []})
+    with whole_folder(evaluation) as folder:
+        nothing: dict[str, list[float]] = {name: [] for name in ("accuracy", "correct", "samples", "tasks")}
+        write_json(folder / "metrics.json", {"step": "t00", **nothing})
+    with whole_folder(gate) as folder:
+        write_json(folder / "verdict.json", {"step": "t00", "previous": None})
+        write_json(folder / "open.json", {"open": True})
+    return [{"task": "t00", "classes": 0}]

@@ -1,0 +1,1 @@
+"""The only door to DVC: plan, reproduce, remote, artifact store, locks and patches."""

@@ -1,0 +1,194 @@
+"""Where the outputs of the chain are, in the workspace or in DVC's cache, and what dvc.lock says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.project.errors import InputError
+from pipelines.project.params import Fetch, Params, read_yaml
+
+LOCK = Path("dvc.lock")
+ARTIFACTS = Path("artifacts")
+
+
+class FaultError(Exception):
+    """Something does not hold: the file, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What dvc.lock says."""
+
+    outs: Mapping[str, str]
+    """Path → md5, of every output of every stage."""
+    deps: Mapping[str, Mapping[str, str]]
+    """Stage → path → md5 of what it read."""
+
+
+def read_lock(params: Params) -> Lock:
+    """Read what dvc.lock says of the stages that there are; an `InputError` where there is none."""
+    if not LOCK.is_file():
+        raise InputError(f"{LOCK}: the file is missing; run `sdlora run`, or restore it from version control")
+    items = {*params.tasks, *(name for name in Fetch.names() if params.fetch.entry(name) is not None)}
+    try:
+        stages = {
+            name: stage
+            for name, stage in read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK))["stages"].items()
+            if "@" not in name or name.partition("@")[2] in items  # DVC keeps those of removed tasks
+        }
+        outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+        deps = {
+            name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
+            for name, stage in stages.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{LOCK}: not what DVC writes; restore it from version control") from None
+    return Lock(outs, deps)
+
+
+class Objects:
+    """Files by their md5: those of DVC's cache, and those of its remote, each fetched into a scratch folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+
+    @cached_property
+    def _stores(self) -> tuple[Path, Any]:
+        """The folder of the cache, and the remote; asked for at first use, because loading DVC takes a while."""
+        from dvc.repo import Repo
+
+        with contextlib.closing(Repo()) as repo:
+            remote = repo.cloud.get_remote_odb() if repo.config["core"].get("remote") else None
+            return Path(repo.cache.local.path), remote
+
+    def find(self, md5: str) -> Path | None:
+        """Where the file of a hash can be read; None where neither the cache nor the remote has it."""
+        cache, remote = self._stores
+        path = cache / md5[:2] / md5[2:]
+        if path.is_file():
+            return path
+        copy = self._scratch / md5
+        if remote is not None and not copy.exists():
+            with contextlib.suppress(FileNotFoundError):
+                remote.fs.get_file(remote.oid_to_path(md5), str(copy))
+        return copy if copy.is_file() else None
+
+
+class Place:
+    """Outputs by path: in the workspace, or else in DVC's cache or remote, as links in a scratch folder."""
+
+    def __init__(self, lock: Lock, scratch: Path) -> None:
+        self.lock = lock
+        self._scratch = scratch / "outs"
+        (scratch / "objects").mkdir()
+        self._objects = Objects(scratch / "objects")
+        self._checked: dict[str, Mapping[str, str]] = {}
+
+    def checked(self, path: str) -> bool:
+        """Whether an output has been compared with dvc.lock."""
+        return path in self._checked
+
+    def mark(self, path: str, hashes: Mapping[str, str]) -> None:
+        """An output has been compared; the md5 of its files by name."""
+        self._checked[path] = hashes
+
+    def md5(self, path: str) -> str | None:
+        """The md5 of a file or folder within a compared output; None for what is in none."""
+        for out, hashes in self._checked.items():
+            if path.startswith(f"{out}/"):
+                part = path.removeprefix(f"{out}/")
+                within = {
+                    name.removeprefix(f"{part}/"): md5
+                    for name, md5 in hashes.items()
+                    if name.startswith(f"{part}/")
+                }
+                return hashes.get(part) or (folder_md5(within) if within else None)
+        return self.lock.outs.get(path) or self._md5_of_parts(path)
+
+    def _md5_of_parts(self, path: str) -> str | None:
+        """The md5 of a folder of outputs, with what else lies in it; None where not all of them were compared."""
+        outs = [out for out in self.lock.outs if out.startswith(f"{path}/")]
+        if not outs or not all(self.checked(out) for out in outs):
+            return None
+        hashes = {f"{out}/{name}": md5 for out in outs for name, md5 in self._checked[out].items()}
+        for file in Path(path).rglob("*"):  # what a removed task has left
+            if file.is_file() and not any(file.is_relative_to(out) for out in outs):
+                hashes[file.as_posix()] = md5_of(file)
+        return folder_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in hashes.items()})
+
+    def find(self, path: Path) -> Path:
+        """Where an output can be read."""
+        if path.exists():
+            return path
+        md5 = self.lock.outs.get(path.as_posix())
+        if md5 is None:
+            raise FaultError(f"{path}: it is missing, and {LOCK} does not know it; run `sdlora run`")
+        copy = self._scratch / path
+        if not copy.exists():
+            for name, file in self._cached(path, md5).items():
+                target = copy / name if name else copy
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(file.resolve())
+        return copy
+
+    def changed_file(self, path: str, hashes: Mapping[str, str]) -> str:
+        """The first file of an output that is not the one it was, as far as DVC's cache can say; else the output."""
+        md5 = self.lock.outs[path]
+        listing = self._objects.find(md5)
+        if listing is None or not md5.endswith(".dir") or md5_of_listing(listing) != md5:
+            return path
+        made = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+        differing = [name for name in sorted(made.keys() | hashes) if made.get(name) != hashes.get(name)]
+        return f"{path}/{differing[0]}"
+
+    def _cached(self, path: Path, md5: str) -> dict[str, Path]:
+        """The files of an output in the cache by name; one without a name if it is a file."""
+        whole = self._objects.find(md5)
+        if whole is None:
+            raise FaultError(f"{path}: it is neither here nor in DVC's cache or remote; run `sdlora run`")
+        if not md5.endswith(".dir"):
+            return {"": whole}
+        if md5_of_listing(whole) != md5:
+            raise FaultError(f"{path}: DVC's cache has another listing of its files than {LOCK} names")
+        found = {}
+        for entry in json.loads(whole.read_bytes()):
+            if ".." in entry["relpath"].split("/") or entry["relpath"].startswith("/"):
+                raise FaultError(f"{path}: DVC's listing of its files leads out of it: {entry['relpath']!r}")
+            file = self._objects.find(entry["md5"])
+            if file is None:
+                raise FaultError(
+                    f"{path}/{entry['relpath']}: it is neither here nor in DVC's cache or remote; run `sdlora run`"
+                )
+            found[entry["relpath"]] = file
+        return found
+
+
+def md5_of_listing(path: Path) -> str:
+    """What DVC names its listing of a folder by; empty where there is none."""
+    return f"{md5_of(path)}.dir" if path.is_file() else ""
+
+
+def folder_md5(hashes: Mapping[str, str]) -> str:
+    """DVC's hash of a folder of files by name and md5."""
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.tree import Tree
+
+    tree = Tree()
+    for name, md5 in hashes.items():
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+    tree.digest()
+    assert tree.hash_info.value
+    return tree.hash_info.value
+
+
+def md5_of(path: Path) -> str:
+    """The MD5 of a file's bytes, which is what DVC names files by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

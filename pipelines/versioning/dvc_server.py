@@ -1,0 +1,88 @@
+"""A warm process for DVC: it has loaded DVC, remembers dvc.lock, and forks for each command.
+
+A forked command is `dvc …` as it would be in a process of its own: it leads a session, takes and releases DVC's locks,
+reads dvc.yaml and params.yaml as they are then, and may be killed without harm to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pipelines.runtime.fork_server import end_as, forked_for, forking
+
+DVC_SOCKET = "SDLORA_WARM_DVC"
+"""Environment variable: where it listens."""
+
+LIBRARIES = (
+    "configobj",
+    "diskcache",
+    "dpath",
+    "dulwich.worktree",
+    "dvc._debug",
+    "dvc.cachemgr",
+    "dvc.cli.parser",
+    "dvc.data_cloud",
+    "dvc.lock",
+    "dvc.parsing.interpolate",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.metrics",
+    "dvc.repo.open_repo",
+    "dvc.repo.params",
+    "dvc.repo.plots",
+    "dvc.repo.reproduce",
+    "dvc.repo.stage",
+    "dvc.stage.cache",
+    "dvc.stage.loader",
+    "dvc.stage.run",
+    "dvc.utils.strictyaml",
+    "dvc_data.hashfile.checkout",
+    "dvc_data.hashfile.db.local",
+    "dvc_data.hashfile.transfer",
+    "dvc_data.index",
+    "dvc_http",
+    "dvc_render",
+    "flatten_dict",
+    "fsspec.implementations.memory",
+    "pipelines.versioning.patches.lockfile",
+    "pipelines.versioning.patches.__main__",
+    "pipelines.versioning.patches.runcache",
+    "platformdirs",
+    "psutil",
+    "pyparsing",
+    "scmrepo.git",
+)
+
+
+def warm_dvc() -> AbstractContextManager[None]:
+    """Keep such a process for the commands of `repro.dvc` that are started meanwhile."""
+    return forking("pipelines.versioning.dvc_server", DVC_SOCKET)
+
+
+def main(socket: int) -> None:
+    """Load, and fork for each request that comes to a socket, until ended."""
+    request = forked_for(socket, LIBRARIES, prepare=remember)
+    os.setsid()
+    os.environ.pop(DVC_SOCKET, None)
+    from pipelines.versioning.patches.__main__ import main
+
+    sys.argv = ["dvc", *request["arguments"]]
+    words = [word for word in sys.argv if not word.startswith("-")]
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(" ".join(words[:2]))  # what `ps` and `top` call it
+    end_as(lambda: main(request["arguments"]))
+
+
+def remember() -> None:
+    """Read what is new in dvc.lock, so that what is forked need not."""
+    from pipelines.versioning.patches.lockfile import read_entries
+
+    read_entries(Path("dvc.lock"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

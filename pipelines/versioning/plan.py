@@ -1,0 +1,218 @@
+"""What DVC finds changed about each stage, and the order in which stages run: nothing is changed here."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from pipelines.project.errors import InputError
+from pipelines.project.fingerprints import code_files
+from pipelines.project.layout import CODE, CODE_STAGE, StageName
+from pipelines.versioning.patches.lookup import changes_of, each_once, locked_for_reading
+
+if TYPE_CHECKING:
+    from dvc.stage import Stage as DvcStage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in the order in which they run, and what DVC finds changed about each."""
+
+    order: list[str]
+    needs: Mapping[str, set[str]]
+    """Stage → the stages whose outputs it reads."""
+    reasons: Mapping[str, list[str]]
+    """Stage → why it must run; empty if it need not, as far as its inputs are what they will be."""
+    made: set[str]
+    """Stages that have been run at some time."""
+    outs: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
+    """Stage → what it leaves."""
+    deps: Mapping[str, list[str]] = field(repr=False, default_factory=dict)
+    """Stage → what it reads."""
+    code: Mapping[str, str | None] = field(repr=False, default_factory=dict)
+    """Finished stage → the md5 of the fingerprint of the code that made it; None where dvc.lock has none."""
+    remote: bool = False
+
+    def stale(self) -> list[str]:
+        """Stages that must run, and those that may have to because they read what these make."""
+        found: set[str] = set()
+        for name in self.order:
+            if self.reasons[name] or self.needs[name] & found:
+                found.add(name)
+        return [name for name in self.order if name in found]
+
+
+def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
+    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
+
+    With `lean`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in the remote.
+    """
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+
+        from pipelines.versioning.patches.__main__ import mend
+
+        mend()
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo), each_once():
+            stages = repo.stage.load_all("dvc.yaml")
+            needs = needs_of(stages)
+            remote = bool(repo.config["core"].get("remote"))
+            elsewhere = left_elsewhere(stages) if lean and remote else {}
+            with locked_for_reading(repo, stages):
+                reasons = {
+                    s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
+                }
+            for stage in stages:
+                if stage.always_changed and stage.addressing == CODE_STAGE:
+                    # Its sources are those of the installed program, which DVC does not watch.
+                    reasons[CODE_STAGE] = ["the code of sdlora changed"] * (not code_is_written())
+            return Plan(
+                order=run_order(needs, list(tasks)),
+                needs=needs,
+                reasons=reasons,
+                made={stage.addressing for stage in stages if _is_made(stage)},
+                outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
+                deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
+                code={s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)},
+                remote=remote,
+            )
+
+
+def _is_made(stage: DvcStage) -> bool:
+    return any(out.hash_info for out in stage.outs)
+
+
+def _reads_code(stage: DvcStage) -> bool:
+    return any(CODE in PurePath(dep.def_path).parents for dep in stage.deps)
+
+
+def _code_of(stage: DvcStage) -> str | None:
+    path = str(CODE / StageName.parse(stage.addressing).kind)
+    return next((dep.hash_info.value for dep in stage.deps if dep.def_path == path and dep.hash_info), None)
+
+
+def left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
+    """Find for each finished stage what it read and left that is not on this machine, and is what dvc.lock names.
+
+    What it read must be what its maker left, by the hashes of both in dvc.lock; images of a task, which no stage
+    makes, may be gone.
+    """
+    makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
+    found = {}
+    for stage in stages:
+        if all(part.hash_info for part in (*stage.deps, *stage.outs)):
+            deps = (dep for dep in stage.deps if not dep.exists and _as_made(dep, makers))
+            outs = (out for out in stage.outs if out.use_cache and not out.exists)
+            found[stage.addressing] = {str(part) for part in (*deps, *outs)}
+    return found
+
+
+def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+    path = PurePath(dep.def_path)
+    out = next((makers[place] for place in (path, *path.parents) if place in makers), None)
+    if out is None or out.hash_info == dep.hash_info:
+        return True
+    tree = (
+        out.get_dir_cache()
+        if out.hash_info and out.hash_info.isdir and out.def_path != dep.def_path
+        else None
+    )
+    if tree is None:
+        return False
+    key = path.relative_to(out.def_path).parts
+    part = tree.get_obj(out.cache, key)
+    return part is not None and part.hash_info == dep.hash_info
+
+
+def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
+    """Find for each stage those that make what it reads: a path, a part of a folder, or a folder of parts."""
+    makers: dict[PurePath, str] = {PurePath(out.def_path): s.addressing for s in stages for out in s.outs}
+    within: dict[PurePath, set[str]] = {}
+    for path, maker in makers.items():
+        for folder in path.parents:
+            within.setdefault(folder, set()).add(maker)
+    needs: dict[str, set[str]] = {}
+    for stage in stages:
+        paths = [PurePath(dep.def_path) for dep in stage.deps]
+        around = {makers[place] for path in paths for place in (path, *path.parents) if place in makers}
+        needs[stage.addressing] = around.union(*(within.get(path, set()) for path in paths))
+    return needs
+
+
+def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
+    """Say in words why DVC would run a stage; what is missing here and held elsewhere is no reason."""
+    words = {
+        "modified": "changed",
+        "deleted": "is missing",
+        "new": "is new",
+        "not in cache": "is not in the cache",
+    }
+    for change in changes_of(stage):
+        if isinstance(change, str):
+            yield "its command changed" if change == "changed checksum" else change
+            continue
+        for path, what in (pair for group in change.values() for pair in group.items()):
+            if what in ("deleted", "not in cache") and path in elsewhere:
+                continue
+            if isinstance(what, dict):  # params.yaml: {key: what happened to it}
+                yield from (f"{key} {words.get(its, its)}" for key, its in what.items())
+            else:
+                yield f"{path} {words.get(what, what)}"
+
+
+def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
+    """Order stages so that each follows what it needs, and all of one task comes before any of the next."""
+    position = {task: i for i, task in enumerate(tasks, start=1)}
+    rank = {name: (position.get(name.partition("@")[2], 0), place) for place, name in enumerate(needs)}
+    waiting = {name: set(others) for name, others in needs.items()}
+    ready = [(rank[name], name) for name, others in waiting.items() if not others]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, done = heapq.heappop(ready)
+        order.append(done)
+        for name, others in waiting.items():
+            if done in others:
+                others.remove(done)
+                if not others:
+                    heapq.heappush(ready, (rank[name], name))
+    return order
+
+
+def code_is_written() -> bool:
+    """Whether what stands in `artifacts/code` is of the code that runs."""
+    try:
+        return all((CODE / name).read_text(encoding="utf-8") == text for name, text in code_files().items())
+    except OSError:
+        return False
+
+
+def record_as_it_is(names: Iterable[str]) -> None:
+    """Have dvc.lock say of finished stages that they are up to date with their inputs as those are now.
+
+    Nothing is computed, and nothing enters the run-cache: no other machine takes it for what the inputs give.
+    """
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
+            stages = [repo.stage.get_target(name) for name in names]
+            for stage in stages:
+                stage.save(run_cache=False)
+                stage.commit()
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+
+
+@contextlib.contextmanager
+def dvc_errors() -> Iterator[None]:
+    """Turn what DVC says of a broken or busy project into one line."""
+    from dvc.exceptions import DvcException
+
+    try:
+        yield
+    except DvcException as error:
+        raise InputError(f"dvc: {' '.join(str(error).split())}") from error

@@ -1,0 +1,145 @@
+"""What machines share through the DVC remote: fetched where a stage reads it, pushed where one has left it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+from pipelines.project.files import write_whole
+from pipelines.project.params import Params
+from pipelines.runtime.stage import first_line
+from pipelines.versioning.plan import Plan, dvc_errors
+from pipelines.versioning.repro import StageFailedError, bring, dvc, print_line
+
+UNPUSHED = Path(".sdlora/unpushed")
+"""The stages whose outputs the remote has not taken, one a line."""
+
+
+def obtain(name: str, plan: Plan, params: Params) -> None:
+    """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again.
+
+    Training images are fetched only where the stage will really look at them.
+    """
+    pull([Path(dep) for dep in plan.deps[name]], plan, params)
+    made = {out for outs in plan.outs.values() for out in outs}
+    images = [Path(out) for out in images_read(name, params) if out in made and not Path(out).exists()]
+    if images and not remembered(name):
+        pull(images, plan, params)
+
+
+def pull(read: list[Path], plan: Plan, params: Params) -> None:
+    """Fetch outputs that are read and not here, or have their stages make them."""
+    missing = {
+        maker: [out for out in plan.outs[maker] if not Path(out).exists() and _is_read(Path(out), read)]
+        for maker in plan.order
+    }
+    paths = [out for outs in missing.values() for out in outs]
+    if not paths or not plan.remote or not dvc(["pull", *paths])[0]:
+        return
+    require_remote(plan)  # what it has lost is made again; what it only cannot give now is not
+    for maker, outs in missing.items():
+        if not all(Path(out).exists() for out in outs):
+            obtain(maker, plan, params)
+            bring(maker, pull=True)
+            push(maker)
+
+
+def images_read(name: str, params: Params) -> list[str]:
+    """The folders of training images that a stage reads: they are no deps, what describes them is."""
+    kind, _, task = name.partition("@")
+    if kind not in ("fit", "freeze"):
+        return []
+    from pipelines.project.method_settings import tasks_read
+
+    return [f"artifacts/train/{key}" for key in (tasks_read(params, task) if kind == "fit" else [task])]
+
+
+def remembered(name: str) -> bool:
+    """Bring what a stage leaves from DVC's run-cache, here or in the remote; False where it has to be computed."""
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+        from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
+
+        from pipelines.versioning.patches.__main__ import mend
+        from pipelines.versioning.patches.runcache import RunCacheError
+
+        mend()
+        # Whence a stage came is said by `bring`, and what the remote has lost is made again.
+        logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
+        logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
+            try:
+                repo.stage_cache.pull(None)
+            except RunCacheNotSupported:
+                pass
+            except RunCacheError as error:
+                raise StageFailedError(f"error: {error}", 1, name, cut_off=True) from error
+            try:
+                repo.stage_cache.restore(repo.stage.load_one(name=name), pull=True)
+            except RunCacheNotFoundError:
+                return False
+            return True
+
+
+def _is_read(out: Path, read: list[Path]) -> bool:
+    return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in read)
+
+
+def owe(name: str) -> None:
+    """Note that a stage is to be pushed, before it runs: a run that is ended in between makes up for it."""
+    write_whole(UNPUSHED, "\n".join(sorted(unpushed() | {name})).encode())
+
+
+def push(name: str) -> None:
+    """Share what a stage has left; what the remote does not take stays noted, for `make_up`."""
+    owe(name)
+    if dvc(["push", "--run-cache", name])[0]:
+        print_line(
+            f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run"
+        )
+        return
+    write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
+
+
+def unpushed() -> set[str]:
+    """The stages whose outputs the remote has not taken yet."""
+    return set(UNPUSHED.read_text(encoding="utf-8").split()) if UNPUSHED.is_file() else set()
+
+
+def make_up(plan: Plan) -> None:
+    """Push what earlier runs could not; stages that are no more are forgotten."""
+    for name in sorted(unpushed()) if plan.remote else []:
+        if name in plan.order:
+            push(name)
+        else:
+            write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
+
+
+def require_remote(plan: Plan) -> None:
+    """Refuse to work where the remote does not answer: what it holds would be computed again, and may come out other.
+
+    Object stores say so themselves; a folder that is not mounted just looks empty.
+    """
+    if not plan.remote:
+        return
+    with dvc_errors():
+        from dvc.repo import Repo
+
+        with contextlib.closing(Repo()) as repo:
+            remote = repo.cloud.get_remote_odb()
+            root = remote.path.removesuffix("/files/md5")
+            try:
+                there = remote.fs.protocol != "local" or remote.fs.exists(root)
+                list(remote.list_oids_exists(["0" * 32]))
+            except Exception as trouble:  # every kind of storage raises its own
+                raise StageFailedError(
+                    f"error: the DVC remote does not answer ({first_line(trouble)})", 1, "", cut_off=True
+                ) from trouble
+    if not there:
+        raise StageFailedError(
+            f"error: the DVC remote is the folder {root}, which is not there; mount it, or make it if it is new",
+            1,
+            "",
+            cut_off=True,
+        )

@@ -1,0 +1,25 @@
+"""Chains of a sweep on one machine that come to the same stage at once: one computes it, the others take it over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.project.files import read_json
+from pipelines.runtime.file_lock import held
+
+TURNS = Path(".sdlora/turns.json")
+"""In the workspace of a chain: a folder of locks, and for each stage the name of the one that equal stages share."""
+
+
+@contextlib.contextmanager
+def turn(stage: str) -> Iterator[None]:
+    """Wait while another chain computes the same stage; outside of a sweep there is nobody to wait for."""
+    turns = read_json(TURNS) if TURNS.is_file() else {"stages": {}}
+    if stage not in turns["stages"]:
+        yield
+        return
+    lock = Path(turns["folder"], turns["stages"][stage])
+    with held(lock):
+        yield

@@ -1,0 +1,380 @@
+"""`sdlora audit verify` holds for what a run left, and finds one flipped bit in any file of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines.project.params import Params
+from pipelines.versioning.artifacts import FaultError
+from sdlora.ledger import record_bytes
+from sdlora.tensors import file_sha256, read_tensors, write_tensors
+from tests.support.commands import call, environment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished project, as the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished[0], folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def verify(folder: Path) -> tuple[int, list[str]]:
+    """The exit status and the lines of `sdlora audit verify`."""
+    done = subprocess.run(
+        ["sdlora", "audit", "verify"], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert not done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+def first_fault() -> str | None:
+    """The first thing that does not hold in the working directory, found in this process: faster."""
+    from pipelines.audits.verify import verify
+
+    return next((f"{finding.step} {finding.fault}" for finding in verify() if finding.fault), None)
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of a file, and hide it from whoever looks at times and sizes only."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_finished_chain_holds_and_says_its_head(project: Path) -> None:
+    status, lines = verify(project)
+    head = file_sha256(project / "artifacts/gate/t02/verdict.json")
+
+    assert status == 0
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        [s, "holds"] for s in ("t00", "t01", "t02", "report")
+    ]
+    assert lines[-1] == f"the chain holds; its head is {head}"
+    report = json.loads(call(project, "sdlora", "audit", "verify", "--json"))
+    assert (report["holds"], report["head"]) == (True, head)
+
+
+def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(project: Path) -> None:
+    files = sorted(path for path in (project / "artifacts").rglob("*") if path.is_file())
+    assert len({path.suffix for path in files}) >= 5
+    missed = []
+    for index, path in enumerate([*files, project / "metrics.json"]):
+        name = path.relative_to(project).as_posix()
+        at = (0, path.stat().st_size // 2, -1)[index % 3]
+        flip(path, at)
+        fault = first_fault()
+        if fault is None or f" {name}" not in fault:
+            missed.append((name, at, fault))
+        flip(path, at)
+    assert not missed
+    assert first_fault() is None
+
+
+def test_a_moved_direction_is_named_with_step_file_and_tensor(project: Path) -> None:
+    path = project / "artifacts/model/t02/directions/t01.safetensors"
+    tensors = read_tensors(path)
+    tensors["blocks.1.attn.v.up"][0, 0] += 1e-6
+    path.chmod(0o644)
+    write_tensors(path, tensors)
+    status, lines = verify(project)
+
+    assert status == 1
+    assert lines[1].startswith("t01     holds")
+    assert (
+        "t02     artifacts/model/t02/directions/t01.safetensors: the tensor blocks.1.attn.v.up was"
+        in lines[2]
+    )
+    assert lines[3] == "the chain does not hold at t02"
+
+
+def test_a_direction_that_moved_with_its_record_rewritten_is_found_all_the_same(project: Path) -> None:
+    folder = project / "artifacts/model/t02"
+    path = folder / "directions/t01.safetensors"
+    tensors = {name: tensor * 1.01 for name, tensor in read_tensors(path).items()}
+    for file in (path, folder / "step.json"):
+        file.chmod(0o644)
+    write_tensors(path, tensors)
+    record = json.loads((folder / "step.json").read_text())
+    record["files"]["directions/t01.safetensors"] = file_sha256(path)
+    (folder / "step.json").write_bytes(record_bytes(record))
+
+    assert "t02 artifacts/model/t02/directions/t01.safetensors: it was frozen at an earlier step" in str(
+        first_fault()
+    )
+
+
+def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project: Path) -> None:
+    path = project / "artifacts/model/t01/step.json"
+    record = json.loads(path.read_text())
+    record["parameters"]["seed"] += 1
+    path.chmod(0o644)
+    path.write_bytes(record_bytes(record))
+    lock = project / "dvc.lock"
+
+    assert "t01 artifacts/model/t01/step.json: its bytes are not those of dvc.lock" in str(first_fault())
+    # Whoever rewrites dvc.lock too is betrayed by the verdict.
+    from pipelines.versioning.artifacts import folder_md5, md5_of, read_lock
+
+    names = [file for file in (path.parent).rglob("*") if file.is_file()]
+    forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
+    known = read_lock(Params.load())
+    text = lock.read_text().replace(known.outs["artifacts/model/t01"], forged)
+    lock.write_text(text)
+    assert "t01 dvc.lock: gate@t01 read another artifacts/model/t01/step.json" in str(first_fault())
+    lock.write_text(text.replace(known.deps["gate@t01"]["artifacts/model/t01/step.json"], md5_of(path)))
+    assert "t01 artifacts/gate/t01/verdict.json: its record is not what follows" in str(first_fault())
+
+
+@pytest.mark.parametrize("column", ["image", "pixels", "label"])
+def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
+    project: Path, column: str
+) -> None:
+    """The digest of the samples is in the ledger; a file that agrees with itself is not enough."""
+    import hashlib
+
+    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.data.packed import ImageRow, read_images, write_images
+    from pipelines.versioning.artifacts import Place, read_lock
+
+    path = project / "artifacts/split/t02/test/t02.arrow"
+    rows = [ImageRow(**row) for row in read_images(path).to_pylist()]
+    other = read_images(project / "artifacts/train/t02/train.arrow").to_pylist()[0]
+    swapped = {
+        "image": rows[0]._replace(image=other["image"], sha256=hashlib.sha256(other["image"]).hexdigest()),
+        "pixels": rows[0]._replace(pixels="0" * 64),
+        "label": rows[0]._replace(label=3 - rows[0].label % 2),
+    }
+    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    (project / "scratch").mkdir()
+    place = Place(read_lock(Params.load()), project / "scratch")
+    check_bytes(place, "artifacts/split/t01")
+    check_split(place, "t02", record)
+    path.chmod(0o644)
+    write_images(path, [swapped[column], *rows[1:]])
+    with pytest.raises(FaultError, match=r"test/t02\.arrow: its pictures are not the samples of the ledger"):
+        check_split(place, "t02", record)
+
+
+def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
+    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.data.packed import SampleRow, digest_of, read_images, write_samples
+    from pipelines.versioning.artifacts import Place, read_lock
+
+    (project / "scratch").mkdir()
+    place = Place(read_lock(Params.load()), project / "scratch")
+    check_bytes(place, "artifacts/split/t01")
+    split = project / "artifacts/split/t02"
+    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    mine = [SampleRow(**row) for row in read_images(split / "samples/t02.arrow").to_pylist()]
+    trained = next(
+        row for row in read_images(split / "samples/t01.arrow").to_pylist() if row["split"] == "train"
+    )
+    at = next(index for index, row in enumerate(mine) if row.split == "test")
+    forged = [*mine[:at], mine[at]._replace(pixels=trained["pixels"]), *mine[at + 1 :]]
+    for file in (split / "samples/t02.arrow", split / "split.json", split / "test/t02.arrow"):
+        file.chmod(0o644)
+    write_samples(split / "samples/t02.arrow", forged)
+    described = json.loads((split / "split.json").read_text())
+    (split / "split.json").write_text(json.dumps({**described, "digest": digest_of(forged)}))
+    table = read_images(split / "test/t02.arrow").to_pylist()
+    from pipelines.data.packed import ImageRow, write_images
+
+    write_images(
+        split / "test/t02.arrow",
+        [
+            ImageRow(**{**row, "pixels": trained["pixels"] if row["id"] == mine[at].id else row["pixels"]})
+            for row in table
+        ],
+    )
+    with pytest.raises(FaultError, match="is both trained on and tested, by all tasks so far"):
+        check_split(place, "t02", record)
+
+
+def test_metrics_that_do_not_follow_from_the_evaluations_are_found(project: Path) -> None:
+    from pipelines.versioning.artifacts import md5_of, read_lock
+
+    lock, path = project / "dvc.lock", project / "metrics.json"
+    was = read_lock(Params.load()).outs["metrics.json"]
+    path.write_text(path.read_text().replace('"steps": 2', '"steps": 3'))
+    lock.write_text(lock.read_text().replace(was, md5_of(path)))
+    assert first_fault() == "report metrics.json: it does not follow from the evaluations"
+
+
+def test_a_verdict_that_was_rewritten_with_the_lock_is_found(project: Path) -> None:
+    """A step that broke a limit cannot be let through afterwards by whoever can write every file."""
+    from pipelines.versioning.artifacts import folder_md5, md5_of, read_lock
+
+    path, lock = project / "artifacts/gate/t01/verdict.json", project / "dvc.lock"
+    verdict = json.loads(path.read_text())
+    assert verdict["record"] == file_sha256(project / "artifacts/model/t01/step.json")
+    for change, fault in (
+        ({"record": "0" * 64}, "its record is not what follows"),
+        ({"samples": "0" * 64}, "its samples is not what follows"),
+        ({"measured": {**verdict["measured"], "new_task": 1.01}}, "its measured is not what follows"),
+        (
+            {"limits": {**verdict["limits"], "calibration_error": 0.0}},
+            "it let a step through that breaks a limit",
+        ),
+        ({"measured": {**verdict["measured"]}}, None),
+    ):
+        path.chmod(0o644)
+        path.write_text(json.dumps({**verdict, **change}))
+        forged = folder_md5({file.name: md5_of(file) for file in path.parent.iterdir()})
+        before = lock.read_text()
+        lock.write_text(before.replace(read_lock(Params.load()).outs["artifacts/gate/t01"], forged))
+        found = str(first_fault())
+        lock.write_text(before)
+        if fault:
+            assert f"t01 artifacts/gate/t01/verdict.json: {fault}" in found
+        else:  # the same content in other bytes: the next verdict holds the hash of these
+            assert (
+                "t02 artifacts/gate/t02/verdict.json: its previous is not what follows" in found
+                or "dvc.lock" in found
+            )
+
+
+def test_a_file_too_many_and_one_too_few_are_found(project: Path) -> None:
+    extra = project / "artifacts/model/t01/head/t09.safetensors"
+    extra.write_bytes(b"")
+    assert "head/t09.safetensors: the record does not name this file" in str(first_fault())
+    extra.unlink()
+    (project / "artifacts/model/t02/magnitudes.safetensors").unlink()
+    assert "t02 artifacts/model/t02/magnitudes.safetensors: the file is missing" in str(first_fault())
+
+
+def test_what_is_not_in_the_workspace_is_verified_from_the_cache(project: Path) -> None:
+    shutil.rmtree(project / "artifacts")
+    assert first_fault() is None
+    cached = [path for path in (project / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
+    flip(max(cached, key=lambda path: path.stat().st_size), 100_000)
+    assert "t00 artifacts/model/t00/backbone.safetensors" in str(first_fault())
+
+
+def test_what_is_nowhere_is_named(project: Path) -> None:
+    shutil.rmtree(project / "artifacts/fit")
+    shutil.rmtree(project / ".dvc/cache")
+    assert "t01 artifacts/fit/t01: it is neither here nor in DVC's cache or remote; run `sdlora run`" in str(
+        first_fault()
+    )
+
+
+def test_what_only_the_remote_has_is_verified_from_there_and_nothing_is_left_behind(
+    project: Path, tmp_path: Path
+) -> None:
+    remote = tmp_path / "remote"
+    call(project, "dvc", "remote", "add", "-q", "-d", "store", str(remote))
+    call(project, "dvc", "push", "-q")
+    shutil.rmtree(project / "artifacts")
+    shutil.rmtree(project / ".dvc/cache")
+    assert first_fault() is None
+    assert not (project / "artifacts").exists()
+    assert not list((project / ".dvc/cache").rglob("*.*"))
+    stored = [path for path in remote.rglob("*") if path.is_file()]
+    flip(max(stored, key=lambda path: path.stat().st_size), 100_000)
+    assert "t00 artifacts/model/t00/backbone.safetensors" in str(first_fault())
+
+
+def test_a_report_of_other_results_than_there_are_is_found(project: Path) -> None:
+    from pipelines.versioning.artifacts import read_lock
+
+    lock = project / "dvc.lock"
+    was = read_lock(Params.load()).deps["report"]["artifacts/evaluation"]
+    lock.write_text(lock.read_text().replace(was, "0" * 32 + ".dir"))
+    assert first_fault() == (
+        "report dvc.lock: report read another artifacts/evaluation than the one that was made"
+    )
+
+
+def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
+    project: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(
+        params.replace("checkpoint_store: null", f"checkpoint_store: {store}").replace(
+            "checkpoint_seconds: 30 ", "checkpoint_seconds: 0.0001 "
+        )
+    )
+    assert (project / "params.yaml").read_text() != params
+    before = sorted(path for path in project.rglob("*") if path.is_file())
+    lines = call(project, "sdlora", "audit", "verify", "--retrain", "t02").splitlines()
+
+    assert lines[-2].startswith("t02     learned again in ")
+    assert not store.exists()  # a checkpoint would have learned nothing again
+    assert sorted(path for path in project.rglob("*") if path.is_file()) == before
+
+    (project / "params.yaml").write_text(params.replace("  momentum: 0.9", "  momentum: 0.8"))
+    done = subprocess.run(
+        ["sdlora", "audit", "verify", "--retrain", "t01", "--json"],
+        cwd=project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["holds"], report["retrained"]) == (1, False, [])
+    assert report["fault"].startswith("artifacts/fit/t01/curve.csv: learned again it is another")
+
+
+def test_a_step_that_does_not_exist_is_not_learned_again(project: Path) -> None:
+    done = subprocess.run(
+        ["sdlora", "audit", "verify", "--retrain", "t09"],
+        cwd=project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: --retrain t09: there is no such task; known are t01, t02\n"
+
+
+def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:
+    (project / "dvc.lock").unlink()
+    done = subprocess.run(
+        ["sdlora", "audit", "verify"], cwd=project, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: dvc.lock: the file is missing; run `sdlora run`")
+
+
+def test_what_the_lock_does_not_know_and_records_that_are_none_are_one_line(project: Path) -> None:
+    lock = project / "dvc.lock"
+    text = lock.read_text()
+    lock.write_text(text.replace("artifacts/fit/t02", "artifacts/fit/t09"))
+    assert "t02 artifacts/fit/t02: dvc.lock does not know it" in str(first_fault())
+    lock.write_text(text)
+    record = project / "artifacts/model/t01/step.json"
+    record.chmod(0o644)
+    for data in (b"[]", b'{"step": "t01", "files": []}', b"{"):
+        record.write_bytes(data)
+        assert "t01 artifacts/model/t01/step.json: " in str(first_fault())
+
+
+def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path) -> None:
+    """Whoever runs `split` again and stops there leaves an evaluation of what is gone."""
+    from pipelines.versioning.artifacts import read_lock
+
+    lock, folder = project / "dvc.lock", project / "artifacts/split/t02/test"
+    out = read_lock(Params.load()).deps["evaluate@t02"]["artifacts/split/t02/test"]
+    assert out in lock.read_text()
+    lock.write_text(lock.read_text().replace(out, "0" * 32 + ".dir"))
+    assert "dvc.lock: evaluate@t02 read another artifacts/split/t02/test than" in str(first_fault())
+    assert folder.is_dir()
+
+
+def test_a_listing_of_the_cache_that_leads_elsewhere_is_not_followed(project: Path) -> None:
+    from pipelines.versioning.artifacts import read_lock
+
+    md5 = read_lock(Params.load()).outs["artifacts/fit/t01"]
+    listing = project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    listing.chmod(0o644)
+    listing.write_text(listing.read_text().replace("fit.json", "../../../evil"))
+    shutil.rmtree(project / "artifacts/fit/t01")
+    assert "t01 artifacts/fit/t01: DVC's cache has another listing of its files" in str(first_fault())

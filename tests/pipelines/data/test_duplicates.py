@@ -1,0 +1,186 @@
+import io
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from pipelines.data.duplicates import (
+    NEAR,
+    Print,
+    near_across_parts,
+    near_pictures,
+    perceptual_hash,
+    read_pictures,
+    refuse_unreadable,
+    same_pictures,
+)
+from pipelines.data.sources import Found
+from pipelines.project.errors import InputError
+
+
+def scene(seed: int, size: int = 160) -> Image.Image:
+    """A smooth picture that no other seed gives."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def jpeg(picture: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+def bits_between(one: Image.Image, other: Image.Image) -> int:
+    return (int(perceptual_hash(one), 16) ^ int(perceptual_hash(other), 16)).bit_count()
+
+
+def some(number: int, *, part: str = "train", label: int = 0, seed: int = 0) -> list[Print]:
+    """Prints of pictures that have nothing to do with each other."""
+    generator = random.Random(f"{seed} {part} {label}")
+    return [
+        Print(f"{part}/{label}/{i}", part, label, f"{part} {label} {i}", f"{generator.getrandbits(256):064x}")
+        for i in range(number)
+    ]
+
+
+def turned(picture: Print, bits: int, *, part: str, seed: int = 0) -> Print:
+    """The print of a picture whose hash differs in so many bits."""
+    value = int(picture.perceptual, 16)
+    for bit in random.Random(seed).sample(range(256), bits):
+        value ^= 1 << bit
+    return Print(f"near {picture.shown}", part, picture.label, f"near {picture.pixels}", f"{value:064x}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda picture: jpeg(picture, 40), id="jpeg"),
+        pytest.param(lambda picture: picture.resize((60, 60)), id="smaller"),
+        pytest.param(lambda picture: picture.resize((400, 400)), id="larger"),
+        pytest.param(lambda picture: picture.convert("L"), id="grey"),
+        pytest.param(lambda picture: ImageEnhance.Brightness(picture).enhance(1.1), id="brighter"),
+    ],
+)
+def test_a_picture_saved_in_another_way_is_near_and_another_picture_is_not(change: object) -> None:
+    for seed in range(10):
+        assert bits_between(scene(seed), change(scene(seed))) <= NEAR  # type: ignore[operator]
+        assert bits_between(scene(seed), scene(seed + 1)) > 3 * NEAR
+
+
+def test_what_is_transparent_counts_as_white() -> None:
+    hidden, white = scene(1).convert("RGBA"), scene(1)
+    hidden.paste((0, 0, 0, 0), (0, 0, 80, 160))
+    white.paste("white", (0, 0, 80, 160))
+
+    assert bits_between(hidden, white) <= NEAR
+
+
+def test_a_picture_without_structure_is_near_nothing() -> None:
+    flat = [Print(str(i), "train", 0, str(i), perceptual_hash(Image.new("L", (9, 9), i))) for i in (10, 200)]
+
+    assert [one.perceptual for one in flat] == ["", ""]
+    assert near_pictures(flat, flat) == []
+
+
+@pytest.mark.parametrize("bits", [0, 1, NEAR, NEAR + 1, 40])
+def test_near_pictures_are_those_within_the_bits_and_none_is_missed(bits: int) -> None:
+    """In whatever bits they differ, one chunk is left in which they do not."""
+    known = some(500)
+    asked = [turned(picture, bits, part="test", seed=i) for i, picture in enumerate(known)]
+
+    found = near_pictures(asked, known)
+
+    assert found == (list(zip(asked, known, strict=True)) if bits <= NEAR else [])
+
+
+def test_the_same_picture_is_not_a_near_one() -> None:
+    picture = some(1)[0]
+
+    assert near_pictures([picture._replace(part="test")], [picture]) == []
+
+
+def test_near_pictures_across_parts_are_found_among_new_and_earlier_ones_each_pair_once() -> None:
+    old_train, old_test = some(1), some(1, part="test")
+    new_train, new_held = some(1, label=1), some(1, part="validation", label=1)
+    new = [
+        *new_train,
+        *new_held,
+        turned(new_train[0], 3, part="validation"),
+        turned(old_train[0], 3, part="test"),
+        turned(old_test[0], 3, part="train"),
+        turned(new_train[0], 3, part="train"),  # on the same side: no leak
+    ]
+
+    found = near_across_parts(new, [*old_train, *old_test])
+
+    assert {(one.shown, other.shown) for one, other in found} == {
+        ("near train/1/0", "train/1/0"),
+        ("near train/0/0", "train/0/0"),
+        ("near test/0/0", "test/0/0"),
+    }
+
+
+def test_many_pictures_are_compared_without_comparing_all_pairs() -> None:
+    started = time.process_time()
+    assert near_pictures(some(5000, part="test"), some(20000)) == []
+    frames = [turned(some(1)[0], 4, part="test", seed=i) for i in range(2000)]
+    stills = [turned(some(1)[0], 4, part="train", seed=-i - 1)._replace(pixels=str(i)) for i in range(2000)]
+    assert len(near_pictures(frames, stills)) == 2000
+    assert time.process_time() - started < 10  # all pairs: a minute
+
+
+def test_many_copies_of_one_picture_cost_no_more_than_others() -> None:
+    copies = [Print(str(i), "train", 0, "same", "") for i in range(20000)]
+    started = time.process_time()
+
+    assert list(same_pictures(copies, copies, tolerated=False)) == []
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_picture_in_two_parts_is_named_with_both(part: str) -> None:
+    train = some(1)[0]
+
+    (fault,) = same_pictures([train._replace(part=part, shown="x")], [train], tolerated=True)
+
+    assert str(fault) == f"x: the same picture as train/0/0, in train and {part}; remove one"
+
+
+def test_a_picture_of_validation_is_no_picture_of_test() -> None:
+    """What was selected on a test picture would be tested on what it was selected for."""
+    test = some(1, part="test")[0]
+
+    (fault,) = same_pictures([test._replace(part="validation", shown="x")], [test], tolerated=True)
+
+    assert "in validation and test" in str(fault)
+
+
+def test_all_that_cannot_be_read_are_in_a_file_and_a_mended_task_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = [Found(Path(f"{i}.png"), "train", "a", f"{i}.png") for i in range(6)]
+    for i in (1, 2, 3, 4):
+        Path(f"{i}.png").write_bytes(b"x")
+    scene(0).save("5.png")
+    looked: list[int] = []
+
+    faults = read_pictures(
+        "read", images, lambda index, data, picture: looked.append(index), max_pixels=10**6
+    )
+    with pytest.raises(InputError) as caught:
+        refuse_unreadable("t01", images, faults)
+
+    assert looked == [5]
+    report = Path(".sdlora/unreadable/t01.txt")
+    assert report.read_text().splitlines() == [
+        "0.png (No such file or directory)",
+        *(f"{i}.png (it is no image that Pillow knows)" for i in (1, 2, 3, 4)),
+    ]
+    assert "3 more" not in str(caught.value)
+    assert "and 2 more, all of them in .sdlora/unreadable/t01.txt; replace or remove" in str(caught.value)
+    refuse_unreadable("t01", images, {})
+    assert not report.exists()

@@ -1,0 +1,284 @@
+"""Workers of a real Prefect server on clones of a stand-in project: events, refusals, and a machine that dies."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from pipelines.orchestration.reconcile import has_shown_life
+from pipelines.runtime.processes import end_group
+from tests.support.pictures import paint
+from tests.support.repository import REPOSITORY
+from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT
+from tests.support.worker_site import Site, wait_for
+
+pytestmark = pytest.mark.slow
+
+BRANCH = "sdlora/learned"
+WORKERS = """workers:
+  pool: gpu
+  schedule: "0 3 1 1 *"
+  inbox: data/inbox
+  branch: sdlora/learned
+  push: origin
+  heartbeat_seconds: 30
+  dead_after_seconds: 60
+  attempts: 3
+"""
+SLOW_FIT = FIT.replace("#!/bin/sh\n", "#!/bin/sh\nwhile test -f ../slow; do touch ../busy; sleep 0.2; done\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A server with the deployment, one clone of a finished project of two tasks, and new images in the inbox."""
+    here = Site(tmp_path)
+    try:
+        here.serve()
+        origin = tmp_path / "origin"
+        params = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").partition("workers:")[0]
+        params = params.partition("tasks:\n")[0] + WORKERS
+        params += 'tasks:\n  t01: {after: t00, source: images, classes: ["a"]}\n'
+        params += '  t02: {after: t01, source: images, classes: ["b"]}\n'
+        files = {"dvc.yaml": DVC_YAML, "params.yaml": params, "code": "#", "images/readme": ""}
+        files |= {"fit": SLOW_FIT, "evaluate": EVALUATE, "report": REPORT}
+        files |= {".gitignore": "/ran\n/artifacts/\n/.sdlora/\n/data/\n"}
+        shutil.copytree(REPOSITORY / ".dvc", origin / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+        (tmp_path / "remote").mkdir()
+        with (origin / ".dvc/config").open("a") as config:
+            config.write(f"['remote \"shared\"']\n    url = {tmp_path / 'remote'}\n")
+        config_text = (origin / ".dvc/config").read_text()
+        (origin / ".dvc/config").write_text(config_text.replace("[core]\n", "[core]\n    remote = shared\n"))
+        for name, text in files.items():
+            (origin / name).parent.mkdir(parents=True, exist_ok=True)
+            (origin / name).write_text(text, encoding="utf-8")
+            if text.startswith("#!"):
+                (origin / name).chmod(0o755)
+        here.call("git", "init", "-q", "-b", "main", folder=origin)
+        here.call("git", "add", ".", folder=origin)
+        person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+        here.call("git", *person, "commit", "-qm", "first", folder=origin)
+        paint(tmp_path / "inbox/animals/zebra", 1, 2)
+        paint(tmp_path / "outside/cat", 2, 2)
+        (tmp_path / "inbox/link").symlink_to(tmp_path / "outside")
+        here.clone("one")
+        here.call("sdlora", "deploy")
+        yield here
+    finally:
+        for process in reversed(here.processes):
+            end_group(process)
+
+
+def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> None:
+    site.work_in(site.root / "one")
+    for payload, said in (
+        ({"folder": "../outside"}, "not the name of a folder"),
+        ({"folder": "/etc"}, "not the name of a folder"),
+        ({"folder": "link"}, "leads out"),
+        ({"folder": "lions"}, "no such folder"),
+        ({"other": "animals"}, "names no folder"),
+    ):
+        run = site.announce(payload)
+        assert run.state.is_failed()
+        assert said in run.state.message
+        assert "\n" not in run.state.message
+    assert not (site.root / "one/ran").exists()
+
+    run = site.announce({"folder": "animals"})
+    assert run.state.is_completed(), run.state.message
+    head = site.call("git", "rev-parse", BRANCH, folder=site.root / "origin")
+    assert head[:10] in run.state.message
+    changed = site.call("git", "show", "--name-only", "--format=%s", BRANCH, folder=site.root / "origin")
+    assert changed.split("\n") == ["Learn animals", "", "dvc.lock", "metrics.json", "params.yaml"]
+    params = site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+    assert 't03: {after: t02, source: data/inbox/animals, classes: ["zebra"]}' in params
+    ran = (site.root / "one/ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "fit t03", "evaluate t03", "report"]
+
+    again = site.announce({"folder": "animals"})
+    assert again.state.message == f"all up to date; {BRANCH} is as it was"
+    assert (site.root / "one/ran").read_text().splitlines() == ran
+
+
+GATE = """#!/bin/sh
+if test "$1" = t01 && ! grep -q '"by": "Ana"' params.yaml; then
+  echo "2 error: gate: t01 made an old task fall" > "$SDLORA_ERROR_FILE"
+  exit 2
+fi
+mkdir -p artifacts/gate
+echo open > artifacts/gate/$1
+"""
+GATE_STAGE = """
+  gate:
+    foreach: ${tasks}
+    do:
+      cmd: ./gate ${key}
+      params:
+        - approvals
+      deps:
+        - gate
+        - artifacts/evaluation/${key}
+      outs:
+        - artifacts/gate/${key}
+"""
+
+
+EVALUATE_FOR_REAL = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.support.evaluations import write_evaluation
+task = sys.argv[1]
+print(f"evaluate {{task}}", file=Path("ran").open("a"))
+write_evaluation(Path("artifacts/evaluation") / task, [("a", "t01", 0, 1, 0.5)])
+"""
+
+
+def test_a_closed_gate_suspends_the_run_until_somebody_says_who_and_why(site: Site) -> None:
+    from prefect.flow_runs import resume_flow_run
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    one = site.root / "one"
+    (one / "dvc.yaml").write_text(DVC_YAML.rstrip() + GATE_STAGE, encoding="utf-8")
+    for name, script in (("gate", GATE), ("evaluate", EVALUATE_FOR_REAL)):
+        (one / name).write_text(script, encoding="utf-8")
+        (one / name).chmod(0o755)
+    limits = (one / "params.yaml").read_text(encoding="utf-8").replace("  new_task: null", "  new_task: 0.9")
+    (one / "params.yaml").write_text(limits, encoding="utf-8")
+    start = ("artifacts/evaluation/t00", '{"step": "t00", "tasks": [], "correct": [], "samples": []}')
+    (one / start[0]).mkdir(parents=True)
+    (one / start[0] / "metrics.json").write_text(start[1], encoding="utf-8")
+    person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    site.call("git", *person, "commit", "-qam", "a gate", folder=one)
+    worker = psutil.Process(site.work_in(one).pid)
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    wait_for(lambda: site.run(run).state.is_paused(), 120)
+    # A suspended run holds no process. (Resumed before its process has ended, it ends Prefect's worker.)
+    wait_for(lambda: not any(is_engine(child) for child in worker.children()), 60)
+    assert site.run(run).state.name == "Suspended"
+    assert (one / "ran").read_text().splitlines() == ["fit t01", "evaluate t01"]
+
+    with temporary_settings({PREFECT_API_URL: site.settings["PREFECT_API_URL"]}):
+        resume_flow_run(run, run_input={"by": "Ana", "why": "a new camera"})
+    done = site.ended(run, 120)
+    assert done.state.is_completed(), done.state.message
+    ran = (one / "ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]
+    params = site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+    assert '"why": "a new camera"' in params
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return "prefect.engine" in process.cmdline()
+    except psutil.Error:  # it has ended meanwhile
+        return False
+
+
+def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
+    (site.root / "slow").touch()
+    first = site.work_in(site.root / "one")
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers", "--param", "folder=animals")
+    wait_for((site.root / "busy").exists, 90)
+    for process in [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a flow ends with its worker
+            process.send_signal(signal.SIGKILL)
+    (site.root / "slow").unlink()
+    site.work_in(site.clone("two"))
+    done = site.ended(run, 240)
+    assert done.state.is_completed(), done.state.message
+    assert done.run_count == 2
+    assert (site.root / "two/ran").read_text().splitlines()[-3:] == ["fit t03", "evaluate t03", "report"]
+    assert "t03" in site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
+
+
+def test_a_worker_tells_the_runs_that_are_alive_from_those_that_were_overlooked(site: Site) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.events import Event, Resource
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = site.settings["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+        resources = [f"prefect.flow-run.{uuid4()}" for _ in range(2)]
+        event = Event(
+            event="prefect.flow-run.heartbeat", resource=Resource({"prefect.resource.id": resources[0]})
+        )
+        client.request("POST", "/events", json=[event.model_dump(mode="json")])
+        minute = timedelta(minutes=1)
+        wait_for(lambda: has_shown_life(client, resources[0], minute), 60)
+        assert not has_shown_life(client, resources[1], minute)
+        assert not has_shown_life(client, resources[0], timedelta(0))
+
+        site.work_in(site.root / "one")
+        tend = client.read_deployment_by_name("tend/workers").id
+        run = client.create_flow_run_from_deployment(tend).id
+        wait_for(lambda: client.read_flow_run(run).state.is_final(), 120)
+        state = client.read_flow_run(run).state
+        assert (state.name, state.message) == ("Completed", "nothing was overlooked")
+
+
+def test_the_clock_starts_what_the_deployments_say(site: Site) -> None:
+    """With SQLAlchemy 2.1 the server made no run of any schedule, and said so in its log only."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    end_group(site.processes[0])
+    del site.settings["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"]
+    site.serve()
+    site.call("sdlora", "deploy")
+    url = site.settings["PREFECT_API_URL"]
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+
+        def begins(flow: str) -> list[datetime]:
+            named = FlowFilter(name=FlowFilterName(any_=[flow]))
+            return sorted(run.expected_start_time for run in client.read_flow_runs(flow_filter=named))
+
+        wait_for(lambda: begins("learn") and len(begins("tend")) > 1, 90)
+        assert {(begin.month, begin.day, begin.hour) for begin in begins("learn")} == {(1, 1, 3)}
+        first, second, *_ = begins("tend")
+        assert (second - first).total_seconds() == 120
+
+
+def test_a_run_that_two_workers_are_given_in_one_moment_is_worked_at_by_one(site: Site) -> None:
+    """What a worker starts is started twice, as after a race in the server's database."""
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    folders = [site.root / "one", site.clone("two")]
+    starts = [
+        site.start(
+            (sys.executable, "-m", "prefect.engine"),
+            folder,
+            f"{folder.name}-engine",
+            PREFECT__FLOW_RUN_ID=str(run),
+        )
+        for folder in folders
+    ]
+    assert [start.wait(120) for start in starts] == [0, 0]
+    logs = [(site.root / f"{folder.name}-engine.log").read_text() for folder in folders]
+    assert sorted("giving way" in log for log in logs) == [False, True]
+    assert site.run(run).state.is_completed()
+    ran = [(folder / "ran").read_text().splitlines() for folder in folders if (folder / "ran").exists()]
+    assert ran == [["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]]
+
+
+def test_a_server_that_goes_away_for_a_while_costs_nothing_that_was_done(site: Site) -> None:
+    (site.root / "slow").touch()
+    site.work_in(site.root / "one")
+    run = site.begun_by("prefect", "deployment", "run", "learn/workers")
+    wait_for((site.root / "busy").exists, 90)
+    end_group(site.processes[0])
+    (site.root / "slow").unlink()
+    wait_for((site.root / "one/artifacts/evaluation/t01").exists, 90)
+    site.serve()
+    done = site.ended(run, 300)
+    assert done.state.is_completed(), done.state.message
+    ran = (site.root / "one/ran").read_text().splitlines()
+    assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "report"]

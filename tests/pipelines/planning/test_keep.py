@@ -1,0 +1,185 @@
+"""After an upgrade nothing is trained again unasked, and what is kept is noted in the ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.ledger.kept import read_notes
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json
+from tests.support.commands import environment
+
+pytestmark = pytest.mark.slow
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def project(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished chain, with sources of its own, which its commands run."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished[0], folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(project: Path) -> Call:
+    """Run a command in the project with the project's own sources."""
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        settings = {**environment(), "PYTHONPATH": str(project)}
+        return subprocess.run(
+            command,
+            cwd=project,
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert before in text
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
+
+
+def file_with(project: Path, text: str) -> Path:
+    """The source file that has a text in it."""
+    (found,) = [
+        path
+        for package in ("pipelines", "sdlora")
+        for path in (project / package).rglob("*.py")
+        if text in path.read_text(encoding="utf-8")
+    ]
+    return found
+
+
+def test_a_comment_a_docstring_and_a_moved_module_leave_everything_up_to_date(
+    project: Path, call: Call
+) -> None:
+    lock = (project / "dvc.lock").read_text().partition("\n  code:")
+    edit(project / "sdlora" / "tensors.py", "import", "# a comment\nimport")
+    edit(file_with(project, "class Adapter(Section)"), '"""What a task adds', '"""All that a task adds')
+    shutil.move(project / "sdlora" / "seeding.py", project / "sdlora" / "random_numbers.py")
+    for path in [*(project / "sdlora").rglob("*.py"), *(project / "pipelines").rglob("*.py")]:
+        path.write_text(path.read_text(encoding="utf-8").replace("sdlora.seeding", "sdlora.random_numbers"))
+    done = call("sdlora", "run")
+    assert done.returncode == 0, done.stderr
+    assert "code  done" in done.stdout
+    assert not {line for line in done.stdout.splitlines() if "  done" in line and " code " not in line}
+    after = (project / "dvc.lock").read_text()
+    assert after.startswith(lock[0])
+    assert call("dvc", "repro").stdout.endswith("Data and pipelines are up to date.\n")
+
+
+def test_an_inverted_decision_is_seen_and_nothing_is_trained_again_unasked(project: Path, call: Call) -> None:
+    edit(
+        file_with(project, "class Adapter(Section)"),
+        'self.magnitudes == "carried"',
+        'self.magnitudes != "carried"',
+    )
+    model = (project / "artifacts/model/t02/step.json").read_bytes()
+    done = call("sdlora", "run")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "the code of fit@t01, freeze@t01, fit@t02 and 1 more changed" in line
+    assert ".Adapter" in line
+    assert "sdlora keep" in line
+    assert "sdlora run --retrain" in line
+    assert (project / "artifacts/model/t02/step.json").read_bytes() == model
+
+    done = call("sdlora", "status")
+    assert " ".join(done.stdout.split()).count("`sdlora keep` keeps what was trained") == 1
+
+    assert call("dvc", "repro", "code").returncode == 0
+    stale = call("dvc", "status").stdout
+    assert all(f"{name}:" in stale for name in ("fit@t01", "freeze@t01", "fit@t02", "freeze@t02"))
+    assert "evaluate@t01:" not in stale
+
+
+def test_what_is_kept_is_noted_and_the_chain_holds(project: Path, call: Call) -> None:
+    edit(
+        file_with(project, "class Adapter(Section)"),
+        'self.magnitudes == "carried"',
+        'self.magnitudes != "carried"',
+    )
+    model = (project / "artifacts/model/t02/step.json").read_bytes()
+    runs = set((project / ".dvc/cache/runs").rglob("*"))
+    done = call("sdlora", "keep")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith(
+        "kept as they are: 4 stages (fit@t01, freeze@t01, fit@t02 and 1 more)"
+    )
+    (note,) = read_notes()
+    assert set(note.stages) == {"fit@t01", "freeze@t01", "fit@t02", "freeze@t02"}
+    assert all(stage.made_by != stage.now for stage in note.stages.values())
+    # Of the run-cache, which other machines share, only the stage `code` has a new entry.
+    entries = [path for path in set((project / ".dvc/cache/runs").rglob("*")) - runs if path.is_file()]
+    assert all("sdlora code " in path.read_text() for path in entries)
+
+    done = call("sdlora", "run")
+    assert done.returncode == 0, done.stderr
+    assert "fit@" not in done.stdout
+    assert (project / "artifacts/model/t02/step.json").read_bytes() == model
+    assert call("sdlora", "audit", "verify").returncode == 0
+    assert "nothing to keep" in call("sdlora", "keep").stdout
+
+    path = project / "ledger/kept/0001.json"
+    path.write_text(json.dumps({**read_json(path), "stages": {}}))
+    done = call("sdlora", "audit", "verify")
+    assert done.returncode == 1
+    assert "made by other code than artifacts/code/fit" in done.stdout
+
+
+def test_retrain_trains_again(project: Path, call: Call) -> None:
+    edit(project / "sdlora" / "head.py", "torch.", "torch .")  # formatting
+    assert call("sdlora", "run", "--retrain").returncode == 0
+    edit(
+        file_with(project, "class Adapter(Section)"),
+        'self.magnitudes == "carried"',
+        'self.magnitudes != "carried"',
+    )
+    done = call("sdlora", "run", "--retrain")
+    assert done.returncode == 0, done.stderr
+    assert "fit@t02  done" in done.stdout
+    assert not (project / "ledger/kept").exists()
+
+
+def test_a_stage_does_not_run_with_other_code_than_dvc_has_hashed(project: Path, call: Call) -> None:
+    settings = environment()
+    assert "PYTHONPATH" not in settings or str(project) not in settings["PYTHONPATH"].split(os.pathsep)
+    edit(project / "sdlora" / "tensors.py", "import", "# a comment\nimport")
+    for command in (["sdlora", "run"], ["dvc", "repro", "-f", "code"]):
+        done = subprocess.run(command, cwd=project, env=settings, capture_output=True, text=True, timeout=100)
+        assert done.returncode != 0
+        assert "dvc.yaml watches the sources here, and the sdlora that runs has others" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("{", id="no-json"),
+        pytest.param('{"at": "2026-01-01T00:00:00Z", "stages": {}}', id="a-key-less"),
+        pytest.param(
+            '{"at": "2026-01-01T00:00:00Z", "previous": "' + "0" * 64 + '", "stages": {}}',
+            id="another-note-before",
+        ),
+    ],
+)
+def test_a_damaged_note_is_named(project: Path, text: str) -> None:
+    (project / "ledger/kept").mkdir(parents=True)
+    (project / "ledger/kept/0001.json").write_text(text)
+    with pytest.raises(InputError, match=r"ledger/kept/0001\.json: .*restore"):
+        list(read_notes())

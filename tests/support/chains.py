@@ -1,0 +1,97 @@
+"""Chains of model folders without any training: random directions, magnitudes and rows on a tiny backbone."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.data.packed import ImageRow, write_images
+from sdlora.adapters import Factors, inject_adapters
+from sdlora.backbones import create_backbone, write_backbone
+from sdlora.classifier import Learned
+from sdlora.head import HeadBlock
+from sdlora.ledger import record_hash
+from sdlora.model_folder import write_model
+from sdlora.tensors import write_tensors
+from tests.support.families import FAMILIES
+
+
+def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True) -> Path:
+    """Leave artifacts/model/t00 … and the test images of every step under `root`; returns artifacts/model.
+
+    A task has two classes, called as no file could be; ranks differ from task to task and from target to target.
+    """
+    models = root / "artifacts/model"
+    (models / "t00").mkdir(parents=True)
+    weights = None
+    if name in FAMILIES:
+        weights = root / "random.safetensors"
+        write_tensors(weights, FAMILIES[name]().state_dict())
+    write_backbone(models / "t00", create_backbone(name, weights=weights))
+    found, learned = inject_adapters(create_backbone(name, weights=weights).model), Learned()
+    features = create_backbone(name, weights=weights).description["features"]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(*shape, generator=generator)
+
+    for index in range(1, steps + 1):
+        task, before = f"t{index:02}", f"t{index - 1:02}"
+        ranks = {target: 1 + (index + place) % 3 for place, target in enumerate(found)}
+        direction = {
+            target: Factors(draw(at.rows, ranks[target]), draw(ranks[target], at.columns))
+            for target, at in found.items()
+        }
+        learned = Learned(
+            directions={**learned.directions, task: direction} if directions else {},
+            magnitudes={**learned.magnitudes, task: 1 + draw(len(found))} if directions else {},
+            head={**learned.head, task: HeadBlock(draw(2, features), draw(2))},
+        )
+        (models / task).mkdir()
+        record = {
+            "step": task,
+            "previous": record_hash(models / before),
+            "backbone": _backbone_hash(models),
+            "tasks": list(learned.head),
+            "classes": [
+                {"label": label, "name": f"class {label} | ä", "task": f"t{1 + label // 2:02}"}
+                for label in range(2 * index)
+            ],
+            "directions": list(learned.directions),
+            "targets": list(found) if directions else [],
+            "method": "sdlora" if directions else "frozen",
+        }
+        write_model(models / task, learned, record, before=models / before)
+        for earlier in learned.head:
+            pack(root / f"artifacts/split/{task}/test/{earlier}.arrow", seed=int(earlier[1:]))
+    return models
+
+
+def _backbone_hash(models: Path) -> str:
+    from sdlora.ledger import read_record
+
+    return read_record(models / "t00")["backbone"]
+
+
+def picture(seed: int, *, mode: str = "RGB") -> Image.Image:
+    """Noise of some odd size."""
+    random = np.random.default_rng(seed)
+    width, height = random.integers(12, 60, 2)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image) -> bytes:
+    """The bytes of a PNG."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path: Path, *, seed: int, count: int = 5) -> None:
+    """Write test images of one task."""
+    images = [encoded(picture(100 * seed + index)) for index in range(count)]
+    write_images(
+        path, [ImageRow(f"{path.stem}/test/a/{i}.png", 0, image, "s", "p") for i, image in enumerate(images)]
+    )

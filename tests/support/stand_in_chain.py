@@ -1,0 +1,70 @@
+"""A chain of stand-in stages: shell scripts that note that they ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DVC_YAML = """
+stages:
+  start:
+    cmd: mkdir -p artifacts/model && echo start > artifacts/model/t00
+    deps:
+      - code
+    outs:
+      - artifacts/model/t00
+  fit:
+    foreach: ${tasks}
+    do:
+      cmd: ./fit ${key} ${item.after}
+      params:
+        - adapter.rank
+        - tasks.${key}
+      deps:
+        - fit
+        - artifacts/model/${item.after}
+      outs:
+        - artifacts/model/${key}
+  evaluate:
+    foreach: ${tasks}
+    do:
+      cmd: ./evaluate ${key}
+      deps:
+        - evaluate
+        - artifacts/model/${key}
+      outs:
+        - artifacts/evaluation/${key}
+  report:
+    cmd: ./report
+    params:
+      - tasks
+    deps:
+      - artifacts/evaluation
+    metrics:
+      - metrics.json:
+          cache: false
+"""
+
+FIT = """#!/bin/sh
+echo "fit $1" >> ran
+cut -c 1 rank-matters > artifacts/model/$1 2>/dev/null || true
+echo "$1 after $2" >> artifacts/model/$1
+"""
+EVALUATE = """#!/bin/sh
+echo "evaluate $1" >> ran
+mkdir -p artifacts/evaluation/$1
+case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
+echo "{\\"accuracy\\": [$accuracy]}" > artifacts/evaluation/$1/metrics.json
+"""
+REPORT = """#!/bin/sh
+echo report >> ran
+echo '{"last_accuracy": 0.875, "average_accuracy": 0.8125, "forgetting": 0.125}' > metrics.json
+"""
+
+
+def ran(folder: Path) -> list[str]:
+    """What ran since the last call."""
+    try:
+        return (folder / "ran").read_text().splitlines()
+    finally:
+        (folder / "ran").unlink(missing_ok=True)
+        (folder / "ran").touch()

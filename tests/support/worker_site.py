@@ -1,0 +1,130 @@
+"""A Prefect server, a shared remote, and clones with workers, on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from tests.support.repository import REPOSITORY
+
+
+class Site:
+    """A server, a shared remote and inbox, and any number of clones with a worker in each."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.settings = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PREFECT_HOME": str(root / "prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._port = port
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        command = ("prefect", "server", "start", "--no-ui", "--host", "127.0.0.1", "--port", str(self._port))
+        process = self.start(command, self.root, "server")
+        wait_for(lambda: answers(self.settings["PREFECT_API_URL"]), 60)
+        return process
+
+    def start(
+        self, command: tuple[str, ...], folder: Path, name: str, **settings: str
+    ) -> subprocess.Popen[bytes]:
+        with (self.root / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**self.settings, "PWD": str(folder), **settings},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def call(self, *command: str, folder: Path | None = None) -> str:
+        done = subprocess.run(
+            command,
+            cwd=folder or self.root / "one",
+            env=self.settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def clone(self, name: str) -> Path:
+        folder = self.root / name
+        self.call("git", "clone", "-q", str(self.root / "origin"), name, folder=self.root)
+        (folder / "data").mkdir()
+        (folder / "data/inbox").symlink_to(self.root / "inbox")
+        return folder
+
+    def work_in(self, folder: Path) -> subprocess.Popen[bytes]:
+        command = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1", "--name", folder.name)
+        return self.start(command, folder, folder.name, CUDA_VISIBLE_DEVICES="0")
+
+    def runs(self) -> list[Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+        from prefect.client.schemas.sorting import FlowRunSort
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with (
+            temporary_settings({PREFECT_API_URL: self.settings["PREFECT_API_URL"]}),
+            get_client(sync_client=True) as client,
+        ):
+            return client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=["learn"])),
+                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+            )
+
+    def announce(self, payload: dict[str, str]) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        """Send the event; wait for the end of the run that it starts."""
+        command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox")
+        return self.ended(self.begun_by(*command, "--payload", json.dumps(payload)))
+
+    def begun_by(self, *command: str) -> UUID:
+        """Call a command; wait for the run that it starts."""
+        known = {run.id for run in self.runs()}
+        self.call(*command)
+        wait_for(lambda: {run.id for run in self.runs()} - known, 60)
+        (new,) = {run.id for run in self.runs()} - known
+        return new
+
+    def ended(self, run: UUID, seconds: float = 120) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        wait_for(lambda: self.run(run).state.is_completed() or self.run(run).state.is_failed(), seconds)
+        return self.run(run)
+
+    def run(self, identity: UUID) -> Any:  # noqa: ANN401 - Prefect's FlowRun
+        return next(run for run in self.runs() if run.id == identity)
+
+
+def answers(url: str) -> bool:
+    from pipelines.runtime.stage import server_trouble
+
+    return server_trouble(url) is None
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.3)
