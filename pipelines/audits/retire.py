@@ -29,14 +29,15 @@ from pipelines.ledger.receipts import (
 )
 from pipelines.orchestration.run import only_run
 from pipelines.planning.tasks import PARAMS, replace_file, with_task, without_fetch
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
 from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
-from pipelines.runtime.stage import first_line
+from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
 from pipelines.versioning.plan import Plan, dvc_errors, read_plan
 from pipelines.versioning.remote import push
-from pipelines.versioning.repro import StageFailedError, bring, dvc, print_line
+from pipelines.versioning.repro import StageFailedError, bring, dvc
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -82,7 +83,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
                 raise InputError(
                     f"retire: {task} is retired already, {receipt.at[:10]} by {receipt.by} ({receipt_of(task)})"
                 )
-            print_line(f"{task}: going on with what {receipt.by} began, {receipt.at}")
+            echo(f"{task}: going on with what {receipt.by} began, {receipt.at}")
         else:
             for option, value in (("--by", by), ("--why", why)):
                 if not value or not value.strip() or not value.isprintable():
@@ -92,7 +93,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
             receipt = survey(task, params, by=(by or "").strip(), why=(why or "").strip())
             left = left_of(receipt)
         for line in preview(receipt, left, params):
-            print_line(line)
+            echo(line)
         if dry:
             return 0
         agree(task, yes=yes)
@@ -103,7 +104,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
         except StageFailedError as failure:
             sys.stderr.write(f"{failure}\n")
             return failure.status
-        print_line(f"{task} is retired; add {receipt_of(task)}, {PARAMS} and {LOCK} to version control")
+        echo(f"{task} is retired; add {receipt_of(task)}, {PARAMS} and {LOCK} to version control")
     return 0
 
 
@@ -457,7 +458,7 @@ def answering(name: str) -> Iterator[None]:
         yield
     except Exception as trouble:  # every kind of storage raises its own
         raise InputError(
-            f"retire: DVC's remote {name} does not let its copies be deleted ({first_line(trouble)}); run the same "
+            f"retire: DVC's remote {name} does not let its copies be deleted ({one_line(trouble)}); run the same "
             f"when it does, or take it out (`dvc remote remove {name}`) if it is gone"
         ) from trouble
 

@@ -57,13 +57,14 @@ def main() -> None:
 
 def report_error(error: Exception) -> int:
     """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
-    from pipelines.runtime.stage import ERROR_FILE, complaint, first_line
+    from pipelines.project.error_text import one_line, user_message
+    from pipelines.runtime.stage import ERROR_FILE
 
-    line = complaint(error)
+    line = user_message(error)
     status = 2 if line else 1
     if line is None:
         traceback.print_exception(error)
-        line = f"bug: {type(error).__name__}: {first_line(error)}"
+        line = f"bug: {type(error).__name__}: {one_line(error)}"
     else:
         line = f"error: {line}"
     if os.environ.get(ERROR_FILE):  # `sdlora run` prints it, as its own last line

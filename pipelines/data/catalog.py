@@ -19,8 +19,8 @@ from pipelines.data.downloads import FOLDER, Remote, obtain
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
+from pipelines.runtime.console import log_line
 from pipelines.runtime.progress import progress
-from pipelines.runtime.stage import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +103,7 @@ def images(name: str, split: str, archive: Path | None = None, sha256: str | Non
     """The images of a data set, as its split divides them; `archive` is the user's own for the split `archive`."""
     benchmark = load(name)
     if split in benchmark.notes:
-        say(f"{name}: split {split}: {benchmark.notes[split]}")
+        log_line(f"{name}: split {split}: {benchmark.notes[split]}")
     found = (
         divided_archive(benchmark, archive, sha256)
         if archive is not None
@@ -235,7 +235,9 @@ def domainnet(benchmark: Benchmark, split: str) -> Iterator[Image]:
     if split == "official":
         require_all(benchmark, parts, missing)
     elif missing:
-        say(f"{benchmark.name}: {len(missing):,} of {len(parts):,} listed images are in no archive; left out")
+        log_line(
+            f"{benchmark.name}: {len(missing):,} of {len(parts):,} listed images are in no archive; left out"
+        )
 
 
 def divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> Iterator[Image]:

@@ -13,9 +13,9 @@ from typing import IO, TYPE_CHECKING
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming
+from pipelines.runtime.console import log_line
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.progress import progress
-from pipelines.runtime.stage import say
 
 if TYPE_CHECKING:
     import httpx
@@ -148,7 +148,7 @@ def _fetch(url: str, remote: Remote, file: IO[bytes]) -> None:
                 raise RefusedError(str(trouble)) from None
             pause = trouble.pause if trouble.pause is not None else FIRST_PAUSE * 2 ** (failures - 1)
             pause = min(pause, LONGEST_PAUSE)
-            say(f"download {remote.name}: {trouble}; trying again in {pause:.0f} s")
+            log_line(f"download {remote.name}: {trouble}; trying again in {pause:.0f} s")
             time.sleep(pause)
 
 

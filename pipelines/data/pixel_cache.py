@@ -31,9 +31,10 @@ from pipelines.data.packed import (
     read_images,
     strict_pictures,
 )
+from pipelines.project.error_text import one_line
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import fingerprint_of
-from pipelines.runtime.stage import first_line, say
+from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +149,7 @@ class PackedImages:
         """Every image was read: what was written is whole, what was found damaged goes."""
         try:
             if self.kept is not None and self.kept.damaged:
-                say(
+                log_line(
                     f"warning: {self.kept.path} is damaged: its images were decoded again, and it was removed"
                 )
                 self.kept.path.unlink(missing_ok=True)
@@ -328,7 +329,7 @@ def decoder() -> dict[str, object]:
 
 def not_kept(error: OSError) -> None:
     """Go on without: nothing but time depends on what is kept."""
-    say(f"warning: decoded images are not kept in {FOLDER} ({first_line(error)})")
+    log_line(f"warning: decoded images are not kept in {FOLDER} ({one_line(error)})")
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.project.files import sha256_of, write_json
-from pipelines.runtime.stage import Summary, say
+from pipelines.runtime.console import log_line
+from pipelines.runtime.stage import Summary
 
 JOURNAL = Path("ledger/journal")
 GIVEN_BACK = "given back"
@@ -46,7 +47,9 @@ def keep(label: str, arguments: Mapping[str, str | Path], summary: Summary, *, s
             },
         )
     except OSError as error:
-        say(f"warning: {label} is done, but its cost could not be written to {JOURNAL} ({error.strerror})")
+        log_line(
+            f"warning: {label} is done, but its cost could not be written to {JOURNAL} ({error.strerror})"
+        )
 
 
 def commit() -> str | None:

@@ -16,7 +16,8 @@ from pipelines.ledger.journal import GIVEN_BACK
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json
 from pipelines.project.params import RETIRED, Section, Task, Text, read_params, read_text, read_yaml
-from pipelines.runtime.stage import Summary, say
+from pipelines.runtime.console import log_line
+from pipelines.runtime.stage import Summary
 from pipelines.versioning.artifacts import Objects, md5_of
 
 RECEIPT = "receipt.json"
@@ -196,7 +197,7 @@ def given_back(
         give_back(kept, folder)
         if then is not None:
             then(folder)
-    say(
+    log_line(
         f"{stage} {task}: its images were deleted {receipt.at[:10]}; what it left is given back, nothing is computed"
     )
     return [{"task": task, GIVEN_BACK: len(kept.files), "retired": receipt.at}]

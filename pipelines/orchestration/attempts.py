@@ -12,9 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.runtime.checkpoints import DEFAULT_STORE, KEY, NAME
-from pipelines.runtime.stage import PREFECT_SETTINGS, first_line, say
+from pipelines.runtime.console import log_line
+from pipelines.runtime.stage import PREFECT_SETTINGS
 
 if TYPE_CHECKING:
     from prefect import Flow, State
@@ -54,11 +56,11 @@ class Attempts:
             with few_tries(), get_client(sync_client=True) as client:
                 states = client.read_flow_run_states(self._run)
         except Exception as trouble:  # a server that is away stops nothing
-            say(f"prefect: whether this run has begun elsewhere is not known ({first_line(trouble)})")
+            log_line(f"prefect: whether this run has begun elsewhere is not known ({one_line(trouble)})")
             return
         owner = begun_first(states)
         if owner != self._state and self._state in [state.id for state in states]:
-            say("prefect: this run is at work elsewhere, or has ended: giving way")
+            log_line("prefect: this run is at work elsewhere, or has ended: giving way")
             raise Abort
 
     def begin(self, checkpoints: str, limit: int) -> None:
@@ -103,7 +105,7 @@ class Attempts:
                 labels = client.read_flow_run(self._run).labels
             return {name: str(value) for name, value in labels.items()}
         except Exception as trouble:
-            say(f"prefect: attempts could not be counted ({first_line(trouble)})")
+            log_line(f"prefect: attempts could not be counted ({one_line(trouble)})")
             return {}
 
     def _write(self, labels: dict[str, str | int]) -> None:
@@ -113,7 +115,7 @@ class Attempts:
             with get_client(sync_client=True) as client:
                 client.update_flow_run_labels(self._run, dict(labels))
         except Exception as trouble:
-            say(f"prefect: progress could not be noted ({first_line(trouble)})")
+            log_line(f"prefect: progress could not be noted ({one_line(trouble)})")
 
 
 @contextlib.contextmanager

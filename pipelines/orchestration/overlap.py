@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from pipelines.project.files import write_json
 from pipelines.project.params import Params
+from pipelines.runtime.console import echo
 from pipelines.runtime.processes import STOP_SECONDS, signal_group
 from pipelines.versioning.plan import Plan
-from pipelines.versioning.repro import Apart, Process, bring, print_line
+from pipelines.versioning.repro import Apart, Process, bring
 
 
 class Order(NamedTuple):
@@ -125,7 +126,7 @@ class Beside:
     def print_all(self) -> None:
         """Print what it has printed."""
         for line in self.lines:
-            print_line(line)
+            echo(line)
 
     def stop(self) -> None:
         """End it, and what it has started."""

@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from pipelines.orchestration.deploy import NAME, TAG, TEND
-from pipelines.runtime.stage import STAGE_TAG, current_flow_run, first_line, place, say
+from pipelines.project.error_text import one_line
+from pipelines.runtime.console import log_line
+from pipelines.runtime.stage import STAGE_TAG, current_flow_run, place
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -48,7 +50,7 @@ def see_to_overlooked(dead_after_seconds: int) -> int:
                 client.set_flow_run_state(run.id, state)
                 seen_to += 1
     except Exception as trouble:
-        say(f"prefect: runs without a sign of life could not be closed ({first_line(trouble)})")
+        log_line(f"prefect: runs without a sign of life could not be closed ({one_line(trouble)})")
     return seen_to
 
 
@@ -66,7 +68,7 @@ def begin_overlooked() -> int:
                 client.set_flow_run_state(run.id, again, force=True)
                 found += 1
     except Exception as trouble:
-        say(f"prefect: crashed runs could not be started again ({first_line(trouble)})")
+        log_line(f"prefect: crashed runs could not be started again ({one_line(trouble)})")
     return found
 
 
@@ -156,7 +158,7 @@ def forget_tendings() -> None:
                     with contextlib.suppress(ObjectNotFound):  # another worker's has been here
                         client.delete_flow_run(run.id)
     except Exception as trouble:
-        say(f"prefect: old runs of {TEND} could not be deleted ({first_line(trouble)})")
+        log_line(f"prefect: old runs of {TEND} could not be deleted ({one_line(trouble)})")
 
 
 def close_dead_runs() -> int:
@@ -173,7 +175,7 @@ def close_dead_runs() -> int:
             for run in dead:
                 _close(client, run)
     except Exception as trouble:
-        say(f"prefect: runs that were cut off could not be closed ({first_line(trouble)})")
+        log_line(f"prefect: runs that were cut off could not be closed ({one_line(trouble)})")
         return 0
     return len(dead)
 

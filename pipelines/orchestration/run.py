@@ -17,6 +17,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.params import Params, missing_source
+from pipelines.runtime.console import echo
 from pipelines.runtime.file_lock import held, mend_rwlock
 from pipelines.runtime.fork_server import warm_process
 from pipelines.runtime.processes import wake_the_ending
@@ -24,7 +25,7 @@ from pipelines.runtime.stage import Stage, Summary, run_linked, server_missing
 from pipelines.versioning.dvc_server import warm_dvc
 from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.remote import make_up, obtain, owe, push, require_remote, unpushed
-from pipelines.versioning.repro import StageFailedError, bring, print_line
+from pipelines.versioning.repro import StageFailedError, bring
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,11 +45,11 @@ def run_pipeline(*, retrain: bool = False) -> int:
     with only_run():
         plan = read_plan(params.tasks)
         for line in require_decision(plan, retrain=retrain):
-            print_line(line)
+            echo(line)
         require_sources(params, plan)
         make_up(plan)
         if not plan.stale():
-            print_line(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
+            echo(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
             print_summary(params)
             return 0
         try:
@@ -82,7 +83,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     with only_run(wait=True):
         plan = read_plan(params.tasks, lean=True)
         for line in require_decision(plan, retrain=False):
-            print_line(line)
+            echo(line)
         require_remote(plan)
         require_sources(params, plan)
         if server_missing() is None:
@@ -130,7 +131,7 @@ def bring_up_to_date(
             push(name)
         if not cached:
             progressed()
-        print_line(f"{heads[name]}  {'from the cache' if cached else 'done'}, {seconds:.1f} s")
+        echo(f"{heads[name]}  {'from the cache' if cached else 'done'}, {seconds:.1f} s")
         rows.append({"stage": name, "seconds": round(seconds, 1), "from cache": "yes" if cached else "no"})
 
     def join() -> None:
@@ -158,10 +159,10 @@ def bring_up_to_date(
                     join()
                     current, outdated = read_plan(params.tasks, lean=lean), False
                 if not current.reasons[name]:
-                    print_line(f"{heads[name]}  inputs are as before")
+                    echo(f"{heads[name]}  inputs are as before")
                     continue
             before_each()
-            print_line(f"{heads[name]} …")
+            echo(f"{heads[name]} …")
             started = time.monotonic()
             if lean:
                 obtain(name, plan, params)

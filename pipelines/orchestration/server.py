@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with, end_group, environment
-from pipelines.runtime.stage import PREFECT_SETTINGS, say, server_trouble
+from pipelines.runtime.stage import PREFECT_SETTINGS, server_trouble
 
 START_SECONDS = 60.0
 
@@ -37,7 +38,7 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
     def wait() -> None:
         importlib.import_module("prefect.flow_engine")  # takes as long as the server
         if not _comes_up(process, url):
-            say(f"prefect: no server could be started (see {home / 'server.log'}); running plainly")
+            log_line(f"prefect: no server could be started (see {home / 'server.log'}); running plainly")
             del os.environ["PREFECT_API_URL"]
 
     try:

@@ -20,14 +20,16 @@ from pipelines.orchestration.reconcile import forget_tendings, see_to_overlooked
 from pipelines.orchestration.run import finish
 from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
+from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params, Workers
+from pipelines.runtime.console import echo, log_line
 from pipelines.runtime.processes import die_with, environment
-from pipelines.runtime.stage import Summary, complaint, current_flow_run, first_line, say
+from pipelines.runtime.stage import Summary, current_flow_run
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
-from pipelines.versioning.repro import StageFailedError, print_line
+from pipelines.versioning.repro import StageFailedError
 
 PROJECT = "SDLORA_PROJECT"
 """Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
@@ -83,7 +85,7 @@ def state_of(work: Callable[[Attempts], str]) -> State:
         attempts.give_way()
         return again_later(line, attempts) if failure.cut_off else Failed(message=line)
     except Exception as error:
-        told = complaint(error)
+        told = user_message(error)
         if told is None:
             raise
         outcome = Failed(message=told)
@@ -110,7 +112,7 @@ def again_later(why: str, attempts: Attempts) -> State:
     try:
         later = attempts.schedule(f"starts again: {why}")
     except Exception as trouble:
-        say(f"prefect: the run could not be scheduled again ({first_line(trouble)})")
+        log_line(f"prefect: the run could not be scheduled again ({one_line(trouble)})")
         return Crashed(message=why)
     raise Pause(state=later)
 
@@ -126,7 +128,7 @@ def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     if folder is not None:
         source = arrived(folder, Path(workers.inbox))
         for line in edit(lambda path: add_once(source, path)):
-            print_line(line)
+            echo(line)
     stages = finish_through_gates(attempts)
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
@@ -170,7 +172,7 @@ def finish_through_gates(attempts: Attempts) -> Summary:
                 timeout=PATIENCE_SECONDS,
             )
         for line in let_through(step, decision):
-            print_line(line)
+            echo(line)
 
 
 def let_through(step: str, decision: Decision) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
-from pipelines.runtime.stage import first_line, say
+from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
     from sdlora.training import Snapshot
@@ -66,7 +67,7 @@ class CheckpointStore:
             self._fs, root = fsspec.core.url_to_fs(self._url)
         except (ImportError, ValueError) as error:
             raise InputError(
-                f"params.yaml: training.checkpoint_store: {self._url}: {first_line(error)}"
+                f"params.yaml: training.checkpoint_store: {self._url}: {one_line(error)}"
             ) from None
         self._root, self._folder = root.rstrip("/"), f"{root.rstrip('/')}/{key}"
         # fsspec's own `mv` copies and deletes: that of an object store, which shows an object when it is whole.
@@ -88,7 +89,9 @@ class CheckpointStore:
         try:
             _insist(functools.partial(self._write, name, data), WRITE_WAITS)
         except Exception as error:  # each file system has its own
-            say(f"warning: no checkpoint of step {snapshot.step} could be kept ({_named(error)}); going on")
+            log_line(
+                f"warning: no checkpoint of step {snapshot.step} could be kept ({_named(error)}); going on"
+            )
             return False
         self._damaged.discard(name)
         # What is not dropped now is dropped at the next save.
@@ -114,11 +117,11 @@ class CheckpointStore:
                 seen.add(name)
                 data = self._read(functools.partial(self._bytes, name))
                 if data is None:
-                    say(f"warning: checkpoint {name} has vanished; going on from the one before")
+                    log_line(f"warning: checkpoint {name} has vanished; going on from the one before")
                     continue
                 if hashlib.sha256(data).hexdigest()[:32] != _checksum(name):
                     self._damaged.add(name)
-                    say(f"warning: checkpoint {name} is damaged; going on from the one before")
+                    log_line(f"warning: checkpoint {name} is damaged; going on from the one before")
                     continue
                 tensors = safetensors.torch.load(data)
                 curve = [EpochRecord(int(s), int(e), *rest) for s, e, *rest in tensors.pop("curve").tolist()]
@@ -135,7 +138,7 @@ class CheckpointStore:
                 if KEY.fullmatch(_last(folder)) and _last(folder) != _last(self._folder):
                     self._forget(folder, limit)
         except Exception as error:  # each file system has its own
-            say(f"warning: old checkpoints in {self._url} could not be removed ({_named(error)})")
+            log_line(f"warning: old checkpoints in {self._url} could not be removed ({_named(error)})")
 
     def _forget(self, folder: str, limit: float) -> None:
         inside = self._listed(folder)
@@ -219,4 +222,4 @@ def _last(name: str) -> str:
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from pipelines.project.errors import InputError
-from pipelines.runtime.stage import say
+from pipelines.runtime.console import log_line
 
 
 @contextlib.contextmanager
@@ -46,5 +46,5 @@ def mend_rwlock() -> None:
             return
         except ValueError:
             time.sleep(0.5)
-    say(f"warning: {RWLOCK} was damaged, as a full disk leaves it; deleted")
+    log_line(f"warning: {RWLOCK} was damaged, as a full disk leaves it; deleted")
     RWLOCK.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pipelines.runtime.stage import say
+from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -90,7 +90,7 @@ class ProgressBar:
         return time.monotonic() - self._started
 
     def _say(self, text: str) -> None:
-        say(f"{self.title}: {text}")
+        log_line(f"{self.title}: {text}")
 
     @staticmethod
     def _clock(seconds: float) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import TERMINATED, die_with, end_group
-from pipelines.runtime.stage import say
 
 MEETING = "meeting"
 """In the folder that all share: the file by which they find each other."""
@@ -64,5 +64,7 @@ def _has_failed(process: subprocess.Popen[bytes]) -> bool:
 def _watch(number: int, process: subprocess.Popen[bytes], over: threading.Event) -> None:
     status = process.wait()
     if status and not over.is_set():
-        say(f"device {number} of the fit has ended with status {status}; the others cannot go on without it")
+        log_line(
+            f"device {number} of the fit has ended with status {status}; the others cannot go on without it"
+        )
         os.kill(os.getpid(), signal.SIGTERM)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import http.client
 import logging
@@ -11,7 +9,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -19,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
 from pipelines.project.layout import CODE, STAGES
+from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with_starter
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
     missing, started = server_missing(), time.monotonic()
     if missing:
-        say(f"prefect: no server ({missing}); running {label} plainly")
+        log_line(f"prefect: no server ({missing}); running {label} plainly")
         summary = stage(**arguments)
     else:
         summary = run_linked(stage, label, arguments)
@@ -103,16 +102,6 @@ def require_hashed_code(kind: str) -> None:
     if hashed.is_file() and hashed.read_text(encoding="utf-8") != stage_fingerprint(kind).text:
         require_own_code()
         raise InputError(f"{kind}: its code was edited since {hashed} was written; run the same again")
-
-
-def say(line: str) -> None:
-    """Print one line beside the stage's own output.
-
-    Where whoever read it was killed, a fit must still come to save itself.
-    """
-    with contextlib.suppress(BrokenPipeError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
 
 
 def server_missing() -> str | None:
@@ -166,11 +155,11 @@ def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> Su
         _run_flow(_observed(stage, label, outcome), stage.name, label, arguments)
         _flush()
     except Exception as trouble:  # of the server: the work's own error is in the outcome
-        say(f"prefect: the server failed ({first_line(trouble)}); {label} does not depend on it")
+        log_line(f"prefect: the server failed ({one_line(trouble)}); {label} does not depend on it")
     if outcome.error is not None:
         raise outcome.error
     if outcome.summary is None:
-        say(f"prefect: {label} was not started by the server; running it plainly")
+        log_line(f"prefect: {label} was not started by the server; running it plainly")
         return stage(**arguments)
     return outcome.summary
 
@@ -186,7 +175,7 @@ def _observed(stage: Stage, label: str, outcome: Outcome) -> Callable[..., State
             outcome.summary = stage(*args, **kwargs)
         except Exception as error:
             outcome.error = error
-            return Failed(message=complaint(error) or f"{type(error).__name__}: {error}")
+            return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
         except BaseException as end:
             # Told to stop: a server that cannot be told of it is no reason to begin again.
             outcome.error = end
@@ -255,7 +244,7 @@ def _publish(summary: Summary, label: str) -> None:
     try:
         create_table_artifact(table=summary, key=label.replace("@", "-").replace("_", "-").lower())
     except Exception as trouble:
-        say(f"prefect: no table of {label} ({first_line(trouble)})")
+        log_line(f"prefect: no table of {label} ({one_line(trouble)})")
 
 
 def publish_markdown(make: Callable[[], Mapping[str, str]]) -> None:
@@ -272,34 +261,4 @@ def publish_markdown(make: Callable[[], Mapping[str, str]]) -> None:
         for key, text in make().items():
             create_markdown_artifact(text, key=key)
     except Exception as trouble:
-        say(f"prefect: no {key} ({first_line(trouble)})")
-
-
-def complaint(error: BaseException) -> str | None:
-    """Put an error that the user can mend into one line, or return nothing if it is a bug of ours.
-
-    Such are bad input, a file that cannot be read or written, a ValueError that this code raised on purpose.
-    """
-    if isinstance(error, InputError):
-        return first_line(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
-        return f"{error.strerror}{where}"
-    if isinstance(error, ValueError) and _raised_here(error):
-        return first_line(error)
-    return None
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Tell whether a line of this repository raised the error, and not a library that it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    home = Path(__file__).resolve().parents[2]
-    ours = (home / "pipelines", home / "sdlora")
-    return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in ours)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the error's text as one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+        log_line(f"prefect: no {key} ({one_line(trouble)})")

@@ -13,10 +13,11 @@ from pipelines.project.files import read_json, sha256_of, whole_folder
 from pipelines.project.params import Adapter, Training, read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
+from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, members
-from pipelines.runtime.stage import Summary, say, stage
+from pipelines.runtime.stage import Summary, stage
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def fit(
         team, learner = _meet(task, 0, meeting, inputs)
         for snapshot in store.newest():
             learner.restore(snapshot)
-            say(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
+            log_line(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
             break
         if team.size > 1:
             CheckpointStore(str(meeting / "state"), key).save(learner.snapshot())
@@ -102,7 +103,9 @@ def fit(
     store.forget_old()
     if learner.step > first:
         where = f"{team.size} × {learner.device.type}" if team.size > 1 else f"{learner.device}"
-        say(f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)")
+        log_line(
+            f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)"
+        )
     return [
         {
             "task": task,
@@ -283,10 +286,12 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
                 )
                 if learner.micro_batch < micro_batch:
                     micro_batch = learner.micro_batch
-                    say(f"fit {learner.task}: out of memory; going on with {micro_batch} images at a time")
+                    log_line(
+                        f"fit {learner.task}: out of memory; going on with {micro_batch} images at a time"
+                    )
                 if stop():
                     store.save(learner.snapshot())
-                    say(
+                    log_line(
                         f"fit {learner.task}: stopped by SIGTERM at step {learner.step}; the same goes on from here"
                     )
                     raise SystemExit(TERMINATED)

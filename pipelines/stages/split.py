@@ -35,7 +35,8 @@ from pipelines.ledger.receipts import given_back
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import Data, Task, read_params
-from pipelines.runtime.stage import say, stage
+from pipelines.runtime.console import log_line
+from pipelines.runtime.stage import stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +115,7 @@ def split(
     refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
     near = near_across_parts(prints, known)
     if near:
-        say(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
+        log_line(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
 
     parts = PARTS if data.validation is not None else ("train", "test")
     classes = [{"label": labels[name], "name": name, "task": task} for name in names]
@@ -197,7 +198,7 @@ def refuse_emptied(
                 )
     if left_out:
         count = "1 picture stands" if len(left_out) == 1 else f"{len(left_out)} pictures stand"
-        say(f"split {task}: {count} in another part too and left out, as data.duplicates says")
+        log_line(f"split {task}: {count} in another part too and left out, as data.duplicates says")
 
 
 def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:

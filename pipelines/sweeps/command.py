@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.project.errors import InputError
+from pipelines.runtime.console import echo
 from pipelines.runtime.stage import server_missing
 from pipelines.sweeps.grid import MANY, checked_name, default_name, make_chains, read_axes
 from pipelines.sweeps.results import as_json, shown, write_table
-from pipelines.versioning.repro import print_line
 
 
 def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes: bool) -> int:
@@ -42,5 +42,5 @@ def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes:
     from rich.console import Console
 
     Console().print(shown(table))
-    print_line(f"table    {out}/table.csv, {out}/table.json")
+    echo(f"table    {out}/table.csv, {out}/table.json")
     return int(any(result.error is not None for result in results))

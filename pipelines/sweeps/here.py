@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.orchestration.server import prefect_server
+from pipelines.runtime.console import echo
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.processes import die_with, end_group, environment
 from pipelines.sweeps.grid import Chain
 from pipelines.sweeps.results import Result, read_result
 from pipelines.sweeps.workspace import SWEEPS, Workspace, make_workspace, read_project, with_code
-from pipelines.versioning.repro import print_line
 
 LOG = Path(".sdlora/run.log")
 POLL_SECONDS = 0.2
@@ -49,15 +49,15 @@ def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: in
         while len(results) < len(chains):
             waiting = [i for i in range(len(chains)) if i not in working and i not in results]
             for index in may_begin(waiting, working, spaces)[: at_once - len(working)]:
-                print_line(f"{place_of(index, chains)} …")
+                echo(f"{place_of(index, chains)} …")
                 working[index] = Work(begin(spaces[index].folder), time.monotonic())
             for index, work in list(working.items()):
                 if work.process.poll() is not None:
                     results[index] = result_of(spaces[index].folder, work.process.returncode)
                     seconds = time.monotonic() - work.began
-                    print_line(f"{place_of(index, chains)}  {results[index].line}, {seconds:.1f} s")
+                    echo(f"{place_of(index, chains)}  {results[index].line}, {seconds:.1f} s")
                     if results[index].error is not None:
-                        print_line(f"all that it said: {os.path.relpath(spaces[index].folder / LOG)}")
+                        echo(f"all that it said: {os.path.relpath(spaces[index].folder / LOG)}")
                     del working[index]
             time.sleep(POLL_SECONDS)
     finally:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pipelines.orchestration.reconcile import begin_overlooked
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
+from pipelines.runtime.console import echo, log_line
 from pipelines.runtime.processes import environment
-from pipelines.runtime.stage import PREFECT_SETTINGS, first_line, say
+from pipelines.runtime.stage import PREFECT_SETTINGS
 from pipelines.sweeps.grid import Chain, short_hash
 from pipelines.sweeps.here import may_begin, only_sweep, place_of
 from pipelines.sweeps.results import Result
 from pipelines.sweeps.workspace import Project, Workspace, make_workspace, read_project
-from pipelines.versioning.repro import print_line
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -81,8 +82,8 @@ class Pool:
                 if isinstance(trouble, httpx.HTTPStatusError) and trouble.response.status_code < 500:
                     raise
                 if well:
-                    say(
-                        f"prefect: the server failed ({first_line(trouble)}); waiting for it, the workers go on"
+                    log_line(
+                        f"prefect: the server failed ({one_line(trouble)}); waiting for it, the workers go on"
                     )
                 well = False
             time.sleep(POLL_SECONDS)
@@ -113,10 +114,10 @@ class Pool:
             if state.is_completed():
                 result = self._numbers(run)
             elif state.is_failed() or state.is_cancelled():
-                result = Result(error=first_line(Exception(state.message or state.name)))
+                result = Result(error=one_line(Exception(state.message or state.name)))
             line = result.line if result else (state.name or state.type.value).lower()
             if self._told.get(index) != line:
-                print_line(f"{place_of(index, self._chains)}  {line}")
+                echo(f"{place_of(index, self._chains)}  {line}")
                 self._told[index] = line
             if result is not None:
                 self._results[index] = result

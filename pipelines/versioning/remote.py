@@ -6,11 +6,12 @@ import contextlib
 import logging
 from pathlib import Path
 
+from pipelines.project.error_text import one_line
 from pipelines.project.files import write_whole
 from pipelines.project.params import Params
-from pipelines.runtime.stage import first_line
+from pipelines.runtime.console import echo
 from pipelines.versioning.plan import Plan, dvc_errors
-from pipelines.versioning.repro import StageFailedError, bring, dvc, print_line
+from pipelines.versioning.repro import StageFailedError, bring, dvc
 
 UNPUSHED = Path(".sdlora/unpushed")
 """The stages whose outputs the remote has not taken, one a line."""
@@ -95,9 +96,7 @@ def push(name: str) -> None:
     """Share what a stage has left; what the remote does not take stays noted, for `make_up`."""
     owe(name)
     if dvc(["push", "--run-cache", name])[0]:
-        print_line(
-            f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run"
-        )
+        echo(f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run")
         return
     write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
 
@@ -134,7 +133,7 @@ def require_remote(plan: Plan) -> None:
                 list(remote.list_oids_exists(["0" * 32]))
             except Exception as trouble:  # every kind of storage raises its own
                 raise StageFailedError(
-                    f"error: the DVC remote does not answer ({first_line(trouble)})", 1, "", cut_off=True
+                    f"error: the DVC remote does not answer ({one_line(trouble)})", 1, "", cut_off=True
                 ) from trouble
     if not there:
         raise StageFailedError(

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TextIO
 
+from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
 from pipelines.runtime.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
@@ -107,7 +108,7 @@ def dvc(
     """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
     settings = {**settings, **apart.settings} if apart else settings
     process, output = start_dvc(["--wait-for-lock", *arguments], settings, errors_too=apart is not None)
-    show = apart.show if apart else print_line
+    show = apart.show if apart else echo
     cached = False
     try:
         if apart:
@@ -160,9 +161,3 @@ def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: in
             start_new_session=True,
             preexec_fn=lambda: die_with(parent),
         )
-
-
-def print_line(text: str) -> None:
-    """Print a line at once, so that it stands in order with what stages write."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.project.error_text import user_message
 from pipelines.project.errors import InputError
+from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import (
     ERROR_FILE,
     PARENT_FLOW_RUN,
     Stage,
     Summary,
-    complaint,
     launch,
     make_flow,
     publish_markdown,
-    say,
     stage,
 )
 from tests.support.repository import REPOSITORY
@@ -365,11 +365,11 @@ def raised(function: Callable[[], object]) -> Exception:
 
 def test_a_missing_file_is_an_error_of_one_line_that_names_it(tmp_path: Path) -> None:
     error = raised((tmp_path / "weights").read_bytes)
-    assert complaint(error) == f"No such file or directory ({tmp_path / 'weights'})"
+    assert user_message(error) == f"No such file or directory ({tmp_path / 'weights'})"
 
 
 def test_a_full_disk_is_an_error_of_one_line() -> None:
-    line = complaint(OSError(errno.ENOSPC, "No space left on device", "artifacts/fit/t01"))
+    line = user_message(OSError(errno.ENOSPC, "No space left on device", "artifacts/fit/t01"))
     assert line
     assert line.startswith("the disk is full (artifacts/fit/t01)")
 
@@ -380,13 +380,13 @@ def test_a_value_error_of_ours_is_the_users_and_one_of_a_library_is_a_bug() -> N
 
     ours = raised(lambda: accuracy_matrix([[0.5, 0.5]]))
     assert isinstance(ours, ValueError)
-    assert complaint(ours) == str(ours)
-    assert complaint(raised(lambda: json.loads("{"))) is None
-    assert complaint(raised(lambda: natural_key(3))) is None  # type: ignore[arg-type]
+    assert user_message(ours) == str(ours)
+    assert user_message(raised(lambda: json.loads("{"))) is None
+    assert user_message(raised(lambda: natural_key(3))) is None  # type: ignore[arg-type]
 
 
 def test_an_error_of_several_lines_becomes_one() -> None:
-    assert complaint(InputError("a\n  b")) == "a b"
+    assert user_message(InputError("a\n  b")) == "a b"
 
 
 def test_the_names_of_the_environment_do_not_change_by_accident() -> None:
@@ -401,7 +401,7 @@ def test_work_goes_on_where_nobody_reads_its_lines_any_more(monkeypatch: pytest.
     os.close(reader)
     with os.fdopen(writer, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        say("fit t01: 12/60 images")
+        log_line("fit t01: 12/60 images")
         with pytest.raises(BrokenPipeError):
             stderr.flush()
         monkeypatch.undo()
