@@ -28,6 +28,7 @@ from pipelines.data.packed import TRAINING, read_images, write_rows
 from pipelines.project.files import read_json, write_json
 from pipelines.project.params import Params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.stages.fit import fit
 from pipelines.stages.freeze import freeze
 from pipelines.stages.gate import gate
 from pipelines.stages.report import report
@@ -111,7 +112,7 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
             ],
             "adapter": params.adapter.of_the_fit,
             "split": read_json(place["split"] / TRAINING),
-            "code": code_hash("fit"),
+            "code": code_hash(fit.fn),
             "versions": library_versions(),
             "training": {},
             "seed": params.seed,

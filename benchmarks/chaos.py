@@ -56,8 +56,8 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
+from pipelines.orchestration.server import server_trouble
 from pipelines.runtime.processes import end_group
-from pipelines.runtime.stage import server_trouble
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results/chaos.jsonl")

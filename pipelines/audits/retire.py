@@ -37,7 +37,7 @@ from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
 from pipelines.versioning.plan import Plan, dvc_errors, read_plan
 from pipelines.versioning.remote import push
-from pipelines.versioning.repro import StageFailedError, bring, dvc
+from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -529,7 +529,7 @@ def commit_data(receipt: Receipt) -> None:
             if out.stage.is_data_source and any(is_within(file.path, out.def_path) for file in receipt.raw)
         }
     for owner in sorted(owners):
-        if dvc(["commit", "--force", owner])[0]:
+        if run_dvc(["commit", "--force", owner]):
             raise InputError(
                 f"{owner}: DVC could not note what is left of it (reason above); run the same again"
             )
@@ -590,6 +590,6 @@ def run_stages(receipt: Receipt) -> None:
         share = bool(repo.config["core"].get("remote"))
     while names := to_run(receipt, params):
         for name in names:
-            bring(name, pull=share)
+            reproduce_stage(name, pull=share)
             if share:
                 push(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import GateClosedError, InputError
 
 # Everything else is imported by the command that needs it: `--help` and `status` load no torch, no Prefect.
 
@@ -58,20 +57,18 @@ def main() -> None:
 def report_error(error: Exception) -> int:
     """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
     from pipelines.project.error_text import one_line, user_message
-    from pipelines.runtime.stage import ERROR_FILE
+    from pipelines.runtime.stage_outcome import BUG, GATE, INPUT, StageOutcome, leave_outcome
 
     line = user_message(error)
-    status = 2 if line else 1
     if line is None:
         traceback.print_exception(error)
-        line = f"bug: {type(error).__name__}: {one_line(error)}"
+        outcome = StageOutcome(1, BUG, f"bug: {type(error).__name__}: {one_line(error)}")
     else:
-        line = f"error: {line}"
-    if os.environ.get(ERROR_FILE):  # `sdlora run` prints it, as its own last line
-        Path(os.environ[ERROR_FILE]).write_text(f"{status} {line}\n", encoding="utf-8")
-    else:
-        sys.stderr.write(line + "\n")
-    return status
+        kind = GATE if isinstance(error, GateClosedError) else INPUT
+        outcome = StageOutcome(2, kind, f"error: {line}")
+    if not leave_outcome(outcome):  # `sdlora run` prints it, as its own last line
+        sys.stderr.write(outcome.line + "\n")
+    return outcome.status
 
 
 def require_project() -> None:
@@ -445,7 +442,7 @@ def fetch(
     put the archives there yourself.
     """
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.fetch import fetch as stage
 
     launch(stage, name=name, out=out or Path("data/raw") / name)
@@ -455,7 +452,7 @@ def fetch(
 def code(out: Out) -> None:
     """Leave the fingerprint of each stage's code."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.code import code as stage
 
     launch(stage, out=out)
@@ -469,7 +466,7 @@ def start(
 ) -> None:
     """Leave the empty class map of step t00."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.start import start as stage
 
     launch(stage, out=out, evaluation=evaluation, gate=gate)
@@ -479,7 +476,7 @@ def start(
 def backbone(out: Out) -> None:
     """Leave the frozen backbone: weights, hash, preprocessing."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.backbone import backbone as stage
 
     launch(stage, out=out)
@@ -495,7 +492,7 @@ def split(
 ) -> None:
     """Pack a task's images; hand on tests and classes so far."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.split import split as stage
 
     launch(stage, task=task, source=source, before=before, out=out, images=images)
@@ -516,7 +513,7 @@ def fit(
     Killed at any moment, it goes on from its last checkpoint.
     """
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.fit import fit as stage
 
     launch(
@@ -570,7 +567,7 @@ def freeze(
 ) -> None:
     """Freeze what a task learned, and settle the head: the model folder of this step."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.freeze import freeze as stage
 
     launch(stage, task=task, fit=fit, train=train, images=images, before=before, backbone=backbone, out=out)
@@ -588,7 +585,7 @@ def evaluate(
 ) -> None:
     """Test a step on every task so far, among all classes so far."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.evaluate import evaluate as stage
 
     launch(
@@ -618,7 +615,7 @@ def gate(
     The limits are `gate` in params.yaml; `sdlora approve` lets a step through all the same.
     """
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.gate import gate as stage
 
     launch(
@@ -641,7 +638,7 @@ def report(
 ) -> None:
     """Put all evaluations and models into a report."""
     require_project()
-    from pipelines.runtime.stage import launch
+    from pipelines.orchestration.stage_runs import launch
     from pipelines.stages.report import report as stage
 
     launch(stage, artifacts=artifacts, out=out, metrics=metrics)

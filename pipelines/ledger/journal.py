@@ -14,21 +14,20 @@ from typing import Any
 
 from pipelines.project.files import sha256_of, write_json
 from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import Summary
+from pipelines.runtime.stage import StageResult
 
 JOURNAL = Path("ledger/journal")
-GIVEN_BACK = "given back"
-"""In a summary, that the stage computed nothing: what it cost is what it cost then."""
 RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json")
 """The one file of a stage's output that stands for all of it."""
 
 
-def keep(label: str, arguments: Mapping[str, str | Path], summary: Summary, *, seconds: float) -> None:
+def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *, seconds: float) -> None:
     """Write `ledger/journal/LABEL.json` for a stage that has just ended; a stage never fails for it.
 
-    It is of the last time that the stage was computed here; what came from a cache was computed elsewhere.
+    It tells of the last time that the stage was computed here: what came from a cache was computed elsewhere, and a
+    stage that restored its output computed nothing.
     """
-    if any(GIVEN_BACK in row for row in summary):
+    if result.restored:
         return
     out = Path(arguments["out"])
     try:
@@ -38,7 +37,7 @@ def keep(label: str, arguments: Mapping[str, str | Path], summary: Summary, *, s
                 "stage": label,
                 "ended": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 2),
-                "images": sum(int(row["images"]) for row in summary if "images" in row),
+                "images": sum(int(row["images"]) for row in result.rows if "images" in row),
                 "host": platform.node(),
                 "machine": platform.machine(),
                 "commit": commit(),

@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from pipelines.ledger.journal import GIVEN_BACK
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json
 from pipelines.project.params import RETIRED, Section, Task, Text, read_params, read_text, read_yaml
 from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import Summary
+from pipelines.runtime.stage import StageResult
 from pipelines.versioning.artifacts import Objects, md5_of
 
 RECEIPT = "receipt.json"
@@ -168,20 +167,21 @@ def read_receipts() -> dict[str, Receipt]:
     return order
 
 
-def given_back(
+def restore_retired_output(
     stage: str,
     task: str,
     out: Path,
     *,
     images: Path | None = None,
     then: Callable[[Path], None] | None = None,
-) -> Summary | None:
-    """Leave in `out` what a stage of a retired task left when it had its images; None where the task has them.
+) -> StageResult | None:
+    """Restore in `out` what a stage of a retired task left when it had its images; None where the task has them.
 
-    Where the training images were, in `images`, their hash is left; `then` puts what others have made since in place of
-    what they had made. The code of the stage may have changed since. Its
-    parameters, and what it learned on top of, may not: then there is nothing to give back, and an `InputError` says
-    what differs.
+    Where the training images were, in `images`, their hash is left. `then` replaces files of other tasks with their
+    current versions. The stage's code may have changed since. Its parameters and its input model may not.
+
+    Raises:
+        InputError: a parameter or an input differs, or a file is nowhere to be found.
     """
     entry = read_params("tasks", dict[str, Task]).get(task)
     if entry is None or not entry.retired:
@@ -200,7 +200,9 @@ def given_back(
     log_line(
         f"{stage} {task}: its images were deleted {receipt.at[:10]}; what it left is given back, nothing is computed"
     )
-    return [{"task": task, GIVEN_BACK: len(kept.files), "retired": receipt.at}]
+    return StageResult(
+        [{"task": task, "files given back": len(kept.files), "retired": receipt.at}], restored=True
+    )
 
 
 def in_place_of(receipt: Receipt) -> dict[str, str]:

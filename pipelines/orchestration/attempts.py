@@ -12,11 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from pipelines.orchestration.server import PREFECT_SETTINGS
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.runtime.checkpoints import DEFAULT_STORE, KEY, NAME
 from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import PREFECT_SETTINGS
 
 if TYPE_CHECKING:
     from prefect import Flow, State

@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from pipelines.orchestration.server import PREFECT_SETTINGS, server_missing
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params, Workers
-from pipelines.runtime.stage import PREFECT_SETTINGS, server_missing
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -17,7 +17,7 @@ from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import STOP_SECONDS, signal_group
 from pipelines.versioning.plan import Plan
-from pipelines.versioning.repro import Apart, Process, bring
+from pipelines.versioning.repro import ConcurrentOptions, Process, reproduce_stage
 
 
 class Order(NamedTuple):
@@ -100,9 +100,9 @@ class Beside:
 
     def _work(self) -> None:
         started = time.monotonic()
-        apart = Apart(show=self.lines.append, begun=self._begun, settings=self._settings)
+        concurrent = ConcurrentOptions(show=self.lines.append, begun=self._begun, settings=self._settings)
         try:
-            self._cached = bring(self.name, pull=self._pull, apart=apart)
+            self._cached = reproduce_stage(self.name, pull=self._pull, concurrent=concurrent)
         except BaseException as error:
             self._error = error
         self.seconds = time.monotonic() - started

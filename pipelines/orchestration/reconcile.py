@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from pipelines.orchestration.deploy import NAME, TAG, TEND
+from pipelines.orchestration.stage_runs import STAGE_TAG, current_flow_run, run_tag
 from pipelines.project.error_text import one_line
 from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import STAGE_TAG, current_flow_run, place
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -201,7 +201,7 @@ def _running(client: SyncPrefectClient) -> list[FlowRun]:
 
 def _is_dead(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Whether it belongs to this folder, where nothing else is at work, or to a run that has ended."""
-    if place() in run.tags:
+    if run_tag() in run.tags:
         return True
     parent = client.read_task_run(run.parent_task_run_id).flow_run_id if run.parent_task_run_id else None
     if parent is None:
@@ -213,7 +213,7 @@ def _is_dead(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def _close(client: SyncPrefectClient, run: FlowRun) -> None:
-    """Mark a run crashed, and the place that it has in its parent."""
+    """Mark a run crashed, and the task run that stands for it in its parent."""
     from prefect.states import Crashed
 
     state: State[None] = Crashed(message="what it ran in was killed; closed by the next run")

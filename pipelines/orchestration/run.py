@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.orchestration.overlap import Beside, Order, open_beforehand, room_beside, side_by_side
 from pipelines.orchestration.reconcile import close_dead_runs
-from pipelines.orchestration.server import prefect_server
+from pipelines.orchestration.server import prefect_server, server_missing
+from pipelines.orchestration.stage_runs import run_linked
 from pipelines.planning.keep import require_decision
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
@@ -21,11 +22,11 @@ from pipelines.runtime.console import echo
 from pipelines.runtime.file_lock import held, mend_rwlock
 from pipelines.runtime.fork_server import warm_process
 from pipelines.runtime.processes import wake_the_ending
-from pipelines.runtime.stage import Stage, Summary, run_linked, server_missing
+from pipelines.runtime.stage import Rows, Stage, StageResult
 from pipelines.versioning.dvc_server import warm_dvc
 from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.remote import make_up, obtain, owe, push, require_remote, unpushed
-from pipelines.versioning.repro import StageFailedError, bring
+from pipelines.versioning.repro import StageFailedError, reproduce_stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,13 +56,13 @@ def run_pipeline(*, retrain: bool = False) -> int:
         try:
             with prefect_server(Path(".prefect")) as wait, warm_processes(plan):
                 wait()
-                bring = Stage("pipeline", lambda: bring_up_to_date(params, plan))
+                pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
                 missing = server_missing()
                 if missing:
-                    bring()
+                    pipeline()
                 else:
                     close_dead_runs()
-                    run_linked(bring, "pipeline", {})
+                    run_linked(pipeline, "pipeline", {})
         except StageFailedError as failure:
             sys.stderr.write(f"{failure}\n")
             return failure.status
@@ -73,7 +74,7 @@ def nothing() -> None:
     """What a run that nobody watches calls between its stages."""
 
 
-def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = nothing) -> Summary:
+def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = nothing) -> Rows:
     """Bring every stage up to date inside a flow run that has begun.
 
     `before_each` is called before a stage, and `progressed` after one that was computed. What other machines have made
@@ -88,7 +89,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
         require_sources(params, plan)
         if server_missing() is None:
             close_dead_runs()
-        rows: Summary = []
+        rows: Rows = []
         if plan.stale():
             with warm_processes(plan):
                 rows = bring_up_to_date(
@@ -101,7 +102,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
                 f"error: the DVC remote did not take {', '.join(sorted(unpushed()))}; what was done is kept here",
                 1,
                 "",
-                cut_off=True,
+                interrupted=True,
             )
         return rows
 
@@ -113,7 +114,7 @@ def bring_up_to_date(
     lean: bool = False,
     before_each: Callable[[], None] = nothing,
     progressed: Callable[[], None] = nothing,
-) -> Summary:
+) -> Rows:
     """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone.
 
     Where there is room, a step is evaluated beside the fit of the next task (`beside.side_by_side`).
@@ -122,7 +123,7 @@ def bring_up_to_date(
     order = Order(plan.stale(), set(), {}) if room is None else side_by_side(plan, params)
     total = len(order.stages)
     heads = {name: f"[{n:{len(str(total))}}/{total}] {name}" for n, name in enumerate(order.stages, 1)}
-    rows: Summary = []
+    rows: Rows = []
     current, outdated = plan, False
     other: Beside | None = None
 
@@ -172,7 +173,7 @@ def bring_up_to_date(
             if room is not None and name in order.beside:
                 other = Beside(name, pull=plan.remote, settings=room)
                 continue
-            cached = bring(name, pull=plan.remote)
+            cached = reproduce_stage(name, pull=plan.remote)
             note(name, time.monotonic() - started, cached=cached)
         join()
     except StageFailedError:

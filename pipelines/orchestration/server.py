@@ -1,22 +1,57 @@
-"""A Prefect server of the project's own, for as long as a run lasts, where the user names none."""
+"""The Prefect server: whether one answers, and one of the project's own where the user names none."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib
 import os
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with, end_group, environment
-from pipelines.runtime.stage import PREFECT_SETTINGS, server_trouble
 
 START_SECONDS = 60.0
+HEALTH_SECONDS = 2.0
+"""A server that needs longer than this to say that it is well is not waited for."""
+
+PREFECT_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # DVC is the only cache: a second one would skip writing what DVC has deleted.
+    "PREFECT_TASKS_DISABLE_CACHING": "true",
+    # A server that goes away must cost finished work seconds, not minutes of retries.
+    "PREFECT_CLIENT_MAX_RETRIES": "1",
+    "PREFECT_API_REQUEST_TIMEOUT": "10",
+    # The terminal belongs to the stage; the server keeps the whole log.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+"""Settings of every process that talks to Prefect; what the user has set in the environment goes first."""
+
+
+def server_missing() -> str | None:
+    """Return why no Prefect server can be used, or None if one answers."""
+    url = os.environ.get("PREFECT_API_URL")
+    return server_trouble(url) if url else "PREFECT_API_URL is not set"
+
+
+def server_trouble(url: str) -> str | None:
+    """Ask a server for its health; return what is wrong, or None if it is well."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_SECONDS) as answer:
+            return None if answer.status == 200 else f"{url} answers {answer.status}"
+    except urllib.error.HTTPError as error:
+        return f"{url} answers {error.code}"
+    except (OSError, ValueError, http.client.HTTPException):
+        return f"{url} does not answer"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pipelines.orchestration.branch import PushError, commit, edit, take
 from pipelines.orchestration.deploy import TEND
 from pipelines.orchestration.reconcile import forget_tendings, see_to_overlooked
 from pipelines.orchestration.run import finish
+from pipelines.orchestration.stage_runs import current_flow_run
 from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
 from pipelines.project.error_text import one_line, user_message
@@ -25,7 +26,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.params import Params, Workers
 from pipelines.runtime.console import echo, log_line
 from pipelines.runtime.processes import die_with, environment
-from pipelines.runtime.stage import Summary, current_flow_run
+from pipelines.runtime.stage import Rows
 from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
@@ -83,7 +84,7 @@ def state_of(work: Callable[[Attempts], str]) -> State:
     except StageFailedError as failure:
         line = str(failure).removeprefix("error: ")
         attempts.give_way()
-        return again_later(line, attempts) if failure.cut_off else Failed(message=line)
+        return again_later(line, attempts) if failure.interrupted else Failed(message=line)
     except Exception as error:
         told = user_message(error)
         if told is None:
@@ -138,7 +139,7 @@ def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     try:
         made = commit(branch, said, workers.push)
     except PushError as error:  # a remote that is away: begun again, all that was done is there
-        raise StageFailedError(f"error: {error}", 1, "push", cut_off=True) from error
+        raise StageFailedError(f"error: {error}", 1, "push", interrupted=True) from error
     return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 
@@ -149,7 +150,7 @@ class Decision(RunInput):
     why: str = Field(description="The reason, for those who read the ledger later.", min_length=1)
 
 
-def finish_through_gates(attempts: Attempts) -> Summary:
+def finish_through_gates(attempts: Attempts) -> Rows:
     """Bring the chain up to date; where a gate is closed the flow run is suspended until a person opens it.
 
     Suspended, it holds no worker. Resumed with who and why, it starts again from its beginning, on any worker, where

@@ -15,7 +15,7 @@ from pipelines.project.fingerprints import code_files, require_own_code
 from pipelines.project.layout import CODE, CODE_STAGE, StageName
 from pipelines.project.params import Params
 from pipelines.versioning.plan import Plan, read_plan, record_as_it_is
-from pipelines.versioning.repro import bring
+from pipelines.versioning.repro import reproduce_stage
 
 TRAINED = ("fit", "freeze")
 """Kinds of stages that are not made again without a word when code changes: they cost most, and images may be gone."""
@@ -34,7 +34,7 @@ def keep() -> list[str]:
     require_own_code()
     before = read_plan(params.tasks)
     outdated = made_by_other_code(before)
-    bring(CODE_STAGE, pull=False)
+    reproduce_stage(CODE_STAGE, pull=False)
     plan = read_plan(params.tasks)
     kept = {name: before.code[name] for name in outdated if _only_code(plan, name)}
     if not kept:

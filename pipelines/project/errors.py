@@ -3,3 +3,7 @@
 
 class InputError(Exception):
     """Bad input; the text is one line: what was wrong, where, what was found, what to do."""
+
+
+class GateClosedError(InputError):
+    """A step broke a limit of its gate; a person may let it through."""

@@ -1,21 +1,21 @@
 """Of what code, and with which libraries, a result was made: for the ledger."""
 
 import platform
+from collections.abc import Callable
 from importlib import metadata
 
 from pipelines.project.fingerprints import fingerprint_of
-from pipelines.runtime.stage import Stage
 
 LIBRARIES = ("numpy", "pillow", "pyarrow", "safetensors", "timm", "torch")
 """What can change the bytes of a step."""
 
 
-def code_hash(stage: Stage) -> str:
-    """Return the hash of the code of a stage: of what decides whether DVC runs it again.
+def code_hash(function: Callable[..., object]) -> str:
+    """Return the hash of the code of a stage's function: of what decides whether DVC runs it again.
 
     So the same inputs never give two records.
     """
-    return fingerprint_of(stage.fn).sha256
+    return fingerprint_of(function).sha256
 
 
 def library_versions() -> dict[str, str]:

@@ -1,58 +1,25 @@
-"""What makes a plain function a stage: its name, its Prefect flow run where a server is, and how it fails."""
+"""What makes a plain function a stage: its name, and what it returns."""
 
 from __future__ import annotations
 
-import functools
-import http.client
-import logging
-import os
-import socket
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from pipelines.project.error_text import one_line, user_message
-from pipelines.project.errors import InputError
-from pipelines.project.fingerprints import require_own_code, stage_fingerprint
-from pipelines.project.layout import CODE, STAGES
-from pipelines.runtime.console import log_line
-from pipelines.runtime.processes import die_with_starter
+Rows = list[dict[str, str | int | float]]
+"""A table to show, row by row."""
 
-if TYPE_CHECKING:
-    from prefect import Flow, State
 
-Summary = list[dict[str, str | int | float]]
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage has to tell when it has left its files."""
 
-PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
-"""Environment variable: the id of the outer flow run that this stage belongs to."""
-
-ERROR_FILE = "SDLORA_ERROR_FILE"
-"""Environment variable: a file for a stage's error line, because DVC passes on no line and no exit status."""
-
-STAGE_TAG = "sdlora-stage"
-"""Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
-
-HEALTH_SECONDS = 2.0
-"""A server that needs longer than this to say that it is well is not waited for."""
-
-PREFECT_SETTINGS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # DVC is the only cache: a second one would skip writing what DVC has deleted.
-    "PREFECT_TASKS_DISABLE_CACHING": "true",
-    # A server that goes away must cost finished work seconds, not minutes of retries.
-    "PREFECT_CLIENT_MAX_RETRIES": "1",
-    "PREFECT_API_REQUEST_TIMEOUT": "10",
-    # The terminal belongs to the stage; the server keeps the whole log.
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-}
-"""Settings of every process that talks to Prefect; what the user has set in the environment goes first."""
+    rows: Rows
+    """what it did, in a few words"""
+    documents: Callable[[], Mapping[str, str]] = dict
+    """makes Markdown texts by their keys; called only where somebody will see them"""
+    restored: bool = False
+    """it computed nothing: its output was restored"""
 
 
 @dataclass(frozen=True)
@@ -60,205 +27,12 @@ class Stage:
     """A stage of dvc.yaml: called, it is its plain function."""
 
     name: str
-    fn: Callable[..., Summary]
+    fn: Callable[..., StageResult]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Summary:  # noqa: ANN401 - the function's own arguments
+    def __call__(self, *args: Any, **kwargs: Any) -> StageResult:  # noqa: ANN401 - the function's own arguments
         return self.fn(*args, **kwargs)
 
 
-def stage(fn: Callable[..., Summary]) -> Stage:
+def stage(fn: Callable[..., StageResult]) -> Stage:
     """Make a stage of a function; its module's name is the stage's name."""
     return Stage(fn.__name__, fn)
-
-
-def launch(stage: Stage, **arguments: str | Path) -> None:
-    """Run a stage as the child of DVC that it is: linked to a Prefect server that answers, plainly otherwise.
-
-    The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
-    """
-    die_with_starter()
-    require_hashed_code(stage.name)
-    task = arguments.get("task", arguments.get("name"))
-    label = f"{stage.name}@{task}" if task else stage.name
-    from pipelines.ledger.journal import keep
-    from pipelines.orchestration.progress_artifact import ProgressArtifact
-    from pipelines.runtime.progress import show_progress
-    from pipelines.runtime.progress_bar import ProgressBar
-
-    show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
-    missing, started = server_missing(), time.monotonic()
-    if missing:
-        log_line(f"prefect: no server ({missing}); running {label} plainly")
-        summary = stage(**arguments)
-    else:
-        summary = run_linked(stage, label, arguments)
-    if stage.name in STAGES:
-        keep(label, arguments, summary, seconds=time.monotonic() - started)
-
-
-def require_hashed_code(kind: str) -> None:
-    """Refuse to run a stage whose code is not the one that DVC has hashed for it."""
-    hashed = CODE / kind
-    if hashed.is_file() and hashed.read_text(encoding="utf-8") != stage_fingerprint(kind).text:
-        require_own_code()
-        raise InputError(f"{kind}: its code was edited since {hashed} was written; run the same again")
-
-
-def server_missing() -> str | None:
-    """Say why no Prefect server can be used, or nothing if one answers."""
-    url = os.environ.get("PREFECT_API_URL")
-    return server_trouble(url) if url else "PREFECT_API_URL is not set"
-
-
-def server_trouble(url: str) -> str | None:
-    """Ask a server how it is; say what is wrong, or nothing if it is well."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_SECONDS) as answer:
-            return None if answer.status == 200 else f"{url} answers {answer.status}"
-    except urllib.error.HTTPError as error:
-        return f"{url} answers {error.code}"
-    except (OSError, ValueError, http.client.HTTPException):
-        return f"{url} does not answer"
-
-
-def place() -> str:
-    """Tag of the flow runs of this folder on this machine, where one `sdlora run` works at a time."""
-    return f"{socket.gethostname()}:{os.getcwd()}"
-
-
-def current_flow_run() -> str | None:
-    """The id of the flow run that this code is called in, if it is in one."""
-    if "prefect" not in sys.modules:
-        return None
-    from prefect.context import FlowRunContext
-
-    context = FlowRunContext.get()
-    return str(context.flow_run.id) if context and context.flow_run else None
-
-
-@dataclass
-class Outcome:
-    """What became of the work, whatever became of the server."""
-
-    summary: Summary | None = None
-    error: BaseException | None = field(default=None, repr=False)
-
-
-def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> Summary:
-    """Run a stage as a flow run, a child of the outer flow run if there is one."""
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    # Prefect's threads would print of every message that a server, once gone, does not take.
-    logging.raiseExceptions = False
-    outcome = Outcome()
-    try:
-        _run_flow(_observed(stage, label, outcome), stage.name, label, arguments)
-        _flush()
-    except Exception as trouble:  # of the server: the work's own error is in the outcome
-        log_line(f"prefect: the server failed ({one_line(trouble)}); {label} does not depend on it")
-    if outcome.error is not None:
-        raise outcome.error
-    if outcome.summary is None:
-        log_line(f"prefect: {label} was not started by the server; running it plainly")
-        return stage(**arguments)
-    return outcome.summary
-
-
-def _observed(stage: Stage, label: str, outcome: Outcome) -> Callable[..., State]:
-    """Wrap the stage's function so that its outcome is kept here and told to Prefect as a state."""
-
-    @functools.wraps(stage.fn)
-    def work(*args: Any, **kwargs: Any) -> State:  # noqa: ANN401 - the function's own arguments
-        from prefect.states import Completed, Failed
-
-        try:
-            outcome.summary = stage(*args, **kwargs)
-        except Exception as error:
-            outcome.error = error
-            return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
-        except BaseException as end:
-            # Told to stop: a server that cannot be told of it is no reason to begin again.
-            outcome.error = end
-            raise
-        _publish(outcome.summary, label)
-        return Completed(message=f"{label} is done")
-
-    return work
-
-
-def _run_flow(fn: Callable[..., State], flow_name: str, label: str, arguments: dict[str, str | Path]) -> None:
-    from uuid import UUID, uuid4
-
-    from prefect import Task
-    from prefect.client.orchestration import get_client
-    from prefect.flow_engine import run_flow
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-    from prefect.states import Pending
-
-    parent = os.environ.get(PARENT_FLOW_RUN)
-    flow = make_flow(fn, flow_name)
-    shown = {key: str(value) for key, value in arguments.items()}
-    # The heartbeat's thread is joined in steps of a second, and the outer flow has one of its own.
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        with get_client(sync_client=True) as client:
-            placeholder = None
-            if parent:
-                placeholder = client.create_task_run(
-                    Task(fn=fn, name=label),
-                    flow_run_id=UUID(parent),
-                    dynamic_key=f"{label}-{uuid4()}",
-                    name=label,
-                    state=Pending(),
-                ).id
-            run = client.create_flow_run(
-                flow,
-                name=label,
-                parameters=shown,
-                parent_task_run_id=placeholder,
-                state=Pending(),
-                tags=[STAGE_TAG, place()],
-            )
-        run_flow(flow, flow_run=run, parameters=dict(arguments), return_type="state")
-
-
-def _flush() -> None:
-    """Send what waits for the server now: it may be stopped before this process ends."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    for worker in (EventsWorker, APILogWorker):
-        worker.drain_all(timeout=5)
-
-
-def make_flow(fn: Callable[..., Any], name: str) -> Flow[..., Any]:
-    """Make a flow without a cache, without stored results and without retries: those are DVC's business."""
-    from prefect import Flow
-
-    return Flow(fn, name=name, retries=0, persist_result=False, validate_parameters=False)
-
-
-def _publish(summary: Summary, label: str) -> None:
-    """Show the summary as a table in Prefect; finished work never fails for it."""
-    from prefect.artifacts import create_table_artifact
-
-    try:
-        create_table_artifact(table=summary, key=label.replace("@", "-").replace("_", "-").lower())
-    except Exception as trouble:
-        log_line(f"prefect: no table of {label} ({one_line(trouble)})")
-
-
-def publish_markdown(make: Callable[[], Mapping[str, str]]) -> None:
-    """Show texts by their keys in the flow run that this code is called in; outside of one nothing is made.
-
-    Finished work never fails for it: the first thing that goes wrong costs a line, and the rest is not tried.
-    """
-    if current_flow_run() is None:
-        return
-    from prefect.artifacts import create_markdown_artifact
-
-    key = "artifacts"
-    try:
-        for key, text in make().items():
-            create_markdown_artifact(text, key=key)
-    except Exception as trouble:
-        log_line(f"prefect: no {key} ({one_line(trouble)})")

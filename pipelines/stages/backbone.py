@@ -5,7 +5,7 @@ from pathlib import Path
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import Backbone, read_params
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 
 def _check_file(weights: Path, expected: str | None) -> None:
@@ -23,7 +23,7 @@ def _check_file(weights: Path, expected: str | None) -> None:
 
 
 @stage
-def backbone(*, out: Path) -> Summary:
+def backbone(*, out: Path) -> StageResult:
     """Leave the backbone that `params.yaml` names in `out`: weights, preprocessing, ledger record of step t00."""
     from sdlora.backbones import create_backbone, write_backbone
 
@@ -39,11 +39,13 @@ def backbone(*, out: Path) -> Summary:
     with whole_folder(out) as folder:
         record = write_backbone(folder, created)
     channels, height, width = created.input_size
-    return [
-        {
-            "backbone": choice.name,
-            "parameters": sum(parameter.numel() for parameter in created.model.parameters()),
-            "input": f"{channels}×{height}×{width}",
-            "sha256": record["backbone"][:12],
-        }
-    ]
+    return StageResult(
+        [
+            {
+                "backbone": choice.name,
+                "parameters": sum(parameter.numel() for parameter in created.model.parameters()),
+                "input": f"{channels}×{height}×{width}",
+                "sha256": record["backbone"][:12],
+            }
+        ]
+    )

@@ -7,11 +7,11 @@ from pathlib import Path
 from pipelines.project.files import whole_folder
 from pipelines.project.fingerprints import code_files, require_own_code, stage_fingerprint
 from pipelines.project.layout import STAGES
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 
 @stage
-def code(*, out: Path) -> Summary:
+def code(*, out: Path) -> StageResult:
     """Write the fingerprint of each stage to `out`, and the hash of each packaged data set.
 
     They are of the code that runs.
@@ -22,7 +22,9 @@ def code(*, out: Path) -> Summary:
         for name, text in code_files().items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    return [
-        {"stage": kind, "definitions": len(fingerprint.lines), "sha256": fingerprint.sha256[:12]}
-        for kind, fingerprint in found.items()
-    ]
+    return StageResult(
+        [
+            {"stage": kind, "definitions": len(fingerprint.lines), "sha256": fingerprint.sha256[:12]}
+            for kind, fingerprint in found.items()
+        ]
+    )

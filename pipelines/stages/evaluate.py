@@ -10,7 +10,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, whole_folder, write_json
 from pipelines.project.params import Evaluation, read_params
 from pipelines.runtime.progress import progress
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @stage
 def evaluate(
     task: str, *, model: Path, backbone: Path, test: Path, validation: Path, classes: Path, out: Path
-) -> Summary:
+) -> StageResult:
     """Leave the accuracy on each task so far and every prediction in `out`; no task id is used at test time.
 
     Where there are validation images, the accuracy on them stands beside it: the one to select on.
@@ -109,10 +109,17 @@ def evaluate(
                 **validation_metrics(chosen, {name: images.table for name, images in selecting.items()}),
             },
         )
-    return [
-        {"step": task, "task": name, "accuracy": round(right[name] / counts[name], 4), "images": counts[name]}
-        for name in tables
-    ]
+    return StageResult(
+        [
+            {
+                "step": task,
+                "task": name,
+                "accuracy": round(right[name] / counts[name], 4),
+                "images": counts[name],
+            }
+            for name in tables
+        ]
+    )
 
 
 def validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:

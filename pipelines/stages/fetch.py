@@ -14,7 +14,7 @@ from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, whole_folder
 from pipelines.project.params import Digits, Fetch, Glyphs100, Section, class_name_fault, read_params
-from pipelines.runtime.stage import stage
+from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ class DataSet(NamedTuple):
 
 
 @stage
-def fetch(name: str, *, out: Path) -> list[dict[str, str | int | float]]:
+def fetch(name: str, *, out: Path) -> StageResult:
     """Write the images of the data set `name` to `out`, the same files, byte for byte, every time."""
     if name not in KNOWN:
         raise InputError(
@@ -44,7 +44,7 @@ def fetch(name: str, *, out: Path) -> list[dict[str, str | int | float]]:
         for path, data in data_set.files:
             write_image(folder, path, data)
             written.append(path)
-    return summarise(written, data_set.left_out)
+    return StageResult(summarise(written, data_set.left_out))
 
 
 def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.packed import PACKED, decode, device_room, memory_room, read_images, training_images
-from pipelines.ledger.receipts import given_back
+from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
 from pipelines.project.params import Adapter, Training, read_params
@@ -17,7 +17,7 @@ from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, members
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def read_choices() -> Choices:
 @stage
 def fit(
     task: str, *, train: Path, images: Path, classes: Path, before: Path, backbone: Path, out: Path
-) -> Summary:
+) -> StageResult:
     """Train what the method trains on the images of `task` alone; leave it raw, with the training curve, in `out`.
 
     A checkpoint is written every `training.checkpoint_seconds` under the hash of everything that decides the
@@ -59,9 +59,9 @@ def fit(
 
     from sdlora.fit_folder import write_fit
 
-    given = given_back("fit", task, out)
-    if given is not None:
-        return given
+    restored = restore_retired_output("fit", task, out)
+    if restored is not None:
+        return restored
     choices = read_choices()
     training = choices.training
     key = _key(task, choices, train, classes, before, backbone)
@@ -91,7 +91,7 @@ def fit(
                 "classes": _own_classes(task, classes),
                 "adapter": choices.adapter.of_the_fit,
                 "split": read_json(train),
-                "code": code_hash(fit),
+                "code": code_hash(fit.fn),
                 "versions": library_versions(),
                 "training": choices.decisive,
                 "seed": choices.seed,
@@ -106,15 +106,21 @@ def fit(
         log_line(
             f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)"
         )
-    return [
-        {
-            "task": task,
-            "images": learner.images,
-            "trained parameters": learner.trained_parameters,
-            "steps": learner.total_steps,
-            **({"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)} if last else {}),
-        }
-    ]
+    return StageResult(
+        [
+            {
+                "task": task,
+                "images": learner.images,
+                "trained parameters": learner.trained_parameters,
+                "steps": learner.total_steps,
+                **(
+                    {"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)}
+                    if last
+                    else {}
+                ),
+            }
+        ]
+    )
 
 
 def take_part(task: str, number: int, meeting: Path, **inputs: Path) -> None:
@@ -314,7 +320,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
 def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
     """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
     settings = {
-        "code": code_hash(fit),
+        "code": code_hash(fit.fn),
         "task": task,
         "adapter": choices.adapter.of_the_fit,
         "training": choices.decisive,

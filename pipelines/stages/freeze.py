@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.data.packed import decode, memory_room, read_images, training_images
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
-from pipelines.ledger.receipts import given_back
+from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
 from pipelines.project.params import Adapter, read_params
 from pipelines.project.provenance import code_hash, library_versions
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @stage
 def freeze(
     task: str, *, fit: Path, train: Path, images: Path, before: Path, backbone: Path, out: Path
-) -> Summary:
+) -> StageResult:
     """Leave the model folder of `task` in `out`: what `before` holds, byte for byte, and what `fit` has learned.
 
     A head that is settled from statistics, and a freezing that changes the function, need the features of the task's
@@ -39,9 +39,9 @@ def freeze(
     from sdlora.model_folder import read_model, write_model
     from sdlora.seeding import generator_for
 
-    given = given_back("freeze", task, out)
-    if given is not None:
-        return given
+    restored = restore_retired_output("freeze", task, out)
+    if restored is not None:
+        return restored
     adapter, seed = read_params("adapter", Adapter), read_params("seed", int)
     deterministic = read_params("training.deterministic", bool)
     set_deterministic(deterministic)
@@ -94,7 +94,7 @@ def freeze(
                 "head": adapter.head,
                 "images": {**record.get("images", {}), task: described["split"]["images"]},
                 "split": described["split"],
-                "code": {"fit": described["code"], "freeze": code_hash(freeze)},
+                "code": {"fit": described["code"], "freeze": code_hash(freeze.fn)},
                 "versions": library_versions(),
                 "determinism": "deterministic algorithms" if deterministic else "none required",
                 "metrics": last_epoch(fit),
@@ -115,16 +115,18 @@ def freeze(
             },
             before=before,
         )
-    return [
-        {
-            "step": task,
-            "directions": len(frozen.directions),
-            "classes": len(seen),
-            "record": record_hash(out)[:12],
-            "previous": written["previous"][:12],
-            **step.facts,
-        }
-    ]
+    return StageResult(
+        [
+            {
+                "step": task,
+                "directions": len(frozen.directions),
+                "classes": len(seen),
+                "record": record_hash(out)[:12],
+                "previous": written["previous"][:12],
+                **step.facts,
+            }
+        ]
+    )
 
 
 def remembered(learned: "Learned") -> dict[str, Any]:

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.ledger.verdicts import broken, measured_in, results_of
-from pipelines.project.errors import InputError
+from pipelines.project.errors import GateClosedError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import Approval, Gate, Task, read_params
-from pipelines.runtime.stage import Summary, stage
+from pipelines.runtime.stage import StageResult, stage
 
 
 @stage
@@ -20,7 +20,7 @@ def gate(
     evaluation_before: Path,
     before: Path,
     out: Path,
-) -> Summary:
+) -> StageResult:
     """Leave in `out` the verdict on a step, and `open.json`, without which the next task is not learned.
 
     The verdict is the second half of the ledger: it holds the hash of the verdict before, of the step's record, of all
@@ -33,7 +33,7 @@ def gate(
     approval = read_params("approvals", dict[str, Approval]).get(task)
     if faults and not (approval and covers(approval, faults, evaluation)):
         late = "; what was approved were other results, or other limits" if approval else ""
-        raise InputError(
+        raise GateClosedError(
             f"gate: {task} {' and '.join(faults.values())}{late}; look at it (`sdlora audit diff "
             f"{read_params('tasks', dict[str, Task])[task].after} {task}`), then mend the step, or let it through with "
             f"`sdlora approve {task} --by NAME --why REASON`"
@@ -56,7 +56,7 @@ def gate(
         # The same bytes every time: the next fit depends on this file alone, and never on a limit or a test image.
         write_json(folder / "open.json", {"open": True})
     shown = {name: "-" if value is None else value for name, value in measured.items()}
-    return [{"step": task, **shown, "verdict": "approved" if faults else "holds"}]
+    return StageResult([{"step": task, **shown, "verdict": "approved" if faults else "holds"}])
 
 
 def covers(approval: Approval, faults: Iterable[str], evaluation: Path) -> bool:

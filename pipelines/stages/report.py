@@ -13,11 +13,11 @@ from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import Album, flipped_images, sample_images
 from pipelines.reports.statistics import headline, shown
 from pipelines.reports.weights import read_movement
-from pipelines.runtime.stage import Summary, publish_markdown, stage
+from pipelines.runtime.stage import StageResult, stage
 
 
 @stage
-def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
+def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
     """Write the metrics to `metrics`, the plot data and the page to `out`; return the headline numbers."""
     history = read_history(artifacts, list(read_params("tasks", dict[str, Task])))
     movement = read_movement(artifacts, history)
@@ -30,12 +30,14 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> Summary:
         )
         (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
     write_json(metrics, numbers)
-    publish_markdown(lambda: make_exhibits(history, movement))
-    return [
-        {
-            "metric": name.replace("_", " "),
-            "per sample": shown(numbers[name]),
-            "per task": shown(numbers[f"{name}_per_task"]),
-        }
-        for name in ("last_accuracy", "average_accuracy", "forgetting", "backward_transfer")
-    ]
+    return StageResult(
+        [
+            {
+                "metric": name.replace("_", " "),
+                "per sample": shown(numbers[name]),
+                "per task": shown(numbers[f"{name}_per_task"]),
+            }
+            for name in ("last_accuracy", "average_accuracy", "forgetting", "backward_transfer")
+        ],
+        documents=lambda: make_exhibits(history, movement),
+    )

@@ -31,12 +31,12 @@ from pipelines.data.packed import (
     write_samples,
 )
 from pipelines.data.sources import PARTS, Found, refuse, task_images
-from pipelines.ledger.receipts import given_back
+from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import Data, Task, read_params
 from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import stage
+from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,9 +64,7 @@ class Picture(NamedTuple):
 
 
 @stage
-def split(
-    task: str, *, source: Path, before: Path, out: Path, images: Path
-) -> list[dict[str, str | int | float]]:
+def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> StageResult:
     """Pack the images of a task's classes, divided into train, test and, if asked for, validation.
 
     The training images go to `images`, all else to `out`. What `before` holds is handed on. Refused, with the files
@@ -86,9 +84,9 @@ def split(
     tasks = read_params("tasks", dict[str, Task])
     if task not in tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(tasks)}")
-    given = given_back("split", task, out, images=images, then=partial(hand_on, before))
-    if given is not None:
-        return given
+    restored = restore_retired_output("split", task, out, images=images, then=partial(hand_on, before))
+    if restored is not None:
+        return restored
     names, data = tasks[task].classes, read_params("data", Data)
     earlier = read_json(before / "classes.json")
     refuse_known_classes(task, names, earlier["classes"])
@@ -157,7 +155,7 @@ def split(
                 "left_out": len(left_out),
             },
         )
-    return [{"class": name, **counts[name]} for name in names]
+    return StageResult([{"class": name, **counts[name]} for name in names])
 
 
 def hand_on(before: Path, folder: Path) -> None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from pipelines.project.files import whole_folder, write_json
-from pipelines.runtime.stage import stage
+from pipelines.runtime.stage import StageResult, stage
 
 
 @stage
-def start(*, out: Path, evaluation: Path, gate: Path) -> list[dict[str, str | int | float]]:
+def start(*, out: Path, evaluation: Path, gate: Path) -> StageResult:
     """Leave an empty class map in `out`, no results in `evaluation`, and the first verdict in `gate`."""
     with whole_folder(out) as folder:
         write_json(folder / "classes.json", {"classes": [], "tasks": []})
@@ -24,4 +24,4 @@ def start(*, out: Path, evaluation: Path, gate: Path) -> list[dict[str, str | in
     with whole_folder(gate) as folder:
         write_json(folder / "verdict.json", {"step": "t00", "previous": None})
         write_json(folder / "open.json", {"open": True})
-    return [{"task": "t00", "classes": 0}]
+    return StageResult([{"task": "t00", "classes": 0}])

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.orchestration.server import server_missing
 from pipelines.project.errors import InputError
 from pipelines.runtime.console import echo
-from pipelines.runtime.stage import server_missing
 from pipelines.sweeps.grid import MANY, checked_name, default_name, make_chains, read_axes
 from pipelines.sweeps.results import as_json, shown, write_table
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pipelines.orchestration.reconcile import begin_overlooked
+from pipelines.orchestration.server import PREFECT_SETTINGS
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.runtime.console import echo, log_line
 from pipelines.runtime.processes import environment
-from pipelines.runtime.stage import PREFECT_SETTINGS
 from pipelines.sweeps.grid import Chain, short_hash
 from pipelines.sweeps.here import may_begin, only_sweep, place_of
 from pipelines.sweeps.results import Result

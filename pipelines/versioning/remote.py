@@ -11,7 +11,7 @@ from pipelines.project.files import write_whole
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.plan import Plan, dvc_errors
-from pipelines.versioning.repro import StageFailedError, bring, dvc
+from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 
 UNPUSHED = Path(".sdlora/unpushed")
 """The stages whose outputs the remote has not taken, one a line."""
@@ -36,13 +36,13 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
         for maker in plan.order
     }
     paths = [out for outs in missing.values() for out in outs]
-    if not paths or not plan.remote or not dvc(["pull", *paths])[0]:
+    if not paths or not plan.remote or not run_dvc(["pull", *paths]):
         return
     require_remote(plan)  # what it has lost is made again; what it only cannot give now is not
     for maker, outs in missing.items():
         if not all(Path(out).exists() for out in outs):
             obtain(maker, plan, params)
-            bring(maker, pull=True)
+            reproduce_stage(maker, pull=True)
             push(maker)
 
 
@@ -75,7 +75,7 @@ def remembered(name: str) -> bool:
             except RunCacheNotSupported:
                 pass
             except RunCacheError as error:
-                raise StageFailedError(f"error: {error}", 1, name, cut_off=True) from error
+                raise StageFailedError(f"error: {error}", 1, name, interrupted=True) from error
             try:
                 repo.stage_cache.restore(repo.stage.load_one(name=name), pull=True)
             except RunCacheNotFoundError:
@@ -95,7 +95,7 @@ def owe(name: str) -> None:
 def push(name: str) -> None:
     """Share what a stage has left; what the remote does not take stays noted, for `make_up`."""
     owe(name)
-    if dvc(["push", "--run-cache", name])[0]:
+    if run_dvc(["push", "--run-cache", name]):
         echo(f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run")
         return
     write_whole(UNPUSHED, "\n".join(sorted(unpushed() - {name})).encode())
@@ -133,12 +133,12 @@ def require_remote(plan: Plan) -> None:
                 list(remote.list_oids_exists(["0" * 32]))
             except Exception as trouble:  # every kind of storage raises its own
                 raise StageFailedError(
-                    f"error: the DVC remote does not answer ({one_line(trouble)})", 1, "", cut_off=True
+                    f"error: the DVC remote does not answer ({one_line(trouble)})", 1, "", interrupted=True
                 ) from trouble
     if not there:
         raise StageFailedError(
             f"error: the DVC remote is the folder {root}, which is not there; mount it, or make it if it is new",
             1,
             "",
-            cut_off=True,
+            interrupted=True,
         )

@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TextIO
 
+from pipelines.project.layout import StageName
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
-from pipelines.runtime.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
+from pipelines.runtime.stage_outcome import GATE, OUTCOME_FILE, read_outcome
 from pipelines.versioning.dvc_server import DVC_SOCKET
 from pipelines.versioning.stage_lock import turn
 
@@ -33,108 +34,104 @@ CHATTER = (
     "Stage '",
     "Data and pipelines are up to date.",
 )
-"""What DVC says of itself on stdout; the rest is the stage's."""
-
-BROKEN = "error: gate: "
-"""How the line of a gate begins that a person may open."""
-
-FROM_CACHE = "is cached - skipping run, checking out outputs"
+"""What DVC says of itself on stdout. It is left out for the eye's sake alone: nothing is decided by it."""
 
 
 class StageFailedError(Exception):
     """A stage ended badly; it said why in one line, and `status` is what the whole run ends with.
 
-    One that was `cut_off` said nothing: it, or DVC, was killed, or DVC failed; the same again may go well.
+    One that was `interrupted` said nothing: it, or DVC, was killed, or DVC failed; the same again may go well.
     """
 
-    def __init__(self, line: str, status: int, stage: str, *, cut_off: bool = False) -> None:
+    def __init__(
+        self, line: str, status: int, stage: str, *, interrupted: bool = False, gate_closed: bool = False
+    ) -> None:
         super().__init__(line)
         self.status, self.stage = status, stage
-        self.cut_off = cut_off
+        self.interrupted = interrupted
+        self._gate_closed = gate_closed
 
     @property
     def closed_gate(self) -> str | None:
-        """The step that broke a limit of its gate, if that is what happened."""
-        name, _, step = self.stage.partition("@")
-        return step if name == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
+        """The step whose gate is closed, which a person may open; None if something else went wrong."""
+        return StageName.parse(self.stage).item if self._gate_closed else None
 
 
 Process = Forked | subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
-class Apart:
-    """How DVC is run beside another: what it and its stage print, errors too, goes line by line to `show`."""
+class ConcurrentOptions:
+    """Options for running DVC beside other work: stdout and stderr are passed to `show` line by line."""
 
     show: Callable[[str], None]
     begun: Callable[[Process], None]
-    """Called with the process, which leads a group, as soon as there is one."""
+    """called with the process, which leads a group, as soon as there is one"""
     settings: Mapping[str, str]
-    """What its environment has more."""
+    """further environment variables"""
 
 
-def bring(name: str, *, pull: bool, apart: Apart | None = None) -> bool:
+def reproduce_stage(name: str, *, pull: bool, concurrent: ConcurrentOptions | None = None) -> bool:
     """Bring one stage up to date through DVC; return whether its outputs came from the cache.
 
-    With `pull` the remote's cache is asked too.
+    They did, or were there, where DVC ends well and the stage has left no outcome. With `pull` the remote's cache is
+    asked too.
     """
     with turn(name), TemporaryDirectory(prefix="sdlora-") as folder:
-        error_file = Path(folder) / "error"
+        outcome = Path(folder) / "outcome.json"
         command = ["repro", "--single-item", name, *(["--pull"] if pull else [])]
-        status, cached = dvc(
-            command, {ERROR_FILE: str(error_file), PARENT_FLOW_RUN: current_flow_run() or ""}, apart
-        )
+        status = run_dvc(command, {OUTCOME_FILE: str(outcome)}, concurrent)
         if status:
-            raise failure_of(name, status, error_file)
-    return cached
+            raise _failure_of(name, status, outcome)
+        return read_outcome(outcome) is None
 
 
-def failure_of(name: str, status: int, error_file: Path) -> StageFailedError:
-    """Make an error of what a stage wrote about its end, or of DVC's own failure."""
-    if error_file.is_file():
-        code, _, line = error_file.read_text(encoding="utf-8").strip().partition(" ")
-        return StageFailedError(line, int(code), name)
-    return StageFailedError(
-        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again",
-        1,
-        name,
-        cut_off=True,
-    )
-
-
-def dvc(
-    arguments: list[str], settings: Mapping[str, str] = MappingProxyType({}), apart: Apart | None = None
-) -> tuple[int, bool]:
-    """Run DVC in a group of its own; return its status, and whether outputs came from the cache."""
-    settings = {**settings, **apart.settings} if apart else settings
-    process, output = start_dvc(["--wait-for-lock", *arguments], settings, errors_too=apart is not None)
-    show = apart.show if apart else echo
-    cached = False
+def run_dvc(
+    arguments: list[str],
+    settings: Mapping[str, str] = MappingProxyType({}),
+    concurrent: ConcurrentOptions | None = None,
+) -> int:
+    """Run DVC in a group of its own; return its exit status."""
+    settings = {**settings, **concurrent.settings} if concurrent else settings
+    process, output = _start_dvc(["--wait-for-lock", *arguments], settings, errors_too=concurrent is not None)
+    show = concurrent.show if concurrent else echo
     try:
-        if apart:
-            apart.begun(process)
+        if concurrent:
+            concurrent.begun(process)
         with output:
             for line in output:
-                cached |= FROM_CACHE in line
                 if line.strip() and not line.startswith(CHATTER):
                     show(line.rstrip())
-        return process.wait(), cached
+        return process.wait()
     except BaseException:
         end_group(process)
         raise
 
 
-def start_dvc(
+def _failure_of(name: str, status: int, path: Path) -> StageFailedError:
+    """Make an error of what a stage wrote about its end, or of DVC's own failure."""
+    outcome = read_outcome(path)
+    if outcome is not None and outcome.status:
+        return StageFailedError(outcome.line, outcome.status, name, gate_closed=outcome.kind == GATE)
+    return StageFailedError(
+        f"error: {name} did not finish (dvc: status {status}, reason above); run the same again",
+        1,
+        name,
+        interrupted=True,
+    )
+
+
+def _start_dvc(
     arguments: list[str], settings: Mapping[str, str], *, errors_too: bool
 ) -> tuple[Process, TextIO]:
-    """Start DVC, forked from the warm process of `warm_dvc` where there is one; also return what it prints."""
+    """Start DVC, forked from the preloaded process where there is one; also return what it prints."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
     reading, writing = os.pipe()
     output = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - who called closes it
     try:
         streams = (writing, writing if errors_too else 2)
-        return warm_or_new(arguments, environment, *streams), output
+        return _fork_or_spawn(arguments, environment, *streams), output
     except BaseException:
         output.close()
         raise
@@ -142,7 +139,7 @@ def start_dvc(
         os.close(writing)
 
 
-def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
+def _fork_or_spawn(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
     """Start DVC in a session of its own, to end when this process does."""
     with open(os.devnull, "rb") as nothing:
         if DVC_SOCKET in os.environ:

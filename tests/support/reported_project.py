@@ -248,7 +248,9 @@ def dump(path: Path, value: object) -> None:
 def run_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | int | float]]:
     """Run the stage in a project's folder, as DVC does."""
     monkeypatch.chdir(folder)
-    return report(artifacts=Path("artifacts"), out=Path("artifacts/report"), metrics=Path("metrics.json"))
+    return report(
+        artifacts=Path("artifacts"), out=Path("artifacts/report"), metrics=Path("metrics.json")
+    ).rows
 
 
 def read_csv(folder: Path, name: str) -> list[dict[str, str]]:

@@ -1,38 +1,40 @@
-"""A chain of stand-in stages: shell scripts that note that they ran."""
+"""A chain of stand-in stages: shell scripts that note that they ran, and leave their outcome as stages do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-DVC_YAML = """
+LEAVE = """echo '{"status": 0, "kind": "done"}' | tee $SDLORA_OUTCOME_FILE > /dev/null"""
+DVC_YAML = f"""
 stages:
   start:
-    cmd: mkdir -p artifacts/model && echo start > artifacts/model/t00
+    cmd: >-
+      mkdir -p artifacts/model && echo start > artifacts/model/t00 && {LEAVE}
     deps:
       - code
     outs:
       - artifacts/model/t00
   fit:
-    foreach: ${tasks}
+    foreach: ${{tasks}}
     do:
-      cmd: ./fit ${key} ${item.after}
+      cmd: ./fit ${{key}} ${{item.after}}
       params:
         - adapter.rank
-        - tasks.${key}
+        - tasks.${{key}}
       deps:
         - fit
-        - artifacts/model/${item.after}
+        - artifacts/model/${{item.after}}
       outs:
-        - artifacts/model/${key}
+        - artifacts/model/${{key}}
   evaluate:
-    foreach: ${tasks}
+    foreach: ${{tasks}}
     do:
-      cmd: ./evaluate ${key}
+      cmd: ./evaluate ${{key}}
       deps:
         - evaluate
-        - artifacts/model/${key}
+        - artifacts/model/${{key}}
       outs:
-        - artifacts/evaluation/${key}
+        - artifacts/evaluation/${{key}}
   report:
     cmd: ./report
     params:
@@ -44,20 +46,23 @@ stages:
           cache: false
 """
 
-FIT = """#!/bin/sh
+FIT = f"""#!/bin/sh
 echo "fit $1" >> ran
 cut -c 1 rank-matters > artifacts/model/$1 2>/dev/null || true
 echo "$1 after $2" >> artifacts/model/$1
+{LEAVE}
 """
-EVALUATE = """#!/bin/sh
+EVALUATE = f"""#!/bin/sh
 echo "evaluate $1" >> ran
 mkdir -p artifacts/evaluation/$1
 case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
-echo "{\\"accuracy\\": [$accuracy]}" > artifacts/evaluation/$1/metrics.json
+echo "{{\\"accuracy\\": [$accuracy]}}" > artifacts/evaluation/$1/metrics.json
+{LEAVE}
 """
-REPORT = """#!/bin/sh
+REPORT = f"""#!/bin/sh
 echo report >> ran
-echo '{"last_accuracy": 0.875, "average_accuracy": 0.8125, "forgetting": 0.125}' > metrics.json
+echo '{{"last_accuracy": 0.875, "average_accuracy": 0.8125, "forgetting": 0.125}}' > metrics.json
+{LEAVE}
 """
 
 

@@ -118,7 +118,7 @@ class Site:
 
 
 def answers(url: str) -> bool:
-    from pipelines.runtime.stage import server_trouble
+    from pipelines.orchestration.server import server_trouble
 
     return server_trouble(url) is None
 

@@ -209,7 +209,7 @@ def test_ended_before_any_of_its_operations_the_same_command_finishes(
     packed = sha256_of(project / "artifacts/train/t01/train.arrow")
     for owner, name in ((FileSystem, "remove"), (Path, "unlink"), (Path, "rmdir")):
         limited(owner, name)
-    for name in ("write_json", "replace_file", "bring"):
+    for name in ("write_json", "replace_file", "reproduce_stage"):
         limited(retiring, name)
     total: list[str] = []
     for attempt in range(40):
@@ -222,7 +222,7 @@ def test_ended_before_any_of_its_operations_the_same_command_finishes(
             assert attempt < 39
     monkeypatch.undo()
 
-    assert {"write_json", "replace_file", "unlink", "rmdir", "remove", "bring"} <= {*total, *done}
+    assert {"write_json", "replace_file", "unlink", "rmdir", "remove", "reproduce_stage"} <= {*total, *done}
     assert not list(holding(project.parent, images, packed))
     assert "all up to date" in call(project, "sdlora", "run")
     assert "the chain holds" in call(project, "sdlora", "audit", "verify")

@@ -164,7 +164,7 @@ def test_cifar100_is_read_from_its_binary_version(project: Path) -> None:
     publish("cifar100", {"cifar-100-binary.tar.gz": tar(archive, "w:gz")}, ["apple", "baby", "bear"])
     choose("cifar100: {}")
 
-    summary = fetch("cifar100", out=project / "out")
+    summary = fetch("cifar100", out=project / "out").rows
 
     assert set(tree(project / "out")) == {
         "train/bear/00000.png",

@@ -14,8 +14,8 @@ import pytest
 from pipelines.orchestration.attempts import Attempts, checkpoint_mark, few_tries
 from pipelines.orchestration.deploy import NAME, TAG, TEND
 from pipelines.orchestration.reconcile import close_dead_runs, forget_tendings, see_to_overlooked
+from pipelines.orchestration.stage_runs import STAGE_TAG, run_tag
 from pipelines.project.errors import InputError
-from pipelines.runtime.stage import STAGE_TAG, place
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -222,7 +222,7 @@ def test_runs_of_this_folder_and_children_of_ended_runs_are_closed_and_no_others
 ) -> None:
     from prefect.states import Crashed
 
-    mine = running(client, STAGE_TAG, place())
+    mine = running(client, STAGE_TAG, run_tag())
     ended, alive = running(client), running(client)
     client.set_flow_run_state(ended.id, Crashed(), force=True)
     orphan = running(client, STAGE_TAG, "elsewhere:/clone", parent=ended)

@@ -18,7 +18,7 @@ from pipelines.orchestration.overlap import room_beside
 from pipelines.orchestration.run import run_pipeline
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
-from tests.support.stand_in_chain import DVC_YAML, REPORT, ran
+from tests.support.stand_in_chain import DVC_YAML, LEAVE, REPORT, ran
 
 START = "mkdir -p artifacts/model && echo start > artifacts/model/t00"
 GATED = f"{START} && mkdir -p artifacts/gate/t00 && ./open t00"
@@ -48,6 +48,7 @@ do sleep 0.1; i=$((i+1)); done
 echo "$1 after $2" > artifacts/model/$1
 echo "fit $1 ends" >> ran
 """
+FIT += f"{LEAVE}\n"
 EVALUATE = """#!/bin/sh
 echo "evaluate $1 begins" >> ran
 i=0; while test -f slow && ! grep -q "fit t02 begins" ran && test $i -lt 900; do sleep 0.1; i=$((i+1)); done
@@ -57,6 +58,7 @@ case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
 echo "{\\"accuracy\\": [$accuracy]}" > artifacts/evaluation/$1/metrics.json
 echo "evaluate $1 ends" >> ran
 """
+EVALUATE += f"{LEAVE}\n"
 
 
 @pytest.fixture

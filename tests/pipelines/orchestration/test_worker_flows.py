@@ -22,14 +22,14 @@ class ServerAway(Attempts):
         raise OSError(message)
 
 
-@pytest.mark.parametrize(("cut_off", "name"), [(True, "Crashed"), (False, "Failed")])
+@pytest.mark.parametrize(("interrupted", "name"), [(True, "Crashed"), (False, "Failed")])
 def test_a_stage_that_was_killed_is_begun_again_and_one_that_refused_is_not(
-    monkeypatch: pytest.MonkeyPatch, cut_off: bool, name: str
+    monkeypatch: pytest.MonkeyPatch, interrupted: bool, name: str
 ) -> None:
     """The server starts crashed runs again, and leaves failed ones."""
 
     def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
-        raise StageFailedError("error: fit@t01 ended badly", 1, "fit@t01", cut_off=cut_off)
+        raise StageFailedError("error: fit@t01 ended badly", 1, "fit@t01", interrupted=interrupted)
 
     monkeypatch.setattr(worker_flows, "work", work)
     monkeypatch.setattr(worker_flows, "die_with", lambda parent: None)

@@ -50,7 +50,7 @@ def test_every_known_data_set_has_its_settings() -> None:
 def test_digits_become_png_files_in_class_folders(project: Path) -> None:
     from sklearn.datasets import load_digits
 
-    summary = fetch("digits", out=project / "data/raw/digits")
+    summary = fetch("digits", out=project / "data/raw/digits").rows
 
     files = tree(project / "data/raw/digits")
     assert {tuple(name.split("/")[:2]) for name in files} == {
@@ -108,7 +108,7 @@ def test_glyphs_are_named_by_row_and_font(project: Path, monkeypatch: pytest.Mon
     ]
     pack_glyphs(project, monkeypatch, rows)
 
-    summary = fetch("glyphs100", out=project / "out")
+    summary = fetch("glyphs100", out=project / "out").rows
 
     assert set(tree(project / "out")) == {"train/Ж/0000-dejavu-sans-bold.png", "test/Ж/0001-gentium.png"}
     assert summary == [

@@ -69,7 +69,7 @@ def run(task: str, *, root: str = "split") -> list[dict[str, str | int | float]]
         before=Path(root, before),
         out=Path(root, task),
         images=Path(root, "train", task),
-    )
+    ).rows
 
 
 def refusal(task: str) -> str:
@@ -436,7 +436,7 @@ def run_of(source: str, task: str, *, root: str = "split") -> list[dict[str, str
         before=Path(root, before),
         out=Path(root, task),
         images=Path(root, "train", task),
-    )
+    ).rows
 
 
 def test_without_validation_its_folder_says_so() -> None:

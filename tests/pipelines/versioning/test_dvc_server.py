@@ -17,8 +17,9 @@ import pytest
 
 from pipelines.runtime.fork_server import SOCKET
 from pipelines.versioning.dvc_server import DVC_SOCKET, warm_dvc
-from pipelines.versioning.repro import StageFailedError, bring, dvc
+from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 from tests.support.repository import REPOSITORY
+from tests.support.stand_in_chain import LEAVE
 
 DVC_YAML = """
 stages:
@@ -33,7 +34,7 @@ stages:
       outs:
         - out/${key}
 """
-MAKE = '#!/bin/sh\nmkdir -p out\necho said by "$1"\necho "$1" > "out/$1"\n'
+MAKE = f'#!/bin/sh\nmkdir -p out\necho said by "$1"\necho "$1" > "out/$1"\n{LEAVE}\n'
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_it_leaves_what_dvc_leaves_and_passes_on_what_stages_print(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert [bring(f"make@{name}", pull=False) for name in "abc"] == [False] * 3
+    assert [reproduce_stage(f"make@{name}", pull=False) for name in "abc"] == [False] * 3
     assert capfd.readouterr().out == "said by a\nsaid by b\nsaid by c\n"
     ours = (project / "dvc.lock").read_bytes()
     (project / "dvc.lock").unlink()
@@ -84,32 +85,32 @@ def test_it_leaves_what_dvc_leaves_and_passes_on_what_stages_print(
 def test_a_stage_finds_the_warm_process_of_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SOCKET, "/somewhere")
     (project / "make").write_text(f'#!/bin/sh\nmkdir -p out\necho "${SOCKET} ${DVC_SOCKET}" > "out/$1"\n')
-    bring("make@a", pull=False)
+    reproduce_stage("make@a", pull=False)
     assert (project / "out/a").read_text() == "/somewhere \n"
 
 
 def test_every_command_sees_the_files_as_they_are_then(project: Path) -> None:
-    bring("make@a", pull=False)
-    bring("make@b", pull=False)
+    reproduce_stage("make@a", pull=False)
+    reproduce_stage("make@b", pull=False)
     (project / "params.yaml").write_text("rate: 2\ntasks: {a: {}, b: {}, d: {}}\n")
     (project / "make").write_text(MAKE + 'echo more >> "out/$1"\n')
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "make@b"], check=True)  # another terminal
     for name in "abd":
-        bring(f"make@{name}", pull=False)
+        reproduce_stage(f"make@{name}", pull=False)
     assert (project / "out/a").read_text() == "a\nmore\n"
-    assert dvc(["status", "--quiet"])[0] == 0
+    assert run_dvc(["status", "--quiet"]) == 0
     (project / "out/a").unlink()
-    assert bring("make@a", pull=False) is True
+    assert reproduce_stage("make@a", pull=False) is True
 
 
 def test_what_fails_fails_as_in_a_process_of_its_own(project: Path) -> None:
     (project / "make").write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(StageFailedError, match="make@a did not finish") as found:
-        bring("make@a", pull=False)
-    assert found.value.cut_off
+        reproduce_stage("make@a", pull=False)
+    assert found.value.interrupted
     with warm_dvc_away():
-        assert dvc(["repro", "no-such-stage"]) == (255, False)
-    assert dvc(["repro", "no-such-stage"]) == (255, False)
+        assert run_dvc(["repro", "no-such-stage"]) == 255
+    assert run_dvc(["repro", "no-such-stage"]) == 255
 
 
 @contextlib.contextmanager
@@ -137,7 +138,7 @@ def test_a_killed_dvc_takes_its_stage_along_and_is_no_harm_to_the_next(victim: s
 
     def work() -> None:
         try:
-            bring("make@a", pull=False)
+            reproduce_stage("make@a", pull=False)
         except StageFailedError as end:
             ends.append(end)
 
@@ -150,9 +151,9 @@ def test_a_killed_dvc_takes_its_stage_along_and_is_no_harm_to_the_next(victim: s
     assert forked.name() == "dvc repro"
     (forked if victim == "the forked DVC" else server()).send_signal(signal.SIGKILL)
     thread.join(timeout=30)
-    assert [end.cut_off for end in ends] == [True]
+    assert [end.interrupted for end in ends] == [True]
     _, left = psutil.wait_procs([forked, sleeper], timeout=20)
     assert left == []
     (project / "make").write_text(MAKE)
-    assert bring("make@a", pull=False) is False
+    assert reproduce_stage("make@a", pull=False) is False
     assert (project / "out/a").read_text() == "a\n"

@@ -392,7 +392,7 @@ def test_a_remote_that_is_away_is_no_reason_to_compute_what_it_holds(
         StageFailedError, match=r"the DVC remote is the folder .*/remote, which is not there"
     ) as caught:
         finish(lambda: None)
-    assert caught.value.cut_off
+    assert caught.value.interrupted
     assert not (folder / "ran").exists()
 
     (tmp_path / "away").rename(tmp_path / "remote")
@@ -406,16 +406,16 @@ def test_what_the_remote_did_not_take_is_pushed_by_the_next_run(
     replace(first / "evaluate", "#!/bin/sh\n", "#!/bin/sh\n# changed\n")
     ran(first)
     remote = tmp_path / "remote"
-    real = repro.dvc
+    real = repro.run_dvc
     monkeypatch.setattr(
-        sharing, "dvc", lambda arguments: (1, False) if arguments[0] == "push" else real(arguments)
+        sharing, "run_dvc", lambda arguments: 1 if arguments[0] == "push" else real(arguments)
     )
     with pytest.raises(
         StageFailedError, match=r"the DVC remote did not take evaluate@t01, evaluate@t02"
     ) as caught:
         finish(lambda: None)
-    assert caught.value.cut_off
-    monkeypatch.setattr(sharing, "dvc", real)
+    assert caught.value.interrupted
+    monkeypatch.setattr(sharing, "run_dvc", real)
 
     def known() -> set[str]:
         return {path.name for path in (remote / "runs").rglob("*") if path.is_file()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -16,27 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.project.error_text import user_message
-from pipelines.project.errors import InputError
-from pipelines.runtime.console import log_line
-from pipelines.runtime.stage import (
-    ERROR_FILE,
-    PARENT_FLOW_RUN,
-    Stage,
-    Summary,
-    launch,
-    make_flow,
-    publish_markdown,
-    stage,
-)
+from pipelines.orchestration.stage_runs import PARENT_FLOW_RUN, launch, make_flow
+from pipelines.runtime.stage import Stage, StageResult, stage
+from pipelines.runtime.stage_outcome import DONE, OUTCOME_FILE, StageOutcome, read_outcome
 from tests.support.repository import REPOSITORY
 
 
 @stage
-def measure(task: str, *, out: Path) -> Summary:
+def measure(task: str, *, out: Path) -> StageResult:
     """A stage that leaves a file."""
     out.write_text(task)
-    return [{"task": task, "accuracy": 0.5}]
+    return StageResult([{"task": task, "accuracy": 0.5}])
 
 
 def run_script(text: str, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -56,12 +45,13 @@ def run_script(text: str, folder: Path, **settings: str) -> subprocess.Completed
 
 MEASURE = """
 from pathlib import Path
-from pipelines.runtime.stage import launch, stage
+from pipelines.orchestration.stage_runs import launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def measure(task, *, out):
     out.write_text(task)
-    return [{"task": task, "accuracy": 0.5}]
+    return StageResult([{"task": task, "accuracy": 0.5}])
 
 launch(measure, task="t07", out=Path("out"))
 """
@@ -150,7 +140,8 @@ import os
 from pathlib import Path
 from pipelines.runtime.progress import progress
 from pipelines.orchestration.server import prefect_server
-from pipelines.runtime.stage import current_flow_run, launch, stage
+from pipelines.orchestration.stage_runs import current_flow_run, launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def measure(task, *, out):
@@ -161,7 +152,7 @@ def measure(task, *, out):
         os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), 9)
         bar.update(2)
     out.write_text(task)
-    return [{"task": task}]
+    return StageResult([{"task": task}])
 
 with prefect_server(Path("prefect")) as wait:
     wait()
@@ -183,7 +174,8 @@ def test_work_that_was_told_to_stop_is_not_begun_again_when_the_server_is_gone_t
 import os
 from pathlib import Path
 from pipelines.orchestration.server import prefect_server
-from pipelines.runtime.stage import launch, stage
+from pipelines.orchestration.stage_runs import launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def measure(task):
@@ -207,7 +199,8 @@ def test_with_a_server_a_stage_is_a_flow_run_below_the_outer_one(prefect_url: st
     outer = f"""
 import os, json, subprocess, sys
 from pathlib import Path
-from pipelines.runtime.stage import Stage, current_flow_run, run_linked
+from pipelines.orchestration.stage_runs import current_flow_run, run_linked
+from pipelines.runtime.stage import Stage, StageResult
 
 def child():
     program = Path("child.py")
@@ -215,7 +208,7 @@ def child():
     os.environ[{PARENT_FLOW_RUN!r}] = current_flow_run()
     subprocess.run([sys.executable, str(program)], check=True)
     Path("outer").write_text(current_flow_run())
-    return []
+    return StageResult([])
 
 run_linked(Stage("outer", child), "outer", {{}})
 
@@ -248,7 +241,8 @@ def test_an_error_of_the_work_is_the_stages_error_and_not_prefects(prefect_url: 
     done = run_script(
         """
 from pipelines.project.errors import InputError
-from pipelines.runtime.stage import launch, stage
+from pipelines.orchestration.stage_runs import launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def measure(task):
@@ -267,11 +261,12 @@ except InputError as error:
     assert done.stderr == ""
 
 
-def test_without_a_flow_run_nothing_is_made_to_be_shown() -> None:
+def test_without_a_flow_run_no_document_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> dict[str, str]:
         raise AssertionError("nobody would see it")
 
-    publish_markdown(make)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    launch(Stage("measure", lambda out: StageResult([], documents=make)), out=tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -279,13 +274,14 @@ def test_what_prefect_cannot_show_costs_a_line_and_nothing_more(prefect_url: str
     done = run_script(
         """
 from pathlib import Path
-from pipelines.runtime.stage import launch, publish_markdown, stage
+from pipelines.orchestration.stage_runs import launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def measure(out):
-    publish_markdown(lambda: {"measure-text": "# Good", "No such KEY": "# Bad", "measure-more": "# More"})
     out.write_text("done")
-    return []
+    texts = {"measure-text": "# Good", "No such KEY": "# Bad", "measure-more": "# More"}
+    return StageResult([{"task": "t07"}], documents=lambda: texts)
 
 launch(measure, out=Path("out"))
 
@@ -302,7 +298,7 @@ with get_client(sync_client=True) as client:
     assert (tmp_path / "out").read_text() == "done"
     assert done.stdout == "# Good False\n"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("prefect: no No such KEY (")
+    assert line.startswith("prefect: no No such KEY of measure (")
 
 
 def test_the_flow_of_a_stage_is_named_after_it_and_caches_nothing() -> None:
@@ -317,7 +313,8 @@ def test_a_stage_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         """
 import os, time
 from pathlib import Path
-from pipelines.runtime.stage import launch, stage
+from pipelines.orchestration.stage_runs import launch
+from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def wait():
@@ -355,54 +352,16 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def raised(function: Callable[[], object]) -> Exception:
-    try:
-        function()
-    except Exception as error:
-        return error
-    raise AssertionError("nothing was raised")
-
-
-def test_a_missing_file_is_an_error_of_one_line_that_names_it(tmp_path: Path) -> None:
-    error = raised((tmp_path / "weights").read_bytes)
-    assert user_message(error) == f"No such file or directory ({tmp_path / 'weights'})"
-
-
-def test_a_full_disk_is_an_error_of_one_line() -> None:
-    line = user_message(OSError(errno.ENOSPC, "No space left on device", "artifacts/fit/t01"))
-    assert line
-    assert line.startswith("the disk is full (artifacts/fit/t01)")
-
-
-def test_a_value_error_of_ours_is_the_users_and_one_of_a_library_is_a_bug() -> None:
-    from pipelines.project.files import natural_key
-    from sdlora.metrics import accuracy_matrix
-
-    ours = raised(lambda: accuracy_matrix([[0.5, 0.5]]))
-    assert isinstance(ours, ValueError)
-    assert user_message(ours) == str(ours)
-    assert user_message(raised(lambda: json.loads("{"))) is None
-    assert user_message(raised(lambda: natural_key(3))) is None  # type: ignore[arg-type]
-
-
-def test_an_error_of_several_lines_becomes_one() -> None:
-    assert user_message(InputError("a\n  b")) == "a b"
-
-
 def test_the_names_of_the_environment_do_not_change_by_accident() -> None:
     """Other programs set and read them."""
-    assert (ERROR_FILE, PARENT_FLOW_RUN) == ("SDLORA_ERROR_FILE", "SDLORA_PARENT_FLOW_RUN")
-    assert Stage("measure", measure.fn) == measure
+    assert (OUTCOME_FILE, PARENT_FLOW_RUN) == ("SDLORA_OUTCOME_FILE", "SDLORA_PARENT_FLOW_RUN")
 
 
-def test_work_goes_on_where_nobody_reads_its_lines_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its reader was killed; the signal that ends a fit in order is on its way, and comes after the next line."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        log_line("fit t01: 12/60 images")
-        with pytest.raises(BrokenPipeError):
-            stderr.flush()
-        monkeypatch.undo()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
+def test_a_stage_that_ran_leaves_its_outcome_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv(OUTCOME_FILE, str(tmp_path / "outcome.json"))
+    assert read_outcome(tmp_path / "outcome.json") is None
+    launch(measure, task="t02", out=tmp_path / "out")
+    assert read_outcome(tmp_path / "outcome.json") == StageOutcome(0, DONE)

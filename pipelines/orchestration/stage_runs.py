@@ -1,0 +1,199 @@
+"""Runs of stages: plain where no Prefect server answers, and flow runs where one does."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.ledger import journal
+from pipelines.orchestration.progress_artifact import ProgressArtifact
+from pipelines.orchestration.server import PREFECT_SETTINGS, server_missing
+from pipelines.project.error_text import one_line, user_message
+from pipelines.project.errors import InputError
+from pipelines.project.fingerprints import require_own_code, stage_fingerprint
+from pipelines.project.layout import CODE, STAGES
+from pipelines.runtime.console import log_line
+from pipelines.runtime.processes import die_with_starter
+from pipelines.runtime.progress import show_progress
+from pipelines.runtime.progress_bar import ProgressBar
+from pipelines.runtime.stage import Stage, StageResult
+from pipelines.runtime.stage_outcome import DONE, StageOutcome, leave_outcome
+
+if TYPE_CHECKING:
+    from prefect import Flow, State
+
+PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
+"""Environment variable: the id of the outer flow run that this stage belongs to."""
+
+STAGE_TAG = "sdlora-stage"
+"""Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
+
+
+def launch(stage: Stage, **arguments: str | Path) -> None:
+    """Run a stage as the child of DVC that it is: as a flow run if a Prefect server answers, plainly otherwise.
+
+    The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
+    """
+    die_with_starter()
+    _require_hashed_code(stage.name)
+    task = arguments.get("task", arguments.get("name"))
+    label = f"{stage.name}@{task}" if task else stage.name
+    show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
+    missing, started = server_missing(), time.monotonic()
+    if missing:
+        log_line(f"prefect: no server ({missing}); running {label} plainly")
+        result = stage(**arguments)
+    else:
+        result = run_linked(stage, label, arguments)
+    if stage.name in STAGES:
+        journal.keep(label, arguments, result, seconds=time.monotonic() - started)
+    leave_outcome(StageOutcome(0, DONE))
+
+
+def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> StageResult:
+    """Run a stage as a flow run, a child of the outer flow run if there is one."""
+    for name, value in PREFECT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Prefect's threads would print of every message that a server, once gone, does not take.
+    logging.raiseExceptions = False
+    work = _Work()
+    try:
+        _run_flow(_observed(stage, label, work), stage.name, label, arguments)
+        _flush()
+    except Exception as trouble:  # of the server: the work's own error is kept in `work`
+        log_line(f"prefect: the server failed ({one_line(trouble)}); {label} does not depend on it")
+    if work.error is not None:
+        raise work.error
+    if work.result is None:
+        log_line(f"prefect: {label} was not started by the server; running it plainly")
+        return stage(**arguments)
+    return work.result
+
+
+def run_tag() -> str:
+    """Return the tag of the flow runs of this folder on this machine, where one `sdlora run` works at a time."""
+    return f"{socket.gethostname()}:{os.getcwd()}"
+
+
+def current_flow_run() -> str | None:
+    """Return the id of the flow run that this code is called in, if it is in one."""
+    if "prefect" not in sys.modules:
+        return None
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context and context.flow_run else None
+
+
+def make_flow(fn: Callable[..., Any], name: str) -> Flow[..., Any]:
+    """Make a flow without a cache, without stored results and without retries: those are DVC's business."""
+    from prefect import Flow
+
+    return Flow(fn, name=name, retries=0, persist_result=False, validate_parameters=False)
+
+
+def _require_hashed_code(kind: str) -> None:
+    """Refuse to run a stage whose code is not the one that DVC has hashed for it."""
+    hashed = CODE / kind
+    if hashed.is_file() and hashed.read_text(encoding="utf-8") != stage_fingerprint(kind).text:
+        require_own_code()
+        raise InputError(f"{kind}: its code was edited since {hashed} was written; run the same again")
+
+
+@dataclass
+class _Work:
+    """What became of the work, whatever became of the server."""
+
+    result: StageResult | None = None
+    error: BaseException | None = field(default=None, repr=False)
+
+
+def _observed(stage: Stage, label: str, kept: _Work) -> Callable[..., State]:
+    """Wrap the stage's function so that its outcome is kept here and told to Prefect as a state."""
+
+    @functools.wraps(stage.fn)
+    def work(*args: Any, **kwargs: Any) -> State:  # noqa: ANN401 - the function's own arguments
+        from prefect.states import Completed, Failed
+
+        try:
+            kept.result = stage(*args, **kwargs)
+        except Exception as error:
+            kept.error = error
+            return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
+        except BaseException as end:
+            # Told to stop: a server that cannot be told of it is no reason to begin again.
+            kept.error = end
+            raise
+        _publish(kept.result, label)
+        return Completed(message=f"{label} is done")
+
+    return work
+
+
+def _run_flow(fn: Callable[..., State], flow_name: str, label: str, arguments: dict[str, str | Path]) -> None:
+    from uuid import UUID, uuid4
+
+    from prefect import Task
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.states import Pending
+
+    parent = os.environ.get(PARENT_FLOW_RUN)
+    flow = make_flow(fn, flow_name)
+    shown = {key: str(value) for key, value in arguments.items()}
+    # The heartbeat's thread is joined in steps of a second, and the outer flow has one of its own.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with get_client(sync_client=True) as client:
+            placeholder = None
+            if parent:
+                placeholder = client.create_task_run(
+                    Task(fn=fn, name=label),
+                    flow_run_id=UUID(parent),
+                    dynamic_key=f"{label}-{uuid4()}",
+                    name=label,
+                    state=Pending(),
+                ).id
+            run = client.create_flow_run(
+                flow,
+                name=label,
+                parameters=shown,
+                parent_task_run_id=placeholder,
+                state=Pending(),
+                tags=[STAGE_TAG, run_tag()],
+            )
+        run_flow(flow, flow_run=run, parameters=dict(arguments), return_type="state")
+
+
+def _flush() -> None:
+    """Send what waits for the server: it may be stopped before this process ends."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=5)
+
+
+def _publish(result: StageResult, label: str) -> None:
+    """Show in Prefect what a stage has to tell: its rows as a table, its documents as texts.
+
+    Finished work never fails for it: the first thing that goes wrong costs a line, and the rest is not tried.
+    """
+    from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+    key = label.replace("@", "-").replace("_", "-").lower()
+    try:
+        create_table_artifact(table=result.rows, key=key)
+        key = "documents"
+        for key, text in result.documents().items():
+            create_markdown_artifact(text, key=key)
+    except Exception as trouble:
+        log_line(f"prefect: no {key} of {label} ({one_line(trouble)})")
