@@ -27,7 +27,6 @@ from pipelines.ledger.receipts import (
     read_receipts,
     receipt_of,
 )
-from pipelines.orchestration.run import only_run
 from pipelines.planning.tasks import PARAMS, replace_file, with_task, without_fetch
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
@@ -36,6 +35,7 @@ from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, re
 from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
 from pipelines.versioning.plan import Plan, dvc_errors, read_plan
+from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.remote import push
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 

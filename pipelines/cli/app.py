@@ -132,7 +132,7 @@ def keep() -> None:
 def status() -> None:
     """Show which stages are done, which are stale, and why."""
     require_project()
-    from pipelines.orchestration.run import show_status
+    from pipelines.orchestration.status import show_status
 
     show_status()
 

@@ -43,7 +43,7 @@ class Attempts:
         """`state` is the one in which this process began the run; if that is not known, it never gives way."""
         self._run, self._state = run, state
 
-    def give_way(self) -> None:
+    def exit_if_superseded(self) -> None:
         """End this process, and change nothing, where the attempt that it works at is another's.
 
         A server on SQLite may give one run to two workers in the same moment: the one that was Running second gives
@@ -53,7 +53,7 @@ class Attempts:
         from prefect.exceptions import Abort
 
         try:
-            with few_tries(), get_client(sync_client=True) as client:
+            with short_retries(), get_client(sync_client=True) as client:
                 states = client.read_flow_run_states(self._run)
         except Exception as trouble:  # a server that is away stops nothing
             log_line(f"prefect: whether this run has begun elsewhere is not known ({one_line(trouble)})")
@@ -80,7 +80,7 @@ class Attempts:
 
     def progressed(self) -> None:
         """Note that a stage has been finished: the attempts before count no more."""
-        with few_tries():
+        with short_retries():
             self._write({IDLE: 0})
 
     def schedule(self, message: str) -> State:
@@ -119,7 +119,7 @@ class Attempts:
 
 
 @contextlib.contextmanager
-def few_tries() -> Iterator[None]:
+def short_retries() -> Iterator[None]:
     """Within this block a server that is away is asked again no more often than a stage asks it.
 
     By Prefect's own rule a process of a worker tries for a minute and more, between any two stages.

@@ -54,7 +54,8 @@ def deploy() -> list[str]:
         f"deployment sweep/{NAME}: runs that sdlora sweep asks for",
         f"a run without a sign of life for {workers.dead_after_seconds} s is marked crashed;"
         f" a crashed one starts again, {workers.attempts} times without progress",
-        f"deployment {TEND}/{NAME}: every {TENDINGS * workers.dead_after_seconds} s, sees to runs that were overlooked",
+        f"deployment {TEND}/{NAME}: every {WATCHDOG_PERIODS * workers.dead_after_seconds} s, sees to"
+        " runs that were overlooked",
         f"in each clone, for GPU 0: CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {workers.pool} --limit 1",
     ]
 
@@ -133,7 +134,7 @@ def make_tend_deployment(workers: Workers) -> UUID:
 
     made: Any = tend.to_deployment(
         name=NAME,
-        interval=timedelta(seconds=TENDINGS * workers.dead_after_seconds),
+        interval=timedelta(seconds=WATCHDOG_PERIODS * workers.dead_after_seconds),
         description=(tend.fn.__doc__ or "").partition("\n")[0],
         work_pool_name=workers.pool,
         job_variables={"env": environment(workers)},
@@ -143,7 +144,7 @@ def make_tend_deployment(workers: Workers) -> UUID:
     return identity
 
 
-TENDINGS = 2
+WATCHDOG_PERIODS = 2
 """How many times `dead_after_seconds` lie between two runs of `tend`: the automations come first."""
 
 

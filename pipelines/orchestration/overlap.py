@@ -1,4 +1,4 @@
-"""A step's evaluation beside the fit of the next task: two stages at once, in one run of one folder."""
+"""A step's evaluation overlaps the fit of the next task: two stages at once, in one run of one folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pipelines.versioning.repro import ConcurrentOptions, Process, reproduce_sta
 
 
 class Order(NamedTuple):
-    """Stale stages in the order in which they begin, and what is done beside them."""
+    """Stale stages in the order in which they begin, and what overlaps."""
 
     stages: list[str]
-    beside: set[str]
-    """Evaluations, each made while what follows it goes on."""
-    opened: dict[str, Path]
-    """Fit → the folder of the gate that lets it begin, and whose verdict is written when the fit has ended."""
+    overlapped: set[str]
+    """evaluations, each made while what follows it goes on"""
+    opened_early: dict[str, Path]
+    """fit → the folder of the gate that lets it begin, and whose verdict is written when the fit has ended"""
 
 
-def side_by_side(plan: Plan, params: Params) -> Order:
-    """Order the stale stages so that each step is evaluated beside the next fit.
+def overlapped_order(plan: Plan, params: Params) -> Order:
+    """Order the stale stages so that each step is evaluated while the next is fitted.
 
     A gate that no limit can close lets the next task be learned before its verdict is written, so it comes after the
     next fit. With a limit a fit waits for the verdict, and so for the evaluation.
@@ -58,11 +58,11 @@ def side_by_side(plan: Plan, params: Params) -> Order:
     return Order(stages, evaluations & set(stale), opened)
 
 
-def room_beside(devices: int) -> Mapping[str, str] | None:
-    """The environment of an evaluation beside a fit on so many devices; None where it would take memory from the fit.
+def overlap_environment(devices: int) -> Mapping[str, str] | None:
+    """Return the environment of an evaluation that overlaps a fit on so many devices; None where it must not overlap.
 
-    A fit that runs out of memory goes on with the last bits of another machine, so it never shares an accelerator. Of
-    accelerators that are not NVIDIA's it is not known how many there are.
+    It must not take memory from the fit: a fit that runs out of memory goes on with the last bits of another machine.
+    So it never shares an accelerator. Of accelerators that are not NVIDIA's it is not known how many there are.
     """
     if sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("dxg", "kfd")):
         return None
@@ -75,15 +75,15 @@ def room_beside(devices: int) -> Mapping[str, str] | None:
     return {"CUDA_VISIBLE_DEVICES": there[-1]} if len(there) > devices else None
 
 
-def open_beforehand(gate: Path) -> None:
-    """Leave what lets the next task be learned, as the stage `gate` will, where no limit can close it."""
+def open_early(gate: Path) -> None:
+    """Write what lets the next task be learned, as the stage `gate` will, where no limit can close it."""
     path = gate / "open.json"
     if not path.exists():
         write_json(path, {"open": True})
 
 
-class Beside:
-    """One stage that is brought up to date meanwhile; what it prints is kept until it is joined."""
+class BackgroundStage:
+    """A stage that is brought up to date in the background; what it prints is kept until it is joined."""
 
     def __init__(self, name: str, *, pull: bool, settings: Mapping[str, str]) -> None:
         self.name = name
@@ -124,7 +124,7 @@ class Beside:
         return self._cached
 
     def print_all(self) -> None:
-        """Print what it has printed."""
+        """Print what it printed."""
         for line in self.lines:
             echo(line)
 

@@ -24,7 +24,7 @@ OVERLOOKED = timedelta(seconds=30)
 """A run that has been Crashed for so long will not be started again by the automation for that."""
 
 
-def see_to_overlooked(dead_after_seconds: int) -> int:
+def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
     """Have the runs of our deployments go on that nothing is behind, and that no automation has seen to.
 
     A server on SQLite loses events when its database is busy, and one that was started anew holds them back for up to
@@ -35,7 +35,7 @@ def see_to_overlooked(dead_after_seconds: int) -> int:
     from prefect.client.orchestration import get_client
     from prefect.states import Crashed
 
-    seen_to = begin_overlooked()
+    seen_to = reschedule_crashed_runs()
     patience = timedelta(seconds=dead_after_seconds)
     try:
         with get_client(sync_client=True) as client:
@@ -54,7 +54,7 @@ def see_to_overlooked(dead_after_seconds: int) -> int:
     return seen_to
 
 
-def begin_overlooked() -> int:
+def reschedule_crashed_runs() -> int:
     """Schedule again the runs of our deployments that have been crashed for a while; return how many."""
     from prefect.client.orchestration import get_client
     from prefect.states import AwaitingRetry
@@ -126,7 +126,7 @@ def has_shown_life(client: SyncPrefectClient, resource: str, within: timedelta) 
     return bool(heard.events)
 
 
-def forget_tendings() -> None:
+def delete_old_watchdog_runs() -> None:
     """Delete the runs of `tend` that nobody needs: those that are late, or ended ten minutes ago, or died at work.
 
     A worker that was busy would have all late ones before the run that waits for it.

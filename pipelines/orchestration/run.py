@@ -1,39 +1,29 @@
-"""The outer flow `sdlora run`: find the stale stages, bring them up to date; and `sdlora status`."""
+"""The outer flow of `sdlora run`, and of a worker: find the stale stages, and bring them up to date."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pipelines.orchestration.overlap import Beside, Order, open_beforehand, room_beside, side_by_side
 from pipelines.orchestration.reconcile import close_dead_runs
 from pipelines.orchestration.server import prefect_server, server_missing
 from pipelines.orchestration.stage_runs import run_linked
+from pipelines.orchestration.stale_stages import bring_up_to_date, do_nothing
+from pipelines.orchestration.status import print_summary
 from pipelines.planning.keep import require_decision
 from pipelines.project.errors import InputError
-from pipelines.project.files import read_json
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.params import Params, missing_source
 from pipelines.runtime.console import echo
-from pipelines.runtime.file_lock import held, mend_rwlock
 from pipelines.runtime.fork_server import warm_process
-from pipelines.runtime.processes import wake_the_ending
 from pipelines.runtime.stage import Rows, Stage, StageResult
 from pipelines.versioning.dvc_server import warm_dvc
 from pipelines.versioning.plan import Plan, read_plan
-from pipelines.versioning.remote import make_up, obtain, owe, push, require_remote, unpushed
-from pipelines.versioning.repro import StageFailedError, reproduce_stage
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-TASKS_IN_THE_TABLE = 20
-"""Of more tasks a terminal shows no matrix that could be read; the report has it."""
+from pipelines.versioning.project_lock import only_run
+from pipelines.versioning.remote import push_pending, require_remote, unpushed
+from pipelines.versioning.repro import StageFailedError
 
 
 def run_pipeline(*, retrain: bool = False) -> int:
@@ -47,14 +37,14 @@ def run_pipeline(*, retrain: bool = False) -> int:
         plan = read_plan(params.tasks)
         for line in require_decision(plan, retrain=retrain):
             echo(line)
-        require_sources(params, plan)
-        make_up(plan)
+        _require_sources(params, plan)
+        push_pending(plan)
         if not plan.stale():
             echo(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
             print_summary(params)
             return 0
         try:
-            with prefect_server(Path(".prefect")) as wait, warm_processes(plan):
+            with prefect_server(Path(".prefect")) as wait, _preloaded_processes(plan):
                 wait()
                 pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
                 missing = server_missing()
@@ -70,11 +60,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
     return 0
 
 
-def nothing() -> None:
-    """What a run that nobody watches calls between its stages."""
-
-
-def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = nothing) -> Rows:
+def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = do_nothing) -> Rows:
     """Bring every stage up to date inside a flow run that has begun.
 
     `before_each` is called before a stage, and `progressed` after one that was computed. What other machines have made
@@ -82,20 +68,20 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     """
     params = Params.load()
     with only_run(wait=True):
-        plan = read_plan(params.tasks, lean=True)
+        plan = read_plan(params.tasks, partial_checkout=True)
         for line in require_decision(plan, retrain=False):
             echo(line)
         require_remote(plan)
-        require_sources(params, plan)
+        _require_sources(params, plan)
         if server_missing() is None:
             close_dead_runs()
         rows: Rows = []
         if plan.stale():
-            with warm_processes(plan):
+            with _preloaded_processes(plan):
                 rows = bring_up_to_date(
-                    params, plan, lean=True, before_each=before_each, progressed=progressed
+                    params, plan, partial_checkout=True, before_each=before_each, progressed=progressed
                 )
-        make_up(plan)
+        push_pending(plan)
         if unpushed():
             # Another machine would compute it again: better that this one comes back to it.
             raise StageFailedError(
@@ -107,88 +93,8 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
         return rows
 
 
-def bring_up_to_date(
-    params: Params,
-    plan: Plan,
-    *,
-    lean: bool = False,
-    before_each: Callable[[], None] = nothing,
-    progressed: Callable[[], None] = nothing,
-) -> Rows:
-    """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone.
-
-    Where there is room, a step is evaluated beside the fit of the next task (`beside.side_by_side`).
-    """
-    room = room_beside(params.training.devices)
-    order = Order(plan.stale(), set(), {}) if room is None else side_by_side(plan, params)
-    total = len(order.stages)
-    heads = {name: f"[{n:{len(str(total))}}/{total}] {name}" for n, name in enumerate(order.stages, 1)}
-    rows: Rows = []
-    current, outdated = plan, False
-    other: Beside | None = None
-
-    def note(name: str, seconds: float, *, cached: bool) -> None:
-        if plan.remote:
-            push(name)
-        if not cached:
-            progressed()
-        echo(f"{heads[name]}  {'from the cache' if cached else 'done'}, {seconds:.1f} s")
-        rows.append({"stage": name, "seconds": round(seconds, 1), "from cache": "yes" if cached else "no"})
-
-    def join() -> None:
-        nonlocal other
-        if other is None:
-            return
-        try:
-            cached = other.join()
-        except StageFailedError:
-            ended, other = other, None
-            ended.print_all()
-            raise
-        ended, other = other, None
-        ended.print_all()
-        note(ended.name, ended.seconds, cached=cached)
-
-    try:
-        for name in order.stages:
-            if other is not None and (other.name in plan.needs[name] or name in order.beside):
-                join()
-            if name in order.opened:
-                open_beforehand(order.opened[name])
-            if not plan.reasons[name]:
-                if outdated:
-                    join()
-                    current, outdated = read_plan(params.tasks, lean=lean), False
-                if not current.reasons[name]:
-                    echo(f"{heads[name]}  inputs are as before")
-                    continue
-            before_each()
-            echo(f"{heads[name]} …")
-            started = time.monotonic()
-            if lean:
-                obtain(name, plan, params)
-            outdated = True
-            if plan.remote:
-                owe(name)
-            if room is not None and name in order.beside:
-                other = Beside(name, pull=plan.remote, settings=room)
-                continue
-            cached = reproduce_stage(name, pull=plan.remote)
-            note(name, time.monotonic() - started, cached=cached)
-        join()
-    except StageFailedError:
-        with contextlib.suppress(StageFailedError):  # its failure comes again; what it has done is kept
-            join()
-        raise
-    except BaseException:
-        if other is not None:
-            other.stop()
-        raise
-    return rows
-
-
 @contextlib.contextmanager
-def warm_processes(plan: Plan) -> Iterator[None]:
+def _preloaded_processes(plan: Plan) -> Iterator[None]:
     """Load the libraries once where several stages will need them; for one or two it is not worth a process."""
     if len(plan.stale()) <= 2:
         yield
@@ -197,18 +103,7 @@ def warm_processes(plan: Plan) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def only_run(*, wait: bool = False) -> Iterator[None]:
-    """Refuse to work, or wait, while another `sdlora run` works in the same folder."""
-    lock = Path(".sdlora/run.lock")
-    wake_the_ending(lock)
-    busy = f"another sdlora run is at work in {Path.cwd()}; wait for it or stop it"
-    with held(lock, busy=None if wait else busy):
-        mend_rwlock()
-        yield
-
-
-def require_sources(params: Params, plan: Plan) -> None:
+def _require_sources(params: Params, plan: Plan) -> None:
     """Refuse a task whose folder of images is neither there nor made by a stage, where it would be read."""
     stale = set(plan.stale())
     every = [Path(out) for outs in plan.outs.values() for out in outs]
@@ -220,92 +115,3 @@ def require_sources(params: Params, plan: Plan) -> None:
             raise InputError(
                 f"tasks.{key}: no folder {task.source}: {missing_source(task.source, params.fetch)}"
             )
-
-
-def print_summary(params: Params) -> None:
-    """Print the accuracy matrix and where the files are."""
-    from rich.console import Console
-
-    metrics = read_json(Path("metrics.json"))
-    console = Console()
-    if len(params.tasks) <= TASKS_IN_THE_TABLE:
-        console.print(accuracy_table(params))
-    shown = {
-        "last accuracy": metrics["last_accuracy"],
-        "average accuracy": metrics["average_accuracy"],
-        "forgetting": metrics["forgetting"],
-    }
-    console.print("   ".join(f"{name} [bold]{percent(value)}[/]" for name, value in shown.items()))
-    console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
-
-
-def accuracy_table(params: Params) -> Table:
-    """Make a table of the accuracy on each task (columns) after each step (rows)."""
-    from rich.table import Table
-
-    tasks = list(params.tasks)
-    table = Table(title="accuracy in %, on each task after each step", title_justify="left")
-    for heading in ("after", *tasks):
-        table.add_column(heading, justify="right")
-    for step in tasks:
-        accuracy: list[float] = read_json(Path("artifacts/evaluation") / step / "metrics.json")["accuracy"]
-        cells = [f"{100 * value:.1f}" for value in accuracy]
-        table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
-    return table
-
-
-def percent(value: float | None) -> str:
-    """A share in per cent; a first task alone has no forgetting."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def show_status() -> None:
-    """Print a table of tasks and stages, and why those that are not up to date are not."""
-    from rich.console import Console
-    from rich.table import Table
-
-    plan = read_plan(Params.load().tasks)
-    stale = set(plan.stale())
-    decision: list[str] = []
-    try:
-        decision += require_decision(plan, retrain=False)
-    except InputError as undecided:
-        decision.append(str(undecided))
-    kinds = dict.fromkeys(name.partition("@")[0] for name in plan.order)
-    console = Console()
-    table = Table()
-    table.add_column("")
-    rows: dict[str, dict[str, Any]] = {}
-    for name in plan.order:
-        kind, _, item = name.partition("@")
-        rows.setdefault(item, {})[kind] = standing(name, plan, stale)
-    columns = [kind for kind in kinds if any(kind in cells for item, cells in rows.items() if item)]
-    for column in columns:
-        table.add_column(column)
-    for item, cells in rows.items():
-        if item:
-            table.add_row(item, *[cells.get(column, "") for column in columns])
-    for kind, cell in rows.get("", {}).items():
-        console.print(f"{kind}: {cell}", highlight=False)
-    console.print(table)
-    for name in plan.order:
-        if plan.reasons[name] and name in plan.made:
-            first, *rest = plan.reasons[name]
-            console.print(f"{name}: {first}" + (f" (and {len(rest)} more)" if rest else ""), highlight=False)
-    for line in decision:
-        console.print(line, highlight=False)
-    left = (
-        f"{len(stale)} of {len(plan.order)} stages are not up to date: sdlora run"
-        if stale
-        else "all up to date"
-    )
-    console.print(left, highlight=False)
-
-
-def standing(name: str, plan: Plan, stale: set[str]) -> str:
-    """One word for how a stage stands."""
-    if name not in stale:
-        return "[green]done[/]"
-    if name not in plan.made:
-        return "[dim]never run[/]"
-    return "[yellow]stale[/]" if plan.reasons[name] else "[yellow]may be stale[/]"

@@ -16,7 +16,7 @@ from pipelines.ledger.verdicts import results_of
 from pipelines.orchestration.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
 from pipelines.orchestration.branch import PushError, commit, edit, take
 from pipelines.orchestration.deploy import TEND
-from pipelines.orchestration.reconcile import forget_tendings, see_to_overlooked
+from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
 from pipelines.orchestration.stage_runs import current_flow_run
 from pipelines.planning.approvals import approve, evaluation_of
@@ -67,8 +67,8 @@ def tend() -> State:
 
     die_with(os.getppid())
     os.chdir(project())
-    forget_tendings()
-    seen_to = see_to_overlooked(Params.load().workers.dead_after_seconds)
+    delete_old_watchdog_runs()
+    seen_to = reschedule_orphaned_runs(Params.load().workers.dead_after_seconds)
     return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
 
 
@@ -83,14 +83,14 @@ def state_of(work: Callable[[Attempts], str]) -> State:
         outcome: State = Completed(message=work(attempts))
     except StageFailedError as failure:
         line = str(failure).removeprefix("error: ")
-        attempts.give_way()
+        attempts.exit_if_superseded()
         return again_later(line, attempts) if failure.interrupted else Failed(message=line)
     except Exception as error:
         told = user_message(error)
         if told is None:
             raise
         outcome = Failed(message=told)
-    attempts.give_way()
+    attempts.exit_if_superseded()
     return outcome
 
 
@@ -134,7 +134,7 @@ def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
     if not branch:
         return outcome
-    attempts.give_way()
+    attempts.exit_if_superseded()
     said = f"Learn {folder}" if folder else "Bring the chain up to date"
     try:
         made = commit(branch, said, workers.push)
@@ -161,7 +161,7 @@ def finish_through_gates(attempts: Attempts) -> Rows:
 
     while True:
         try:
-            return finish(attempts.progressed, before_each=attempts.give_way)
+            return finish(attempts.progressed, before_each=attempts.exit_if_superseded)
         except StageFailedError as failure:
             step = failure.closed_gate
             if step is None:
@@ -199,8 +199,8 @@ def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempt
     os.chdir(make_workspace(shared, name, chain, params).folder)
     begin(attempts, Params.load().workers)
     with environment(with_code(shared)):
-        stages = finish(attempts.progressed, before_each=attempts.give_way)
-    attempts.give_way()
+        stages = finish(attempts.progressed, before_each=attempts.exit_if_superseded)
+    attempts.exit_if_superseded()
     numbers = read_result(Path.cwd()).numbers
     create_table_artifact(table=[dict(numbers or {})], key=RESULT)
     return f"{len(stages)} stages brought up to date" if stages else "all up to date"
@@ -208,8 +208,8 @@ def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempt
 
 def begin(attempts: Attempts, workers: Workers) -> None:
     """Count this attempt of the flow run, and see to those that were overlooked."""
-    attempts.give_way()
-    see_to_overlooked(workers.dead_after_seconds)
+    attempts.exit_if_superseded()
+    reschedule_orphaned_runs(workers.dead_after_seconds)
     attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store), workers.attempts)
 
 

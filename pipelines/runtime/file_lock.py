@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from pipelines.project.errors import InputError
-from pipelines.runtime.console import log_line
 
 
 @contextlib.contextmanager
@@ -27,24 +24,3 @@ def held(path: Path, *, busy: str | None = None) -> Iterator[IO[bytes]]:
         except BlockingIOError:
             raise InputError(str(busy)) from None
         yield file
-
-
-RWLOCK = Path(".dvc/tmp/rwlock")
-"""DVC's file of the paths that are being read and written."""
-
-
-def mend_rwlock() -> None:
-    """Delete DVC's file of locks where a full disk has left a part of it: DVC refuses every command until then.
-
-    A part that DVC is just writing is whole a moment later.
-    """
-    for _ in range(3):
-        try:
-            json.loads(RWLOCK.read_bytes())
-            return
-        except FileNotFoundError:
-            return
-        except ValueError:
-            time.sleep(0.5)
-    log_line(f"warning: {RWLOCK} was damaged, as a full disk leaves it; deleted")
-    RWLOCK.unlink(missing_ok=True)

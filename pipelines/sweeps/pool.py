@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from pipelines.orchestration.reconcile import begin_overlooked
+from pipelines.orchestration.reconcile import reschedule_crashed_runs
 from pipelines.orchestration.server import PREFECT_SETTINGS
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
@@ -126,7 +126,7 @@ class Pool:
     def _see_to_crashed(self) -> None:
         """Schedule what the server has overlooked, as nobody else may until another run begins."""
         if "crashed" in self._told.values():
-            begin_overlooked()
+            reschedule_crashed_runs()
 
     def _numbers(self, run: UUID) -> Result:
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey

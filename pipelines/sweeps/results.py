@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.orchestration.run import percent
+from pipelines.orchestration.status import percent
 from pipelines.planning.experiments import flow
 from pipelines.project.files import read_json, write_json, write_whole
 from pipelines.sweeps.grid import Chain

@@ -46,10 +46,11 @@ class Plan:
         return [name for name in self.order if name in found]
 
 
-def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
+def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
     """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
 
-    With `lean`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in the remote.
+    With `partial_checkout`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in
+    the remote.
     """
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
@@ -61,7 +62,7 @@ def read_plan(tasks: Iterable[str], *, lean: bool = False) -> Plan:
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
-            elsewhere = left_elsewhere(stages) if lean and remote else {}
+            elsewhere = left_elsewhere(stages) if partial_checkout and remote else {}
             with locked_for_reading(repo, stages):
                 reasons = {
                     s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages

@@ -17,7 +17,7 @@ UNPUSHED = Path(".sdlora/unpushed")
 """The stages whose outputs the remote has not taken, one a line."""
 
 
-def obtain(name: str, plan: Plan, params: Params) -> None:
+def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
     """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again.
 
     Training images are fetched only where the stage will really look at them.
@@ -25,7 +25,7 @@ def obtain(name: str, plan: Plan, params: Params) -> None:
     pull([Path(dep) for dep in plan.deps[name]], plan, params)
     made = {out for outs in plan.outs.values() for out in outs}
     images = [Path(out) for out in images_read(name, params) if out in made and not Path(out).exists()]
-    if images and not remembered(name):
+    if images and not restore_from_run_cache(name):
         pull(images, plan, params)
 
 
@@ -41,7 +41,7 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
     require_remote(plan)  # what it has lost is made again; what it only cannot give now is not
     for maker, outs in missing.items():
         if not all(Path(out).exists() for out in outs):
-            obtain(maker, plan, params)
+            fetch_inputs(maker, plan, params)
             reproduce_stage(maker, pull=True)
             push(maker)
 
@@ -56,8 +56,8 @@ def images_read(name: str, params: Params) -> list[str]:
     return [f"artifacts/train/{key}" for key in (tasks_read(params, task) if kind == "fit" else [task])]
 
 
-def remembered(name: str) -> bool:
-    """Bring what a stage leaves from DVC's run-cache, here or in the remote; False where it has to be computed."""
+def restore_from_run_cache(name: str) -> bool:
+    """Restore what a stage leaves from DVC's run-cache, here or in the remote; False where it has to be computed."""
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
@@ -66,7 +66,7 @@ def remembered(name: str) -> bool:
         from pipelines.versioning.patches.runcache import RunCacheError
 
         mend()
-        # Whence a stage came is said by `bring`, and what the remote has lost is made again.
+        # Whether a stage came from the cache is told elsewhere, and what the remote has lost is made again.
         logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
         logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
@@ -87,14 +87,14 @@ def _is_read(out: Path, read: list[Path]) -> bool:
     return any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in read)
 
 
-def owe(name: str) -> None:
-    """Note that a stage is to be pushed, before it runs: a run that is ended in between makes up for it."""
+def mark_unpushed(name: str) -> None:
+    """Record a stage as not yet pushed before it runs, so that the next run can push it if this one is killed."""
     write_whole(UNPUSHED, "\n".join(sorted(unpushed() | {name})).encode())
 
 
 def push(name: str) -> None:
-    """Share what a stage has left; what the remote does not take stays noted, for `make_up`."""
-    owe(name)
+    """Push what a stage has left; what the remote does not take stays recorded, for `push_pending`."""
+    mark_unpushed(name)
     if run_dvc(["push", "--run-cache", name]):
         echo(f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run")
         return
@@ -106,8 +106,8 @@ def unpushed() -> set[str]:
     return set(UNPUSHED.read_text(encoding="utf-8").split()) if UNPUSHED.is_file() else set()
 
 
-def make_up(plan: Plan) -> None:
-    """Push what earlier runs could not; stages that are no more are forgotten."""
+def push_pending(plan: Plan) -> None:
+    """Push what earlier runs could not, and forget stages that are no more."""
     for name in sorted(unpushed()) if plan.remote else []:
         if name in plan.order:
             push(name)

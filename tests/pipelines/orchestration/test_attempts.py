@@ -11,9 +11,13 @@ from uuid import UUID
 
 import pytest
 
-from pipelines.orchestration.attempts import Attempts, checkpoint_mark, few_tries
+from pipelines.orchestration.attempts import Attempts, checkpoint_mark, short_retries
 from pipelines.orchestration.deploy import NAME, TAG, TEND
-from pipelines.orchestration.reconcile import close_dead_runs, forget_tendings, see_to_overlooked
+from pipelines.orchestration.reconcile import (
+    close_dead_runs,
+    delete_old_watchdog_runs,
+    reschedule_orphaned_runs,
+)
 from pipelines.orchestration.stage_runs import STAGE_TAG, run_tag
 from pipelines.project.errors import InputError
 
@@ -94,7 +98,7 @@ def test_of_two_processes_that_were_given_one_run_the_second_gives_way(client: S
 
     def gives_way(attempts: Attempts) -> bool:
         try:
-            attempts.give_way()
+            attempts.exit_if_superseded()
         except Abort:
             return True
         return False
@@ -133,13 +137,13 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
     runs["alive"] = client.create_flow_run_from_deployment(ours, state=Running())
     runs["strange"] = client.create_flow_run_from_deployment(others, state=Crashed())
 
-    assert see_to_overlooked(60) == 0
+    assert reschedule_orphaned_runs(60) == 0
     monkeypatch.setattr("pipelines.orchestration.reconcile.OVERLOOKED", timedelta(0))
     monkeypatch.setattr(
         "pipelines.orchestration.reconcile.has_shown_life",
         lambda client, resource, within: resource == f"prefect.flow-run.{runs['alive'].id}",
     )
-    assert see_to_overlooked(0) == 4
+    assert reschedule_orphaned_runs(0) == 4
 
     assert {name: state(client, run) for name, run in runs.items()} == {
         "crashed": "SCHEDULED",
@@ -184,7 +188,7 @@ def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
         "done": Completed(),
     }.items():
         client.set_flow_run_state(runs[name].id, now, force=True)
-    forget_tendings()
+    delete_old_watchdog_runs()
     left = set()
     for name, run in runs.items():
         with contextlib.suppress(ObjectNotFound):
@@ -245,6 +249,6 @@ def test_between_two_stages_a_server_is_not_asked_for_a_minute(before: int, with
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: before}):
-        with few_tries():
+        with short_retries():
             assert PREFECT_CLIENT_MAX_RETRIES.value() == within
         assert PREFECT_CLIENT_MAX_RETRIES.value() == before

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.orchestration.overlap import room_beside
+from pipelines.orchestration.overlap import overlap_environment
 from pipelines.orchestration.run import run_pipeline
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
@@ -218,4 +218,4 @@ def test_no_evaluation_takes_memory_from_a_fit_on_an_accelerator(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path(f"/dev/nvidia{name}") for name in there])
-    assert room_beside(devices) == room
+    assert overlap_environment(devices) == room

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.orchestration.run import only_run, run_pipeline, show_status
+from pipelines.orchestration.run import run_pipeline
+from pipelines.orchestration.status import show_status
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params
 from pipelines.versioning.plan import read_plan, run_order
+from pipelines.versioning.project_lock import only_run
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, ran

@@ -15,7 +15,7 @@ from pipelines.versioning.repro import StageFailedError
 class ServerAway(Attempts):
     """What an attempt can do where no server answers."""
 
-    def give_way(self) -> None:
+    def exit_if_superseded(self) -> None:
         """Stop nothing."""
 
     def schedule(self, message: str) -> State:

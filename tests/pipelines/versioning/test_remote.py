@@ -216,7 +216,7 @@ def test_a_new_task_on_an_empty_machine_fetches_no_image_of_those_before(
     assert [path.name for path in (folder / "images").iterdir()] == ["t04"]
     with (folder / "params.yaml").open("a") as file:
         file.write("  t04: {after: t03, source: images/t04, classes: [t04]}\n")
-    assert read_plan([f"t{number:02d}" for number in range(1, 5)], lean=True).stale() == [
+    assert read_plan([f"t{number:02d}" for number in range(1, 5)], partial_checkout=True).stale() == [
         *("split@t04", "fit@t04", "evaluate@t04", "report")
     ]
     finish(lambda: None)
@@ -280,7 +280,7 @@ def test_what_another_machine_changed_is_not_taken_for_finished(
     lock = yaml.load(folder / "dvc.lock")
     lock["stages"]["fit@t03"]["outs"][0]["md5"] = "0" * 32
     yaml.dump(lock, folder / "dvc.lock")
-    stale = read_plan([f"t{number:02d}" for number in range(1, 4)], lean=True).stale()
+    stale = read_plan([f"t{number:02d}" for number in range(1, 4)], partial_checkout=True).stale()
     assert stale == ["evaluate@t03", "report"]
 
 
