@@ -235,8 +235,13 @@ def deploy() -> None:
     """
     require_project()
     from pipelines.orchestration.deploy import deploy as make
+    from pipelines.orchestration.deploy import require_server
 
-    for line in make():
+    require_server()  # before Prefect is loaded
+    from pipelines.orchestration.worker_flows import learn, watchdog
+    from pipelines.sweeps.flow import sweep
+
+    for line in make(learn, sweep, watchdog):
         typer.echo(line)
 
 

@@ -1,4 +1,4 @@
-"""How often an unattended run may start again: as long as it gets on, for ever; without progress, a few times.
+"""How often a run on a worker may start again: as long as it gets on, for ever; without progress, a few times.
 
 The count is kept as labels of the flow run, which stays the same run when it is started again.
 """
@@ -44,7 +44,7 @@ class Attempts:
         self._run, self._state = run, state
 
     def exit_if_superseded(self) -> None:
-        """End this process, and change nothing, where the attempt that it works at is another's.
+        """Exit if another process owns this attempt.
 
         A server on SQLite may give one run to two workers in the same moment: the one that was Running second gives
         way. So does a process that was taken for dead, and wakes when its run has been started again or has ended.
@@ -120,7 +120,7 @@ class Attempts:
 
 @contextlib.contextmanager
 def short_retries() -> Iterator[None]:
-    """Within this block a server that is away is asked again no more often than a stage asks it.
+    """Ask a server that is away no more often, within this block, than a stage asks it.
 
     By Prefect's own rule a process of a worker tries for a minute and more, between any two stages.
     """

@@ -1,4 +1,4 @@
-"""The Git branch that unattended runs read and write: three files and ledger/, and nothing else of the clone."""
+"""The Git branch that runs on workers read and write: three files and ledger/, and nothing else of the clone."""
 
 from __future__ import annotations
 

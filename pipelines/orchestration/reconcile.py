@@ -1,8 +1,4 @@
-"""Flow runs that nothing is behind any more, seen to by the next run that starts.
-
-Those that a killed process has left Running are closed; those that crashed, and that the server has overlooked, are
-scheduled again.
-"""
+"""Orphaned flow runs: the next run that starts marks them crashed, or reschedules them."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pipelines.orchestration.deploy import NAME, TAG, TEND
+from pipelines.orchestration.names import DEPLOYMENT, WATCHDOG, WORK_TAG
 from pipelines.orchestration.stage_runs import STAGE_TAG, current_flow_run, run_tag
 from pipelines.project.error_text import one_line
 from pipelines.runtime.console import log_line
@@ -25,7 +21,7 @@ OVERLOOKED = timedelta(seconds=30)
 
 
 def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
-    """Have the runs of our deployments go on that nothing is behind, and that no automation has seen to.
+    """Reschedule the orphaned runs of our deployments that the server's automations missed.
 
     A server on SQLite loses events when its database is busy, and one that was started anew holds them back for up to
     15 minutes; automations live on them. Here only states are looked at, and heartbeats for what should be at work. A
@@ -41,11 +37,11 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
         with get_client(sync_client=True) as client:
             silent = [
                 run
-                for run in _unattended(client, SILENCES * patience, "RUNNING")
+                for run in _deployed_runs(client, SILENCES * patience, "RUNNING")
                 if str(run.id) != current_flow_run()
                 and not has_shown_life(client, f"prefect.flow-run.{run.id}", SILENCES * patience)
             ]
-            for run in (*_unattended(client, patience, "PENDING"), *silent):
+            for run in (*_deployed_runs(client, patience, "PENDING"), *silent):
                 state: State[None] = Crashed(message="no sign of life, and overlooked until now")
                 client.set_flow_run_state(run.id, state)
                 seen_to += 1
@@ -55,15 +51,15 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
 
 
 def reschedule_crashed_runs() -> int:
-    """Schedule again the runs of our deployments that have been crashed for a while; return how many."""
+    """Reschedule the runs of our deployments that have been crashed for a while; return how many."""
     from prefect.client.orchestration import get_client
     from prefect.states import AwaitingRetry
 
     found = 0
     try:
         with get_client(sync_client=True) as client:
-            lost = [run for run in _unattended(client, OVERLOOKED, "CANCELLED") if _has_lost_its_slot(run)]
-            for run in (*_unattended(client, OVERLOOKED, "CRASHED"), *lost):
+            lost = [run for run in _deployed_runs(client, OVERLOOKED, "CANCELLED") if _has_lost_its_slot(run)]
+            for run in (*_deployed_runs(client, OVERLOOKED, "CRASHED"), *lost):
                 again: State[None] = AwaitingRetry(message="starts again; its end was overlooked")
                 client.set_flow_run_state(run.id, again, force=True)
                 found += 1
@@ -73,7 +69,7 @@ def reschedule_crashed_runs() -> int:
 
 
 def _has_lost_its_slot(run: FlowRun) -> bool:
-    """Whether the server has cancelled a run by itself: its start took longer than its lease of the one slot."""
+    """Return whether the server has cancelled a run by itself: its start took longer than its lease of the one slot."""
     return run.state is not None and "slot lost" in (run.state.message or "")
 
 
@@ -81,8 +77,8 @@ SILENCES = 3
 """How many times as long as for an automation a run must have been silent: its heartbeats may be lost too."""
 
 
-def _unattended(client: SyncPrefectClient, since: timedelta, kind: str) -> list[FlowRun]:
-    """Runs of what `sdlora deploy` makes that have been in a state for so long."""
+def _deployed_runs(client: SyncPrefectClient, since: timedelta, kind: str) -> list[FlowRun]:
+    """Return the runs of what `sdlora deploy` makes that have been in a state for so long."""
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterName,
@@ -95,7 +91,7 @@ def _unattended(client: SyncPrefectClient, since: timedelta, kind: str) -> list[
 
     runs = client.read_flow_runs(
         deployment_filter=DeploymentFilter(
-            name=DeploymentFilterName(any_=[NAME]), tags=DeploymentFilterTags(all_=[TAG])
+            name=DeploymentFilterName(any_=[DEPLOYMENT]), tags=DeploymentFilterTags(all_=[WORK_TAG])
         ),
         flow_run_filter=FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(kind)]))
@@ -107,7 +103,7 @@ def _unattended(client: SyncPrefectClient, since: timedelta, kind: str) -> list[
 
 
 def has_shown_life(client: SyncPrefectClient, resource: str, within: timedelta) -> bool:
-    """Whether a heartbeat of a run, as events name it, was heard lately."""
+    """Return whether a heartbeat of a run, as events name it, was heard lately."""
     from prefect.events.filters import (
         EventFilter,
         EventNameFilter,
@@ -127,7 +123,7 @@ def has_shown_life(client: SyncPrefectClient, resource: str, within: timedelta) 
 
 
 def delete_old_watchdog_runs() -> None:
-    """Delete the runs of `tend` that nobody needs: those that are late, or ended ten minutes ago, or died at work.
+    """Delete the watchdog's runs that nobody needs: those that are late, or ended ten minutes ago, or died at work.
 
     A worker that was busy would have all late ones before the run that waits for it.
     """
@@ -145,7 +141,7 @@ def delete_old_watchdog_runs() -> None:
         with get_client(sync_client=True) as client:
             due = FlowRunFilterExpectedStartTime.model_validate({"before_": now})
             for run in client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=[TEND])),
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[WATCHDOG])),
                 flow_run_filter=FlowRunFilter(expected_start_time=due),
                 limit=200,
             ):
@@ -158,11 +154,11 @@ def delete_old_watchdog_runs() -> None:
                     with contextlib.suppress(ObjectNotFound):  # another worker's has been here
                         client.delete_flow_run(run.id)
     except Exception as trouble:
-        log_line(f"prefect: old runs of {TEND} could not be deleted ({one_line(trouble)})")
+        log_line(f"prefect: old runs of {WATCHDOG} could not be deleted ({one_line(trouble)})")
 
 
 def close_dead_runs() -> int:
-    """Mark crashed what is Running with nothing behind it: runs of this folder, and children of ended parents.
+    """Mark orphaned runs crashed: runs of this folder, and children of ended parents.
 
     To be called where no other `sdlora run` of this folder can be at work. Returns how many there were; a server
     that fails costs a line.
@@ -181,7 +177,7 @@ def close_dead_runs() -> int:
 
 
 def _running(client: SyncPrefectClient) -> list[FlowRun]:
-    """All runs with our tag that have not ended, the newest first."""
+    """Return all runs with our tag that have not ended, the newest first."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -200,7 +196,7 @@ def _running(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def _is_dead(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether it belongs to this folder, where nothing else is at work, or to a run that has ended."""
+    """Return whether it belongs to this folder, where nothing else is at work, or to a run that has ended."""
     if run_tag() in run.tags:
         return True
     parent = client.read_task_run(run.parent_task_run_id).flow_run_id if run.parent_task_run_id else None

@@ -1,146 +1,60 @@
-"""The flows that workers run, which `sdlora deploy` gives to a server: the project's chain, chains of a sweep, and one
-that looks after the runs of both."""
+"""The flows of a project that workers run: the chain, and a watchdog that looks after runs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
 
-from prefect import State, flow  # a server finds a flow by its name in a module, so this one loads Prefect
+from prefect import flow
 from prefect.input import RunInput
 from pydantic import Field
 
 from pipelines.ledger.verdicts import results_of
-from pipelines.orchestration.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
+from pipelines.orchestration.attempts import Attempts
 from pipelines.orchestration.branch import PushError, commit, edit, take
-from pipelines.orchestration.deploy import TEND
+from pipelines.orchestration.names import WATCHDOG
 from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
-from pipelines.orchestration.stage_runs import current_flow_run
+from pipelines.orchestration.worker_runs import (
+    EndState,
+    attempt,
+    begin_attempt,
+    project_folder,
+    worker_flow,
+)
 from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
-from pipelines.project.error_text import one_line, user_message
-from pipelines.project.errors import InputError
-from pipelines.project.params import Params, Workers
-from pipelines.runtime.console import echo, log_line
-from pipelines.runtime.processes import die_with, environment
+from pipelines.project.params import Params
+from pipelines.runtime.console import echo
+from pipelines.runtime.processes import die_with
 from pipelines.runtime.stage import Rows
-from pipelines.sweeps.pool import RESULT
-from pipelines.sweeps.results import read_result
-from pipelines.sweeps.workspace import make_workspace, read_project, with_code
 from pipelines.versioning.repro import StageFailedError
 
-PROJECT = "SDLORA_PROJECT"
-"""Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
+DECISION_SECONDS = 30 * 24 * 3600
+"""How long a suspended run waits for a decision before it fails."""
 
 
-@flow(name="learn", persist_result=False, on_running=[remember_state])
-def learn(folder: str | None = None, record: bool = True) -> State:
+@worker_flow("learn")
+def learn(folder: str | None = None, record: bool = True) -> EndState:
     """Bring the chain of tasks up to date on a worker; first append a task where new images are named.
 
     Args:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
         record: Put params.yaml, dvc.lock and metrics.json on the branch that workers.branch names, if it names one.
     """
-    return state_of(lambda attempts: work(folder, attempts, record=record))
+    return attempt(lambda attempts: _learn(folder, attempts, record=record))
 
 
-@flow(name="sweep", persist_result=False, on_running=[remember_state])
-def sweep(name: str, chain: str, params: str, code: str) -> State:
-    """Bring one chain of a sweep up to date, in a workspace of its own in this worker's clone.
-
-    Args:
-        name: The sweep, as its folder is called.
-        chain: The chain, as its workspace is called.
-        params: The whole text of its params.yaml.
-        code: Hash of the code and dvc.yaml of the project that sweeps, which this clone must have too.
-    """
-    return state_of(lambda attempts: sweep_chain(name, chain, params, code, attempts))
-
-
-@flow(name=TEND, persist_result=False)
-def tend() -> State:
-    """Have runs go on that nothing is behind any more and that the server's automations have overlooked."""
+@flow(name=WATCHDOG, persist_result=False)
+def watchdog() -> EndState:
+    """Reschedule orphaned runs that the server's automations missed."""
     from prefect.states import Completed
 
     die_with(os.getppid())
-    os.chdir(project())
+    os.chdir(project_folder())
     delete_old_watchdog_runs()
     seen_to = reschedule_orphaned_runs(Params.load().workers.dead_after_seconds)
     return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
-
-
-def state_of(work: Callable[[Attempts], str]) -> State:
-    """Do some work; what came of it in one line is a state's message, and so is what the user can mend."""
-    from prefect.states import Completed, Failed
-
-    # What it prints goes through the worker: without it nothing would be told, and the next print would fail.
-    die_with(os.getppid())
-    attempts = this_attempt()
-    try:
-        outcome: State = Completed(message=work(attempts))
-    except StageFailedError as failure:
-        line = str(failure).removeprefix("error: ")
-        attempts.exit_if_superseded()
-        return again_later(line, attempts) if failure.interrupted else Failed(message=line)
-    except Exception as error:
-        told = user_message(error)
-        if told is None:
-            raise
-        outcome = Failed(message=told)
-    attempts.exit_if_superseded()
-    return outcome
-
-
-def this_attempt() -> Attempts:
-    """The attempts of the flow run that this code is called in, of which this process is one."""
-    run = current_flow_run()
-    assert run
-    return Attempts(UUID(run), BEGUN.get(UUID(run)))
-
-
-def again_later(why: str, attempts: Attempts) -> State:
-    """Schedule this run again, for any worker, and end the process; where the server is away, return Crashed.
-
-    The run asks for it itself, because a server on SQLite loses an event now and then, and with it what an automation
-    would do. It begins only when this process is sure to have ended: earlier, Prefect's worker would fail on it.
-    """
-    from prefect.exceptions import Pause
-    from prefect.states import Crashed
-
-    try:
-        later = attempts.schedule(f"starts again: {why}")
-    except Exception as trouble:
-        log_line(f"prefect: the run could not be scheduled again ({one_line(trouble)})")
-        return Crashed(message=why)
-    raise Pause(state=later)
-
-
-def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
-    """Do what `learn` says in this worker's clone; return what came of it in one line."""
-    os.chdir(project())
-    workers = Params.load().workers
-    begin(attempts, workers)
-    branch = workers.branch if record else None
-    if branch:
-        take(branch, workers.push)
-    if folder is not None:
-        source = arrived(folder, Path(workers.inbox))
-        for line in edit(lambda path: add_once(source, path)):
-            echo(line)
-    stages = finish_through_gates(attempts)
-    outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
-    if not branch:
-        return outcome
-    attempts.exit_if_superseded()
-    said = f"Learn {folder}" if folder else "Bring the chain up to date"
-    try:
-        made = commit(branch, said, workers.push)
-    except PushError as error:  # a remote that is away: begun again, all that was done is there
-        raise StageFailedError(f"error: {error}", 1, "push", interrupted=True) from error
-    return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
 
 
 class Decision(RunInput):
@@ -150,7 +64,32 @@ class Decision(RunInput):
     why: str = Field(description="The reason, for those who read the ledger later.", min_length=1)
 
 
-def finish_through_gates(attempts: Attempts) -> Rows:
+def _learn(folder: str | None, attempts: Attempts, *, record: bool) -> str:
+    """Do what `learn` says in this worker's clone; return what came of it in one line."""
+    os.chdir(project_folder())
+    workers = Params.load().workers
+    begin_attempt(attempts, workers)
+    branch = workers.branch if record else None
+    if branch:
+        take(branch, workers.push)
+    if folder is not None:
+        source = arrived(folder, Path(workers.inbox))
+        for line in edit(lambda path: add_once(source, path)):
+            echo(line)
+    stages = _finish_through_gates(attempts)
+    outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
+    if not branch:
+        return outcome
+    attempts.exit_if_superseded()
+    message = f"Learn {folder}" if folder else "Bring the chain up to date"
+    try:
+        made = commit(branch, message, workers.push)
+    except PushError as error:  # a remote that is away: begun again, all that was done is there
+        raise StageFailedError(f"error: {error}", 1, "push", interrupted=True) from error
+    return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
+
+
+def _finish_through_gates(attempts: Attempts) -> Rows:
     """Bring the chain up to date; where a gate is closed the flow run is suspended until a person opens it.
 
     Suspended, it holds no worker. Resumed with who and why, it starts again from its beginning, on any worker, where
@@ -170,54 +109,12 @@ def finish_through_gates(attempts: Attempts) -> Rows:
             decision = suspend_flow_run(
                 wait_for_input=question,
                 key=f"{step}-{results_of(evaluation_of(step))}",
-                timeout=PATIENCE_SECONDS,
+                timeout=DECISION_SECONDS,
             )
-        for line in let_through(step, decision):
+        for line in _let_through(step, decision):
             echo(line)
 
 
-def let_through(step: str, decision: Decision) -> list[str]:
+def _let_through(step: str, decision: Decision) -> list[str]:
     """Write a decision into params.yaml; return lines to print."""
     return edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))
-
-
-PATIENCE_SECONDS = 30 * 24 * 3600
-"""How long a suspended run waits for a decision before it fails."""
-
-
-def sweep_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
-    """Do what `sweep` says; return what came of it in one line, and leave the numbers as an artifact."""
-    from prefect.artifacts import create_table_artifact
-
-    os.chdir(project())
-    shared = read_project()
-    if shared.code != code:
-        raise InputError(
-            f"{Path.cwd()} has other code, or another dvc.yaml, than the project that sweeps; bring both to the same"
-            " commit"
-        )
-    os.chdir(make_workspace(shared, name, chain, params).folder)
-    begin(attempts, Params.load().workers)
-    with environment(with_code(shared)):
-        stages = finish(attempts.progressed, before_each=attempts.exit_if_superseded)
-    attempts.exit_if_superseded()
-    numbers = read_result(Path.cwd()).numbers
-    create_table_artifact(table=[dict(numbers or {})], key=RESULT)
-    return f"{len(stages)} stages brought up to date" if stages else "all up to date"
-
-
-def begin(attempts: Attempts, workers: Workers) -> None:
-    """Count this attempt of the flow run, and see to those that were overlooked."""
-    attempts.exit_if_superseded()
-    reschedule_orphaned_runs(workers.dead_after_seconds)
-    attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store), workers.attempts)
-
-
-def project() -> Path:
-    """This worker's clone."""
-    named = os.environ.get(PROJECT) or os.environ.get("PWD") or "."
-    if not Path(named, "params.yaml").is_file():
-        raise InputError(
-            f"{named}: no params.yaml there; start the worker in its clone of the project, or set {PROJECT} to it"
-        )
-    return Path(named)

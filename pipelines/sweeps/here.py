@@ -49,13 +49,13 @@ def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: in
         while len(results) < len(chains):
             waiting = [i for i in range(len(chains)) if i not in working and i not in results]
             for index in may_begin(waiting, working, spaces)[: at_once - len(working)]:
-                echo(f"{place_of(index, chains)} …")
+                echo(f"{chain_label(index, chains)} …")
                 working[index] = Work(begin(spaces[index].folder), time.monotonic())
             for index, work in list(working.items()):
                 if work.process.poll() is not None:
                     results[index] = result_of(spaces[index].folder, work.process.returncode)
                     seconds = time.monotonic() - work.began
-                    echo(f"{place_of(index, chains)}  {results[index].line}, {seconds:.1f} s")
+                    echo(f"{chain_label(index, chains)}  {results[index].line}, {seconds:.1f} s")
                     if results[index].error is not None:
                         echo(f"all that it said: {os.path.relpath(spaces[index].folder / LOG)}")
                     del working[index]
@@ -69,7 +69,10 @@ def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: in
 def may_begin(
     waiting: Sequence[int], working: Mapping[int, object], spaces: Sequence[Workspace]
 ) -> list[int]:
-    """Of the chains that wait, those of which no other with the same fits is at work: it finds them in the cache."""
+    """Return the chains that may start.
+
+    A chain waits while another with the same fits runs, because it can then reuse them from the cache.
+    """
     busy = {spaces[index].fits for index in working}
     found = []
     for index in waiting:
@@ -79,8 +82,8 @@ def may_begin(
     return found
 
 
-def place_of(index: int, chains: Sequence[Chain]) -> str:
-    """How lines name a chain."""
+def chain_label(index: int, chains: Sequence[Chain]) -> str:
+    """Return how lines name a chain."""
     return f"[{index + 1:{len(str(len(chains)))}}/{len(chains)}] {chains[index].title}"
 
 

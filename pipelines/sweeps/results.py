@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NUMBERS = ("last_accuracy", "average_accuracy", "forgetting")
 DECIMALS = 6
+RESULT = "sweep-result"
+"""Key of the table in which a worker leaves the numbers of a chain."""
 
 
 @dataclass(frozen=True)

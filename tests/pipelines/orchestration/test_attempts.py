@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from pipelines.orchestration.attempts import Attempts, checkpoint_mark, short_retries
-from pipelines.orchestration.deploy import NAME, TAG, TEND
+from pipelines.orchestration.names import DEPLOYMENT, WATCHDOG, WORK_TAG
 from pipelines.orchestration.reconcile import (
     close_dead_runs,
     delete_old_watchdog_runs,
@@ -128,8 +128,8 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
     from prefect.states import Cancelled, Completed, Crashed, Pending, Running
 
     flow = client.create_flow(Flow(lambda: None, name="overlooked"))
-    ours = client.create_deployment(flow, name=NAME, tags=[TAG])
-    others = client.create_deployment(flow, name=NAME + "-of-others", tags=[TAG])
+    ours = client.create_deployment(flow, name=DEPLOYMENT, tags=[WORK_TAG])
+    others = client.create_deployment(flow, name=DEPLOYMENT + "-of-others", tags=[WORK_TAG])
     given = {"crashed": Crashed(), "taken": Pending(), "silent": Running(), "done": Completed()}
     given |= {"cancelled": Cancelled(message="by Ana")}
     given |= {"slot": Cancelled(message="Deployment concurrency slot lost during provisioning")}
@@ -167,7 +167,7 @@ def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
     from prefect.states import Completed, Pending, Scheduled
 
     minute = timedelta(minutes=1)
-    ours, others = Flow(lambda: None, name=TEND), Flow(lambda: None, name="others")
+    ours, others = Flow(lambda: None, name=WATCHDOG), Flow(lambda: None, name="others")
 
     def planned(flow: Flow[..., None], late: timedelta) -> FlowRun:
         return client.create_flow_run(flow, state=Scheduled(scheduled_time=datetime.now(UTC) - late))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.orchestration.deploy import automations, deploy
+from pipelines.orchestration.deploy import automations
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params
+from tests.support.deployments import deploy
 from tests.support.repository import REPOSITORY
 
 

@@ -1,4 +1,4 @@
-"""What becomes of an unattended run whose stage ends badly."""
+"""What becomes of a run on a worker whose stage ends badly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from uuid import uuid4
 import pytest
 from prefect import State
 
-from pipelines.orchestration import worker_flows
+from pipelines.orchestration import worker_flows, worker_runs
 from pipelines.orchestration.attempts import Attempts
 from pipelines.versioning.repro import StageFailedError
 
@@ -31,8 +31,8 @@ def test_a_stage_that_was_killed_is_begun_again_and_one_that_refused_is_not(
     def work(folder: str | None, attempts: Attempts, *, record: bool) -> str:
         raise StageFailedError("error: fit@t01 ended badly", 1, "fit@t01", interrupted=interrupted)
 
-    monkeypatch.setattr(worker_flows, "work", work)
-    monkeypatch.setattr(worker_flows, "die_with", lambda parent: None)
-    monkeypatch.setattr(worker_flows, "this_attempt", lambda: ServerAway(uuid4()))
+    monkeypatch.setattr(worker_flows, "_learn", work)
+    monkeypatch.setattr(worker_runs, "die_with", lambda parent: None)
+    monkeypatch.setattr(worker_runs, "_this_attempt", lambda: ServerAway(uuid4()))
     state = worker_flows.learn.fn()
     assert (state.name, state.message) == (name, "fit@t01 ended badly")

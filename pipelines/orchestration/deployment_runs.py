@@ -1,0 +1,110 @@
+"""Flow runs of a deployment for who asks for them: submit them, look at them, read the tables that they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+from pipelines.orchestration.server import PREFECT_SETTINGS
+from pipelines.runtime.processes import environment
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+
+class RunState(NamedTuple):
+    """How a flow run stands."""
+
+    name: str
+    """as Prefect shows it, such as Running or AwaitingRetry"""
+    message: str
+    completed: bool
+    failed: bool
+    """it ended badly, or was cancelled, and nothing will start it again"""
+
+
+class DeploymentRuns:
+    """The flow runs of one deployment, which workers take from its pool."""
+
+    def __init__(self, client: SyncPrefectClient, deployment: UUID) -> None:
+        self._client, self._deployment = client, deployment
+
+    def submit(self, title: str, parameters: Mapping[str, str], tags: Sequence[str]) -> UUID:
+        """Schedule a run for any worker; return its id."""
+        return self._client.create_flow_run_from_deployment(
+            self._deployment, name=title, parameters=dict(parameters), tags=list(tags)
+        ).id
+
+    def unfinished(self, tags: Sequence[str]) -> UUID | None:
+        """Return a run with these tags that has not ended; one that crashed is started again by the server."""
+        from prefect.client.schemas.filters import (
+            FlowRunFilter,
+            FlowRunFilterState,
+            FlowRunFilterStateType,
+            FlowRunFilterTags,
+        )
+        from prefect.client.schemas.objects import StateType
+
+        ended = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED]
+        found = self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                tags=FlowRunFilterTags(all_=list(tags)),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=ended)),
+            ),
+            limit=1,
+        )
+        return found[0].id if found else None
+
+    def state(self, run: UUID) -> RunState | None:
+        """Return how a run stands; None while the server does not know."""
+        state = self._client.read_flow_run(run).state
+        if state is None:
+            return None
+        return RunState(
+            state.name or state.type.value,
+            state.message or "",
+            completed=state.is_completed(),
+            failed=state.is_failed() or state.is_cancelled(),
+        )
+
+    def table(self, run: UUID, key: str) -> list[dict[str, Any]] | None:
+        """Return the rows that a run has left under a key, or None."""
+        from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+
+        found = self._client.read_artifacts(
+            artifact_filter=ArtifactFilter(
+                flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=[key])
+            )
+        )
+        if not found:
+            return None
+        rows: list[dict[str, Any]] = json.loads(str(found[0].data))
+        return rows
+
+
+@contextlib.contextmanager
+def deployment_runs(name: str) -> Iterator[DeploymentRuns | None]:
+    """Talk to the server of PREFECT_API_URL about the runs of a deployment; None if there is no such deployment."""
+    settings = {key: value for key, value in PREFECT_SETTINGS.items() if key not in os.environ}
+    with environment(settings):
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
+
+        with get_client(sync_client=True) as client:
+            try:
+                deployment = client.read_deployment_by_name(name).id
+            except ObjectNotFound:
+                yield None
+                return
+            yield DeploymentRuns(client, deployment)
+
+
+def leave_table(key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Leave rows for who asked for the flow run that this code is called in: what a flow returns is not kept."""
+    from prefect.artifacts import create_table_artifact
+
+    create_table_artifact(table=[dict(row) for row in rows], key=key)
