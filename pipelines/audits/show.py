@@ -47,8 +47,9 @@ from pipelines.data.packed import open_picture, picture_hash, read_images, stric
 from pipelines.data.sources import read_source
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key, read_json, sha256_of
+from pipelines.runtime.console import printable
+from pipelines.runtime.devices import choose_bf16, choose_device
 from pipelines.runtime.progress import progress
-from pipelines.serving.predict import best_guesses, choose_bf16, choose_device, shown
 
 WORST = 10
 """Mistakes on the terminal; JSON has all."""
@@ -68,7 +69,7 @@ def show_class(name: str, *, as_json: bool) -> None:
         return
     out = console()
     out.print(
-        f"class {shown(name)}, of {found['task']}: {count(found['images'], 'test image')}", markup=False
+        f"class {printable(name)}, of {found['task']}: {count(found['images'], 'test image')}", markup=False
     )
     rows = [
         [
@@ -106,7 +107,7 @@ def show_class(name: str, *, as_json: bool) -> None:
         for row in found["mistakes"][:WORST]:
             where = row["file"] or f"packed in {row['packed']}"
             guess = f"{percent(row['confidence']):>5} % {row['taken_for']} ({row['task']})"
-            out.print(shown(f"{guess}  {row['id']}  {where}"), markup=False, soft_wrap=True)
+            out.print(printable(f"{guess}  {row['id']}  {where}"), markup=False, soft_wrap=True)
 
 
 def class_history(project: Project, name: str) -> Record:
@@ -214,12 +215,14 @@ def show_image(which: str, *, as_json: bool) -> None:
         more = f", and {len(found['known']) - 1} more times" if len(found["known"]) > 1 else ""
         what = "" if known["id"] == which else f"the same picture as {known['id']}{more}: "
         out.print(
-            shown(f"{which}: {what}a {known['part']} image of class {known['class']}, of {known['task']}"),
+            printable(
+                f"{which}: {what}a {known['part']} image of class {known['class']}, of {known['task']}"
+            ),
             markup=False,
             soft_wrap=True,
         )
     else:
-        out.print(shown(f"{which}: no image of any task is this picture"), markup=False, soft_wrap=True)
+        out.print(printable(f"{which}: no image of any task is this picture"), markup=False, soft_wrap=True)
     rows = []
     for row in found["steps"]:
         guesses = [f"{guess['class']} {percent(guess['probability'])}" for guess in row["guesses"]]
@@ -241,6 +244,7 @@ def image_history(project: Project, which: str) -> Record:
     import torch
 
     from sdlora.devices import set_deterministic
+    from sdlora.prediction import best_guesses
     from sdlora.preprocessing import Preprocessing
 
     names = project.evaluated()
@@ -250,7 +254,7 @@ def image_history(project: Project, which: str) -> Record:
         try:
             picture = open_picture(data)
         except ValueError as error:
-            raise InputError(f"{shown(which)}: {error}") from None
+            raise InputError(f"{printable(which)}: {error}") from None
     known = known_as(last, picture_hash(picture))
     truths = {entry["class"] for entry in known}
     set_deterministic(True)
@@ -299,8 +303,8 @@ def image_bytes(last: Step, which: str) -> bytes:
             return images["image"][ids.index(which)].as_py()
     known = [row["id"] for row in samples_of(last) if row["split"] == "test"]
     if which in known:
-        raise InputError(f"{shown(which)}: the test images of {task} are gone; name a file of it instead")
-    raise InputError(f"{shown(which)}: no such file, and no test image of this id{near(which, known)}")
+        raise InputError(f"{printable(which)}: the test images of {task} are gone; name a file of it instead")
+    raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
 
 
 def known_as(step: Step, picture: str) -> list[Record]:
@@ -327,7 +331,7 @@ def show_task(which: str, *, as_json: bool) -> None:
         return
     out = console()
     for line in task_lines(found):
-        out.print(shown(line), markup=False, soft_wrap=True)
+        out.print(printable(line), markup=False, soft_wrap=True)
     parts = [part for part in ("train", "validation", "test") if any(part in row for row in found["classes"])]
     out.print()
     out.print(

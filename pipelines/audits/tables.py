@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.serving.predict import shown
+from pipelines.runtime.console import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -59,7 +59,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    lines = [[shown(str(cell)) for cell in row] for row in rows]
+    lines = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *lines, strict=True)]
     long = [index for index in texts if widths[index] > SHORT]
     # Left to itself, rich takes from all columns alike, and a number without its last digit is another number.

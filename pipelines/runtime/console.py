@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 
 
@@ -20,3 +21,8 @@ def echo(line: str) -> None:
     """Print a line on standard output at once, so that it stands in order with what stages write."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may show it: whatever is not printable is escaped."""
+    return text if text.isprintable() else json.dumps(text)

@@ -18,24 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, natural_key
+from pipelines.runtime.console import printable
+from pipelines.runtime.devices import choose_bf16, choose_device
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-    from torch import nn
 
+    from sdlora.prediction import Guess
     from sdlora.preprocessing import Preprocessing
 
 AHEAD = 2
 """Batches that are decoded while another one is predicted."""
-
-
-class Guess(NamedTuple):
-    """A class and the softmax probability that the model gives it."""
-
-    name: str
-    label: int
-    probability: float
 
 
 class Row(NamedTuple):
@@ -73,15 +66,16 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
     from sdlora.loading import read_step
+    from sdlora.prediction import best_guesses
     from sdlora.preprocessing import Preprocessing
 
     for name in images:
         if name != "-" and not os.path.lexists(name):
-            raise InputError(f"{shown(name)}: no such file or folder")
+            raise InputError(f"{printable(name)}: no such file or folder")
     names = files(images)
     first = next(names, None)
     if first is None:
-        raise InputError(f"{' '.join(map(shown, images))}: no image there")
+        raise InputError(f"{' '.join(map(printable, images))}: no image there")
     device = choose_device(settings.device)
     bf16 = choose_bf16(settings.precision, device)
     set_deterministic(True)
@@ -107,7 +101,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
             for name, item in zip(some, decoded, strict=True):
                 if isinstance(item, str):
                     failed += 1
-                    sys.stderr.write(f"{shown(name)}: {item}\n")
+                    sys.stderr.write(f"{printable(name)}: {item}\n")
                     write(Row(name, [], item))
                 else:
                     write(Row(name, next(found), None))
@@ -118,36 +112,6 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     if failed:
         sys.stderr.write(f"{failed} of {done} images could not be read\n")
     return 1 if failed else 0
-
-
-def best_guesses(
-    classifier: nn.Module,
-    pixels: Sequence[np.ndarray],
-    preprocessing: Preprocessing,
-    classes: Sequence[str],
-    *,
-    top: int,
-    bf16: bool,
-) -> list[list[Guess]]:
-    """The `top` best guesses of each image, from uint8 pixels (channels, height, width) each, in one forward pass."""
-    import numpy as np
-    import torch
-
-    from sdlora.preprocessing import normalise
-    from sdlora.products import by_onednn
-
-    if not pixels:
-        return []
-    device = next(classifier.parameters()).device
-    batch = torch.from_numpy(np.stack(pixels)).to(device)
-    how = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else by_onednn(device)
-    with torch.inference_mode(), how:
-        logits = classifier(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
-    found = logits.float().softmax(dim=1).topk(top, dim=1)
-    return [
-        [Guess(classes[label], label, round(p, 6)) for p, label in zip(ps, labels, strict=True)]
-        for ps, labels in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-    ]
 
 
 def files(images: Iterable[str]) -> Iterator[str]:
@@ -171,32 +135,6 @@ def files_of(folder: Path) -> Iterator[Path]:
         for name in sorted(names, key=natural_key):
             if name[0] != "." and os.path.splitext(name)[1].lower() in known:
                 yield Path(home, name)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; an `InputError` says that this machine has none such."""
-    import torch
-
-    from sdlora.devices import best_device
-
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fault = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name}: not usable here ({fault}); try cpu or auto") from None
-    return device
-
-
-def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: `auto` does on a GPU that is fast at it, and nowhere else."""
-    import torch
-
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return precision == "bf16"
 
 
 def _decoded_batches(
@@ -228,11 +166,6 @@ def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
         return error.strerror or type(error).__name__
     except ValueError as error:
         return str(error)
-
-
-def shown(text: str) -> str:
-    """A text as a terminal may show it: whatever is not printable is escaped."""
-    return text if text.isprintable() else json.dumps(text)
 
 
 # ---- what is written
@@ -268,11 +201,11 @@ def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
 
 
 def _table(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
-    width = max(len(shown(name)) for name in classes)
+    width = max(len(printable(name)) for name in classes)
 
     def write(row: Row) -> None:
-        cells = [f"{shown(guess.name):{width}} {guess.probability:6.1%}" for guess in row.guesses]
-        sink.write("   ".join([*(cells or [f"not read: {row.error}"]), shown(row.image)]) + "\n")
+        cells = [f"{printable(guess.name):{width}} {guess.probability:6.1%}" for guess in row.guesses]
+        sink.write("   ".join([*(cells or [f"not read: {row.error}"]), printable(row.image)]) + "\n")
 
     return write
 

@@ -18,7 +18,8 @@ from pipelines.cli.app import app
 from pipelines.data.packed import read_images
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json
-from pipelines.serving.predict import choose_bf16, choose_device, files, files_of
+from pipelines.runtime.devices import choose_bf16, choose_device
+from pipelines.serving.predict import files, files_of
 from pipelines.stages.evaluate import evaluate
 from tests.support.chains import make_chain, picture
 from tests.support.repository import REPOSITORY
