@@ -19,10 +19,11 @@ repro: $(READY) ## Bring everything up to date: train, test, report.
 test: $(READY) ## Run all tests, WORKERS files at a time; print the slowest ten.
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
-lint: $(READY) ## Check style, format and types.
+lint: $(READY) ## Check style, format, types and which room imports which.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/comparison.md.
 	@$(BIN)/python benchmarks/compare.py --write

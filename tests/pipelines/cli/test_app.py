@@ -16,6 +16,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
+from pipelines.project.errors import GateClosedError
+from pipelines.runtime.stage_outcome import GATE, INPUT, OUTCOME_FILE, StageOutcome, read_outcome
 from tests.support.repository import REPOSITORY
 
 COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
@@ -121,11 +123,24 @@ def test_an_error_goes_to_the_file_that_the_outer_run_reads_and_is_printed_by_it
         "--gate",
         "z",
         folder=tmp_path,
-        SDLORA_ERROR_FILE=str(tmp_path / "error"),
+        SDLORA_OUTCOME_FILE=str(tmp_path / "outcome.json"),
     )
     assert done.returncode == 2
     assert done.stderr == ""
-    assert (tmp_path / "error").read_text().startswith("2 error: no params.yaml in ")
+    outcome = read_outcome(tmp_path / "outcome.json")
+    assert outcome is not None
+    assert (outcome.status, outcome.kind) == (2, INPUT)
+    assert outcome.line.startswith("error: no params.yaml in ")
+
+
+def test_a_closed_gate_is_told_apart_from_other_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.cli.app import report_error
+
+    monkeypatch.setenv(OUTCOME_FILE, str(tmp_path / "outcome.json"))
+    assert report_error(GateClosedError("whatever it says")) == 2
+    assert read_outcome(tmp_path / "outcome.json") == StageOutcome(2, GATE, "error: whatever it says")
 
 
 def test_a_bug_shows_its_traceback_and_ends_with_status_1(
@@ -133,7 +148,7 @@ def test_a_bug_shows_its_traceback_and_ends_with_status_1(
 ) -> None:
     from pipelines.cli.app import report_error
 
-    monkeypatch.delenv("SDLORA_ERROR_FILE", raising=False)
+    monkeypatch.delenv("SDLORA_OUTCOME_FILE", raising=False)
     with pytest.raises(KeyError) as found:
         _ = {}["key"]
     assert report_error(found.value) == 1

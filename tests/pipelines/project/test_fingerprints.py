@@ -236,6 +236,21 @@ def test_what_turns_params_into_settings_is_part_of_the_key() -> None:
         assert {section, "read_params", "read_yaml"} <= names
 
 
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_stage_does_not_depend_on_who_runs_it(kind: str) -> None:
+    """Who launches a stage, keeps its cost, shows its progress or reports its end decides no byte of its result."""
+    above = (
+        "pipelines.cli.",
+        "pipelines.orchestration.",
+        "pipelines.ledger.journal.",
+        "pipelines.runtime.progress_bar.",
+        "pipelines.runtime.stage_outcome.",
+        "pipelines.project.error_text.user_message",
+    )
+    found = [str(definition) for definition in stage_fingerprint(kind).definitions]
+    assert not [name for name in found if name.startswith(above)]
+
+
 def test_a_stage_does_not_depend_on_the_settings_of_others_nor_on_who_shows_its_progress() -> None:
     names = {definition.name for definition in stage_fingerprint("fit").definitions}
     assert not names & {"Workers", "Gate", "Evaluation", "Data", "ProgressBar", "ProgressArtifact", "Params"}
