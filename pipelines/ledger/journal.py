@@ -52,7 +52,7 @@ def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with a + where tracked files differ from it; None outside of git."""
+    """Return the commit that is checked out, with a + where tracked files differ from it; None outside of git."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
@@ -65,7 +65,7 @@ def commit() -> str | None:
 
 
 def memory() -> dict[str, Any]:
-    """The device and the peak of memory so far, in bytes, of this process and of its accelerator."""
+    """Return the device and the peak of memory so far, in bytes, of this process and of its accelerator."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: dict[str, Any] = {"device": "cpu", "peak_memory": kib * (1 if sys.platform == "darwin" else 1024)}
     torch = sys.modules.get("torch")  # a stage that did not need it has used no accelerator

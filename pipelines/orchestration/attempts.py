@@ -94,7 +94,7 @@ class Attempts:
         return later
 
     def pause(self) -> timedelta:
-        """How long to wait before the next attempt: longer each time that nothing came of one."""
+        """Return how long to wait before the next attempt: longer each time that nothing came of one."""
         return PAUSE * 4 ** max(0, int(self._labels().get(IDLE, 0)) - 1)
 
     def _labels(self) -> dict[str, str]:
@@ -132,7 +132,7 @@ def short_retries() -> Iterator[None]:
 
 
 def begun_first(states: list[State]) -> UUID | None:
-    """The Running state whose process owns a run: the first of the newest attempt; None if no process should be.
+    """Return the Running state whose process owns a run, the first of the newest attempt; None if no process does.
 
     An attempt is what follows the last state in which nothing is at work on a run.
     """
@@ -146,7 +146,7 @@ def begun_first(states: list[State]) -> UUID | None:
 
 
 def checkpoint_mark(store: str | None) -> str:
-    """A hash of the names of all checkpoints in a store: another one whenever any fit has saved itself.
+    """Return a hash of the names of all checkpoints in a store: another one whenever any fit has saved itself.
 
     Other files do not count. A checkpoint is known by its form, KEY/NAME, and not by its chain: the key is the hash of
     inputs that a fit knows only when it runs. So a fit of another project in the same store counts as progress too;

@@ -139,7 +139,7 @@ def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
 
 
 def tip(branch: str) -> str | None:
-    """The commit that the branch stands at, if there is such a branch."""
+    """Return the commit that the branch stands at, if there is such a branch."""
     return git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
 
 
@@ -205,7 +205,7 @@ def _take_ledger(base: str) -> None:
 
 
 def _own_ledger(base: str) -> list[str]:
-    """The files of the ledger that this clone has written since it took those of a commit.
+    """Return the files of the ledger that this clone has written since it took those of a commit.
 
     What is as the checked-out commit has it was written by nobody here, also where the branch lacks it.
     """
@@ -214,14 +214,14 @@ def _own_ledger(base: str) -> list[str]:
 
 
 def _ledger(commit: str) -> dict[str, str]:
-    """The files of the ledger in a commit, and their hashes; none where Git has forgotten the commit."""
+    """Return the files of the ledger in a commit, and their hashes; none where Git has forgotten the commit."""
     lines = git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
     rows = [line.split(b"\t", 1) for line in lines if line]
     return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
 
 
 def _ledger_here() -> dict[str, str]:
-    """The files of the ledger in this clone, and their hashes; half-written ones are none."""
+    """Return the files of the ledger in this clone, and their hashes; half-written ones are none."""
     names = sorted(
         path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
     )
@@ -234,7 +234,7 @@ def _remembered() -> dict[str, Any]:
 
 
 def _content(commit: str, name: str) -> bytes | None:
-    """A file's bytes in a commit; None where it is not in it."""
+    """Return a file's bytes in a commit; None where it is not in it."""
     done = subprocess.run(["git", "cat-file", "blob", f"{commit}:{name}"], capture_output=True)
     return None if done.returncode else done.stdout
 

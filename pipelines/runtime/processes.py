@@ -53,7 +53,7 @@ def die_with_starter() -> None:
 
 
 def starter() -> int | None:
-    """The process that started this one, behind a shell that stands between the two; None where that is not known."""
+    """Return the process that started this one, also behind a shell between the two; None where it is not known."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
@@ -133,7 +133,7 @@ def signal_group(process: Leader, sign: signal.Signals) -> None:
 
 
 def wake_the_ending(mark: Path) -> None:
-    """Wake the stopped processes that have been told to end, so that they do; and end stages that nobody is left for.
+    """Resume stopped processes with a pending SIGTERM so that they exit, and terminate orphaned stages.
 
     When all above a stopped fit is killed, the kernel's SIGTERM waits for it to be woken, and the GPU with it. One that
     was stopped before it had asked the kernel for that is known by its session, whose leader, a DVC, is gone. Such are
@@ -162,7 +162,7 @@ _COMMANDS = {("sdlora", stage) for stage in (CODE_STAGE, *STAGES)}
 
 
 def _leader_lives(process: int) -> bool:
-    """Whether the leader of a process's session is at work; one of another namespace is not known, so it is."""
+    """Return whether the leader of a process's session is at work; one of another namespace is not known, so it is."""
     leader = os.getsid(process)
     if not leader:
         return True

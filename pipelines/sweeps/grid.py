@@ -46,12 +46,12 @@ class Chain:
 
     @property
     def title(self) -> str:
-        """What it is called in lines and tables."""
+        """Return what it is called in lines and tables."""
         return " ".join(f"{key}={flow(value)}" for key, value in self.values.items())
 
     @property
     def name(self) -> str:
-        """What its folder is called: it stays the same when the sweep grows."""
+        """Return what its folder is called: it stays the same when the sweep grows."""
         words = "-".join(
             re.sub(r"[^A-Za-z0-9.]+", "-", flow(value)).strip("-.") for value in self.values.values()
         )
@@ -102,7 +102,7 @@ def _order(value: object) -> tuple[bool, float, str]:
 
 
 def make_chains(axes: Mapping[str, Sequence[Any]], *, path: Path = Path("params.yaml")) -> list[Chain]:
-    """All combinations of the values, each validated as a whole; an `InputError` names the first that is not valid."""
+    """Return all combinations of the values; an `InputError` names the first that is not valid as a whole."""
     text = read_text(path)
     present = Params.parse(text, origin=str(path))
     for key, task in present.tasks.items():
@@ -128,12 +128,12 @@ def make_chains(axes: Mapping[str, Sequence[Any]], *, path: Path = Path("params.
 
 
 def default_name(axes: Mapping[str, Sequence[Any]]) -> str:
-    """A name for a sweep that was given none: its keys, and a hash of all."""
+    """Return a name for a sweep that was given none: its keys, and a hash of all."""
     return f"{'-'.join(key.rpartition('.')[2] for key in axes)[:60]}-{short_hash(dict(axes))}"
 
 
 def checked_name(name: str) -> str:
-    """A name that can be a folder's; an `InputError` for any other."""
+    """Return a name that can be a folder's; an `InputError` for any other."""
     if not re.fullmatch(NAME, name):
         raise InputError(f"sweep: the name {name!r} is not one for a folder; use letters, digits and . _ -")
     return name

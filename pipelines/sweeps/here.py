@@ -103,7 +103,7 @@ def begin(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def result_of(folder: Path, status: int) -> Result:
-    """What came of a chain whose process has ended: its metrics, or the last line that it said."""
+    """Return what came of a chain whose process has ended: its metrics, or the last line that it said."""
     if status == 0:
         return read_result(folder)
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()

@@ -131,5 +131,5 @@ class Pool:
         return Result(numbers=row)
 
     def _tag(self, chain: Chain) -> str:
-        """The same for runs that do the same."""
+        """Return a tag that is the same for runs that do the same."""
         return f"{chain.name}-{short_hash([self._name, self._project.code, chain.params])}"

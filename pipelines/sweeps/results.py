@@ -34,14 +34,14 @@ class Result:
 
     @property
     def line(self) -> str:
-        """It in a few words."""
+        """Return it in a few words."""
         if self.numbers is None:
             return f"failed: {self.error}"
         return f"last accuracy {percent(self.numbers['last_accuracy'])}"
 
 
 def read_result(folder: Path) -> Result:
-    """The numbers of a finished chain, from the metrics.json of its folder."""
+    """Return the numbers of a finished chain, from the metrics.json of its folder."""
     metrics = read_json(folder / "metrics.json")
     return Result(numbers={key: metrics[key] for key in NUMBERS})
 
@@ -49,7 +49,7 @@ def read_result(folder: Path) -> Result:
 def as_json(
     axes: Mapping[str, Sequence[Any]], chains: Sequence[Chain], results: Sequence[Result]
 ) -> dict[str, Any]:
-    """The whole table: the axes, a row for each chain, and one for each combination over its seeds."""
+    """Return the whole table: the axes, a row for each chain, and one for each combination over its seeds."""
     rows = [
         {
             "values": dict(chain.values),
@@ -63,7 +63,7 @@ def as_json(
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each combination of the other values the mean and the sample deviation over the seeds that ended well.
+    """Return the mean and the sample deviation over the seeds that ended well, for each combination of other values.
 
     The deviation is null where there are fewer than two of them.
     """
@@ -97,7 +97,7 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
 
 
 def shown(table: Mapping[str, Any]) -> Table:
-    """The table to print: over seeds if there are several, and every chain that failed."""
+    """Return the table to print: over seeds if there are several, and every chain that failed."""
     from rich.table import Table
 
     rows, summaries = table["chains"], table.get("over_seeds")

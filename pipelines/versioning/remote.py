@@ -47,7 +47,7 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
 
 
 def images_read(name: str, params: Params) -> list[str]:
-    """The folders of training images that a stage reads: they are no deps, what describes them is."""
+    """Return the folders of training images that a stage reads: they are no deps, what describes them is."""
     kind, _, task = name.partition("@")
     if kind not in ("fit", "freeze"):
         return []
@@ -102,7 +102,7 @@ def push(name: str) -> None:
 
 
 def unpushed() -> set[str]:
-    """The stages whose outputs the remote has not taken yet."""
+    """Return the stages whose outputs the remote has not taken yet."""
     return set(UNPUSHED.read_text(encoding="utf-8").split()) if UNPUSHED.is_file() else set()
 
 

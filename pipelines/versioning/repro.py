@@ -19,7 +19,7 @@ from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
 from pipelines.runtime.stage_outcome import GATE, OUTCOME_FILE, read_outcome
 from pipelines.versioning.dvc_server import DVC_SOCKET
-from pipelines.versioning.stage_lock import turn
+from pipelines.versioning.stage_lock import stage_lock
 
 CHATTER = (
     "Running stage ",
@@ -53,7 +53,7 @@ class StageFailedError(Exception):
 
     @property
     def closed_gate(self) -> str | None:
-        """The step whose gate is closed, which a person may open; None if something else went wrong."""
+        """Return the step whose gate is closed, which a person may open; None if something else went wrong."""
         return StageName.parse(self.stage).item if self._gate_closed else None
 
 
@@ -77,7 +77,7 @@ def reproduce_stage(name: str, *, pull: bool, concurrent: ConcurrentOptions | No
     They did, or were there, where DVC ends well and the stage has left no outcome. With `pull` the remote's cache is
     asked too.
     """
-    with turn(name), TemporaryDirectory(prefix="sdlora-") as folder:
+    with stage_lock(name), TemporaryDirectory(prefix="sdlora-") as folder:
         outcome = Path(folder) / "outcome.json"
         command = ["repro", "--single-item", name, *(["--pull"] if pull else [])]
         status = run_dvc(command, {OUTCOME_FILE: str(outcome)}, concurrent)

@@ -14,7 +14,7 @@ TURNS = Path(".sdlora/turns.json")
 
 
 @contextlib.contextmanager
-def turn(stage: str) -> Iterator[None]:
+def stage_lock(stage: str) -> Iterator[None]:
     """Wait while another chain computes the same stage; outside of a sweep there is nobody to wait for."""
     turns = read_json(TURNS) if TURNS.is_file() else {"stages": {}}
     if stage not in turns["stages"]:
