@@ -73,11 +73,53 @@ def report_error(error: Exception) -> int:
     return status
 
 
+def show_version(wanted: bool) -> None:
+    """Print version and fingerprint, and stop."""
+    if wanted:
+        from importlib.metadata import version
+
+        from pipelines.project.fingerprints import program_fingerprint
+
+        typer.echo(f"sdlora {version('sdlora')}, code {program_fingerprint()[:12]}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=show_version,
+            is_eager=True,
+            help="Print version and fingerprint of the code.",
+        ),
+    ] = False,
+) -> None:
+    """Teach an image classifier new classes, task by task, without touching what it knows."""
+
+
 def require_project() -> None:
     """Refuse to work anywhere but in a project's folder."""
     for name in ("params.yaml", "dvc.yaml"):
         if not Path(name).is_file():
-            raise InputError(f"no {name} in {Path.cwd()}: run sdlora in the folder of the project")
+            raise InputError(
+                f"no {name} in {Path.cwd()}: run sdlora in the folder of the project, or start one with sdlora init"
+            )
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make, or one that has no project yet.")],
+    example: Annotated[
+        bool, typer.Option("--example", help="With five tasks of handwritten digits, to run at once.")
+    ] = False,
+) -> None:
+    """Start a project of your own: parameters, stages, a Git repository."""
+    from pipelines.planning.new_project import new_project
+
+    for line in new_project(folder, example=example):
+        typer.echo(line)
 
 
 @app.command()

@@ -72,7 +72,8 @@ def test_outside_a_project_one_line_says_where_to_go(command: str, tmp_path: Pat
     done = sdlora(*command.split(), folder=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
+    line = f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project"
+    assert done.stderr == f"{line}, or start one with sdlora init\n"
     assert list(tmp_path.iterdir()) == []
 
 

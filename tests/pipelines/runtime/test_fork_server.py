@@ -45,7 +45,8 @@ def test_a_command_ends_as_it_would_by_itself(warm_path: str, tmp_path: Path) ->
     with sdlora("start", "--out", "x", "--evaluation", "y", "--gate", "z", folder=tmp_path) as process:
         out, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert error == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
+    line = f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project"
+    assert error == f"{line}, or start one with sdlora init\n"
     assert out == ""
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
