@@ -133,7 +133,9 @@ def _params() -> Iterator[str]:
         if key == "fetch":
             yield from _data_sets(block, definitions)
             continue
-        yield from _table([(prefix + name, inner, value) for name, inner, value in rows], definitions, not entries)
+        yield from _table(
+            [(prefix + name, inner, value) for name, inner, value in rows], definitions, not entries
+        )
 
 
 def _data_sets(block: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
