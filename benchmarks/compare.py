@@ -300,6 +300,8 @@ def stored(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.is_file() else []
     results: dict[str, dict[str, Any]] = {}
     for result in map(json.loads, lines):
+        # Chains without this key were measured when nothing could be compiled.
+        result["run"]["schedule"].setdefault("compile", False)
         results.setdefault(json.dumps(result["run"], sort_keys=True), result)
     return list(results.values())
 
