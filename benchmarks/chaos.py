@@ -37,6 +37,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -787,7 +788,8 @@ def write(results: Path) -> None:
     result = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{summary(result)}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
+    text = textwrap.fill(summary(result), 118)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
