@@ -98,16 +98,16 @@ def _command(path: str, command: Any) -> Iterator[str]:  # noqa: ANN401 - click'
     context = typer.Context(command, info_name=path)
     first, _, rest = (command.help or "").strip().partition("\n\n")
     usage = _one_line(command.get_usage(context)).removeprefix("Usage: ")
-    yield from ("", f"### {path}", "", _one_line(first), "", "```text", usage, "```", "")
+    yield from ("", f"### {path}", "", _text(first), "", "```text", usage, "```", "")
     for paragraph in filter(None, rest.split("\n\n")):
-        yield from (_one_line(paragraph), "")
+        yield from (_text(paragraph), "")
     records = [parameter.get_help_record(context) for parameter in command.params if parameter.name != "help"]
     if records:
         yield from ("| | meaning | default |", "| --- | --- | --- |")
     for spelling, text in records:
         meaning, _, extra = text.partition("  [")
         facts = [fact.removeprefix("default: ") for fact in extra.removesuffix("]").split("; ") if fact]
-        yield f"| `{_cell(spelling)}` | {_cell(meaning)} | {_cell(', '.join(facts))} |"
+        yield f"| {_cell(f'`{spelling}`')} | {_cell(meaning)} | {_cell(', '.join(facts))} |"
 
 
 # params.yaml
@@ -120,14 +120,12 @@ def _params() -> Iterator[str]:
     definitions = schema["$defs"]
     for key, field in schema["properties"].items():
         yield from ("", f"## {key}", "")
-        if field.get("description"):
-            yield from (_sentence(field["description"]), "")
         block, entries = _block(field, definitions)
         if block is None:
             yield from _table([(key, field, shipped.get(key))], definitions)
             continue
+        yield from (_text(_sentence(block["description"])), "")
         values = {} if entries else shipped[key]
-        yield from (_sentence(block["description"]), "")
         rows = [(name, inner, values.get(name)) for name, inner in block.get("properties", {}).items()]
         prefix = f"{key}.KEY." if entries else f"{key}."
         if key == "fetch":
@@ -144,7 +142,7 @@ def _data_sets(block: dict[str, Any], definitions: dict[str, Any]) -> Iterator[s
     for name, field in block["properties"].items():
         entry, _ = _block(field, definitions)
         settings = [
-            f"`{key}`: {_kind(inner, definitions)}, {inner['description']}"
+            f"`{key}` ({_kind(inner, definitions)}): {inner['description']}"
             for key, inner in (entry or {}).get("properties", {}).items()
         ]
         yield f"| `{name}` | {_cell(field['description'])} | {'<br>'.join(map(_cell, settings)) or 'none'} |"
@@ -202,7 +200,7 @@ def _kind(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         )
         if name in field
     ]
-    return " ".join([kinds.get(str(kind), "block of keys"), *bounds])
+    return ", ".join([kinds.get(str(kind), "block of keys"), *bounds])
 
 
 # The Python API
@@ -252,7 +250,13 @@ def _sentence(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return _one_line(text).replace("|", "\\|")
+    return _text(text).replace("|", "\\|")
+
+
+def _text(text: str) -> str:
+    """Return prose for Markdown, on one line: what stands in <brackets> outside of code is no HTML."""
+    parts = _one_line(text).split("`")
+    return "`".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
 
 
 def _shown(value: object) -> str:
