@@ -22,7 +22,8 @@ from pipelines.versioning.artifacts import ARTIFACTS, FaultError, Place, read_lo
 def retrain(step: str) -> float:
     """Run `fit` and `freeze` of a step again, elsewhere; a `FaultError` names the first file that differs.
 
-    Bytes repeat on one kind of machine, with the same libraries (docs/method.md); the error says which were others.
+    Bytes repeat on one kind of machine, with the same libraries (docs/explanation/auditing.md); the error
+    says which were others.
     Returns the seconds that it took.
     """
     from pipelines.project.method_settings import tasks_read

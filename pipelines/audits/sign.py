@@ -36,7 +36,7 @@ def sign(key: Path) -> list[str]:
 
     The statement is a file of four lines (the last is the hash of the newest receipt of deleted images),
     `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong into version control. `ssh-keygen -Y
-    verify` needs nothing of ours to check them (docs/audit.md).
+    verify` needs nothing of ours to check them (docs/how-to/verify.md).
     """
     if not key.is_file():
         raise InputError(f"{key}: no such key; make one with `ssh-keygen -t ed25519 -f {key}`")

@@ -37,7 +37,7 @@ def deploy() -> list[str]:
     missing = server_missing()
     if missing:
         raise InputError(
-            f"deploy: no Prefect server ({missing}); start one and set PREFECT_API_URL: docs/workers.md"
+            f"deploy: no Prefect server ({missing}); start one and set PREFECT_API_URL: docs/how-to/workers.md"
         )
     from prefect.client.orchestration import get_client
 

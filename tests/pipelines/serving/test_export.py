@@ -64,9 +64,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def without_sdlora(program: str, folder: Path, *arguments: str) -> str:
     """Run a program in `folder`, in a process that cannot import this package, whose tests' families timm knows."""
     path = folder.parent / "path"
-    (path / "tests").mkdir(parents=True, exist_ok=True)
+    (path / "tests/support").mkdir(parents=True, exist_ok=True)
     (path / "tests/__init__.py").touch()
-    shutil.copy(REPOSITORY / "tests/support/families.py", path / "tests")
+    (path / "tests/support/__init__.py").touch()
+    shutil.copy(REPOSITORY / "tests/support/families.py", path / "tests/support")
     barrier = "import sys; sys.modules['sdlora'] = sys.modules['pipelines'] = None\n"
     command = [sys.executable, "-c", barrier + program, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(path)}
