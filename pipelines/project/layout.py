@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from pipelines.project.errors import InputError
+
 PARAMS = Path("params.yaml")
+DVC_YAML = Path("dvc.yaml")
+RAW = Path("data/raw")
+"""Images as they were brought: a folder for each data set."""
 ARTIFACTS = Path("artifacts")
 CODE = ARTIFACTS / "code"
 """For each stage a file with the fingerprint of its code."""
@@ -30,3 +35,12 @@ class StageName(NamedTuple):
 
     def __str__(self) -> str:
         return self.kind if self.item is None else f"{self.kind}@{self.item}"
+
+
+def require_project() -> None:
+    """Refuse to work anywhere but in a project's folder."""
+    for path in (PARAMS, DVC_YAML):
+        if not path.is_file():
+            raise InputError(
+                f"no {path} in {Path.cwd()}: run sdlora in the folder of the project, or start one with sdlora init"
+            )
