@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json, write_whole
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
@@ -141,7 +142,7 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         (project.root / shared).mkdir(parents=True, exist_ok=True)
         _link(folder / shared, project.root / shared)
     write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})
-    return Workspace(folder, fits=keys.get(f"fit@{list(params.tasks)[-1]}", chain))
+    return Workspace(folder, fits=keys.get(str(StageName("fit", list(params.tasks)[-1])), chain))
 
 
 def with_code(project: Project) -> dict[str, str]:
