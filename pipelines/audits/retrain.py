@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines.ledger.receipts import receipt_of
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params, read_text, read_yaml
 from pipelines.project.provenance import library_versions
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
+from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
 
 
 def retrain(step: str) -> float:

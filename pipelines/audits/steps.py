@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from pipelines.data.packed import read_images
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
+from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
 
 if TYPE_CHECKING:
     from torch import nn

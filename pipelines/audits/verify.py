@@ -14,14 +14,13 @@ from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.kept import KEPT, read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.layout import CODE, StageName
 from pipelines.project.params import Gate, Params
 from pipelines.versioning.artifacts import (
     ARTIFACTS,
     LOCK,
-    FaultError,
     Place,
     folder_md5,
     md5_of,

@@ -11,16 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import StageName
 from pipelines.project.params import Fetch, Params, read_yaml
 
 LOCK = Path("dvc.lock")
 ARTIFACTS = Path("artifacts")
-
-
-class FaultError(Exception):
-    """Something does not hold: the file, and what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -101,3 +101,20 @@ def test_only_the_layout_knows_how_a_stage_is_spelt(path: Path) -> None:
     if path.name != "layout.py":
         spelt = re.compile(rf"\b({'|'.join(STAGES)})@|^@$")
         assert not [text for text in texts(path) if spelt.search(text)]
+
+
+def test_every_error_of_ours_stands_in_the_tree_of_errors() -> None:
+    from pipelines.project import errors
+
+    classes = {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for path in LIBRARY + PIPELINES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {
+        name for name, bases in classes.items() if any(b.endswith(("Error", "Exception")) for b in bases)
+    }
+    drawn = set(re.findall(r"── (\w+)", errors.__doc__ or ""))
+    assert drawn == found | {"DvcException"}
+    assert all(value.__doc__ for name, value in vars(errors).items() if name in found)

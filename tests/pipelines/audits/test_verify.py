@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import FaultError
 from sdlora.ledger import record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 from tests.support.commands import call, environment
@@ -338,8 +338,9 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
 )
 def test_nothing_but_the_stage_itself_on_the_projects_own_files_is_run_again(command: str) -> None:
     from pipelines.audits.retrain import _arguments
+    from pipelines.project.errors import FaultError
     from pipelines.project.layout import StageName
-    from pipelines.versioning.artifacts import FaultError, Lock
+    from pipelines.versioning.artifacts import Lock
 
     with pytest.raises(FaultError, match=r"dvc\.lock: the command of fit@t01 is none of this program's"):
         _arguments(Lock({}, {}, {"fit@t01": command}), StageName("fit", "t01"))
