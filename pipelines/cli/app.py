@@ -52,7 +52,8 @@ def main() -> None:
 
 def report_error(error: Exception) -> int:
     """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
-    from pipelines.runtime.stage import ERROR_FILE, complaint, first_line
+    from pipelines.project.environment import ERROR_FILE
+    from pipelines.runtime.stage import complaint, first_line
 
     line = complaint(error)
     status = 2 if line else 1

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
 from pipelines.project.layout import CODE, STAGES, StageName
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
     from prefect import Flow, State
 
 Summary = list[dict[str, str | int | float]]
-
-PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
-"""Environment variable: the id of the outer flow run that this stage belongs to."""
-
-ERROR_FILE = "SDLORA_ERROR_FILE"
-"""Environment variable: a file for a stage's error line, because DVC passes on no line and no exit status."""
 
 STAGE_TAG = "sdlora-stage"
 """Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""

@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TextIO
 
+from pipelines.project.environment import DVC_SOCKET, ERROR_FILE, PARENT_FLOW_RUN
 from pipelines.project.layout import StageName
 from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
-from pipelines.runtime.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
-from pipelines.versioning.dvc_server import DVC_SOCKET
+from pipelines.runtime.stage import current_flow_run
 from pipelines.versioning.stage_lock import turn
 
 CHATTER = (

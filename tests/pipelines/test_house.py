@@ -118,3 +118,16 @@ def test_every_error_of_ours_stands_in_the_tree_of_errors() -> None:
     drawn = set(re.findall(r"── (\w+)", errors.__doc__ or ""))
     assert drawn == found | {"DvcException"}
     assert all(value.__doc__ for name, value in vars(errors).items() if name in found)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=relative)
+def test_environment_variables_are_named_and_explained_in_one_place(path: Path) -> None:
+    if path.name != "environment.py":
+        assert not [text for text in texts(path) if "SDLORA_" in text]
+        return
+    body = ast.parse(path.read_text(encoding="utf-8")).body[1:]
+    assert body
+    for name, meaning in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(name, ast.Assign)
+        assert isinstance(meaning, ast.Expr)
+        assert ast.unparse(meaning).strip("'\"").startswith("Set by ")
