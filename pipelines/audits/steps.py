@@ -300,17 +300,6 @@ def spread(values: Iterable[float]) -> Record:
     return {"mean": float(found.mean()), "lowest": float(found.min()), "highest": float(found.max())}
 
 
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
 def near(name: str, known: Sequence[str]) -> str:
     """The end of a sentence that says a name is unknown: the names that are like it, or some that there are."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

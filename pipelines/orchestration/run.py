@@ -18,6 +18,7 @@ from pipelines.project.files import read_json
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params, missing_source
+from pipelines.reports.format import percent
 from pipelines.runtime.file_lock import held, mend_rwlock
 from pipelines.runtime.fork_server import warm_process
 from pipelines.runtime.processes import wake_the_ending
@@ -235,7 +236,7 @@ def print_summary(params: Params) -> None:
         "average accuracy": metrics["average_accuracy"],
         "forgetting": metrics["forgetting"],
     }
-    console.print("   ".join(f"{name} [bold]{percent(value)}[/]" for name, value in shown.items()))
+    console.print("   ".join(f"{name} [bold]{percent(value, unit=' %')}[/]" for name, value in shown.items()))
     console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
 
 
@@ -252,11 +253,6 @@ def accuracy_table(params: Params) -> Table:
         cells = [f"{100 * value:.1f}" for value in accuracy]
         table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
     return table
-
-
-def percent(value: float | None) -> str:
-    """A share in per cent; a first task alone has no forgetting."""
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def show_status() -> None:

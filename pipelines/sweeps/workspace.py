@@ -64,7 +64,7 @@ def read_project() -> Project:
         cache = Path(repo.cache.local_cache_dir)
         remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
     paths = code_of(stages, Params.load())
-    code = code_hash(paths)
+    code = _hash_of_files(paths)
     snapshot = root / SWEEPS / ".code" / code[:16]
     with held(root / SWEEPS / ".lock"):
         if not snapshot.is_dir():
@@ -93,7 +93,7 @@ def code_of(stages: list[DvcStage], params: Params) -> list[Path]:
     return sorted(found)
 
 
-def code_hash(paths: list[Path]) -> str:
+def _hash_of_files(paths: list[Path]) -> str:
     """SHA-256 over the names and bytes of files, and of all files of folders."""
     digest = hashlib.sha256()
     for path in paths:
