@@ -31,7 +31,7 @@ from pipelines.orchestration.run import only_run
 from pipelines.planning.tasks import PARAMS, replace_file, with_task, without_fetch
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
-from pipelines.project.layout import StageName
+from pipelines.project.layout import STEP_STAGES, StageName
 from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
 from pipelines.runtime.stage import first_line
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
-
-STEP = ("split", "fit", "freeze", "evaluate", "gate")
-"""The stages that a step is done with."""
 
 
 class Left(NamedTuple):
@@ -232,7 +229,7 @@ def refuse_joint(params: Params) -> None:
 def require_done(task: str, entry: Task, plan: Plan) -> None:
     """Refuse a step that is not up to date with all that it was made of; its source may be gone already."""
     gone = f"{entry.source} is missing" if not Path(entry.source).exists() else None
-    waiting = [str(StageName(kind, task)) for kind in STEP]
+    waiting = [str(StageName(kind, task)) for kind in STEP_STAGES]
     seen: set[str] = set()
     while waiting:
         name = waiting.pop(0)

@@ -16,7 +16,9 @@ CODE = ARTIFACTS / "code"
 """For each stage a file with the fingerprint of its code."""
 
 CODE_STAGE = "code"
-STAGES = ("fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report")
+STEP_STAGES = ("split", "fit", "freeze", "evaluate", "gate")
+"""The stages that a task goes through, in their order."""
+STAGES = ("fetch", "start", "backbone", *STEP_STAGES, "report")
 """The stages whose code has a fingerprint, in the order in which a chain runs them."""
 
 
