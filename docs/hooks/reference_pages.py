@@ -83,12 +83,12 @@ def _walk(app: typer.Typer) -> Iterator[tuple[str, Any]]:
     """Return every command that does something, with all its words."""
 
     def below(path: str, command: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - click's, which typer carries
-        found = getattr(command, "commands", None)
-        if found is None:
+        if not hasattr(command, "list_commands"):
             yield path, command
             return
-        for name, inner in found.items():
-            yield from below(f"{path} {name}", inner)
+        context = typer.Context(command)
+        for name in command.list_commands(context):
+            yield from below(f"{path} {name}", command.get_command(context, name))
 
     yield from below("sdlora", typer.main.get_command(app))
 

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from pipelines.audits.verify import Finding, verify
 from pipelines.ledger.receipts import read_receipts, receipt_of
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import sha256_of, write_whole
-from pipelines.versioning.artifacts import FaultError
 
 SIGNATURES = Path("ledger/signatures")
 NAMESPACE = "sdlora-ledger"

@@ -16,7 +16,9 @@ from pipelines.planning.keep import require_decision
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.fingerprints import require_own_code
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params, missing_source
+from pipelines.reports.format import percent
 from pipelines.runtime.file_lock import held, mend_rwlock
 from pipelines.runtime.fork_server import warm_process
 from pipelines.runtime.processes import wake_the_ending
@@ -212,7 +214,8 @@ def require_sources(params: Params, plan: Plan) -> None:
     every = [Path(out) for outs in plan.outs.values() for out in outs]
     for key, task in params.tasks.items():
         source = Path(task.source)
-        made = f"split@{key}" in plan.order and f"split@{key}" not in stale
+        split = str(StageName("split", key))
+        made = split in plan.order and split not in stale
         made |= any(source == out or out in source.parents for out in every)
         if not made and not source.is_dir():
             raise InputError(
@@ -233,7 +236,7 @@ def print_summary(params: Params) -> None:
         "average accuracy": metrics["average_accuracy"],
         "forgetting": metrics["forgetting"],
     }
-    console.print("   ".join(f"{name} [bold]{percent(value)}[/]" for name, value in shown.items()))
+    console.print("   ".join(f"{name} [bold]{percent(value, unit=' %')}[/]" for name, value in shown.items()))
     console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
 
 
@@ -252,11 +255,6 @@ def accuracy_table(params: Params) -> Table:
     return table
 
 
-def percent(value: float | None) -> str:
-    """A share in per cent; a first task alone has no forgetting."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
 def show_status() -> None:
     """Print a table of tasks and stages, and why those that are not up to date are not."""
     from rich.console import Console
@@ -269,13 +267,13 @@ def show_status() -> None:
         decision += require_decision(plan, retrain=False)
     except InputError as undecided:
         decision.append(str(undecided))
-    kinds = dict.fromkeys(name.partition("@")[0] for name in plan.order)
+    kinds = dict.fromkeys(StageName.parse(name).kind for name in plan.order)
     console = Console()
     table = Table()
     table.add_column("")
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str | None, dict[str, Any]] = {}
     for name in plan.order:
-        kind, _, item = name.partition("@")
+        kind, item = StageName.parse(name)
         rows.setdefault(item, {})[kind] = standing(name, plan, stale)
     columns = [kind for kind in kinds if any(kind in cells for item, cells in rows.items() if item)]
     for column in columns:
@@ -283,7 +281,7 @@ def show_status() -> None:
     for item, cells in rows.items():
         if item:
             table.add_row(item, *[cells.get(column, "") for column in columns])
-    for kind, cell in rows.get("", {}).items():
+    for kind, cell in rows.get(None, {}).items():
         console.print(f"{kind}: {cell}", highlight=False)
     console.print(table)
     for name in plan.order:

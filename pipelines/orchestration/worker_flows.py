@@ -14,13 +14,14 @@ from pydantic import Field
 
 from pipelines.ledger.verdicts import results_of
 from pipelines.orchestration.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
-from pipelines.orchestration.branch import PushError, commit, edit, take
+from pipelines.orchestration.branch import commit, edit, take
 from pipelines.orchestration.deploy import TEND
 from pipelines.orchestration.reconcile import forget_tendings, see_to_overlooked
 from pipelines.orchestration.run import finish
 from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
-from pipelines.project.errors import InputError
+from pipelines.project.environment import PROJECT
+from pipelines.project.errors import InputError, PushError
 from pipelines.project.params import Params, Workers
 from pipelines.runtime.processes import die_with, environment
 from pipelines.runtime.stage import Summary, complaint, current_flow_run, first_line, say
@@ -28,9 +29,6 @@ from pipelines.sweeps.pool import RESULT
 from pipelines.sweeps.results import read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
 from pipelines.versioning.repro import StageFailedError, print_line
-
-PROJECT = "SDLORA_PROJECT"
-"""Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
 
 
 @flow(name="learn", persist_result=False, on_running=[remember_state])

@@ -19,21 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
-from pipelines.project.layout import CODE, STAGES
+from pipelines.project.layout import CODE, STAGES, StageName
 from pipelines.runtime.processes import die_with_starter
 
 if TYPE_CHECKING:
     from prefect import Flow, State
 
 Summary = list[dict[str, str | int | float]]
-
-PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
-"""Environment variable: the id of the outer flow run that this stage belongs to."""
-
-ERROR_FILE = "SDLORA_ERROR_FILE"
-"""Environment variable: a file for a stage's error line, because DVC passes on no line and no exit status."""
 
 STAGE_TAG = "sdlora-stage"
 """Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
@@ -80,7 +75,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     die_with_starter()
     require_hashed_code(stage.name)
     task = arguments.get("task", arguments.get("name"))
-    label = f"{stage.name}@{task}" if task else stage.name
+    label = str(StageName(stage.name, str(task) if task else None))
     from pipelines.ledger.journal import keep
     from pipelines.orchestration.progress_artifact import ProgressArtifact
     from pipelines.runtime.progress import show_progress
@@ -252,8 +247,9 @@ def _publish(summary: Summary, label: str) -> None:
     """Show the summary as a table in Prefect; finished work never fails for it."""
     from prefect.artifacts import create_table_artifact
 
+    key = "-".join(part for part in StageName.parse(label) if part)
     try:
-        create_table_artifact(table=summary, key=label.replace("@", "-").replace("_", "-").lower())
+        create_table_artifact(table=summary, key=key.replace("_", "-").lower())
     except Exception as trouble:
         say(f"prefect: no table of {label} ({first_line(trouble)})")
 

@@ -175,7 +175,9 @@ def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
 def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
     """Order stages so that each follows what it needs, and all of one task comes before any of the next."""
     position = {task: i for i, task in enumerate(tasks, start=1)}
-    rank = {name: (position.get(name.partition("@")[2], 0), place) for place, name in enumerate(needs)}
+    rank = {
+        name: (position.get(StageName.parse(name).item or "", 0), place) for place, name in enumerate(needs)
+    }
     waiting = {name: set(others) for name, others in needs.items()}
     ready = [(rank[name], name) for name, others in waiting.items() if not others]
     heapq.heapify(ready)

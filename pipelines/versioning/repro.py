@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TextIO
 
+from pipelines.project.environment import DVC_SOCKET, ERROR_FILE, PARENT_FLOW_RUN
+from pipelines.project.layout import StageName
 from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
-from pipelines.runtime.stage import ERROR_FILE, PARENT_FLOW_RUN, current_flow_run
-from pipelines.versioning.dvc_server import DVC_SOCKET
+from pipelines.runtime.stage import current_flow_run
 from pipelines.versioning.stage_lock import turn
 
 CHATTER = (
@@ -54,8 +55,8 @@ class StageFailedError(Exception):
     @property
     def closed_gate(self) -> str | None:
         """The step that broke a limit of its gate, if that is what happened."""
-        name, _, step = self.stage.partition("@")
-        return step if name == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
+        kind, step = StageName.parse(self.stage)
+        return step if kind == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
 
 
 Process = Forked | subprocess.Popen[bytes]

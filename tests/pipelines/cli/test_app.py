@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
+from tests.support.command_line import command_names, command_of
 from tests.support.repository import REPOSITORY
 
-COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = command_names()
 
 
 def sdlora(*arguments: str, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def test_help_fits_one_screen(command: str | None) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_and_option_is_explained(command: str) -> None:
-    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = command_of(command)
     assert found.help
     assert all(parameter.help for parameter in found.params)
 

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.project.environment import ERROR_FILE, PARENT_FLOW_RUN
 from pipelines.project.errors import InputError
 from pipelines.runtime.stage import (
-    ERROR_FILE,
-    PARENT_FLOW_RUN,
     Stage,
     Summary,
     complaint,

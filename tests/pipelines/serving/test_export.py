@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.ledger.find_step import find_model
-from pipelines.project.errors import InputError
+from pipelines.project.errors import InputError, UnequalError
 from pipelines.project.files import write_json
 from pipelines.serving import export as module
-from pipelines.serving.export import FORMATS, UnequalError, check_pictures, export
+from pipelines.serving.export import FORMATS, check_pictures, export
 from pipelines.serving.exports.subject import Subject, reference_logits
 from tests.support.chains import make_chain, picture
 from tests.support.families import FAMILIES
