@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint compare chaos bench clean
+.PHONY: help repro test lint docs compare chaos bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ lint: $(READY) ## Check style, format, types and which room imports which.
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/comparison.md.
+docs: $(READY) ## Build the documentation into build/site; a broken link is an error.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/reference/comparison.md.
 	@$(BIN)/python benchmarks/compare.py --write
 
 chaos: $(READY) ## Kill, stop and fill what two workers need, FAULTS times; compare what they make.

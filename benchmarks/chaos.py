@@ -17,8 +17,8 @@ A fault is recovered when something is done that was not done before it: a check
 run. Seconds lost are those from the fault until then, at the earliest from when it was undone (a process woken, the
 server started): what would have passed anyway, until the next checkpoint or the end of a stage, is in them.
 
-The results go to a JSON-lines file; --write puts the last one's table into docs/reliability.md, with --faults 0 without
-another run.
+The results go to a JSON-lines file; --write puts the last one's table into docs/explanation/reliability.md, with
+--faults 0 without another run.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -61,7 +62,7 @@ from pipelines.runtime.processes import end_group
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results/chaos.jsonl")
-PAGE = Path("docs/reliability.md")
+PAGE = Path("docs/explanation/reliability.md")
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 BRANCH, BUCKET = "sdlora/learned", "shared"
@@ -230,7 +231,7 @@ class Site:
         self.workers[clone] = self.start(command, clone, **{CLONE: str(clone)})
 
     def _supervise(self) -> None:
-        """Start a worker again that has ended, as docs/workers.md says."""
+        """Start a worker again that has ended, as docs/how-to/workers.md says."""
         while self.supervising:
             for clone, worker in list(self.workers.items()):
                 if worker.poll() is not None and self.supervising:
@@ -783,11 +784,12 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def write(results: Path) -> None:
-    """Put the last result's table between the markers of docs/reliability.md."""
+    """Put the last result's table between the markers of docs/explanation/reliability.md."""
     result = json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{summary(result)}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
+    text = textwrap.fill(summary(result), 118)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:

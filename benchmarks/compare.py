@@ -6,7 +6,7 @@ fifth of every class's training images stands in for the test images, which are 
 
 Every finished chain is one line of a JSON-lines file; a chain that is there is not repeated, so the command can be
 interrupted and given again. A chain is named by its settings and not by the code: after a change of a method or a
-head, delete its lines. --write puts all that is there into docs/comparison.md.
+head, delete its lines. --write puts all that is there into docs/reference/comparison.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from sdlora.seeding import generator_for
 from sdlora.training import Fit, Schedule, TaskImages
 
 RESULTS = Path("benchmarks/results/compare.jsonl")
-PAGE = Path("docs/comparison.md")
+PAGE = Path("docs/reference/comparison.md")
 SCHEDULE = Schedule(
     optimizer="sgd",
     learning_rate=0.01,
@@ -300,6 +300,8 @@ def stored(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.is_file() else []
     results: dict[str, dict[str, Any]] = {}
     for result in map(json.loads, lines):
+        # Chains without this key were measured when nothing could be compiled.
+        result["run"]["schedule"].setdefault("compile", False)
         results.setdefault(json.dumps(result["run"], sort_keys=True), result)
     return list(results.values())
 
@@ -365,7 +367,7 @@ def table(results: list[dict[str, Any]], data: str, tasks: int) -> list[str]:
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """docs/comparison.md."""
+    """docs/reference/comparison.md."""
     titles = {
         "glyphs100-10": "glyphs100, ten tasks of ten classes",
         "glyphs100-20": "glyphs100, twenty tasks of five classes",
@@ -374,16 +376,22 @@ def page(results: list[dict[str, Any]]) -> str:
     lines = [
         "# Comparison",
         "",
-        "Written by `make compare`; do not edit. Accuracy in %, mean ± standard deviation over the seeds, every "
-        "class seen so far being a candidate. Best *last* accuracy without old images in bold, `=` where another "
-        "is within the best one's own spread, among the rows that have all seeds so far. *last*: after the last "
-        "task, mean over the tasks; *average*: its mean over the steps; *trained*: parameters of the last step; "
-        "*stored*: numbers that the chain keeps at its end (directions, magnitudes, head, statistics, memory; the "
-        "backbone aside); *seconds*: fits and settling of the head of one chain on one thread of a shared x86-64 "
-        "machine, other programs running, so only their order says something.",
+        "Written by `make compare`: do not edit. Accuracy in %, mean ± standard deviation over the seeds. Every class",
+        "seen so far is a candidate.",
         "",
-        "All methods: backbone `glyph_vit`, rank 10, SGD with momentum 0.9, rate 0.01, 10 epochs, batch 32. What each "
-        "method and head is, and what was tried: [method.md](method.md).",
+        "Among the rows that have all seeds so far, the best *last* accuracy without old images is bold. `=` marks",
+        "those within the best one's own spread.",
+        "",
+        "- *last*: after the last task, mean over the tasks. *average*: its mean over the steps.",
+        "- *trained*: parameters of the last step.",
+        "- *stored*: numbers that the chain keeps at its end (directions, magnitudes, head, statistics, memory), the",
+        "  backbone aside.",
+        "- *seconds*: fits and the head's own training of one chain, on one thread of a shared x86-64 machine with",
+        "  other programs running. Only their order says something.",
+        "",
+        "All methods have the backbone `glyph_vit`, rank 10, SGD with momentum 0.9, rate 0.01, 10 epochs and batch 32.",
+        "[Methods](methods.md) says what each method and head is, and",
+        "[Adapted and frozen features](../explanation/adapted-features.md) what the table means.",
     ]
     for suite, title in titles.items():
         data, tasks, _ = SUITES[suite]

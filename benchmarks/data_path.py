@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from pipelines.data import duplicates, packed, pixel_cache
 from pipelines.data.packed import decoding_threads, open_picture, picture_hash
 from pipelines.data.pixel_cache import PackedImages, pixel_batches
+from pipelines.project.environment import DECODED_GIB
 from pipelines.stages.split import split
 from pipelines.stages.start import start
 from sdlora import load
@@ -337,9 +338,9 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
         drain(names, 256)
 
     def off() -> None:
-        os.environ[pixel_cache.BUDGET] = "0"
+        os.environ[DECODED_GIB] = "0"
         drain(names, 256)
-        del os.environ[pixel_cache.BUDGET]
+        del os.environ[DECODED_GIB]
 
     times = in_turn({"nothing is kept": off, "keeping it": cold, "kept": lambda: drain(names, 256)}, rounds)
     rows, facts = [], {}

@@ -2,8 +2,9 @@
 
 First the machine: what it multiplies in a second in the sizes of the model, and what it copies. Then one training step
 of SD-LoRA after --earlier tasks, and one batch of an evaluation: the operations and the bytes that they cannot do
-without over these rates, and the time that they take, the step in parts. Then what docs/performance.md promises of a
-fit, each a ratio of two things that are measured in turn in this run, --rounds times, medians being compared:
+without over these rates, and the time that they take, the step in parts. Then what docs/explanation/performance.md
+promises of a fit, each a ratio of two things that are measured in turn in this run, --rounds times, medians being
+compared:
 
 * a whole fit from JPEG files, decoding included, against the released code with its own data loader and transforms on
   the same files (--reference: a checkout of WuYichen-97/SD-Lora-CL, which is not part of this project);

@@ -9,7 +9,7 @@ the tree and name it with --reference. Its own layer runs as it is, on earlier f
 (it would read pickles), without the orthogonality loss that its loop computes and drops, and without its second copy
 of the model.
 
-The results go to a JSON-lines file; --write puts a table of all that is there into docs/training_cost.md.
+The results go to a JSON-lines file; --write puts a table of all that is there into docs/reference/training_cost.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from sdlora.training import Fit, Schedule, TaskImages
 
 RANK, CLASSES, WARM_UP = 10, 10, 2
 RESULTS = Path("benchmarks/results/training_cost.jsonl")
-PAGE = Path("docs/training_cost.md")
+PAGE = Path("docs/reference/training_cost.md")
 
 
 def backbone(name: str) -> nn.Module:
@@ -223,14 +223,17 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """docs/training_cost.md."""
+    """docs/reference/training_cost.md."""
     lines = [
         "# What a training step costs after many tasks",
         "",
-        "Written by `python benchmarks/training_cost.py --write`; do not edit. Median seconds of an optimiser step "
-        "(data path, forward, backward, update), and the peak memory of the process without the earlier factors "
-        "themselves. *Growth*: against no earlier task. *Reference*: the authors' released code on the same backbone, "
-        "batch, threads and images, measured in turn; *ratio*: ours over the reference's time.",
+        "Written by `python benchmarks/training_cost.py --write`: do not edit. Median seconds of an optimiser step",
+        "(data path, forward, backward, update), and the peak memory of the process without the earlier factors",
+        "themselves.",
+        "",
+        "- *growth*: against no earlier task.",
+        "- *reference*: the authors' released code on the same backbone, batch, threads and images, measured in turn.",
+        "- *ratio*: ours over the reference's time.",
     ]
     groups: dict[tuple[Any, ...], dict[tuple[str, int], dict[str, Any]]] = {}
     for result in results:

@@ -2,6 +2,8 @@
 
 import os
 
+from pipelines.project.environment import STAGE_SOCKET
+
 SPIN = "3000"
 """How often a thread of torch's looks for work before it sleeps. By GNU OpenMP's own rule it hardly ever sleeps, and
 where another program has a core a fit then stands still: measured on 2 cores with one of them taken, 13 to 190
@@ -12,7 +14,7 @@ def main() -> None:
     """Hand the command to the warm process of `sdlora run`, or of DVC, if there is one, else run it here."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is loaded
     status = None
-    if "SDLORA_WARM" in os.environ:
+    if STAGE_SOCKET in os.environ:
         import sys
 
         from pipelines.runtime import fork_server

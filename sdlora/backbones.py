@@ -175,7 +175,7 @@ def spell_out_attention(model: nn.Module) -> None:
     """Have attention computed by its formula in place of torch's fused kernel, within rounding the same.
 
     For bfloat16 on the CPU, where the fused kernel is the slower one, three times in forward and backward (measured on
-    an EPYC with avx512_bf16, docs/performance.md). It keeps an attention matrix for each block and head.
+    an EPYC with avx512_bf16, docs/explanation/performance.md). It keeps an attention matrix for each block and head.
     """
     for module in model.modules():
         if getattr(module, "fused_attn", False):

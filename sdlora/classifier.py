@@ -15,7 +15,7 @@ from sdlora.statistics import ClassStatistics
 class Learned:
     """What the steps so far have learned, as plain tensors: all that a model folder holds besides its record.
 
-    The adapted weight of a target is W₀ + Σ_task magnitudes[task][target] · up · down.
+    The adapted weight of a target is `W₀ + Σ_task magnitudes[task][target] · up · down`.
     """
 
     directions: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)

@@ -22,7 +22,7 @@ STEPS = 500
 """Of `aligned`: at least so many steps, because ten passes over a few classes are too few."""
 RATE, DECAY = 0.005, 5e-4
 """Of `aligned`: Adam's rate, cosine to 0, and its decoupled weight decay. SLCA's SGD is too slow for so few passes: it
-leaves accuracy behind on held-out images (docs/method.md)."""
+leaves accuracy behind on held-out images (docs/explanation/method.md)."""
 SHRINKAGE = 0.05
 """Of `lda`: the part of the pooled covariance that is spread evenly, against classes with few images."""
 

@@ -124,7 +124,7 @@ def classifier_names(model: nn.Module) -> list[str]:
 def summed_directions(step: Step) -> dict[str, Factors]:
     """Layer name (`blocks.0.attn.qkv`) → all its directions as one B·A: SD-LoRA is a LoRA of the summed rank.
 
-    W = W₀ + Σ αₖBₖAₖ = W₀ + [α₁B₁ … αₙBₙ][A₁; …; Aₙ], with zeros in B where a layer holds rows of other targets.
+    `W = W₀ + Σ αₖBₖAₖ = W₀ + [α₁B₁ … αₙBₙ][A₁; …; Aₙ]`, with zeros in B where a layer holds rows of other targets.
     The step's backbone is changed in place.
     """
     model = adapted_classifier(step.backbone.model, step.learned).backbone

@@ -1,7 +1,8 @@
 """float32 matrix products on the CPU by oneDNN, where torch takes MKL's.
 
 MKL uses half the width of the vector units of a processor that is not Intel's. Measured on an EPYC with AVX-512, in the
-sizes of the models here: MKL 220, oneDNN 370 to 520 GFLOP/s on two cores (docs/performance.md; Intel's not measured).
+sizes of the models here: MKL 220, oneDNN 370 to 520 GFLOP/s on two cores (docs/explanation/performance.md. Not
+measured on Intel).
 torch takes oneDNN for bfloat16 by itself, for float32 through the operator that its own compiler uses. The products do
 not depend on the number of threads, nor on the other rows of a batch.
 """

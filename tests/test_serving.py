@@ -1,4 +1,4 @@
-"""docs/serving.md does what it says: its server, run as written, answers as the model does."""
+"""docs/how-to/serving.md does what it says: its server, run as written, answers as the model does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdlora.ledger import record_hash
 from tests.support.chains import encoded, make_chain, picture
 from tests.support.repository import REPOSITORY
 
-PAGE = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs/how-to/serving.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from pipelines.audits.steps import (
     ancestors,
     classifier_of,
     correct_for_looks,
-    flattened,
     flip_facts,
     read_answers,
     read_base,
@@ -30,6 +29,7 @@ from pipelines.audits.steps import (
 )
 from pipelines.data.packed import decode, read_images
 from pipelines.project.errors import InputError
+from pipelines.reports.format import flattened
 from pipelines.runtime.progress import progress
 
 if TYPE_CHECKING:

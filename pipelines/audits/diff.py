@@ -11,24 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.audits.changes import compare
 from pipelines.audits.steps import Record, Step, opened_project
-from pipelines.audits.tables import (
-    DASH,
-    chance,
-    console,
-    count,
-    interval,
-    number,
-    p_equals,
-    percent,
-    plain,
-    print_json,
-    rounded,
-    table,
-)
+from pipelines.audits.tables import console, interval, plain, print_json, significant, table
 from pipelines.data.packed import read_images
 from pipelines.data.thumbnails import data_uri
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.reports.format import DASH, chance, count, number, p_equals, page_templates, percent
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,7 +36,7 @@ def diff(then: str, now: str, *, features: bool, as_json: bool, page: Path | Non
         refuse_other_files(page)
     with opened_project() as project:
         before, after = project.step(then), project.step(now)
-        found = rounded(compare(before, after, features=features))
+        found = significant(compare(before, after, features=features))
         if page is not None:
             write_whole(page, render_page(found, flipped_pictures(found, before, after)).encode())
     if as_json:
@@ -338,16 +326,7 @@ def share_out(facts: Sequence[Record], room: int) -> list[Record]:
 
 def render_page(found: Record, pictures: Record) -> str:
     """Fill the template; everything that a user could have named is escaped there."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_templates(TEMPLATES)
     environment.filters |= {
         "percent": percent,
         "chance": chance,

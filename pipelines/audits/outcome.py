@@ -9,7 +9,7 @@ from pathlib import Path
 from pipelines.audits.retrain import retrain
 from pipelines.audits.sign import check_signatures
 from pipelines.audits.verify import verify
-from pipelines.versioning.artifacts import FaultError
+from pipelines.project.errors import FaultError
 
 
 def show_verification(*, as_json: bool, signers: Path | None, again: list[str]) -> int:

@@ -31,6 +31,7 @@ from pipelines.planning.tasks import PARAMS, replace_file, with_task, without_fe
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
+from pipelines.project.layout import STEP_STAGES, StageName
 from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
 from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
-
-STEP = ("split", "fit", "freeze", "evaluate", "gate")
-"""The stages that a step is done with."""
 
 
 class Left(NamedTuple):
@@ -232,7 +230,7 @@ def refuse_joint(params: Params) -> None:
 def require_done(task: str, entry: Task, plan: Plan) -> None:
     """Refuse a step that is not up to date with all that it was made of; its source may be gone already."""
     gone = f"{entry.source} is missing" if not Path(entry.source).exists() else None
-    waiting = [f"{stage}@{task}" for stage in STEP]
+    waiting = [str(StageName(kind, task)) for kind in STEP_STAGES]
     seen: set[str] = set()
     while waiting:
         name = waiting.pop(0)
@@ -290,7 +288,7 @@ def kept(stage: str, task: str, after: str) -> Kept:
     """What can be given back of a stage; of `split` that is all but the training images, which are an output apart."""
     folders = {"split": "split", "fit": "fit", "freeze": "model"}
     out = (ARTIFACTS / folders[stage] / task).as_posix()
-    entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][f"{stage}@{task}"]
+    entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][str(StageName(stage, task))]
     md5 = next(its["md5"] for its in entry["outs"] if its["path"] == out)
     with stores() as (repo, _):
         cache = Path(repo.cache.local.path)
@@ -302,7 +300,7 @@ def kept(stage: str, task: str, after: str) -> Kept:
     if missing or not files:
         raise InputError(
             f"retire: {out}/{missing[0] if missing else ''}: it is not in DVC's cache, from which it would be given "
-            f"back; run `dvc fetch {out}` or `dvc commit {stage}@{task}` first"
+            f"back; run `dvc fetch {out}` or `dvc commit {StageName(stage, task)}` first"
         )
     split, before = ARTIFACTS / "split", ARTIFACTS / "model" / after / "step.json"
     backbone, described = ARTIFACTS / "model/t00/step.json", split / task / TRAINING
@@ -572,12 +570,12 @@ def to_run(receipt: Receipt, params: Params) -> list[str]:
     """
     plan = read_plan(params.tasks)
     shared = [
-        f"split@{key}"
+        str(StageName("split", key))
         for key, task in params.tasks.items()
         if not task.retired
         and (is_within(receipt.source, task.source) or is_within(task.source, receipt.source))
     ]
-    own = f"split@{receipt.task}"
+    own = str(StageName("split", receipt.task))
     if plan.reasons[own]:
         return [*(name for name in shared if plan.reasons[name] and name in plan.made), own]
     return ["report"] if plan.stale() == ["report"] else []

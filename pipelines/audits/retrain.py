@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,19 +11,20 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipelines.data.packed import TRAINING
 from pipelines.ledger.receipts import receipt_of
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params, read_text, read_yaml
 from pipelines.project.provenance import library_versions
-from pipelines.versioning.artifacts import ARTIFACTS, FaultError, Place, read_lock
+from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
 
 
 def retrain(step: str) -> float:
     """Run `fit` and `freeze` of a step again, elsewhere; a `FaultError` names the first file that differs.
 
-    Bytes repeat on one kind of machine, with the same libraries (docs/method.md); the error says which were others.
+    Bytes repeat on one kind of machine, with the same libraries (docs/explanation/auditing.md); the error
+    says which were others.
     Returns the seconds that it took.
     """
     from pipelines.project.method_settings import tasks_read
@@ -54,25 +56,9 @@ def retrain(step: str) -> float:
             (project / path).symlink_to(place.find(path).resolve())
         shutil.copy("dvc.yaml", project)
         write_params(project / "params.yaml")
-        split, model = ARTIFACTS / "split" / step, ARTIFACTS / "model"
-        shared: list[str | Path] = [
-            "--train",
-            split / TRAINING,
-            "--images",
-            ARTIFACTS / "train",
-            "--before",
-            model / before,
-            "--backbone",
-            model / "t00",
-        ]
-        _run(
-            project,
-            ["fit", step, *shared, "--classes", split / "classes.json", "--out", ARTIFACTS / "fit" / step],
-        )
-        _compare(project, place, ARTIFACTS / "fit" / step)
-        made = [*shared, "--fit", ARTIFACTS / "fit" / step, "--out", model / step]
-        _run(project, ["freeze", step, *made])
-        _compare(project, place, model / step)
+        for kind, made in (("fit", ARTIFACTS / "fit" / step), ("freeze", ARTIFACTS / "model" / step)):
+            _run(project, _arguments(place.lock, StageName(kind, step)))
+            _compare(project, place, made)
     return time.monotonic() - started
 
 
@@ -85,9 +71,18 @@ def write_params(path: Path) -> None:
     YAML(typ="safe", pure=True).dump(raw, path)
 
 
-def _run(project: Path, arguments: list[str | Path]) -> None:
+def _arguments(lock: Lock, stage: StageName) -> list[str]:
+    """Return what a stage was called with; nothing but a call of that stage, on files of the project, is run again."""
+    program, *arguments = shlex.split(lock.commands[str(stage)]) or [""]
+    inside = not any(Path(word).is_absolute() or ".." in Path(word).parts for word in arguments)
+    if program != "sdlora" or arguments[:2] != list(stage) or not inside:
+        raise FaultError(f"{LOCK}: the command of {stage} is none of this program's on this project's files")
+    return arguments
+
+
+def _run(project: Path, arguments: list[str]) -> None:
     """Run a stage in a project of its own: nothing of the one that is audited is written."""
-    command = [sys.executable, "-P", "-m", "pipelines", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "pipelines", *arguments]
     settings = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     done = subprocess.run(command, cwd=project, env=settings, stdout=subprocess.DEVNULL)
     if done.returncode:

@@ -15,7 +15,6 @@ from pipelines.audits.steps import (
     Step,
     classifier_of,
     correct_for_looks,
-    flattened,
     flip_facts,
     near,
     opened_project,
@@ -29,24 +28,12 @@ from pipelines.audits.steps import (
     taken_for,
     test_pictures,
 )
-from pipelines.audits.tables import (
-    DASH,
-    chance,
-    console,
-    count,
-    interval,
-    number,
-    p_equals,
-    percent,
-    plain,
-    print_json,
-    rounded,
-    table,
-)
+from pipelines.audits.tables import console, interval, plain, print_json, significant, table
 from pipelines.data.packed import open_picture, picture_hash, read_images, strict_pictures
 from pipelines.data.sources import read_source
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key, read_json, sha256_of
+from pipelines.reports.format import DASH, chance, count, flattened, number, p_equals, percent
 from pipelines.runtime.console import printable
 from pipelines.runtime.devices import choose_bf16, choose_device
 from pipelines.runtime.progress import progress
@@ -63,7 +50,7 @@ TOP = 3
 def show_class(name: str, *, as_json: bool) -> None:
     """Print a class through all steps since it arrived."""
     with opened_project() as project:
-        found = rounded(class_history(project, name))
+        found = significant(class_history(project, name))
     if as_json:
         print_json(found)
         return
@@ -205,7 +192,7 @@ def source_files(project: Project, task: str, name: str) -> dict[str, Path]:
 def show_image(which: str, *, as_json: bool) -> None:
     """Print what every step's model says of an image."""
     with opened_project() as project:
-        found = rounded(image_history(project, which))
+        found = significant(image_history(project, which))
     if as_json:
         print_json(found)
         return
@@ -325,7 +312,7 @@ def known_as(step: Step, picture: str) -> list[Record]:
 def show_task(which: str, *, as_json: bool) -> None:
     """Print what a task's step was, and what became of it."""
     with opened_project() as project:
-        found = rounded(task_history(project, which))
+        found = significant(task_history(project, which))
     if as_json:
         print_json(found)
         return

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from pipelines.audits.verify import Finding, verify
 from pipelines.ledger.receipts import read_receipts, receipt_of
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import sha256_of, write_whole
-from pipelines.versioning.artifacts import FaultError
 
 SIGNATURES = Path("ledger/signatures")
 NAMESPACE = "sdlora-ledger"
@@ -36,7 +35,7 @@ def sign(key: Path) -> list[str]:
 
     The statement is a file of four lines (the last is the hash of the newest receipt of deleted images),
     `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong into version control. `ssh-keygen -Y
-    verify` needs nothing of ours to check them (docs/audit.md).
+    verify` needs nothing of ours to check them (docs/how-to/verify.md).
     """
     if not key.is_file():
         raise InputError(f"{key}: no such key; make one with `ssh-keygen -t ed25519 -f {key}`")

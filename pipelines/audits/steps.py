@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from pipelines.data.packed import read_images
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, FaultError, Lock, Place, read_lock
+from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -298,17 +298,6 @@ def spread(values: Iterable[float]) -> Record:
     if not found.size:
         return dict.fromkeys(("mean", "lowest", "highest"), math.nan)
     return {"mean": float(found.mean()), "lowest": float(found.min()), "highest": float(found.max())}
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def near(name: str, known: Sequence[str]) -> str:

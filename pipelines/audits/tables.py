@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipelines.reports.format import DASH, percent
 from pipelines.runtime.console import printable
 
 if TYPE_CHECKING:
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
 WIDTH = 80
 SHORT = 10
 """A name of this width or less is never cut."""
-DASH = "\N{EN DASH}"
 
 
-def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+def significant(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
     """The same with six significant digits, null for NaN and no negative zero."""
     if isinstance(value, Mapping):
-        return {name: rounded(item) for name, item in value.items()}
+        return {name: significant(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [rounded(item) for item in value]
+        return [significant(item) for item in value]
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.6g}") + 0.0
     return value
@@ -32,7 +32,7 @@ def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object with sorted keys."""
-    sys.stdout.write(json.dumps(rounded(value), sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(significant(value), sort_keys=True, indent=2, ensure_ascii=False) + "\n")
 
 
 def console() -> Console:
@@ -78,39 +78,11 @@ def table(
     return Group(Text(title, style="bold"), made)
 
 
-def percent(value: float | None, *, digits: int = 1) -> str:
-    """A share in per cent; nothing is a dash."""
-    return DASH if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
-
-
 def interval(score: Mapping[str, Any] | None) -> str:
     """An accuracy in per cent with its interval: `95.0 (89–98)`."""
     if score is None or not score["images"]:
         return DASH
     return f"{percent(score['accuracy'])} ({100 * score['low']:.0f}{DASH}{100 * score['high']:.0f})"
-
-
-def chance(p_value: float | None) -> str:
-    """A p-value for people."""
-    if p_value is None:
-        return DASH
-    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def p_equals(p_value: float) -> str:
-    """A p-value within a sentence."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {chance(p_value)}"
-
-
-def number(value: float | None, form: str = ".3f") -> str:
-    """A number for people; nothing is a dash."""
-    return DASH if value is None or math.isnan(value) else format(value, form)
-
-
-def count(things: int, word: str) -> str:
-    """A number of things in words."""
-    plural = {"class": "classes"}.get(word, f"{word}s")
-    return f"{things:,} {word if things == 1 else plural}"
 
 
 def plain(value: object) -> str:

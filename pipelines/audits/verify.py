@@ -14,14 +14,13 @@ from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.kept import KEPT, read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json, sha256_of
-from pipelines.project.layout import CODE
+from pipelines.project.layout import CODE, StageName
 from pipelines.project.params import Gate, Params
 from pipelines.versioning.artifacts import (
     ARTIFACTS,
     LOCK,
-    FaultError,
     Place,
     folder_md5,
     md5_of,
@@ -75,7 +74,7 @@ def verify() -> Iterator[Finding]:
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             check_metrics(place, params)
-            check_inputs(place, [stage for stage in lock.deps if "@" not in stage])
+            check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
         except FaultError as fault:
             yield Finding("report", 0, "", str(fault))
             return
@@ -144,7 +143,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: its {name} do not follow from the fit")
-    check_inputs(place, [stage for stage in place.lock.deps if stage.endswith(f"@{step}")])
+    check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
 
 
 def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
         if sha256_of(place.find(CODE) / kind) == record["code"][kind]:
             continue
         path = ARTIFACTS / file
-        if (f"{kind}@{step}", sha256_of(place.find(path.parent) / path.name)) not in kept:
+        if (str(StageName(kind, step)), sha256_of(place.find(path.parent) / path.name)) not in kept:
             raise FaultError(
                 f"{path}: made by other code than {CODE / kind}, and no note in {KEPT} says that it was kept"
             )
@@ -303,7 +302,9 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
             raise FaultError(f"{path}: its {name} is not what follows from the files")
     if read_json(found / IN_PLACE) != in_place_of(receipt):
         raise FaultError(f"{train.parent / IN_PLACE}: it is not what {path} says")
-    if place.lock.deps[f"split@{step}"].get(path.parent.as_posix()) != folder_md5({path.name: md5_of(path)}):
+    if place.lock.deps[str(StageName("split", step))].get(path.parent.as_posix()) != folder_md5(
+        {path.name: md5_of(path)}
+    ):
         raise FaultError(f"{path}: its bytes are not those of {LOCK}")
     return sha256_of(path)
 

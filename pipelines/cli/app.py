@@ -1,4 +1,4 @@
-"""The command line `sdlora`: what people call, and the stages that dvc.yaml calls."""
+"""The command line `sdlora`: what people call. What dvc.yaml calls is in `pipelines.cli.stages`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipelines.cli.stages import StageGroup, stage_commands
 from pipelines.project.errors import GateClosedError, InputError
+from pipelines.project.layout import require_project
 
 # Everything else is imported by the command that needs it: `--help` and `status` load no torch, no Prefect.
 
 app = typer.Typer(
     name="sdlora",
     help="Teach an image classifier new classes, task by task, without touching what it knows.",
-    epilog="Stages, which dvc.yaml calls: start backbone split fit freeze evaluate gate report (each has its --help).",
+    epilog=f"Stages, which dvc.yaml calls: {' '.join(stage_commands())} (each has its --help).",
+    cls=StageGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,14 +31,6 @@ audit = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(audit, name="audit")
-
-Task = Annotated[str, typer.Argument(help="Task of params.yaml, such as t01.")]
-Out = Annotated[Path, typer.Option(help="Folder to leave; an existing one is replaced as a whole.")]
-Before = Annotated[Path, typer.Option(help="The same folder of the step before.")]
-Classes = Annotated[Path, typer.Option(help="All classes so far, classes.json.")]
-Train = Annotated[Path, typer.Option(help="What describes the task's training images, train.json.")]
-Images = Annotated[Path, typer.Option(help="Folder of the training images: a folder for each task.")]
-Backbone = Annotated[Path, typer.Option(help="Model folder of step t00: the frozen backbone.")]
 
 
 def main() -> None:
@@ -71,11 +66,44 @@ def report_error(error: Exception) -> int:
     return outcome.status
 
 
-def require_project() -> None:
-    """Refuse to work anywhere but in a project's folder."""
-    for name in ("params.yaml", "dvc.yaml"):
-        if not Path(name).is_file():
-            raise InputError(f"no {name} in {Path.cwd()}: run sdlora in the folder of the project")
+def show_version(wanted: bool) -> None:
+    """Print version and fingerprint, and stop."""
+    if wanted:
+        from importlib.metadata import version
+
+        from pipelines.project.fingerprints import program_fingerprint
+
+        typer.echo(f"sdlora {version('sdlora')}, code {program_fingerprint()[:12]}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=show_version,
+            is_eager=True,
+            help="Print version and fingerprint of the code.",
+        ),
+    ] = False,
+) -> None:
+    """Teach an image classifier new classes, task by task, without touching what it knows."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make, or one that has no project yet.")],
+    example: Annotated[
+        bool, typer.Option("--example", help="With five tasks of handwritten digits, to run at once.")
+    ] = False,
+) -> None:
+    """Start a project of your own: parameters, stages, a Git repository."""
+    from pipelines.planning.new_project import new_project
+
+    for line in new_project(folder, example=example):
+        typer.echo(line)
 
 
 @app.command()
@@ -434,216 +462,3 @@ def export(
 
     folder = find_model(str(model) if model else step)
     raise SystemExit(work(format, out, model=folder, backbone=backbone, images=images, count=count))
-
-
-@app.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="Data set of params.yaml `fetch`, such as digits or cifar100.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to leave; data/raw/NAME if not given.")] = None,
-) -> None:
-    """Write a known data set as image files.
-
-    Its archives are kept in .sdlora/downloads/NAME. A download that was cut off goes on where it was. Without a network
-    put the archives there yourself.
-    """
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.fetch import fetch as stage
-
-    launch(stage, name=name, out=out or Path("data/raw") / name)
-
-
-@app.command(hidden=True)
-def code(out: Out) -> None:
-    """Leave the fingerprint of each stage's code."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.code import code as stage
-
-    launch(stage, out=out)
-
-
-@app.command(hidden=True)
-def start(
-    out: Out,
-    evaluation: Annotated[Path, typer.Option(help="Folder for the results before any task: none.")],
-    gate: Annotated[Path, typer.Option(help="Folder for the first verdict.")],
-) -> None:
-    """Leave the empty class map of step t00."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.start import start as stage
-
-    launch(stage, out=out, evaluation=evaluation, gate=gate)
-
-
-@app.command(hidden=True)
-def backbone(out: Out) -> None:
-    """Leave the frozen backbone: weights, hash, preprocessing."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.backbone import backbone as stage
-
-    launch(stage, out=out)
-
-
-@app.command(hidden=True)
-def split(
-    task: Task,
-    source: Annotated[Path, typer.Option(help="Folder of the task's images.")],
-    before: Before,
-    out: Out,
-    images: Annotated[Path, typer.Option(help="Folder to leave with the training images.")],
-) -> None:
-    """Pack a task's images; hand on tests and classes so far."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.split import split as stage
-
-    launch(stage, task=task, source=source, before=before, out=out, images=images)
-
-
-@app.command(hidden=True)
-def fit(
-    task: Task,
-    train: Train,
-    images: Images,
-    classes: Classes,
-    before: Before,
-    backbone: Backbone,
-    out: Out,
-) -> None:
-    """Learn a task: a direction, all magnitudes, head rows.
-
-    Killed at any moment, it goes on from its last checkpoint.
-    """
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.fit import fit as stage
-
-    launch(
-        stage,
-        task=task,
-        train=train,
-        images=images,
-        classes=classes,
-        before=before,
-        backbone=backbone,
-        out=out,
-    )
-
-
-@app.command(hidden=True)
-def take_part(
-    task: Task,
-    number: Annotated[int, typer.Argument(help="Which of the devices.")],
-    meeting: Annotated[Path, typer.Argument(help="Folder that the processes share.")],
-    train: Train,
-    images: Images,
-    classes: Classes,
-    before: Before,
-    backbone: Backbone,
-) -> None:
-    """Share the batches of a fit that another process has begun."""
-    require_project()
-    from pipelines.stages.fit import take_part as work
-
-    work(
-        task,
-        number,
-        meeting,
-        train=train,
-        images=images,
-        classes=classes,
-        before=before,
-        backbone=backbone,
-    )
-
-
-@app.command(hidden=True)
-def freeze(
-    task: Task,
-    fit: Annotated[Path, typer.Option(help="What `fit` left for this task.")],
-    train: Train,
-    images: Images,
-    before: Before,
-    backbone: Backbone,
-    out: Out,
-) -> None:
-    """Freeze what a task learned, and settle the head: the model folder of this step."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.freeze import freeze as stage
-
-    launch(stage, task=task, fit=fit, train=train, images=images, before=before, backbone=backbone, out=out)
-
-
-@app.command(hidden=True)
-def evaluate(
-    task: Task,
-    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
-    backbone: Backbone,
-    test: Annotated[Path, typer.Option(help="Folder of all test files so far.")],
-    validation: Annotated[Path, typer.Option(help="Folder of all validation files so far.")],
-    classes: Classes,
-    out: Out,
-) -> None:
-    """Test a step on every task so far, among all classes so far."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.evaluate import evaluate as stage
-
-    launch(
-        stage,
-        task=task,
-        model=model,
-        backbone=backbone,
-        test=test,
-        validation=validation,
-        classes=classes,
-        out=out,
-    )
-
-
-@app.command(hidden=True)
-def gate(
-    task: Task,
-    model: Annotated[Path, typer.Option(help="Model folder of this step.")],
-    split: Annotated[Path, typer.Option(help="What `split` says of the task, split.json.")],
-    evaluation: Annotated[Path, typer.Option(help="What `evaluate` left for this step.")],
-    evaluation_before: Annotated[Path, typer.Option(help="The same folder of the step before.")],
-    before: Before,
-    out: Out,
-) -> None:
-    """Let the next task be learned if this step keeps every limit.
-
-    The limits are `gate` in params.yaml; `sdlora approve` lets a step through all the same.
-    """
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.gate import gate as stage
-
-    launch(
-        stage,
-        task=task,
-        model=model,
-        split=split,
-        evaluation=evaluation,
-        evaluation_before=evaluation_before,
-        before=before,
-        out=out,
-    )
-
-
-@app.command(hidden=True)
-def report(
-    artifacts: Annotated[Path, typer.Option(help="Folder of all that the other stages left.")],
-    out: Out,
-    metrics: Annotated[Path, typer.Option(help="Summary to write, metrics.json.")],
-) -> None:
-    """Put all evaluations and models into a report."""
-    require_project()
-    from pipelines.orchestration.stage_runs import launch
-    from pipelines.stages.report import report as stage
-
-    launch(stage, artifacts=artifacts, out=out, metrics=metrics)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import InputError, RefusedError, TransientError
 from pipelines.project.files import naming
 from pipelines.runtime.console import log_line
 from pipelines.runtime.file_lock import held
@@ -48,18 +48,6 @@ class Remote:
     """bytes, where recorded"""
     digest: str | None
     """`sha256:`, `md5:` or `git-blob:` (the id that git gives a file) and hexadecimal digits, where recorded"""
-
-
-class TransientError(Exception):
-    """The same request may well succeed a little later."""
-
-    def __init__(self, fault: str, pause: float | None = None) -> None:
-        super().__init__(fault)
-        self.pause = pause
-
-
-class RefusedError(Exception):
-    """This address will not give the file, however often it is asked."""
 
 
 def obtain(remote: Remote, folder: Path) -> Path:

@@ -21,7 +21,8 @@ NEAR = 15
 
 Of 120 pieces of photographs 96 to 100 % stay within it when saved as JPEG of quality 40, scaled by 1/4 to 2, made
 brighter by a fifth or richer in contrast by a third, and none of two different ones does (the nearest pair: 50).
-Pieces cut off the border (2 %) and mirror images are not found. docs/data.md has what it says of digits and glyphs.
+Pieces cut off the border (2 %) and mirror images are not found. docs/reference/data.md has what it says
+of digits and glyphs.
 """
 _SIDE = 16
 _CHUNKS = 16

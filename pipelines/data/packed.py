@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipelines.project.environment import IMAGES_GIB
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, read_json, sha256_of
 
@@ -169,11 +170,6 @@ def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
             ):  # not on macOS: a full disk is an error now, and not a signal later
                 os.posix_fallocate(file.fileno(), 0, size)
             return np.ndarray(shape, np.uint8, mmap.mmap(file.fileno(), size))
-
-
-IMAGES_GIB = "SDLORA_IMAGES_GIB"
-"""Environment variable: what the decoded images of a fit may take, on the device and in main memory each; half of what
-is free if not set. A matter of the machine and not of the run: where they lie changes no value."""
 
 
 def device_room() -> int | None:

@@ -31,6 +31,7 @@ from pipelines.data.packed import (
     read_images,
     strict_pictures,
 )
+from pipelines.project.environment import DECODED_GIB
 from pipelines.project.error_text import one_line
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import fingerprint_of
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from sdlora.preprocessing import Preprocessing
 
 FOLDER = Path(".sdlora/decoded")
-BUDGET = "SDLORA_DECODED_GIB"
-"""Environment variable: how much is kept; 0 keeps nothing. A matter of the machine and not of the run."""
 BUDGET_GIB = 16.0
 """What is kept at most where it is not set: 100,000 colour images of 224×224."""
 FORGOTTEN_AFTER_DAYS = 30
@@ -306,8 +305,8 @@ def budget() -> int:
     Raises:
         InputError: the environment variable holds no such number.
     """
-    text = os.environ.get(BUDGET, "").strip()
-    complaint = f"{BUDGET}: {text!r} is no number of GiB; set one, or 0 to keep nothing"
+    text = os.environ.get(DECODED_GIB, "").strip()
+    complaint = f"{DECODED_GIB}: {text!r} is no number of GiB; set one, or 0 to keep nothing"
     return gibibytes(text or str(BUDGET_GIB), complaint)
 
 

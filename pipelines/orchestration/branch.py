@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
 
 FILES = ("params.yaml", "dvc.lock", "metrics.json")
@@ -26,10 +26,6 @@ NEXT = Path("params.yaml.partial")
 """Where an edit of params.yaml is made: beside it, because it names folders that are relative to its own."""
 STATE = Path(".sdlora/branch.json")
 """The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
-
-
-class PushError(InputError):
-    """A remote did not take a commit; it may the next time."""
 
 
 def take(branch: str, remote: str | None) -> None:

@@ -29,7 +29,7 @@ def require_server() -> None:
     missing = server_missing()
     if missing:
         raise InputError(
-            f"deploy: no Prefect server ({missing}); start one and set PREFECT_API_URL: docs/workers.md"
+            f"deploy: no Prefect server ({missing}); start one and set PREFECT_API_URL: docs/how-to/workers.md"
         )
 
 

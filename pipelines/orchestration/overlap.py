@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.project.files import write_json
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import STOP_SECONDS, signal_group
@@ -42,9 +43,9 @@ def overlapped_order(plan: Plan, params: Params) -> Order:
     gates = {
         fit: need
         for fit in stale
-        if fit.startswith("fit@")
+        if StageName.parse(fit).kind == "fit"
         for need in plan.needs[fit] & set(stale)
-        if need.startswith("gate@")
+        if StageName.parse(need).kind == "gate"
     }
     put_off = set(gates.values())
     stages: list[str] = []
@@ -53,7 +54,7 @@ def overlapped_order(plan: Plan, params: Params) -> Order:
             stages.append(name)
         if name in gates:
             stages.append(gates[name])
-    evaluations = {gate.replace("gate@", "evaluate@", 1) for gate in put_off}
+    evaluations = {str(StageName("evaluate", StageName.parse(gate).item)) for gate in put_off}
     opened = {fit: Path(plan.outs[gate][0]) for fit, gate in gates.items()}
     return Order(stages, evaluations & set(stale), opened)
 

@@ -15,6 +15,7 @@ from pipelines.orchestration.status import print_summary
 from pipelines.planning.keep import require_decision
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params, missing_source
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import warm_process
@@ -109,7 +110,8 @@ def _require_sources(params: Params, plan: Plan) -> None:
     every = [Path(out) for outs in plan.outs.values() for out in outs]
     for key, task in params.tasks.items():
         source = Path(task.source)
-        made = f"split@{key}" in plan.order and f"split@{key}" not in stale
+        split = str(StageName("split", key))
+        made = split in plan.order and split not in stale
         made |= any(source == out or out in source.parents for out in every)
         if not made and not source.is_dir():
             raise InputError(

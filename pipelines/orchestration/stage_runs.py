@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pipelines.ledger import journal
 from pipelines.orchestration.progress_artifact import ProgressArtifact
 from pipelines.orchestration.server import PREFECT_SETTINGS, server_missing
+from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
-from pipelines.project.layout import CODE, STAGES
+from pipelines.project.layout import CODE, STAGES, StageName
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with_starter
 from pipelines.runtime.progress import show_progress
@@ -29,9 +30,6 @@ from pipelines.runtime.stage_outcome import DONE, StageOutcome, leave_outcome
 
 if TYPE_CHECKING:
     from prefect import Flow, State
-
-PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
-"""Environment variable: the id of the outer flow run that this stage belongs to."""
 
 STAGE_TAG = "sdlora-stage"
 """Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
@@ -45,7 +43,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     die_with_starter()
     _require_hashed_code(stage.name)
     task = arguments.get("task", arguments.get("name"))
-    label = f"{stage.name}@{task}" if task else stage.name
+    label = str(StageName(stage.name, str(task) if task else None))
     show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
     missing, started = server_missing(), time.monotonic()
     if missing:
@@ -189,7 +187,7 @@ def _publish(result: StageResult, label: str) -> None:
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-    key = label.replace("@", "-").replace("_", "-").lower()
+    key = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
     try:
         create_table_artifact(table=result.rows, key=key)
         key = "documents"

@@ -14,7 +14,8 @@ from pipelines.orchestration.overlap import (
     overlap_environment,
     overlapped_order,
 )
-from pipelines.orchestration.stage_runs import PARENT_FLOW_RUN, current_flow_run
+from pipelines.orchestration.stage_runs import current_flow_run
+from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import environment

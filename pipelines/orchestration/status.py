@@ -10,6 +10,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params
+from pipelines.reports.format import percent
 from pipelines.versioning.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def print_summary(params: Params) -> None:
         "average accuracy": metrics["average_accuracy"],
         "forgetting": metrics["forgetting"],
     }
-    console.print("   ".join(f"{name} [bold]{percent(value)}[/]" for name, value in shown.items()))
+    console.print("   ".join(f"{name} [bold]{percent(value, unit=' %')}[/]" for name, value in shown.items()))
     console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
 
 
@@ -50,11 +51,6 @@ def _accuracy_table(params: Params) -> Table:
         cells = [f"{100 * value:.1f}" for value in accuracy]
         table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
     return table
-
-
-def percent(value: float | None) -> str:
-    """Return a share in per cent; a first task alone has no forgetting."""
-    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def show_status() -> None:

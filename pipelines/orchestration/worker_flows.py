@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipelines.ledger.verdicts import results_of
 from pipelines.orchestration.attempts import Attempts
-from pipelines.orchestration.branch import PushError, commit, edit, take
+from pipelines.orchestration.branch import commit, edit, take
 from pipelines.orchestration.names import WATCHDOG
 from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
@@ -24,6 +24,7 @@ from pipelines.orchestration.worker_runs import (
 )
 from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
+from pipelines.project.errors import PushError
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import die_with

@@ -13,15 +13,13 @@ from prefect import Flow, State, flow  # a server finds a flow by its name in a 
 from pipelines.orchestration.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
 from pipelines.orchestration.reconcile import reschedule_orphaned_runs
 from pipelines.orchestration.stage_runs import current_flow_run
+from pipelines.project.environment import PROJECT
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params, Workers
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with
 from pipelines.versioning.repro import StageFailedError
-
-PROJECT = "SDLORA_PROJECT"
-"""Environment variable: a worker's clone of the project; the folder that it was started in if not set."""
 
 EndState = State
 """What a flow of workers returns: how it ended."""

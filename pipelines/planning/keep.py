@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import code_files, require_own_code
 from pipelines.project.layout import CODE, CODE_STAGE, StageName
 from pipelines.project.params import Params
-from pipelines.versioning.plan import Plan, read_plan, record_as_it_is
+from pipelines.versioning.plan import Plan, code_hashes, read_plan, record_as_it_is
 from pipelines.versioning.repro import reproduce_stage
 
 TRAINED = ("fit", "freeze")
@@ -39,7 +38,7 @@ def keep() -> list[str]:
     kept = {name: before.code[name] for name in outdated if _only_code(plan, name)}
     if not kept:
         return ["nothing to keep: no finished stage was made by other code alone"]
-    hashes = _hashes()
+    hashes = code_hashes()
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     path = write_note(
         now,
@@ -83,7 +82,7 @@ def require_decision(plan: Plan, *, retrain: bool) -> Iterator[str]:
 
 def made_by_other_code(plan: Plan) -> list[str]:
     """Return the finished stages, in order, whose code has another fingerprint than when they were made."""
-    hashes = _hashes()
+    hashes = code_hashes()
     found = []
     for name in plan.order:
         kind = StageName.parse(name).kind
@@ -101,11 +100,6 @@ def _result(plan: Plan, name: str) -> str | None:
     """Return the hash of the file that stands for what a stage has left; None where none does."""
     files = (Path(out) / record for out in plan.outs[name] for record in RECORDS)
     return next((sha256_of(path) for path in files if path.is_file()), None)
-
-
-def _hashes() -> Mapping[str, str]:
-    """Return the md5 of each fingerprint, as DVC takes it."""
-    return {name: hashlib.md5(text.encode()).hexdigest() for name, text in code_files().items()}
 
 
 def _changed_definitions(names: Iterable[str]) -> str:

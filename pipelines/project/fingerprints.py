@@ -85,6 +85,14 @@ def stage_fingerprint(kind: str) -> Fingerprint:
     return fingerprint(f"{_STAGES}.{kind}", kind)
 
 
+def program_fingerprint() -> str:
+    """Return one hash for the code of all stages, in hexadecimal: what `sdlora --version` shows."""
+    digest = hashlib.sha256()
+    for kind in STAGES:
+        digest.update(f"{kind} {stage_fingerprint(kind).sha256}\n".encode())
+    return digest.hexdigest()
+
+
 def code_files() -> dict[str, str]:
     """Return what stands in `artifacts/code`, by file name: what stages depend on.
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from pipelines.project.errors import InputError
+
 PARAMS = Path("params.yaml")
+DVC_YAML = Path("dvc.yaml")
+RAW = Path("data/raw")
+"""Images as they were brought: a folder for each data set."""
 ARTIFACTS = Path("artifacts")
 CODE = ARTIFACTS / "code"
 """For each stage a file with the fingerprint of its code."""
 
 CODE_STAGE = "code"
-STAGES = ("fetch", "start", "backbone", "split", "fit", "freeze", "evaluate", "gate", "report")
+STEP_STAGES = ("split", "fit", "freeze", "evaluate", "gate")
+"""The stages that a task goes through, in their order."""
+STAGES = ("fetch", "start", "backbone", *STEP_STAGES, "report")
 """The stages whose code has a fingerprint, in the order in which a chain runs them."""
 
 
@@ -30,3 +37,12 @@ class StageName(NamedTuple):
 
     def __str__(self) -> str:
         return self.kind if self.item is None else f"{self.kind}@{self.item}"
+
+
+def require_project() -> None:
+    """Refuse to work anywhere but in a project's folder."""
+    for path in (PARAMS, DVC_YAML):
+        if not path.is_file():
+            raise InputError(
+                f"no {path} in {Path.cwd()}: run sdlora in the folder of the project, or start one with sdlora init"
+            )

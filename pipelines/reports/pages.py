@@ -27,6 +27,7 @@ from pipelines.reports.figures import (
     overlap_heat,
     training_figures,
 )
+from pipelines.reports.format import chance, p_equals, page_templates
 from pipelines.reports.history import History, Record, head_of
 from pipelines.reports.statistics import (
     calibration_errors,
@@ -58,21 +59,13 @@ class Pictures(NamedTuple):
 
 def render_page(history: History, movement: Movement | None, pictures: Pictures) -> str:
     """Fill the template; everything that a user could have named is escaped there."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(str(TEMPLATES), encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_templates(str(TEMPLATES))
     environment.filters["percent"] = lambda value: typeset(value, "{:.1f}\N{NO-BREAK SPACE}%")
     environment.filters["count"] = "{:,}".format
     environment.filters["points"] = lambda value: typeset(value, "{:+z.1f}").replace("+0.0", "0.0")
-    environment.filters["chance"] = chance
+    environment.filters |= {"chance": chance, "p_equals": p_equals}
     script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
     many = len(history.tasks) > MANY_TASKS
     magnitudes, flips, bias = magnitude_figure(history), flip_figure(history), bias_figure(history)
@@ -117,11 +110,6 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
 def typeset(value: float | None, form: str) -> str:
     """A fraction as a text in hundredths, with a true minus; nothing is a dash."""
     return "\N{EN DASH}" if value is None else form.format(100 * value).replace("-", "\N{MINUS SIGN}")
-
-
-def chance(p: float) -> str:
-    """A p-value as a text."""
-    return "<\N{NO-BREAK SPACE}0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def accuracy_map(history: History, many: bool) -> Record:

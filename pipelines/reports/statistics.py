@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.reports.format import flattened
 from pipelines.reports.history import History, Record, accuracies, validation_accuracy
 from sdlora import comparison
 from sdlora import metrics as measure
@@ -229,7 +230,10 @@ class Span(NamedTuple):
 
 def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Span]]]:
     """Of each dotted name in one tree per step: its values over the steps; an en dash where a step has none."""
-    flat = [dict(flattened(tree)) for tree in trees]
+    flat = [
+        {name: "null" if value is None else str(value) for name, value in flattened(tree).items()}
+        for tree in trees
+    ]
     table = []
     for name in sorted({name for each in flat for name in each}):
         runs: list[tuple[int, int, str]] = []
@@ -268,15 +272,3 @@ def version_spans(history: History) -> list[tuple[str, list[Span]]]:
             for record in history.records
         ],
     )
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested parameters as (dotted name, text) pairs, sorted."""
-    pairs = []
-    for name in sorted(tree):
-        value = tree[name]
-        if isinstance(value, Mapping):
-            pairs += flattened(value, f"{prefix}{name}.")
-        else:
-            pairs.append((f"{prefix}{name}", "null" if value is None else str(value)))
-    return pairs

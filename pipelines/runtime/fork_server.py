@@ -24,10 +24,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipelines.project.environment import STAGE_SOCKET
 from pipelines.runtime.processes import die_with, die_with_starter, end_group, environment
-
-SOCKET = "SDLORA_WARM"
-"""Environment variable: where the warm process listens."""
 
 LIBRARIES = (
     "prefect.flow_engine",
@@ -49,7 +47,7 @@ LIBRARIES = (
 @contextlib.contextmanager
 def warm_process(libraries: Sequence[str] = LIBRARIES) -> Iterator[None]:
     """Keep a warm process for commands that are started meanwhile; where there is none they do without."""
-    with forking("pipelines.runtime.fork_server", SOCKET, libraries):
+    with forking("pipelines.runtime.fork_server", STAGE_SOCKET, libraries):
         yield
 
 
@@ -134,7 +132,7 @@ ANSWER = 8
 
 def ask(arguments: list[str]) -> int | None:
     """Have the warm process run a command in place of this one; return its status, None if there is none."""
-    path = os.environ.get(SOCKET)
+    path = os.environ.get(STAGE_SOCKET)
     if not path:
         return None
     die_with_starter()
@@ -160,7 +158,7 @@ def run_as_forked(request: dict[str, Any]) -> None:
     """Run a command of `sdlora`, whose own this process is from here on."""
     from pipelines.cli.app import main
 
-    os.environ.pop(SOCKET, None)
+    os.environ.pop(STAGE_SOCKET, None)
     sys.argv = ["sdlora", *request["arguments"]]
     end_as(main)
 

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-OUTCOME_FILE = "SDLORA_OUTCOME_FILE"
-"""Environment variable: the file in which a stage leaves its outcome; without it nobody asks."""
+from pipelines.project.environment import OUTCOME_FILE
 
 DONE = "done"
 GATE = "gate"

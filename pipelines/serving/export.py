@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import InputError, UnequalError
 from pipelines.project.files import whole_folder
 from pipelines.serving.exports import hub_folder, onnx_file, peft_folder, timm_folder
 from pipelines.serving.exports.subject import Subject, reference_logits
@@ -85,10 +85,6 @@ class Difference(NamedTuple):
             f"max |Δlogit| {self.largest:.1e} on {self.images} images (logits up to {self.scale:.3g}, "
             f"limit {self.limit:.1e})"
         )
-
-
-class UnequalError(Exception):
-    """An export whose logits are not the model's; it was not kept."""
 
 
 def export(

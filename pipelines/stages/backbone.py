@@ -24,7 +24,11 @@ def _check_file(weights: Path, expected: str | None) -> None:
 
 @stage
 def backbone(*, out: Path) -> StageResult:
-    """Leave the backbone that `params.yaml` names in `out`: weights, preprocessing, ledger record of step t00."""
+    """Leave the backbone that params.yaml names: weights, preprocessing, ledger record of step t00.
+
+    Args:
+        out: Folder to leave; an existing one is replaced as a whole.
+    """
     from sdlora.backbones import create_backbone, write_backbone
 
     choice = read_params("backbone", Backbone)

@@ -12,9 +12,12 @@ from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def code(*, out: Path) -> StageResult:
-    """Write the fingerprint of each stage to `out`, and the hash of each packaged data set.
+    """Leave the fingerprint of each stage's code, and the hash of each packaged data set.
 
     They are of the code that runs.
+
+    Args:
+        out: Folder to leave; an existing one is replaced as a whole.
     """
     require_own_code()
     found = {kind: stage_fingerprint(kind) for kind in STAGES}

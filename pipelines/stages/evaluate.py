@@ -21,9 +21,19 @@ if TYPE_CHECKING:
 def evaluate(
     task: str, *, model: Path, backbone: Path, test: Path, validation: Path, classes: Path, out: Path
 ) -> StageResult:
-    """Leave the accuracy on each task so far and every prediction in `out`; no task id is used at test time.
+    """Test a step on every task so far, among all classes so far.
 
-    Where there are validation images, the accuracy on them stands beside it: the one to select on.
+    Every prediction is left; no task id is used at test time. Where there are validation images, the accuracy on them
+    stands beside it: the one to select on.
+
+    Args:
+        task: Task of params.yaml, such as t01.
+        model: Model folder of this step.
+        backbone: Model folder of step t00: the frozen backbone.
+        test: Folder of all test files so far.
+        validation: Folder of all validation files so far.
+        classes: All classes so far, classes.json.
+        out: Folder to leave; an existing one is replaced as a whole.
     """
     import numpy as np
     import pyarrow as pa

@@ -30,7 +30,15 @@ class DataSet(NamedTuple):
 
 @stage
 def fetch(name: str, *, out: Path) -> StageResult:
-    """Write the images of the data set `name` to `out`, the same files, byte for byte, every time."""
+    """Write a known data set as image files.
+
+    They are the same, byte for byte, every time. Its archives are kept in .sdlora/downloads/NAME. A download that was
+    cut off goes on where it was. Without a network put the archives there yourself.
+
+    Args:
+        name: Data set of params.yaml `fetch`, such as digits or cifar100.
+        out: Folder to leave; data/raw/NAME if not given.
+    """
     if name not in KNOWN:
         raise InputError(
             f"fetch: {name!r} is not a data set that can be fetched; known are {', '.join(KNOWN)}"

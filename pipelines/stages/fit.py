@@ -50,10 +50,20 @@ def read_choices() -> Choices:
 def fit(
     task: str, *, train: Path, images: Path, classes: Path, before: Path, backbone: Path, out: Path
 ) -> StageResult:
-    """Train what the method trains on the images of `task` alone; leave it raw, with the training curve, in `out`.
+    """Learn a task from its images alone: a direction, all magnitudes, head rows.
 
-    A checkpoint is written every `training.checkpoint_seconds` under the hash of everything that decides the
-    result; started again after being killed, the stage goes on from the newest one and leaves the same bytes.
+    What the method trains is left raw, with the training curve. A checkpoint is written every
+    `training.checkpoint_seconds` under the hash of everything that decides the result; started again after being
+    killed, the stage goes on from the newest one and leaves the same bytes.
+
+    Args:
+        task: Task of params.yaml, such as t01.
+        train: What describes the task's training images, train.json.
+        images: Folder of the training images: a folder for each task.
+        classes: All classes so far, classes.json.
+        before: Model folder of the step before.
+        backbone: Model folder of step t00: the frozen backbone.
+        out: Folder to leave; an existing one is replaced as a whole.
     """
     import torch
 
@@ -123,11 +133,35 @@ def fit(
     )
 
 
-def take_part(task: str, number: int, meeting: Path, **inputs: Path) -> None:
-    """Be one of the further processes of a fit: go through all of its steps, and leave nothing."""
+def take_part(
+    task: str,
+    number: int,
+    meeting: Path,
+    *,
+    train: Path,
+    images: Path,
+    classes: Path,
+    before: Path,
+    backbone: Path,
+) -> None:
+    """Share the batches of a fit that another process has begun.
+
+    This process goes through all of its steps, and leaves nothing.
+
+    Args:
+        task: Task of params.yaml, such as t01.
+        number: Which of the devices.
+        meeting: Folder that the processes share.
+        train: What describes the task's training images, train.json.
+        images: Folder of the training images: a folder for each task.
+        classes: All classes so far, classes.json.
+        before: Model folder of the step before.
+        backbone: Model folder of step t00: the frozen backbone.
+    """
+    inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
     team, learner = _meet(task, number, meeting, inputs)
     team.wait()
-    key = _key(task, read_choices(), inputs["train"], inputs["classes"], inputs["before"], inputs["backbone"])
+    key = _key(task, read_choices(), train, classes, before, backbone)
     learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
     for _ in learner.run():
         pass

@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 def freeze(
     task: str, *, fit: Path, train: Path, images: Path, before: Path, backbone: Path, out: Path
 ) -> StageResult:
-    """Leave the model folder of `task` in `out`: what `before` holds, byte for byte, and what `fit` has learned.
+    """Freeze what a task learned, and settle the head: the model folder of this step.
 
-    A head that is settled from statistics, and a freezing that changes the function, need the features of the task's
-    training images; otherwise neither the images nor the backbone are looked at.
+    It holds what the step before holds, byte for byte, and what was learned. A head that is settled from statistics,
+    and a freezing that changes the function, need the features of the task's training images; otherwise neither the
+    images nor the backbone are looked at.
+
+    Args:
+        task: Task of params.yaml, such as t01.
+        fit: What `fit` left for this task.
+        train: What describes the task's training images, train.json.
+        images: Folder of the training images: a folder for each task.
+        before: Model folder of the step before.
+        backbone: Model folder of step t00: the frozen backbone.
+        out: Folder to leave; an existing one is replaced as a whole.
     """
     from pipelines.project.method_settings import settings_of
     from sdlora import freezing

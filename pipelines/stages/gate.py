@@ -21,11 +21,20 @@ def gate(
     before: Path,
     out: Path,
 ) -> StageResult:
-    """Leave in `out` the verdict on a step, and `open.json`, without which the next task is not learned.
+    """Let the next task be learned if this step keeps every limit of `gate` in params.yaml.
 
     The verdict is the second half of the ledger: it holds the hash of the verdict before, of the step's record, of all
     its samples and of its results, so the hash of the last one stands for the whole chain. A step that breaks a limit
-    leaves nothing, and the chain stops, unless a person has approved of just these results.
+    leaves nothing, and the chain stops, unless a person has approved of just these results (`sdlora approve`).
+
+    Args:
+        task: Task of params.yaml, such as t01.
+        model: Model folder of this step.
+        split: What `split` says of the task, split.json.
+        evaluation: What `evaluate` left for this step.
+        evaluation_before: The same folder of the step before.
+        before: Verdict folder of the step before.
+        out: Folder to leave, with the verdict, and open.json, without which the next task is not learned.
     """
     measured = measured_in(evaluation, evaluation_before)
     limits = read_params("gate", Gate)

@@ -18,7 +18,13 @@ from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
-    """Write the metrics to `metrics`, the plot data and the page to `out`; return the headline numbers."""
+    """Put all evaluations and models into a report: a page, the data of its plots, the headline numbers.
+
+    Args:
+        artifacts: Folder of all that the other stages left.
+        out: Folder to leave; an existing one is replaced as a whole.
+        metrics: Summary to write, metrics.json.
+    """
     history = read_history(artifacts, list(read_params("tasks", dict[str, Task])))
     movement = read_movement(artifacts, history)
     album = Album(artifacts, history)

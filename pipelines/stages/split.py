@@ -1,4 +1,14 @@
-"""The stage `split`: a task's images, checked and packed, beside all that is known of the tasks before."""
+"""The stage `split`: a task's images, checked and packed, beside all that is known of the tasks before.
+
+The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of this task or of
+another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two tasks or under two classes
+it is refused too, unless `data.duplicates` is `allow` or `leave_out`: then train may repeat train, and test may repeat
+test. Copies within one class of one part are harmless; all copies that stay are counted in `split.json`, and so are
+pictures of train that are nearly, by a perceptual hash, pictures of validation or test.
+
+Of a task whose images were deleted (`sdlora retire`) the stage gives back what it left, and in place of the training
+images their hash.
+"""
 
 from __future__ import annotations
 
@@ -65,21 +75,17 @@ class Picture(NamedTuple):
 
 @stage
 def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> StageResult:
-    """Pack the images of a task's classes, divided into train, test and, if asked for, validation.
+    """Pack a task's images; hand on tests and classes so far.
 
-    The training images go to `images`, all else to `out`. What `before` holds is handed on. Refused, with the files
-    named: a class of an earlier task, what `pipelines.data.sources` finds wrong with the source, a file that cannot be
-    decoded.
+    The images of each class are divided into train, test and, if asked for, validation. Refused, with the files named:
+    a class of an earlier task, what is wrong with the source, a file that cannot be decoded.
 
-    The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of
-    this task or of another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two
-    tasks or under two classes it is refused too, unless `data.duplicates` is `allow` or `leave_out`: then train
-    may repeat train, and test may repeat test. Copies within one class of one part
-    are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
-    nearly, by a perceptual hash, pictures of validation or test.
-
-    Of a task whose images were deleted (`sdlora retire`) it gives back what it left, and in place of the training
-    images their hash.
+    Args:
+        task: Task of params.yaml, such as t01.
+        source: Folder of the task's images.
+        before: The same folder of the step before.
+        out: Folder to leave, with all but the training images; an existing one is replaced as a whole.
+        images: Folder to leave with the training images.
     """
     tasks = read_params("tasks", dict[str, Task])
     if task not in tasks:

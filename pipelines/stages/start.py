@@ -8,7 +8,13 @@ from pipelines.runtime.stage import StageResult, stage
 
 @stage
 def start(*, out: Path, evaluation: Path, gate: Path) -> StageResult:
-    """Leave an empty class map in `out`, no results in `evaluation`, and the first verdict in `gate`."""
+    """Leave the empty class map of step t00, no results, and the first verdict.
+
+    Args:
+        out: Folder to leave; an existing one is replaced as a whole.
+        evaluation: Folder for the results before any task: none.
+        gate: Folder for the first verdict.
+    """
     with whole_folder(out) as folder:
         write_json(folder / "classes.json", {"classes": [], "tasks": []})
         write_json(folder / "split.json", {"task": "t00"})

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.orchestration.status import percent
 from pipelines.planning.experiments import flow
 from pipelines.project.files import read_json, write_json, write_whole
+from pipelines.reports.format import percent
 from pipelines.sweeps.grid import Chain
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Result:
         """Return it in a few words."""
         if self.numbers is None:
             return f"failed: {self.error}"
-        return f"last accuracy {percent(self.numbers['last_accuracy'])}"
+        return f"last accuracy {percent(self.numbers['last_accuracy'], unit=' %')}"
 
 
 def read_result(folder: Path) -> Result:

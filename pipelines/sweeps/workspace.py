@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json, write_whole
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
@@ -63,7 +64,7 @@ def read_project() -> Project:
         cache = Path(repo.cache.local_cache_dir)
         remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
     paths = code_of(stages, Params.load())
-    code = code_hash(paths)
+    code = _hash_of_files(paths)
     snapshot = root / SWEEPS / ".code" / code[:16]
     with held(root / SWEEPS / ".lock"):
         if not snapshot.is_dir():
@@ -92,7 +93,7 @@ def code_of(stages: list[DvcStage], params: Params) -> list[Path]:
     return sorted(found)
 
 
-def code_hash(paths: list[Path]) -> str:
+def _hash_of_files(paths: list[Path]) -> str:
     """SHA-256 over the names and bytes of files, and of all files of folders."""
     digest = hashlib.sha256()
     for path in paths:
@@ -141,7 +142,7 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         (project.root / shared).mkdir(parents=True, exist_ok=True)
         _link(folder / shared, project.root / shared)
     write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})
-    return Workspace(folder, fits=keys.get(f"fit@{list(params.tasks)[-1]}", chain))
+    return Workspace(folder, fits=keys.get(str(StageName("fit", list(params.tasks)[-1])), chain))
 
 
 def with_code(project: Project) -> dict[str, str]:

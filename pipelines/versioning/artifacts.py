@@ -11,15 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.project.errors import InputError
+from pipelines.project.errors import FaultError, InputError
+from pipelines.project.layout import StageName
 from pipelines.project.params import Fetch, Params, read_yaml
 
 LOCK = Path("dvc.lock")
 ARTIFACTS = Path("artifacts")
-
-
-class FaultError(Exception):
-    """Something does not hold: the file, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,8 @@ class Lock:
     """Path → md5, of every output of every stage."""
     deps: Mapping[str, Mapping[str, str]]
     """Stage → path → md5 of what it read."""
+    commands: Mapping[str, str]
+    """Stage → the command line that made its outputs: that of dvc.yaml, with the task filled in."""
 
 
 def read_lock(params: Params) -> Lock:
@@ -41,16 +40,17 @@ def read_lock(params: Params) -> Lock:
         stages = {
             name: stage
             for name, stage in read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK))["stages"].items()
-            if "@" not in name or name.partition("@")[2] in items  # DVC keeps those of removed tasks
+            if StageName.parse(name).item in (None, *items)  # DVC keeps those of removed tasks
         }
         outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
         deps = {
             name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
             for name, stage in stages.items()
         }
+        commands = {name: str(stage["cmd"]) for name, stage in stages.items()}
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{LOCK}: not what DVC writes; restore it from version control") from None
-    return Lock(outs, deps)
+    return Lock(outs, deps, commands)
 
 
 class Objects:

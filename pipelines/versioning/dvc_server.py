@@ -12,10 +12,8 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from pipelines.project.environment import DVC_SOCKET
 from pipelines.runtime.fork_server import end_as, forked_for, forking
-
-DVC_SOCKET = "SDLORA_WARM_DVC"
-"""Environment variable: where it listens."""
 
 LIBRARIES = (
     "configobj",

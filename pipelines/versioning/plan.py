@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,10 +39,13 @@ class Plan:
     remote: bool = False
 
     def stale(self) -> list[str]:
-        """Stages that must run, and those that may have to because they read what these make."""
+        """Return stages that must run, and those that may have to because they read what these make.
+
+        What the stage `code` will write is known beforehand, and is among the reasons of the stages that it concerns.
+        """
         found: set[str] = set()
         for name in self.order:
-            if self.reasons[name] or self.needs[name] & found:
+            if self.reasons[name] or self.needs[name] & found - {CODE_STAGE}:
                 found.add(name)
         return [name for name in self.order if name in found]
 
@@ -67,10 +71,14 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
                 reasons = {
                     s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
                 }
-            for stage in stages:
-                if stage.always_changed and stage.addressing == CODE_STAGE:
-                    # Its sources are those of the installed program, which DVC does not watch.
-                    reasons[CODE_STAGE] = ["the code of sdlora changed"] * (not code_is_written())
+            made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
+            if CODE_STAGE in reasons:
+                if not code_is_written():
+                    for name, reason in _code_reasons(made_by):
+                        reasons[name].append(reason)
+                    reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
+                elif repo.stage.get_target(CODE_STAGE).always_changed:
+                    reasons[CODE_STAGE] = []  # it looks at the installed program, which DVC does not watch
             return Plan(
                 order=run_order(needs, list(tasks)),
                 needs=needs,
@@ -78,7 +86,7 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
                 made={stage.addressing for stage in stages if _is_made(stage)},
                 outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
                 deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
-                code={s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)},
+                code=made_by,
                 remote=remote,
             )
 
@@ -168,7 +176,9 @@ def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
 def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
     """Order stages so that each follows what it needs, and all of one task comes before any of the next."""
     position = {task: i for i, task in enumerate(tasks, start=1)}
-    rank = {name: (position.get(name.partition("@")[2], 0), place) for place, name in enumerate(needs)}
+    rank = {
+        name: (position.get(StageName.parse(name).item or "", 0), place) for place, name in enumerate(needs)
+    }
     waiting = {name: set(others) for name, others in needs.items()}
     ready = [(rank[name], name) for name, others in waiting.items() if not others]
     heapq.heapify(ready)
@@ -182,6 +192,22 @@ def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
                 if not others:
                     heapq.heappush(ready, (rank[name], name))
     return order
+
+
+def code_hashes() -> dict[str, str]:
+    """Return the md5 of each fingerprint of the code that runs, as DVC takes it, by the kind of stage."""
+    return {name: hashlib.md5(text.encode()).hexdigest() for name, text in code_files().items()}
+
+
+def _code_reasons(made_by: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """Yield the finished stages that the code will be a reason to run, once its fingerprints are written."""
+    hashes = code_hashes()
+    for name, was in made_by.items():
+        kind = StageName.parse(name).kind
+        path = CODE / kind
+        there = hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
+        if was == there != hashes[kind]:  # else DVC has found it
+            yield name, f"{path} will change"
 
 
 def code_is_written() -> bool:

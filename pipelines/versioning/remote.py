@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipelines.project.error_text import one_line
 from pipelines.project.files import write_whole
+from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.plan import Plan, dvc_errors
@@ -48,8 +49,8 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
 
 def images_read(name: str, params: Params) -> list[str]:
     """Return the folders of training images that a stage reads: they are no deps, what describes them is."""
-    kind, _, task = name.partition("@")
-    if kind not in ("fit", "freeze"):
+    kind, task = StageName.parse(name)
+    if task is None or kind not in ("fit", "freeze"):
         return []
     from pipelines.project.method_settings import tasks_read
 

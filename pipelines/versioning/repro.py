@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TextIO
 
+from pipelines.project.environment import DVC_SOCKET, OUTCOME_FILE
 from pipelines.project.layout import StageName
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import Forked
 from pipelines.runtime.processes import die_with, end_group
-from pipelines.runtime.stage_outcome import GATE, OUTCOME_FILE, read_outcome
-from pipelines.versioning.dvc_server import DVC_SOCKET
+from pipelines.runtime.stage_outcome import GATE, read_outcome
 from pipelines.versioning.stage_lock import stage_lock
 
 CHATTER = (

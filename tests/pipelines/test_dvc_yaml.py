@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from pipelines.project.layout import CODE, CODE_STAGE
 from pipelines.project.layout import STAGES as KINDS
+from tests.support.command_line import command_of
 from tests.support.repository import REPOSITORY
 
 STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
@@ -86,16 +87,11 @@ def test_a_stage_takes_part_in_the_run_cache(name: str) -> None:
 
 
 def test_the_commands_are_those_of_the_command_line() -> None:
-    from typer.main import get_command
-
-    from pipelines.cli.app import app
-
-    commands = get_command(app).commands  # type: ignore[attr-defined]
     for name in STAGES:
         program, command, *rest = stage(name)["cmd"].split()
         assert (program, command) == ("sdlora", name)
         flags = {word for word in rest if word.startswith("--")}
-        options = [p for p in commands[name].params if p.param_type_name == "option"]
+        options = [p for p in command_of(name).params if p.param_type_name == "option"]
         assert flags == {flag for option in options for flag in option.opts}
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.project.layout import STEP_STAGES
 from tests.support.commands import call, environment
 from tests.support.finished_chain import entries, entries_of, hashes, stages_run
 
 pytestmark = pytest.mark.slow
 
 FIRST = ["start", "backbone"]
-TASK = ["split", "fit", "freeze", "evaluate", "gate"]
+TASK = list(STEP_STAGES)
 
 
 def forget(folder: Path) -> None:

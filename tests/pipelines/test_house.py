@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines.project import layout
 from tests.support.repository import REPOSITORY
 
 LIBRARY = sorted((REPOSITORY / "sdlora").rglob("*.py"))
 PIPELINES = sorted((REPOSITORY / "pipelines").rglob("*.py"))
+STAGES = set(layout.STAGES)
 ALLOWED = {"sdlora", "torch", "timm", "numpy", "safetensors"}
 
 
@@ -68,3 +71,50 @@ def test_no_file_names_a_place_on_one_machine() -> None:
     found = [relative(f) for f in files if any(word in f.read_text(encoding="utf-8") for word in suspicious)]
     assert not found
     assert "://" not in (REPOSITORY / "requirements.lock").read_text(encoding="utf-8")
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Every string of a file, parts of f-strings too, that is not a docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+            yield node.value
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=relative)
+def test_only_the_layout_knows_how_a_stage_is_spelt(path: Path) -> None:
+    """Everywhere else the name of a stage is a kind and a task, `StageName`."""
+    if path.name != "layout.py":
+        spelt = re.compile(rf"\b({'|'.join(STAGES)})@|^@$")
+        assert not [text for text in texts(path) if spelt.search(text)]
+
+
+def test_every_error_of_ours_stands_in_the_tree_of_errors() -> None:
+    from pipelines.project import errors
+
+    classes = {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for path in LIBRARY + PIPELINES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {
+        name for name, bases in classes.items() if any(b.endswith(("Error", "Exception")) for b in bases)
+    }
+    drawn = set(re.findall(r"── (\w+)", errors.__doc__ or ""))
+    assert drawn == found | {"DvcException"}
+    assert all(value.__doc__ for name, value in vars(errors).items() if name in found)
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=relative)
+def test_environment_variables_are_named_and_explained_in_one_place(path: Path) -> None:
+    if path.name != "environment.py":
+        assert not [text for text in texts(path) if "SDLORA_" in text]
+        return
+    body = ast.parse(path.read_text(encoding="utf-8")).body[1:]
+    assert body
+    for name, meaning in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(name, ast.Assign)
+        assert isinstance(meaning, ast.Expr)
+        assert ast.unparse(meaning).strip("'\"").startswith("Set by ")

@@ -351,7 +351,7 @@ def test_ncm_trains_nothing() -> None:
 
 
 def test_the_example_in_the_documentation_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (REPOSITORY / "docs/method.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs/how-to/add-a-method.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)  # type: ignore[index]
     monkeypatch.setitem(METHODS, "first", names["METHOD"])

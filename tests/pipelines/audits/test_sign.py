@@ -11,8 +11,7 @@ import pytest
 
 from pipelines.audits.sign import NAMESPACE, check_signatures, sign
 from pipelines.audits.verify import verify
-from pipelines.project.errors import InputError
-from pipelines.versioning.artifacts import FaultError
+from pipelines.project.errors import FaultError, InputError
 from tests.support.commands import call, environment
 
 pytestmark = [

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import FaultError
 from sdlora.ledger import record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 from tests.support.commands import call, environment
@@ -324,6 +324,37 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     report = json.loads(done.stdout)
     assert (done.returncode, report["holds"], report["retrained"]) == (1, False, [])
     assert report["fault"].startswith("artifacts/fit/t01/curve.csv: learned again it is another")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rm -r fit t01 --out x",
+        "sdlora freeze t01 --out x",
+        "sdlora fit t01 --out ../x",
+        "sdlora fit t01 --out /x",
+        "",
+    ],
+)
+def test_nothing_but_the_stage_itself_on_the_projects_own_files_is_run_again(command: str) -> None:
+    from pipelines.audits.retrain import _arguments
+    from pipelines.project.errors import FaultError
+    from pipelines.project.layout import StageName
+    from pipelines.versioning.artifacts import Lock
+
+    with pytest.raises(FaultError, match=r"dvc\.lock: the command of fit@t01 is none of this program's"):
+        _arguments(Lock({}, {}, {"fit@t01": command}), StageName("fit", "t01"))
+
+
+def test_a_step_is_learned_again_by_the_commands_of_dvc_yaml(project: Path) -> None:
+    from dvc.repo import Repo
+
+    from pipelines.versioning.artifacts import read_lock
+
+    commands = read_lock(Params.load()).commands
+    with Repo() as repo:
+        said = {stage.addressing: stage.cmd for stage in repo.stage.load_all("dvc.yaml")}
+    assert commands == said
 
 
 def test_a_step_that_does_not_exist_is_not_learned_again(project: Path) -> None:

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
+from pipelines.project.environment import OUTCOME_FILE
 from pipelines.project.errors import GateClosedError
-from pipelines.runtime.stage_outcome import GATE, INPUT, OUTCOME_FILE, StageOutcome, read_outcome
+from pipelines.runtime.stage_outcome import GATE, INPUT, StageOutcome, read_outcome
+from tests.support.command_line import command_names, command_of
 from tests.support.repository import REPOSITORY
 
-COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = command_names()
 
 
 def sdlora(*arguments: str, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +39,7 @@ def test_help_fits_one_screen(command: str | None) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_and_option_is_explained(command: str) -> None:
-    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = command_of(command)
     assert found.help
     assert all(parameter.help for parameter in found.params)
 
@@ -74,7 +75,8 @@ def test_outside_a_project_one_line_says_where_to_go(command: str, tmp_path: Pat
     done = sdlora(*command.split(), folder=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
+    line = f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project"
+    assert done.stderr == f"{line}, or start one with sdlora init\n"
     assert list(tmp_path.iterdir()) == []
 
 

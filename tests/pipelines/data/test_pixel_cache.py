@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipelines.data import pixel_cache
 from pipelines.data.packed import ImageRow, decode, read_images, write_images
-from pipelines.data.pixel_cache import BUDGET, FOLDER, PackedImages, pixel_batches
+from pipelines.data.pixel_cache import FOLDER, PackedImages, pixel_batches
+from pipelines.project.environment import DECODED_GIB
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import fingerprint_of
 from sdlora.preprocessing import Preprocessing
@@ -36,7 +37,7 @@ SIZE = 3 * 8 * 8 + 32
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(BUDGET, raising=False)
+    monkeypatch.delenv(DECODED_GIB, raising=False)
     return tmp_path
 
 
@@ -296,7 +297,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set how many images of `WAY` may be kept."""
 
     def set_room(images: int) -> None:
-        monkeypatch.setenv(BUDGET, repr(images * SIZE / 2**30))
+        monkeypatch.setenv(DECODED_GIB, repr(images * SIZE / 2**30))
 
     return set_room
 
@@ -384,7 +385,7 @@ def test_the_old_and_the_abandoned_go_and_nothing_else(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["much", "nan", "inf"])
 def test_a_budget_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv(BUDGET, text)
+    monkeypatch.setenv(DECODED_GIB, text)
 
     with pytest.raises(
         InputError, match=rf"^SDLORA_DECODED_GIB: '{text}' is no number of GiB; set one, or 0"

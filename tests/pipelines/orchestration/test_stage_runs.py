@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.orchestration.stage_runs import PARENT_FLOW_RUN, launch, make_flow
+from pipelines.orchestration.stage_runs import launch, make_flow
+from pipelines.project.environment import OUTCOME_FILE, PARENT_FLOW_RUN
 from pipelines.runtime.stage import Stage, StageResult, stage
-from pipelines.runtime.stage_outcome import DONE, OUTCOME_FILE, StageOutcome, read_outcome
+from pipelines.runtime.stage_outcome import DONE, StageOutcome, read_outcome
 from tests.support.repository import REPOSITORY
 
 

@@ -467,7 +467,7 @@ def test_the_page_about_data_names_every_check_ending_part_and_parameter() -> No
     from pipelines.data.sources import EXTENSIONS, METADATA, WORDS
     from pipelines.project.params import Data
 
-    page = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs/reference/data.md").read_text(encoding="utf-8")
     program = (REPOSITORY / "pipelines/planning/doctor.py").read_text(encoding="utf-8")
     checks = set(re.findall(r'Finding\(\s*"(?:error|warning|ok)", "([a-z ]+)"', program)) - {"images"}
     assert len(checks) == 17

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from pipelines.cli import preloaded_for_dvc
+from pipelines.project.environment import STAGE_SOCKET
 from pipelines.runtime import fork_server
 from tests.support.repository import REPOSITORY
 
@@ -23,7 +24,7 @@ def warm_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A warm process of the real kind that loads only what is loaded fast."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with fork_server.warm_process(["json"]):
-        path = Path(os.environ[fork_server.SOCKET])
+        path = Path(os.environ[STAGE_SOCKET])
         end = time.monotonic() + 30
         while not path.exists():
             assert time.monotonic() < end
@@ -45,7 +46,8 @@ def test_a_command_ends_as_it_would_by_itself(warm_path: str, tmp_path: Path) ->
     with sdlora("start", "--out", "x", "--evaluation", "y", "--gate", "z", folder=tmp_path) as process:
         out, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert error == f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project\n"
+    line = f"error: no params.yaml in {tmp_path}: run sdlora in the folder of the project"
+    assert error == f"{line}, or start one with sdlora init\n"
     assert out == ""
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
@@ -59,7 +61,7 @@ def test_a_command_that_finds_no_warm_process_runs_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv(fork_server.SOCKET, str(tmp_path / "nothing"))
+    monkeypatch.setenv(STAGE_SOCKET, str(tmp_path / "nothing"))
     with sdlora("start", folder=tmp_path) as process:
         process.communicate(timeout=60)
     assert process.returncode == 2

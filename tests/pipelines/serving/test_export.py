@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.ledger.find_step import find_model
-from pipelines.project.errors import InputError
+from pipelines.project.errors import InputError, UnequalError
 from pipelines.project.files import write_json
 from pipelines.serving import export as module
-from pipelines.serving.export import FORMATS, UnequalError, check_pictures, export
+from pipelines.serving.export import FORMATS, check_pictures, export
 from pipelines.serving.exports.subject import Subject, reference_logits
 from tests.support.chains import make_chain, picture
 from tests.support.families import FAMILIES
@@ -64,9 +64,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def without_sdlora(program: str, folder: Path, *arguments: str) -> str:
     """Run a program in `folder`, in a process that cannot import this package, whose tests' families timm knows."""
     path = folder.parent / "path"
-    (path / "tests").mkdir(parents=True, exist_ok=True)
+    (path / "tests/support").mkdir(parents=True, exist_ok=True)
     (path / "tests/__init__.py").touch()
-    shutil.copy(REPOSITORY / "tests/support/families.py", path / "tests")
+    (path / "tests/support/__init__.py").touch()
+    shutil.copy(REPOSITORY / "tests/support/families.py", path / "tests/support")
     barrier = "import sys; sys.modules['sdlora'] = sys.modules['pipelines'] = None\n"
     command = [sys.executable, "-c", barrier + program, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(path)}

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.runtime.fork_server import SOCKET
-from pipelines.versioning.dvc_server import DVC_SOCKET, warm_dvc
+from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
+from pipelines.versioning.dvc_server import warm_dvc
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import LEAVE
@@ -83,8 +83,10 @@ def test_it_leaves_what_dvc_leaves_and_passes_on_what_stages_print(
 
 
 def test_a_stage_finds_the_warm_process_of_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SOCKET, "/somewhere")
-    (project / "make").write_text(f'#!/bin/sh\nmkdir -p out\necho "${SOCKET} ${DVC_SOCKET}" > "out/$1"\n')
+    monkeypatch.setenv(STAGE_SOCKET, "/somewhere")
+    (project / "make").write_text(
+        f'#!/bin/sh\nmkdir -p out\necho "${STAGE_SOCKET} ${DVC_SOCKET}" > "out/$1"\n'
+    )
     reproduce_stage("make@a", pull=False)
     assert (project / "out/a").read_text() == "/somewhere \n"
 

@@ -1,0 +1,118 @@
+"""`sdlora init`: a project of one's own, which holds data, parameters, locks and ledger, and none of this program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import resources
+from pathlib import Path
+
+from pipelines.project.errors import InputError
+from pipelines.project.files import write_whole
+from pipelines.project.params import Params
+
+_PACKAGED = resources.files("pipelines.planning") / "template"
+_CHECKOUT = Path(__file__).resolve().parents[2]
+"""In the tool's own repository, which is such a project itself, the files stand at the top."""
+_FILES = ("params.yaml", "dvc.yaml", ".dvcignore", ".dvc/config")
+_IGNORED = """\
+# What the pipeline makes; dvc.lock, metrics.json and ledger/ are kept.
+/artifacts/
+/data/raw/
+/.sdlora/
+/.prefect/
+
+# A write that was cut off.
+*.partial
+"""
+_README = """\
+# {name}
+
+An image classifier that learns new classes task by task, with sdlora.
+
+    sdlora doctor data/raw/NAME      # check images: data/raw/NAME/CLASS/*.png
+    sdlora add-task data/raw/NAME    # or sdlora plan data/raw/NAME --tasks 5
+    sdlora run                       # train, test, report: artifacts/report/report.html
+    git add . && git commit -m "Learn NAME"
+
+`params.yaml` has every choice, `dvc.yaml` the stages, `ledger/` what a run leaves beside DVC's outputs.
+"""
+
+
+def new_project(folder: Path, *, example: bool = False) -> list[str]:
+    """Write a project into a folder, which is made where it is not there; return lines to print.
+
+    With `example`, its tasks are those of the handwritten digits; else it has none yet.
+
+    Raises:
+        InputError: a file of that name says something else; then nothing is written.
+    """
+    files = project_files(folder.resolve().name, example=example)
+    taken = [name for name, text in files.items() if _differs(folder / name, text)]
+    if taken:
+        raise InputError(
+            f"{folder / taken[0]}: there already, and another file than a new project has"
+            f"{f' (and {len(taken) - 1} more)' if len(taken) > 1 else ''}; choose another folder"
+        )
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, text.encode())
+    lines = [f"{folder}: a new project of {len(files)} files"]
+    if not _in_git(folder):
+        _start_git(folder)
+        lines.append(f"{folder}: a new Git repository; nothing is committed")
+    first = (
+        "sdlora run"
+        if example
+        else "put images into data/raw/NAME/CLASS/, then sdlora add-task data/raw/NAME"
+    )
+    return [*lines, f"next: cd {folder} && {first}"]
+
+
+def project_files(name: str, *, example: bool) -> dict[str, str]:
+    """Return the files of a new project by their paths."""
+    files = {path: _template(path) for path in _FILES}
+    if not example:
+        params = files["params.yaml"]
+        params = re.sub(r"^fetch:\n(?:  .*\n)+", "fetch: {}\n", params, flags=re.MULTILINE)
+        start = params.index("# These are two digits at a time")
+        files["params.yaml"] = params[:start] + "tasks: {}\n"
+    else:
+        Params.parse(files["params.yaml"], origin="params.yaml")
+    stages, count = re.subn(
+        r"^(    cmd: sdlora code .*\n)    deps: .*\n",
+        r"\1    always_changed: true # it looks at the installed program, half a second\n",
+        files["dvc.yaml"],
+        flags=re.MULTILINE,
+    )
+    assert count == 1
+    files["dvc.yaml"] = stages
+    plots = _PACKAGED / "plots" if _PACKAGED.is_dir() else _CHECKOUT / ".dvc/plots"
+    files |= {f".dvc/plots/{plot.name}": plot.read_text(encoding="utf-8") for plot in plots.iterdir()}
+    return {**files, ".gitignore": _IGNORED, "README.md": _README.format(name=name)}
+
+
+def _template(path: str) -> str:
+    place = _PACKAGED / path.removeprefix(".dvc/") if _PACKAGED.is_dir() else _CHECKOUT / path
+    return place.read_text(encoding="utf-8")
+
+
+def _differs(path: Path, text: str) -> bool:
+    if path.is_symlink() or path.is_dir():
+        return True
+    return path.exists() and path.read_bytes() != text.encode()
+
+
+def _in_git(folder: Path) -> bool:
+    try:
+        return not subprocess.run(
+            ["git", "rev-parse", "--git-dir"], cwd=folder, capture_output=True, check=False
+        ).returncode
+    except FileNotFoundError:
+        raise InputError("git is not installed, and a project is a Git repository; install it") from None
+
+
+def _start_git(folder: Path) -> None:
+    done = subprocess.run(["git", "init", "-q"], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"git init in {folder}: {' '.join(done.stderr.split())}")
