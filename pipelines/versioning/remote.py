@@ -10,6 +10,7 @@ from pipelines.project.files import write_whole
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.stage import first_line
+from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.plan import Plan, dvc_errors
 from pipelines.versioning.repro import StageFailedError, bring, dvc, print_line
 
@@ -62,10 +63,9 @@ def remembered(name: str) -> bool:
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 
-        from pipelines.versioning.patches.__main__ import mend
-        from pipelines.versioning.patches.runcache import RunCacheError
+        from pipelines.versioning.patches.errors import RunCacheError
 
-        mend()
+        apply_patches()
         # Whence a stage came is said by `bring`, and what the remote has lost is made again.
         logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
         logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)
