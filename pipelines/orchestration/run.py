@@ -13,6 +13,7 @@ from pipelines.orchestration.overlap import Beside, Order, open_beforehand, room
 from pipelines.orchestration.reconcile import close_dead_runs
 from pipelines.orchestration.server import prefect_server
 from pipelines.planning.keep import require_decision
+from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.fingerprints import require_own_code
@@ -20,10 +21,10 @@ from pipelines.project.layout import StageName
 from pipelines.project.params import Params, missing_source
 from pipelines.reports.format import percent
 from pipelines.runtime.file_lock import held, mend_rwlock
-from pipelines.runtime.fork_server import warm_process
+from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
 from pipelines.runtime.processes import wake_the_ending
 from pipelines.runtime.stage import Stage, Summary, run_linked, server_missing
-from pipelines.versioning.dvc_server import warm_dvc
+from pipelines.versioning.dvc_server import dvc_server
 from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.remote import make_up, obtain, owe, push, require_remote, unpushed
 from pipelines.versioning.repro import StageFailedError, bring, print_line
@@ -54,7 +55,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
             print_summary(params)
             return 0
         try:
-            with prefect_server(Path(".prefect")) as wait, warm_processes(plan):
+            with prefect_server(Path(".prefect")) as wait, preloaded_processes(plan):
                 wait()
                 bring = Stage("pipeline", lambda: bring_up_to_date(params, plan))
                 missing = server_missing()
@@ -91,7 +92,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
             close_dead_runs()
         rows: Summary = []
         if plan.stale():
-            with warm_processes(plan):
+            with preloaded_processes(plan):
                 rows = bring_up_to_date(
                     params, plan, lean=True, before_each=before_each, progressed=progressed
                 )
@@ -188,12 +189,12 @@ def bring_up_to_date(
 
 
 @contextlib.contextmanager
-def warm_processes(plan: Plan) -> Iterator[None]:
+def preloaded_processes(plan: Plan) -> Iterator[None]:
     """Load the libraries once where several stages will need them; for one or two it is not worth a process."""
     if len(plan.stale()) <= 2:
         yield
         return
-    with warm_dvc(), warm_process():
+    with dvc_server(), fork_server(STAGE_ENTRY, STAGE_SOCKET):
         yield
 
 

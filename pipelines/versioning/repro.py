@@ -15,9 +15,10 @@ from typing import TextIO
 
 from pipelines.project.environment import DVC_SOCKET, ERROR_FILE, PARENT_FLOW_RUN
 from pipelines.project.layout import StageName
-from pipelines.runtime.fork_server import Forked
+from pipelines.runtime.fork_server import ForkedProcess
 from pipelines.runtime.processes import die_with, end_group
 from pipelines.runtime.stage import current_flow_run
+from pipelines.versioning.patches import plain_dvc
 from pipelines.versioning.stage_lock import turn
 
 CHATTER = (
@@ -59,7 +60,7 @@ class StageFailedError(Exception):
         return step if kind == "gate" and self.status == 2 and str(self).startswith(BROKEN) else None
 
 
-Process = Forked | subprocess.Popen[bytes]
+Process = ForkedProcess | subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,14 @@ def dvc(
 def start_dvc(
     arguments: list[str], settings: Mapping[str, str], *, errors_too: bool
 ) -> tuple[Process, TextIO]:
-    """Start DVC, forked from the warm process of `warm_dvc` where there is one; also return what it prints."""
+    """Start DVC, forked from its fork server where there is one; also return what it prints."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
     reading, writing = os.pipe()
     output = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - who called closes it
     try:
         streams = (writing, writing if errors_too else 2)
-        return warm_or_new(arguments, environment, *streams), output
+        return _forked_or_new(arguments, environment, *streams), output
     except BaseException:
         output.close()
         raise
@@ -142,18 +143,18 @@ def start_dvc(
         os.close(writing)
 
 
-def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
+def _forked_or_new(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
     """Start DVC in a session of its own, to end when this process does."""
     with open(os.devnull, "rb") as nothing:
         if DVC_SOCKET in os.environ:
             with contextlib.suppress(OSError):
                 streams = (nothing.fileno(), stdout, stderr)
-                forked = Forked(os.environ[DVC_SOCKET], arguments, environment, streams)
+                forked = ForkedProcess(os.environ[DVC_SOCKET], arguments, environment, streams)
                 if forked.pid:
                     return forked
         parent = os.getpid()
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipelines.versioning.patches", *arguments],
+            [sys.executable, "-P", "-m", _module(), *arguments],
             stdin=nothing,
             stdout=stdout,
             stderr=stderr,
@@ -161,6 +162,10 @@ def warm_or_new(arguments: list[str], environment: Mapping[str, str], stdout: in
             start_new_session=True,
             preexec_fn=lambda: die_with(parent),
         )
+
+
+def _module() -> str:
+    return "dvc" if plain_dvc() else "pipelines.versioning.patches"
 
 
 def print_line(text: str) -> None:

@@ -7,20 +7,12 @@ import importlib
 import os
 import sys
 
-PLAIN = "SDLORA_PLAIN_DVC"
-"""Environment variable: where it is 1, DVC does everything itself, each command in a process of its own.
-
-No patch is applied, the stages that `sdlora` looks at are asked one by one, and DVC has no fork server: that is no
-patch, but its process holds more of DVC than its documented commands. What comes out is the same.
-"""
-
-_SAID = "SDLORA_PATCHES_SAID"
-"""Environment variable: set in a process that has said why patches stay away, and so in those that it starts."""
+from pipelines.project.environment import PATCHES_SAID, PLAIN_DVC
 
 
 def plain_dvc() -> bool:
     """Return whether DVC is to work without this program's patches and fork server."""
-    return os.environ.get(PLAIN) == "1"
+    return os.environ.get(PLAIN_DVC) == "1"
 
 
 @functools.cache
@@ -40,7 +32,7 @@ def apply_patches() -> frozenset[str]:
     applied = frozenset(name for name, unknown in missing.items() if not unknown)
     for name in applied:
         importlib.import_module(f"pipelines.versioning.patches.{name}").use()
-    if len(applied) < len(PATCHES) and _SAID not in os.environ:
+    if len(applied) < len(PATCHES) and PATCHES_SAID not in os.environ:
         import dvc
 
         unknown = dict.fromkeys(text for texts in missing.values() for text in texts)
@@ -49,5 +41,5 @@ def apply_patches() -> frozenset[str]:
         sys.stderr.write(
             f"DVC {dvc.__version__}: {what} {is_not} known here; DVC's own code is used, slower\n"
         )
-        os.environ[_SAID] = "1"
+        os.environ[PATCHES_SAID] = "1"
     return applied

@@ -12,7 +12,7 @@ import dvc
 import pytest
 from dvc.stage import Stage
 
-from pipelines.versioning.patches import PLAIN
+from pipelines.project.environment import PLAIN_DVC
 from pipelines.versioning.patches.known import PATCHES, unknown_of, unknown_version
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, ran
@@ -106,9 +106,9 @@ def test_plain_dvc_and_the_patches_leave_the_same(project: Path) -> None:
     settings = {"PYTHONPATH": str(REPOSITORY)}
     assert sdlora("run", **settings)[1] == []
     lock = (project / "dvc.lock").read_bytes()
-    assert sdlora("status", **settings, **{PLAIN: "1"})[0] == sdlora("status", **settings)[0]
+    assert sdlora("status", **settings, **{PLAIN_DVC: "1"})[0] == sdlora("status", **settings)[0]
     (project / "dvc.lock").unlink()
-    assert sdlora("run", **settings, **{PLAIN: "1"})[1] == []
+    assert sdlora("run", **settings, **{PLAIN_DVC: "1"})[1] == []
     assert (project / "dvc.lock").read_bytes() == lock
 
 
