@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def use() -> None:
     """Have DVC, in this process, find a key of a file of parameters by going there."""
-    import dpath
     from dvc.dependency import param
 
     def get(content: Any, key: str, separator: str) -> Any:  # noqa: ANN401 - dpath's own signature
@@ -30,6 +29,7 @@ def use() -> None:
             value = value[part]
         return value
 
+    dpath = param.dpath
     param.dpath = SimpleNamespace(get=get, search=dpath.search)
 
 
