@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-OLDEST, NEWEST = (3, 63), (3, 67)
+OLDEST, NEWEST = (3, 66), (3, 67)
 """The versions of DVC that the patches were tested with, whatever their last number."""
 
 _HASHING = (

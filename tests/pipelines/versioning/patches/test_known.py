@@ -136,7 +136,7 @@ def test_another_name_other_parameters_and_no_function_are_not_known(name: str, 
     assert Stage.status.__wrapped__
 
 
-@pytest.mark.parametrize("version", ["3.62.9", "3.68.0", "4.0", "2.63.1", "UNKNOWN"])
+@pytest.mark.parametrize("version", ["3.65.9", "3.68.0", "4.0", "2.63.1", "UNKNOWN"])
 def test_other_versions_are_not_known(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown_version() is None
     monkeypatch.setattr(dvc, "__version__", version)
