@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint docs compare chaos bench clean
+.PHONY: help repro test lint lowest docs compare chaos bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lint: $(READY) ## Check style, format, types and which room imports which.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache --no-logo
+
+lowest: $(READY) ## Resolve the lowest versions that pyproject.toml allows, and compare.
+	@$(BIN)/python .ci/lowest.py
 
 docs: $(READY) ## Build the documentation into build/site; a broken link is an error.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -267,7 +267,7 @@ class Site:
                     and process.environ().get("PREFECT__FLOW_RUN_ID") in self.runs,
                     "dvc": process.name() == "dvc repro"
                     or (words[3:4] == ["pipelines.versioning.patches"] and "push" not in words),
-                    "training": "pipelines.runtime.fork_server" in above
+                    "training": "pipelines.cli.preloaded" in above
                     or any(word.endswith("bin/sdlora") for word in words[:2]),
                 }[role]:
                     return process

@@ -11,23 +11,16 @@ images a second, with this 330; with both free 790 and 710."""
 
 
 def main() -> None:
-    """Hand the command to the warm process of `sdlora run`, or of DVC, if there is one, else run it here."""
+    """Hand a stage's command to a fork server if there is one, else run it here."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is loaded
-    status = None
-    if STAGE_SOCKET in os.environ:
+    if STAGE_SOCKET in os.environ or "DVC_STAGE" in os.environ:
         import sys
 
-        from pipelines.runtime import fork_server
+        from pipelines.cli.preloaded import delegate_stage
 
-        status = fork_server.ask(sys.argv[1:])
-    elif "DVC_STAGE" in os.environ:
-        import sys
-
-        from pipelines.cli import preloaded_for_dvc
-
-        status = preloaded_for_dvc.ask(sys.argv[1:])
-    if status is not None:
-        raise SystemExit(status)
+        status = delegate_stage(sys.argv[1:])
+        if status is not None:
+            raise SystemExit(status)
     from pipelines.cli.app import main
 
     main()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images
 from pipelines.data.sources import read_source, refuse
@@ -35,15 +35,11 @@ from pipelines.project.layout import STEP_STAGES, StageName
 from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
 from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
-from pipelines.versioning.plan import Plan, dvc_errors, read_plan
+from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.remote import push
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
-
-if TYPE_CHECKING:
-    from dvc.output import Output
-    from dvc.repo import Repo
-    from dvc_data.hashfile.db import HashFileDB
+from pipelines.versioning.stores import RemoteStore, Stores, open_stores
 
 
 class Left(NamedTuple):
@@ -290,13 +286,14 @@ def kept(stage: str, task: str, after: str) -> Kept:
     out = (ARTIFACTS / folders[stage] / task).as_posix()
     entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][str(StageName(stage, task))]
     md5 = next(its["md5"] for its in entry["outs"] if its["path"] == out)
-    with stores() as (repo, _):
-        cache = Path(repo.cache.local.path)
-    listing = cache / md5[:2] / md5[2:]
-    files = (
-        {its["relpath"]: its["md5"] for its in json.loads(listing.read_bytes())} if listing.is_file() else {}
-    )
-    missing = [name for name, its in files.items() if not (cache / its[:2] / its[2:]).is_file()]
+    with stores() as held:
+        listing = held.object_path(md5)
+        files = (
+            {its["relpath"]: its["md5"] for its in json.loads(listing.read_bytes())}
+            if listing.is_file()
+            else {}
+        )
+        missing = [name for name, its in files.items() if not held.object_path(its).is_file()]
     if missing or not files:
         raise InputError(
             f"retire: {out}/{missing[0] if missing else ''}: it is not in DVC's cache, from which it would be given "
@@ -323,28 +320,21 @@ def kept(stage: str, task: str, after: str) -> Kept:
 
 
 @contextlib.contextmanager
-def stores() -> Iterator[tuple[Repo, dict[str, HashFileDB]]]:
-    """The project as DVC sees it, and every remote that it names."""
-    with dvc_errors():
-        from dvc.repo import Repo
-
-        with contextlib.closing(Repo()) as repo:
-            remotes = {
-                name: repo.cloud.get_remote_odb(name, "retire") for name in sorted(repo.config["remote"])
-            }
-            for name, remote in remotes.items():
-                root = Path(remote.path.removesuffix("/files/md5"))
-                if remote.fs.protocol == "local" and not root.is_dir():  # it would look empty
-                    raise InputError(
-                        f"retire: DVC's remote {name}: there is no folder {root}; mount it, or take the remote out if "
-                        f"nothing was ever pushed there (`dvc remote remove {name}`)"
-                    )
-                if remote.fs.protocol in ("http", "https"):
-                    raise InputError(
-                        f"retire: DVC's remote {name} is reached over HTTP, which deletes nothing; have its copies "
-                        f"deleted where it is kept, then take it out (`dvc remote remove {name}`)"
-                    )
-            yield repo, remotes
+def stores() -> Iterator[Stores]:
+    """The project's cache and every remote that it names, all of which let their objects be deleted."""
+    with open_stores() as held:
+        for name, remote in held.remotes.items():
+            if remote.protocol == "local" and not Path(remote.folder).is_dir():  # it would look empty
+                raise InputError(
+                    f"retire: DVC's remote {name}: there is no folder {remote.folder}; mount it, or take the remote "
+                    f"out if nothing was ever pushed there (`dvc remote remove {name}`)"
+                )
+            if remote.protocol in ("http", "https"):
+                raise InputError(
+                    f"retire: DVC's remote {name} is reached over HTTP, which deletes nothing; have its copies "
+                    f"deleted where it is kept, then take it out (`dvc remote remove {name}`)"
+                )
+        yield held
 
 
 @dataclass(frozen=True)
@@ -356,51 +346,38 @@ class Listings:
     """objects under the paths that are to go"""
 
 
-def listings(repo: Repo, receipt: Receipt) -> Listings:
+def listings(held: Stores, receipt: Receipt) -> Listings:
     """The objects that the outputs of this project use beside those that the receipt is about."""
     gone = {receipt.train.path, *(file.path for file in receipt.raw)}
     used = {md5 for its in receipt.stages.values() for md5 in its.files.values()}
     listed = set()
-    for out in repo.index.outs:
-        held = dict(files_of(out)) if any(is_within(path, out.def_path) for path in gone) else None
-        if held is None:
-            used |= {info.value for infos in out.get_used_objs().values() for info in infos}
-        else:
-            used |= {md5 for path, md5 in held.items() if path not in gone}
-            listed |= {md5 for path, md5 in held.items() if path in gone}
-            if not gone & held.keys():
-                used.add(out.hash_info.value)
+    for out in held.outputs():
+        if not any(is_within(path, out.path) for path in gone):
+            used |= out.objects()
+            continue
+        files = out.files()
+        used |= {md5 for path, md5 in files.items() if path not in gone}
+        listed |= {md5 for path, md5 in files.items() if path in gone}
+        if out.md5 and not gone & files.keys():
+            used.add(out.md5)
     return Listings(used, listed)
-
-
-def files_of(out: Output) -> Iterator[tuple[str, str]]:
-    """The files of an output, as DVC has it noted: path and object."""
-    obj = out.get_obj() if out.hash_info else None
-    if obj is None:
-        return
-    if not out.is_dir_checksum:
-        yield out.def_path, out.hash_info.value
-        return
-    for parts, _, info in obj:
-        yield "/".join((out.def_path, *parts)), info.value
 
 
 def objects_of(receipt: Receipt) -> list[str]:
     """The objects in the cache and in any remote that hold the images, packed or not, now or earlier."""
-    with stores() as (repo, remotes):
-        cache = Path(repo.cache.local.path)
-        found = listings(repo, receipt)
+    with stores() as held:
+        found = listings(held, receipt)
         candidates = {receipt.train.md5, *found.listed, *(md5_of(Path(file.path)) for file in receipt.raw)}
         train = Path(receipt.train.path)
         for data in read_images(train)["image"]:
             candidates.add(hashlib.md5(data.as_buffer(), usedforsecurity=False).hexdigest())
-        candidates |= set(packed_earlier(cache, {image.sha256 for image in receipt.images}))
+        candidates |= set(packed_earlier(held.cache, {image.sha256 for image in receipt.images}))
         candidates -= found.used
-        candidates |= set(naming_listings(cache, candidates)) - found.used
-        held = {md5 for md5 in candidates if (cache / md5[:2] / md5[2:]).exists()}
-        for name in remotes:
-            held |= set(stored(name, remotes[name], candidates))
-    return sorted(held)
+        candidates |= set(naming_listings(held.cache, candidates)) - found.used
+        objects = {md5 for md5 in candidates if held.object_path(md5).exists()}
+        for remote in held.remotes.values():
+            objects |= set(stored(remote, candidates))
+    return sorted(objects)
 
 
 def packed_earlier(cache: Path, images: set[str]) -> Iterator[str]:
@@ -430,23 +407,21 @@ def naming_listings(cache: Path, objects: set[str]) -> Iterator[str]:
 
 def left_of(receipt: Receipt) -> Left:
     """What of all that the receipt names is still there, and used by nothing else."""
-    with stores() as (repo, remotes):
-        cache = Path(repo.cache.local.path)
-        used = listings(repo, receipt).used
+    with stores() as held:
+        used = listings(held, receipt).used
         objects = [md5 for md5 in receipt.objects if md5 not in used]
         return Left(
             raw=[file for file in receipt.raw if is_there(file, receipt)],
             packed=Path(receipt.train.path).exists(),
-            cached=[md5 for md5 in objects if (cache / md5[:2] / md5[2:]).exists()],
-            stored={name: stored(name, remote, objects) for name, remote in remotes.items()},
+            cached=[md5 for md5 in objects if held.object_path(md5).exists()],
+            stored={name: stored(remote, objects) for name, remote in held.remotes.items()},
         )
 
 
-def stored(name: str, remote: HashFileDB, objects: Iterable[str]) -> list[str]:
+def stored(remote: RemoteStore, objects: Iterable[str]) -> list[str]:
     """Which of some objects a remote has; an `InputError` where it does not answer."""
-    asked = sorted(objects)
-    with answering(name):
-        return list(remote.list_oids_exists(asked)) if asked else []
+    with answering(remote.name):
+        return remote.held(objects)
 
 
 @contextlib.contextmanager
@@ -520,11 +495,11 @@ def delete_raw(receipt: Receipt) -> None:
 
 def commit_data(receipt: Receipt) -> None:
     """Have DVC note what is left of data that it keeps (`dvc add`)."""
-    with stores() as (repo, _):
+    with stores() as held:
         owners = {
-            out.stage.relpath
-            for out in repo.index.outs
-            if out.stage.is_data_source and any(is_within(file.path, out.def_path) for file in receipt.raw)
+            out.owner
+            for out in held.outputs()
+            if out.is_data and any(is_within(file.path, out.path) for file in receipt.raw)
         }
     for owner in sorted(owners):
         if run_dvc(["commit", "--force", owner]):
@@ -535,25 +510,18 @@ def commit_data(receipt: Receipt) -> None:
 
 def delete_objects(receipt: Receipt) -> None:
     """Delete the objects from all remotes and the cache, and from DVC's memory of runs what names them."""
-    from dvc_data.hashfile.db import get_index
-
     left = left_of(receipt)
-    with stores() as (repo, remotes):
-        cache, runs = Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir)
-        stale = [path for path in runs.glob("*/*/*") if path.is_file() and names_any(path, receipt.objects)]
-        for name, odb in remotes.items():
-            legacy = repo.cloud.get_remote_odb(name, "retire", hash_name="md5-dos2unix")
-            memory = [legacy.fs.join(legacy.path, "runs", *path.relative_to(runs).parts) for path in stale]
-            doomed = [odb.oid_to_path(md5) for md5 in left.stored[name]]
+    with stores() as held:
+        stale = [
+            path for path in held.runs.glob("*/*/*") if path.is_file() and names_any(path, receipt.objects)
+        ]
+        for name, remote in held.remotes.items():
             with answering(name):
-                doomed += [path for path in memory if legacy.fs.exists(path)]
-                if doomed:
-                    odb.fs.remove(doomed)
-                    get_index(odb).clear()
+                remote.delete(left.stored[name], [path.relative_to(held.runs) for path in stale])
         for path in stale:
             path.unlink()
         for md5 in left.cached:
-            (cache / md5[:2] / md5[2:]).unlink()
+            held.object_path(md5).unlink()
 
 
 def names_any(path: Path, objects: Iterable[str]) -> bool:
@@ -584,8 +552,8 @@ def to_run(receipt: Receipt, params: Params) -> list[str]:
 def run_stages(receipt: Receipt) -> None:
     """Run the stages that the deletion touches, so that the project is up to date again."""
     params = Params.load()
-    with stores() as (repo, _):
-        share = bool(repo.config["core"].get("remote"))
+    with stores() as held:
+        share = held.shares
     while names := to_run(receipt, params):
         for name in names:
             reproduce_stage(name, pull=share)

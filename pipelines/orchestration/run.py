@@ -13,14 +13,15 @@ from pipelines.orchestration.stage_runs import run_linked
 from pipelines.orchestration.stale_stages import bring_up_to_date, do_nothing
 from pipelines.orchestration.status import print_summary
 from pipelines.planning.keep import require_decision
+from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params, missing_source
 from pipelines.runtime.console import echo
-from pipelines.runtime.fork_server import warm_process
+from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
 from pipelines.runtime.stage import Rows, Stage, StageResult
-from pipelines.versioning.dvc_server import warm_dvc
+from pipelines.versioning.dvc_server import dvc_server
 from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.remote import push_pending, require_remote, unpushed
@@ -100,7 +101,7 @@ def _preloaded_processes(plan: Plan) -> Iterator[None]:
     if len(plan.stale()) <= 2:
         yield
         return
-    with warm_dvc(), warm_process():
+    with dvc_server(), fork_server(STAGE_ENTRY, STAGE_SOCKET):
         yield
 
 

@@ -1,7 +1,7 @@
 """Every environment variable of this program: its name, who sets it, and what it means.
 
-People set `SDLORA_DECODED_GIB`, `SDLORA_IMAGES_GIB` and `SDLORA_PROJECT`. The others are how processes of this program
-tell each other something, where DVC, which stands between them, passes nothing on.
+People set `SDLORA_DECODED_GIB`, `SDLORA_IMAGES_GIB`, `SDLORA_PLAIN_DVC` and `SDLORA_PROJECT`. The others are how
+processes of this program tell each other something, where DVC, which stands between them, passes nothing on.
 """
 
 DECODED_GIB = "SDLORA_DECODED_GIB"
@@ -12,6 +12,12 @@ IMAGES_GIB = "SDLORA_IMAGES_GIB"
 
 Half of what is free if it is not set. Where they lie changes no value."""
 
+PLAIN_DVC = "SDLORA_PLAIN_DVC"
+"""Set by people: where it is 1, DVC does everything itself, each command in a process of its own.
+
+No patch is applied, the stages that `sdlora` looks at are asked one by one, and DVC has no fork server: that is no
+patch, but its process holds more of DVC than its documented commands. What comes out is the same."""
+
 PROJECT = "SDLORA_PROJECT"
 """Set by people: the clone that a worker works in, where that is not the folder that it was started in."""
 
@@ -21,8 +27,11 @@ PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
 OUTCOME_FILE = "SDLORA_OUTCOME_FILE"
 """Set by `sdlora run` for a stage: a file for its outcome, because DVC passes on no line and no exit status."""
 
-STAGE_SOCKET = "SDLORA_WARM"
-"""Set by `sdlora run` for stages: where the process listens that has loaded their libraries."""
+STAGE_SOCKET = "SDLORA_STAGE_SERVER"
+"""Set by `sdlora run` for stages: where the fork server listens that has loaded their libraries."""
 
-DVC_SOCKET = "SDLORA_WARM_DVC"
-"""Set by `sdlora run` for itself: where the process listens that has loaded DVC."""
+DVC_SOCKET = "SDLORA_DVC_SERVER"
+"""Set by `sdlora run` for itself: where the fork server listens that has loaded DVC."""
+
+PATCHES_SAID = "SDLORA_PATCHES_SAID"
+"""Set by a process that has said why patches of DVC stay away, for those that it starts: one line is enough."""

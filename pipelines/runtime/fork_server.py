@@ -1,8 +1,8 @@
-"""Processes that have loaded their libraries and fork for each command: most work less long than loading takes.
+"""A fork server: a preloaded process that forks for each command, most of which work less long than loading takes.
 
-`sdlora run` keeps one for stages while it works. DVC calls `sdlora fit …` as ever; that process hands its arguments,
-its streams, folder and environment over, and ends as the forked one ends. Without it a stage runs in its own
-process, to the same bytes. Another of its kind is for DVC itself (`warm_dvc`).
+A command hands its arguments, streams, folder and environment over, and ends as the forked process ends. Without a
+server it does its own work, to the same bytes. What is preloaded, and run, is the entry's business, a module that
+`python -m` runs: `cli.preloaded` for stages, `versioning.dvc_server` for DVC.
 """
 
 from __future__ import annotations
@@ -12,68 +12,64 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
-from pipelines.project.environment import STAGE_SOCKET
 from pipelines.runtime.processes import die_with, die_with_starter, end_group, environment
 
-LIBRARIES = (
-    "prefect.flow_engine",
-    "prefect.artifacts",
-    "typer",
-    "pydantic.type_adapter",
-    "pydantic.types",
-    "ruamel.yaml",
-    "pyarrow",
-    "PIL.Image",
-    "imagehash",
-    "torch",
-    "timm",
-    "safetensors.torch",
-)
-"""What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
+STAGE_ENTRY = "pipelines.cli.preloaded"
+"""The module that is the fork server of stages."""
 
 
 @contextlib.contextmanager
-def warm_process(libraries: Sequence[str] = LIBRARIES) -> Iterator[None]:
-    """Keep a warm process for commands that are started meanwhile; where there is none they do without."""
-    with forking("pipelines.runtime.fork_server", STAGE_SOCKET, libraries):
-        yield
+def fork_server(entry: str, variable: str, arguments: Sequence[str] = ()) -> Iterator[None]:
+    """Keep a fork server for commands that are started meanwhile; an environment variable says where it listens.
 
-
-@contextlib.contextmanager
-def forking(module: str, variable: str, arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Keep a process that runs a module, and have an environment variable say where it listens."""
+    Where there is none, on a system that cannot have one, commands do their own work.
+    """
     if not hasattr(os, "pidfd_open"):
         yield
         return
     parent = os.getpid()
     with TemporaryDirectory(prefix="sdlora-") as folder:
-        path = str(Path(folder) / "warm")
+        path = str(Path(folder) / "server")
         with listening(path) as listener:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(listener.fileno()), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-                preexec_fn=lambda: die_with(parent),
-            )
+            process = start_server(entry, listener, arguments=arguments, preexec_fn=lambda: die_with(parent))
         try:
             with environment({variable: path}):
                 yield
         finally:
             end_group(process)
+
+
+def start_server(
+    entry: str,
+    listener: socket.socket,
+    *,
+    until: int | None = None,
+    arguments: Sequence[str] = (),
+    **options: Any,  # noqa: ANN401 - of a Popen
+) -> subprocess.Popen[bytes]:
+    """Start a fork server that serves a socket; once the process of the handle `until` has ended, it ends too."""
+    handles = [listener.fileno(), *([] if until is None else [until])]
+    numbers = [str(handles[0]), "" if until is None else str(until)]
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", entry, *numbers, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=handles,
+        start_new_session=True,
+        **options,
+    )
 
 
 def listening(path: str) -> socket.socket:
@@ -88,8 +84,8 @@ def listening(path: str) -> socket.socket:
     return listener
 
 
-class Forked:
-    """A command that a warm process has forked for: as much of a `Popen` as is asked of it."""
+class ForkedProcess:
+    """A process that a fork server has forked for a command: as much of a `Popen` as is asked of it."""
 
     def __init__(
         self, path: str, arguments: Sequence[str], settings: Mapping[str, str], streams: Sequence[int]
@@ -107,10 +103,10 @@ class Forked:
             raise
         self._status: int | None = None
         self.pid = self._answer() or 0
-        """0 where the warm process had ended before it could fork."""
+        """0 where the server had ended before it could fork."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; the status is a `Popen`'s, and -SIGTERM where the warm process ended, and so it too."""
+        """Wait for its end; the status is a `Popen`'s, and -SIGTERM where the server ended, and so it too."""
         if self._status is None:
             self._link.settimeout(timeout)
             try:
@@ -122,99 +118,98 @@ class Forked:
         return self._status
 
     def _answer(self) -> int | None:
-        data = self._link.recv(ANSWER)
+        data = self._link.recv(_ANSWER)
         return int.from_bytes(data, signed=True) if data else None
 
 
-ANSWER = 8
+_ANSWER = 8
 """Bytes of an answer: the number of the process that was forked, then its status."""
 
 
-def ask(arguments: list[str]) -> int | None:
-    """Have the warm process run a command in place of this one; return its status, None if there is none."""
-    path = os.environ.get(STAGE_SOCKET)
-    if not path:
-        return None
+def delegate(path: str, arguments: Sequence[str]) -> int:
+    """Have a fork server run a command in place of this process; return its status as a shell has it.
+
+    Raises:
+        OSError: nobody listens at the path.
+    """
     die_with_starter()
-    try:
-        forked = Forked(path, arguments, os.environ, [0, 1, 2])
-    except OSError:
-        return None
-    return status_of(forked)
-
-
-def status_of(forked: Forked) -> int:
-    """Wait for a forked command; return its status as a shell has it."""
+    forked = ForkedProcess(path, arguments, os.environ, [0, 1, 2])
     code = forked.wait() if forked.pid else 1
     return code if code >= 0 else 128 - code
 
 
-def main(socket: int, libraries: Sequence[str]) -> None:
-    """Load, and fork for each request that comes to a socket, until ended."""
-    run_as_forked(forked_for(socket, libraries))
-
-
-def run_as_forked(request: dict[str, Any]) -> None:
-    """Run a command of `sdlora`, whose own this process is from here on."""
-    from pipelines.cli.app import main
-
-    os.environ.pop(STAGE_SOCKET, None)
-    sys.argv = ["sdlora", *request["arguments"]]
-    end_as(main)
-
-
-def end_as(main: Callable[[], object]) -> None:
-    """Run a command and end the process with its status, as Python does, but for taking all libraries apart.
-
-    In a forked process that costs a second and more: each object that is freed makes a page of the other's memory its
-    own first.
-    """
-    try:
-        status = main()
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls, before the exit functions
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
-
-
-def forked_for(
-    number: int,
-    libraries: Sequence[str],
-    *,
-    prepare: Callable[[], object] | None = None,
-    until: int | None = None,
+def receive(
+    arguments: Sequence[str], libraries: Sequence[str], *, prepare: Callable[[], object] | None = None
 ) -> dict[str, Any]:
-    """Load, and fork for each request that comes to a socket; only a forked process returns, with its request.
+    """Preload libraries, and fork for each request; only a forked process returns, with its request.
 
-    It is in the folder, and has the environment and the streams, of who asked. `prepare` is called at once, and again
-    before each fork. Once the process of the handle `until` has ended, this one ends too.
+    It is in the folder, and has the environment and the streams, of who asked. A library that is not there is not
+    preloaded. `prepare` is called at once, and again before each fork.
+
+    Args:
+        arguments: What `start_server` has given the entry: the socket, and the process with which to end.
+        libraries: The modules to preload.
+        prepare: What else to do.
     """
-    with socket.socket(fileno=number) as listener:
-        for name in libraries:
-            if until is not None and select.select([until], [], [], 0)[0]:
-                raise SystemExit
-            importlib.import_module(name)
-        if prepare is not None:
-            prepare()
-        gc.freeze()  # a collection in a forked process would copy all of it
-        request = serve(listener, prepare, until)
+    # Called last of all that is registered from here on.
+    atexit.register(_exit_without_freeing)
+    until = int(arguments[1]) if arguments[1] else None
+    with socket.socket(fileno=int(arguments[0])) as listener:
+        try:
+            for name in libraries:
+                if until is not None and select.select([until], [], [], 0)[0]:
+                    raise SystemExit
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+            if prepare is not None:
+                prepare()
+            gc.freeze()  # a collection in a forked process would copy all of it
+            request = _fork_for_each(listener, prepare, until)
+        except SystemExit:
+            Path(listener.getsockname()).unlink(missing_ok=True)
+            raise
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     return request
 
 
-def serve(listener: socket.socket, prepare: Callable[[], object] | None, until: int | None) -> dict[str, Any]:
+_status = 0
+"""What this process ends with."""
+
+
+def end_as(main: Callable[[], object]) -> NoReturn:
+    """Run a command and end the process with its status."""
+    global _status
+    try:
+        raise SystemExit(main())
+    except SystemExit as end:
+        _status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except BaseException:
+        _status = 1
+        raise
+
+
+def _exit_without_freeing() -> None:
+    """End the process when Python has called all other exit functions: the last step would take libraries apart.
+
+    In a forked process that costs a second and more: each object that is freed makes a page of the server's memory its
+    own first.
+    """
+    logging.shutdown()  # registered earlier, as logging was loaded before
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(_status)
+
+
+def _fork_for_each(
+    listener: socket.socket, prepare: Callable[[], object] | None, until: int | None
+) -> dict[str, Any]:
     """Fork for each request; only a forked process returns, with its request and the asker's streams."""
     this = os.getpid()
-    at_work: dict[int, Worker] = {}
+    at_work: dict[int, _Worker] = {}
     while True:
         links = [worker.link.fileno() for worker in at_work.values() if not worker.told]
         own = [listener.fileno(), *([] if until is None else [until])]
@@ -253,11 +248,11 @@ def serve(listener: socket.socket, prepare: Callable[[], object] | None, until: 
             link.close()
             continue
         with contextlib.suppress(OSError):
-            link.sendall(child.to_bytes(ANSWER))
-        at_work[os.pidfd_open(child)] = Worker(child, link)
+            link.sendall(child.to_bytes(_ANSWER))
+        at_work[os.pidfd_open(child)] = _Worker(child, link)
 
 
-class Worker:
+class _Worker:
     """A forked process, and the socket of who asked for it."""
 
     def __init__(self, child: int, link: socket.socket) -> None:
@@ -275,9 +270,5 @@ class Worker:
         """Tell the asker how it has ended: its status, as a `Popen` has it."""
         _, status = os.waitpid(self.child, 0)
         with contextlib.suppress(OSError):
-            self.link.sendall(os.waitstatus_to_exitcode(status).to_bytes(ANSWER, signed=True))
+            self.link.sendall(os.waitstatus_to_exitcode(status).to_bytes(_ANSWER, signed=True))
         self.link.close()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json, write_whole
@@ -18,12 +16,8 @@ from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
-from pipelines.versioning.plan import dvc_errors, needs_of
 from pipelines.versioning.stage_lock import TURNS
-
-if TYPE_CHECKING:
-    from dvc.repo import Repo
-    from dvc.stage import Stage as DvcStage
+from pipelines.versioning.stores import DeclaredStage, configure_project, read_dvc_project
 
 SWEEPS = Path(".sdlora/sweeps")
 """A folder for each sweep; names that begin with a dot are what all share."""
@@ -43,7 +37,7 @@ class Project:
     """A copy of that code: a chain goes on with it whatever is edited meanwhile."""
     cache: Path
     """DVC's cache, which holds the run-cache too."""
-    remotes: dict[str, str]
+    remotes: Mapping[str, str]
     """Name and address of every DVC remote."""
 
 
@@ -59,11 +53,8 @@ class Workspace:
 def read_project() -> Project:
     """Take a snapshot of the project in this folder."""
     root = Path.cwd()
-    with _open(root) as repo:
-        stages = repo.stage.load_all("dvc.yaml")
-        cache = Path(repo.cache.local_cache_dir)
-        remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
-    paths = code_of(stages, Params.load())
+    project = read_dvc_project(root)
+    paths = code_of(project.stages, Params.load())
     code = _hash_of_files(paths)
     snapshot = root / SWEEPS / ".code" / code[:16]
     with held(root / SWEEPS / ".lock"):
@@ -75,16 +66,16 @@ def read_project() -> Project:
                         shutil.copytree(path, folder / path, ignore=LEFT_OUT)
                     else:
                         shutil.copy(path, folder / path)
-    return Project(root, code, paths, snapshot, cache, remotes)
+    return Project(root, code, paths, snapshot, project.cache, project.remotes)
 
 
-def code_of(stages: list[DvcStage], params: Params) -> list[Path]:
+def code_of(stages: Iterable[DeclaredStage], params: Params) -> list[Path]:
     """What stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other files."""
-    outs = [PurePath(out.def_path) for stage in stages for out in stage.outs]
+    outs = [PurePath(out) for stage in stages for out in stage.outs]
     sources = [PurePath(task.source) for task in params.tasks.values()]
     found = {Path("dvc.yaml")}
     for dep in (dep for stage in stages for dep in stage.deps):
-        path = Path(dep.def_path)
+        path = Path(dep)
         if path == Path("params.yaml") or any(path.is_relative_to(place) for place in (*outs, *sources)):
             continue
         if any(place.is_relative_to(path) for place in outs):  # a folder of what other stages make
@@ -127,10 +118,9 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
     write_whole(folder / "params.yaml", text.encode())
     write_whole(folder / ".dvcignore", _bytes(project.root / ".dvcignore"))
     _configure(folder, project)
-    with _open(folder) as repo:
-        stages = repo.stage.load_all("dvc.yaml")
-        made = [PurePath(out.def_path) for stage in stages for out in stage.outs]
-        keys = stage_keys(stages)
+    stages = read_dvc_project(folder).stages
+    made = [PurePath(out) for stage in stages for out in stage.outs]
+    keys = stage_keys(stages)
     for out in made:
         if (folder / out).is_symlink():  # to images that no stage made before
             (folder / out).unlink()
@@ -151,25 +141,23 @@ def with_code(project: Project) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(project.snapshot), *([before] if before else [])])}
 
 
-def stage_keys(stages: list[DvcStage]) -> dict[str, str]:
+def stage_keys(stages: Iterable[DeclaredStage]) -> dict[str, str]:
     """For each stage a hash that equal stages of two chains of the same code share: command, parameters, what it reads.
 
     Of what it reads, that is the hashes of the stages that make it, so nothing needs to have been computed.
     """
-    needs = needs_of(stages)
-    parts: dict[str, list[Any]] = {}
-    for stage in stages:
-        read = [dep.read_params() for dep in stage.deps if dep.def_path == "params.yaml"]
-        parts[stage.addressing] = [stage.addressing, stage.cmd, read]
+    declared = {stage.name: stage for stage in stages}
     keys: dict[str, str] = {}
 
     def key(name: str) -> str:
         if name not in keys:
-            text = json.dumps([*parts[name], sorted(map(key, needs[name]))], sort_keys=True)
+            stage = declared[name]
+            parts = [name, stage.command, stage.params, sorted(map(key, stage.needs))]
+            text = json.dumps(parts, sort_keys=True)
             keys[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return keys[name]
 
-    return {name: key(name) for name in parts}
+    return {name: key(name) for name in declared}
 
 
 def _read_from_project(params: Params) -> set[PurePath]:
@@ -187,15 +175,10 @@ def _read_from_project(params: Params) -> set[PurePath]:
 
 def _configure(folder: Path, project: Project) -> None:
     """Give a workspace the project's own settings of DVC, its cache and its remotes, without Git."""
-    from dvc.config import Config
-
     for name in ("config", "config.local"):
         write_whole(folder / ".dvc" / name, _bytes(project.root / ".dvc" / name))
-    with dvc_errors(), Config(str(folder / ".dvc")).edit("local") as config:
-        config["core"]["no_scm"] = True
-        config["cache"]["dir"] = str(project.cache)
-        for name, url in project.remotes.items():  # a path in the project's config is relative to that
-            config["remote"].setdefault(name, {})["url"] = url
+    # A path in the project's own config is relative to that, so the addresses are given anew.
+    configure_project(folder, cache=project.cache, remotes=project.remotes)
 
 
 def _bytes(path: Path) -> bytes:
@@ -212,12 +195,3 @@ def _link(place: Path, target: Path) -> None:
         shutil.rmtree(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(target)
-
-
-@contextlib.contextmanager
-def _open(root: Path) -> Iterator[Repo]:
-    """Open the DVC project in a folder, from inside of it: DVC names stages as they are called from where one is."""
-    from dvc.repo import Repo
-
-    with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
-        yield repo

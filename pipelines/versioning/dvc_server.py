@@ -1,4 +1,4 @@
-"""A warm process for DVC: it has loaded DVC, remembers dvc.lock, and forks for each command.
+"""The fork server of DVC: it has loaded DVC, remembers dvc.lock, and forks for each command.
 
 A forked command is `dvc …` as it would be in a process of its own: it leads a session, takes and releases DVC's locks,
 reads dvc.yaml and params.yaml as they are then, and may be killed without harm to the next.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.project.environment import DVC_SOCKET
-from pipelines.runtime.fork_server import end_as, forked_for, forking
+from pipelines.runtime.fork_server import end_as, fork_server, receive
+from pipelines.versioning.patches import apply_patches, plain_dvc
 
-LIBRARIES = (
+_LIBRARIES = (
     "configobj",
     "diskcache",
     "dpath",
@@ -46,9 +48,7 @@ LIBRARIES = (
     "dvc_render",
     "flatten_dict",
     "fsspec.implementations.memory",
-    "pipelines.versioning.patches.lockfile",
     "pipelines.versioning.patches.__main__",
-    "pipelines.versioning.patches.runcache",
     "platformdirs",
     "psutil",
     "pyparsing",
@@ -56,14 +56,17 @@ LIBRARIES = (
 )
 
 
-def warm_dvc() -> AbstractContextManager[None]:
-    """Keep such a process for the commands of `repro.dvc` that are started meanwhile."""
-    return forking("pipelines.versioning.dvc_server", DVC_SOCKET)
+def dvc_server() -> AbstractContextManager[None]:
+    """Keep such a server for the commands of `repro.dvc` that are started meanwhile; none where DVC is to be plain."""
+    return (
+        contextlib.nullcontext()
+        if plain_dvc()
+        else fork_server("pipelines.versioning.dvc_server", DVC_SOCKET)
+    )
 
 
-def main(socket: int) -> None:
-    """Load, and fork for each request that comes to a socket, until ended."""
-    request = forked_for(socket, LIBRARIES, prepare=remember)
+def _serve(arguments: Sequence[str]) -> None:
+    request = receive(arguments, _LIBRARIES, prepare=_remember)
     os.setsid()
     os.environ.pop(DVC_SOCKET, None)
     from pipelines.versioning.patches.__main__ import main
@@ -75,12 +78,13 @@ def main(socket: int) -> None:
     end_as(lambda: main(request["arguments"]))
 
 
-def remember() -> None:
+def _remember() -> None:
     """Read what is new in dvc.lock, so that what is forked need not."""
-    from pipelines.versioning.patches.lockfile import read_entries
+    if "lockfile" in apply_patches():
+        from pipelines.versioning.patches.lockfile import read_entries
 
-    read_entries(Path("dvc.lock"))
+        read_entries(Path("dvc.lock"))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    _serve(sys.argv[1:])

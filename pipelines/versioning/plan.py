@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, StageName
-from pipelines.versioning.patches.lookup import changes_of, each_once, locked_for_reading
+from pipelines.versioning.patches import apply_patches
 
 if TYPE_CHECKING:
+    from dvc.repo import Repo
     from dvc.stage import Stage as DvcStage
 
 
@@ -59,18 +60,14 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 
-        from pipelines.versioning.patches.__main__ import mend
-
-        mend()
-        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo), each_once():
+        apply_patches()
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
             stages = repo.stage.load_all("dvc.yaml")
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
             elsewhere = left_elsewhere(stages) if partial_checkout and remote else {}
-            with locked_for_reading(repo, stages):
-                reasons = {
-                    s.addressing: list(reasons_of(s, elsewhere.get(s.addressing, set()))) for s in stages
-                }
+            changes = changes_of(repo, stages)
+            reasons = {name: list(reasons_of(changes[name], elsewhere.get(name, set()))) for name in changes}
             made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
             if CODE_STAGE in reasons:
                 if not code_is_written():
@@ -89,6 +86,15 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
                 code=made_by,
                 remote=remote,
             )
+
+
+def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
+    """What `dvc status` finds changed about each stage."""
+    if "lookup" in apply_patches():
+        from pipelines.versioning.patches import lookup
+
+        return lookup.changes_of(repo, stages)
+    return {stage.addressing: stage.status().get(stage.addressing, []) for stage in stages}
 
 
 def _is_made(stage: DvcStage) -> bool:
@@ -152,7 +158,7 @@ def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
     return needs
 
 
-def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
+def reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
     """Say in words why DVC would run a stage; what is missing here and held elsewhere is no reason."""
     words = {
         "modified": "changed",
@@ -160,7 +166,7 @@ def reasons_of(stage: DvcStage, elsewhere: set[str]) -> Iterator[str]:
         "new": "is new",
         "not in cache": "is not in the cache",
     }
-    for change in changes_of(stage):
+    for change in changes:
         if isinstance(change, str):
             yield "its command changed" if change == "changed checksum" else change
             continue

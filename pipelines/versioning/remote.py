@@ -11,6 +11,7 @@ from pipelines.project.files import write_whole
 from pipelines.project.layout import StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
+from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.plan import Plan, dvc_errors
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 
@@ -63,10 +64,9 @@ def restore_from_run_cache(name: str) -> bool:
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
 
-        from pipelines.versioning.patches.__main__ import mend
-        from pipelines.versioning.patches.runcache import RunCacheError
+        from pipelines.versioning.patches.errors import RunCacheError
 
-        mend()
+        apply_patches()
         # Whether a stage came from the cache is told elsewhere, and what the remote has lost is made again.
         logging.getLogger("dvc.stage.cache").setLevel(logging.WARNING)
         logging.getLogger("dvc.data_cloud").setLevel(logging.ERROR)

@@ -16,9 +16,10 @@ from typing import TextIO
 from pipelines.project.environment import DVC_SOCKET, OUTCOME_FILE
 from pipelines.project.layout import StageName
 from pipelines.runtime.console import echo
-from pipelines.runtime.fork_server import Forked
+from pipelines.runtime.fork_server import ForkedProcess
 from pipelines.runtime.processes import die_with, end_group
 from pipelines.runtime.stage_outcome import GATE, read_outcome
+from pipelines.versioning.patches import plain_dvc
 from pipelines.versioning.stage_lock import stage_lock
 
 CHATTER = (
@@ -57,7 +58,7 @@ class StageFailedError(Exception):
         return StageName.parse(self.stage).item if self._gate_closed else None
 
 
-Process = Forked | subprocess.Popen[bytes]
+Process = ForkedProcess | subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def _failure_of(name: str, status: int, path: Path) -> StageFailedError:
 def _start_dvc(
     arguments: list[str], settings: Mapping[str, str], *, errors_too: bool
 ) -> tuple[Process, TextIO]:
-    """Start DVC, forked from the preloaded process where there is one; also return what it prints."""
+    """Start DVC, forked from its fork server where there is one; also return what it prints."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
     reading, writing = os.pipe()
     output = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - who called closes it
     try:
         streams = (writing, writing if errors_too else 2)
-        return _fork_or_spawn(arguments, environment, *streams), output
+        return _forked_or_new(arguments, environment, *streams), output
     except BaseException:
         output.close()
         raise
@@ -139,18 +140,18 @@ def _start_dvc(
         os.close(writing)
 
 
-def _fork_or_spawn(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
+def _forked_or_new(arguments: list[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Process:
     """Start DVC in a session of its own, to end when this process does."""
     with open(os.devnull, "rb") as nothing:
         if DVC_SOCKET in os.environ:
             with contextlib.suppress(OSError):
                 streams = (nothing.fileno(), stdout, stderr)
-                forked = Forked(os.environ[DVC_SOCKET], arguments, environment, streams)
+                forked = ForkedProcess(os.environ[DVC_SOCKET], arguments, environment, streams)
                 if forked.pid:
                     return forked
         parent = os.getpid()
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipelines.versioning.patches", *arguments],
+            [sys.executable, "-P", "-m", _module(), *arguments],
             stdin=nothing,
             stdout=stdout,
             stderr=stderr,
@@ -158,3 +159,7 @@ def _fork_or_spawn(arguments: list[str], environment: Mapping[str, str], stdout:
             start_new_session=True,
             preexec_fn=lambda: die_with(parent),
         )
+
+
+def _module() -> str:
+    return "dvc" if plain_dvc() else "pipelines.versioning.patches"

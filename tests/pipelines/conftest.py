@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runtime.fork_server import warm_process
+from pipelines.runtime.fork_server import fork_server
 from tests.support.commands import call
 from tests.support.parameters import settings
 from tests.support.pictures import paint
@@ -19,8 +19,8 @@ from tests.support.repository import REPOSITORY
 
 
 def load_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the warm process of a run in this process load nothing: stages that are shell scripts need no torch."""
-    monkeypatch.setattr("pipelines.orchestration.run.warm_process", partial(warm_process, libraries=()))
+    """Have the fork server of a run in this process preload nothing: stages that are shell scripts need no torch."""
+    monkeypatch.setattr("pipelines.orchestration.run.fork_server", partial(fork_server, arguments=["json"]))
 
 
 @pytest.fixture(scope="session")

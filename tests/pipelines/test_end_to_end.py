@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pipelines.project.layout import STEP_STAGES
+from pipelines.runtime.fork_server import STAGE_ENTRY
 from tests.support.commands import call, environment
 from tests.support.finished_chain import entries, entries_of, hashes, stages_run
 
@@ -56,7 +57,7 @@ def test_the_same_again_is_up_to_date(project: Path) -> None:
 
 
 def test_dvc_alone_from_nothing_leaves_the_same_bytes(project: Path) -> None:
-    """Neither Prefect nor the outer flow nor its warm process is part of the result."""
+    """Neither Prefect nor the outer flow nor its fork servers are part of the result."""
     lock, before = (project / "dvc.lock").read_text(), hashes(project)
     forget(project)
     call(project, "dvc", "repro")
@@ -85,7 +86,9 @@ def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(projec
     assert entries(project) == entries_of(lock)
 
 
-@pytest.mark.parametrize("victim", ["run", "dvc", "warm dvc", "warm", "dvc alone", "dvc alone, warm"])
+@pytest.mark.parametrize(
+    "victim", ["run", "dvc", "DVC's server", "stages' server", "dvc alone", "dvc alone with a server"]
+)
 def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
     victim: str, project: Path
 ) -> None:
@@ -95,7 +98,7 @@ def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
     settings = environment()
     if alone:
         settings["SHELL"] = waiting_shell(project)
-    if victim == "dvc alone, warm":  # some stages before the fit
+    if victim == "dvc alone with a server":  # some stages before the fit
         for name in ("artifacts/model/t00", "artifacts/split/t01", "artifacts/split/t02"):
             shutil.rmtree(project / name)
     with subprocess.Popen(
@@ -107,9 +110,8 @@ def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
     ) as process:
         wait_until(lambda: any((project / ".sdlora/checkpoints").rglob("*.safetensors")), process)
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        beside = f".sdlora/warm-{process.pid}"
-        apart = naming_in_proc(beside) if alone else []
-        assert bool(apart) == (victim == "dvc alone, warm")
+        apart = servers_of_stages(project) if alone else []
+        assert bool(apart) == (victim == "dvc alone with a server")
         family += apart
         part_of(victim, family).kill()
         process.wait(timeout=60)
@@ -130,22 +132,23 @@ def part_of(victim: str, family: list[psutil.Process]) -> psutil.Process:
     sought, forked = {
         "run": ("run", False),
         "dvc": ("pipelines.versioning.dvc_server", True),
-        "warm dvc": ("pipelines.versioning.dvc_server", False),
-        "warm": ("pipelines.runtime.fork_server", False),
+        "DVC's server": ("pipelines.versioning.dvc_server", False),
+        "stages' server": (STAGE_ENTRY, False),
         "dvc alone": ("repro", False),
-        "dvc alone, warm": ("repro", False),
+        "dvc alone with a server": ("repro", False),
     }[victim]
     found = [member for member in family if sought in words_of(member)]
     pids = {member.pid for member in found}
     return next(member for member in found if (member.ppid() in pids) == forked)
 
 
-def naming_in_proc(word: str) -> list[psutil.Process]:
-    """All processes with a word in their command line, quickly: the fit lasts no second."""
+def servers_of_stages(project: Path) -> list[psutil.Process]:
+    """All fork servers of stages in a project, and what they have forked, quickly: the fit lasts no second."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if word.encode() in (place / "cmdline").read_bytes().split(b"\0"):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if STAGE_ENTRY.encode() in words and (place / "cwd").readlink() == project.resolve():
                 found.append(psutil.Process(int(place.name)))
     return found
 

@@ -1,4 +1,4 @@
-"""DVC with what this project mends in it: `python -m pipelines.versioning.patches repro …` is `dvc repro …`."""
+"""DVC with this project's patches: `python -m pipelines.versioning.patches repro …` is `dvc repro …`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import sys
 
 from dvc.cli import main as run
 
-
-def mend() -> None:
-    """Change DVC in this process: how it reads, writes and shares; what it does and prints stays DVC's own."""
-    from pipelines.versioning.patches import hashing, lockfile, runcache
-    from pipelines.versioning.patches.lookup import use_direct_lookup
-
-    hashing.use()
-    lockfile.use()
-    runcache.use()
-    use_direct_lookup()
+from pipelines.versioning.patches import apply_patches
 
 
 def main(arguments: list[str]) -> int:
     """Run a command of DVC; return its status."""
-    mend()
+    apply_patches()
     status: int = run(arguments)
     return status
 

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from dvc.stage import Stage as DvcStage
 
 
-def use_direct_lookup() -> None:
+def use() -> None:
     """Have DVC, in this process, find a key of a file of parameters by going there."""
-    import dpath
     from dvc.dependency import param
 
     def get(content: Any, key: str, separator: str) -> Any:  # noqa: ANN401 - dpath's own signature
@@ -30,11 +29,18 @@ def use_direct_lookup() -> None:
             value = value[part]
         return value
 
+    dpath = param.dpath
     param.dpath = SimpleNamespace(get=get, search=dpath.search)
 
 
+def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
+    """What `dvc status` finds changed about each stage."""
+    with _each_once(), _locked_for_reading(repo, stages):
+        return {s.addressing: type(s).status.__wrapped__(s).get(s.addressing, []) for s in stages}
+
+
 @contextlib.contextmanager
-def each_once() -> Iterator[None]:
+def _each_once() -> Iterator[None]:
     """While stages are looked at, remember every file of parameters and every hash."""
     from dvc.dependency import param
     from dvc.output import Output
@@ -62,7 +68,7 @@ def each_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked_for_reading(repo: Repo, stages: list[DvcStage]) -> Iterator[None]:
+def _locked_for_reading(repo: Repo, stages: list[DvcStage]) -> Iterator[None]:
     """Keep others from writing what the stages read and leave, by one entry in DVC's file of locks."""
     from dvc.rwlock import rwlock
 
@@ -70,8 +76,3 @@ def locked_for_reading(repo: Repo, stages: list[DvcStage]) -> Iterator[None]:
     hardlink = repo.config["core"].get("hardlink_lock", False)
     with rwlock(repo.tmp_dir, repo.fs, "sdlora", list(paths), [], hardlink):
         yield
-
-
-def changes_of(stage: DvcStage) -> list[Any]:
-    """What `dvc status` finds changed about a stage, by somebody who holds the locks."""
-    return list(type(stage).status.__wrapped__(stage).get(stage.addressing, []))

@@ -21,15 +21,13 @@ from dvc.utils.serialize import ParseError, load_yaml
 from dvc_objects.fs import generic
 from dvc_objects.fs.utils import as_atomic
 
+from pipelines.versioning.patches.errors import RunCacheError
+
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
 ENTRY = re.compile(r"[0-9a-f]{64}")
 """The name of an entry: the hash of what it says."""
-
-
-class RunCacheError(DvcException):
-    """An entry could not be copied: storage that fails, a full disk."""
 
 
 def use() -> None:

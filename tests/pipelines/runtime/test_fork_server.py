@@ -1,4 +1,4 @@
-"""The warm process forks for a command: same streams, folder, environment and end as if it had run by itself."""
+"""A fork server forks for a command: same streams, folder, environment and end as if it had run by itself."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.cli import preloaded_for_dvc
+from pipelines.cli import preloaded
 from pipelines.project.environment import STAGE_SOCKET
-from pipelines.runtime import fork_server
+from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server, listening, start_server
 from tests.support.repository import REPOSITORY
 
 
 @pytest.fixture
-def warm_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A warm process of the real kind that loads only what is loaded fast."""
+def server_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The fork server of stages, which preloads only what is loaded fast."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    with fork_server.warm_process(["json"]):
+    with fork_server(STAGE_ENTRY, STAGE_SOCKET, ["json"]):
         path = Path(os.environ[STAGE_SOCKET])
         end = time.monotonic() + 30
         while not path.exists():
@@ -42,7 +42,7 @@ def sdlora(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_a_command_ends_as_it_would_by_itself(warm_path: str, tmp_path: Path) -> None:
+def test_a_command_ends_as_it_would_by_itself(server_path: str, tmp_path: Path) -> None:
     with sdlora("start", "--out", "x", "--evaluation", "y", "--gate", "z", folder=tmp_path) as process:
         out, error = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -57,7 +57,7 @@ def test_a_command_ends_as_it_would_by_itself(warm_path: str, tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "x").iterdir()} >= {"classes.json", "split.json"}
 
 
-def test_a_command_that_finds_no_warm_process_runs_by_itself(
+def test_a_command_that_finds_no_fork_server_runs_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -69,7 +69,7 @@ def test_a_command_that_finds_no_warm_process_runs_by_itself(
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_a_command_ends_with_the_process_that_asked_for_it(
-    stopped: bool, warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: bool, server_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("params.yaml", "dvc.yaml"):
         (tmp_path / name).touch()
@@ -89,7 +89,7 @@ def test_a_command_ends_with_the_process_that_asked_for_it(
 
 
 def test_a_command_need_not_wait_for_the_end_of_another(
-    warm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second comes and goes while the first is stopped."""
     for name in ("params.yaml", "dvc.yaml"):
@@ -114,13 +114,9 @@ def test_a_command_need_not_wait_for_the_end_of_another(
 
 
 def is_forked(process: psutil.Process) -> bool:
-    """A forked process has its warm parent's command line."""
+    """A forked process has its server's command line."""
     parent = process.parent()
-    return (
-        parent is not None
-        and "pipelines.runtime.fork_server" in process.cmdline()
-        and parent.cmdline() == process.cmdline()
-    )
+    return parent is not None and STAGE_ENTRY in process.cmdline() and parent.cmdline() == process.cmdline()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +129,7 @@ def is_forked(process: psutil.Process) -> bool:
         ("newer", "dvc repro -s start evaluate", True),
     ],
 )
-def test_dvc_alone_gets_a_warm_process_where_a_stage_will_not_be_its_only_one(
+def test_dvc_alone_gets_a_fork_server_where_a_stage_will_not_be_its_only_one(
     lock: str, words: str, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,22 +138,77 @@ def test_dvc_alone_gets_a_warm_process_where_a_stage_will_not_be_its_only_one(
         # Files are dated by a coarser clock than processes.
         os.utime("dvc.lock", (0, 0) if lock == "older" else (time.time() + 1, time.time() + 1))
     asked: list[int] = []
-    monkeypatch.setattr(preloaded_for_dvc, "begin", lambda path, dvc: asked.append(dvc))
+    monkeypatch.setenv("DVC_STAGE", "start")
+    monkeypatch.setattr(preloaded, "_start_for_dvc", lambda path, dvc: asked.append(dvc))
     with subprocess.Popen(
         ["python", "-c", "input()", *words.split()], executable=sys.executable, stdin=subprocess.PIPE
     ) as process:
-        monkeypatch.setattr(preloaded_for_dvc, "starter", lambda: process.pid)
-        monkeypatch.setattr(preloaded_for_dvc, "die_with_starter", lambda: None)
-
-        assert preloaded_for_dvc.ask(["start"]) is None
+        monkeypatch.setattr(preloaded, "starter", lambda: process.pid)
+        monkeypatch.setattr("pipelines.runtime.fork_server.die_with_starter", lambda: None)
+        assert preloaded.delegate_stage(["start"]) is None
         assert asked == ([process.pid] if begun else [])
         process.communicate(b"\n")
 
 
-def test_one_whose_dvc_has_ended_loads_no_more(tmp_path: Path) -> None:
+def test_one_whose_dvc_has_ended_preloads_no_more(tmp_path: Path) -> None:
+    (tmp_path / "marker.py").write_text("from pathlib import Path\nPath('loaded').touch()\n")
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         handle = os.pidfd_open(process.pid)
         process.wait()
-    with fork_server.listening(str(tmp_path / "warm")) as listener, pytest.raises(SystemExit):
-        fork_server.forked_for(os.dup(listener.fileno()), ["no_such_library"], until=handle)
+    with listening(str(tmp_path / "server")) as listener:
+        server = start_server(
+            STAGE_ENTRY,
+            listener,
+            until=handle,
+            arguments=["marker"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])},
+        )
     os.close(handle)
+    assert server.wait(timeout=30) == 0
+    assert not (tmp_path / "loaded").exists()
+    assert not (tmp_path / "server").exists()
+
+
+ENTRY = """
+import atexit, sys, threading, time
+from pipelines.runtime.fork_server import end_as, receive
+
+request = receive(sys.argv[1:], ["no_such_library", "json"])
+atexit.register(print, "exit function")
+
+def main():
+    print("work", flush=True)
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    sys.stderr.write("unflushed")
+    match request["arguments"][0]:
+        case "status":
+            return 3
+        case "line":
+            sys.exit("a line")
+        case "bug":
+            raise RuntimeError("a bug")
+
+end_as(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "error"),
+    [("status", 3, ""), ("none", 0, ""), ("line", 1, "a line"), ("bug", 1, "a bug")],
+)
+def test_a_forked_process_ends_as_python_ends(
+    how: str, status: int, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for threads, calls exit functions and flushes."""
+    (tmp_path / "entry.py").write_text(ENTRY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(tmp_path)]))
+    ask = "import os, sys; from pipelines.runtime.fork_server import delegate; sys.exit(delegate(*eval(sys.argv[1])))"
+    with fork_server("entry", "SDLORA_TEST_SERVER"):
+        command = [sys.executable, "-c", ask, repr((os.environ["SDLORA_TEST_SERVER"], [how]))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert done.stdout == "work\nthread\nexit function\n"
+    assert "unflushed" in done.stderr
+    assert error in done.stderr
+    assert ("Traceback" in done.stderr) == (how == "bug")

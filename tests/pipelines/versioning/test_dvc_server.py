@@ -1,4 +1,4 @@
-"""The warm process of DVC forks for a command: what it does, prints and ends with is DVC's own, stage by stage."""
+"""The fork server of DVC forks for a command: what it does, prints and ends with is DVC's own, stage by stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
-from pipelines.versioning.dvc_server import warm_dvc
+from pipelines.versioning.dvc_server import dvc_server
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import LEAVE
@@ -41,7 +41,7 @@ MAKE = f'#!/bin/sh\nmkdir -p out\necho said by "$1"\necho "$1" > "out/$1"\n{LEAV
 def project(
     make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """A project of three stages, and a warm process for it."""
+    """A project of three stages, and a fork server for it."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     folder = make_project(
         {
@@ -52,7 +52,7 @@ def project(
         }
     )
     (folder / "make").chmod(0o755)
-    with warm_dvc():
+    with dvc_server():
         wait_for(lambda: Path(os.environ[DVC_SOCKET]).exists())
         yield folder
 
@@ -82,7 +82,7 @@ def test_it_leaves_what_dvc_leaves_and_passes_on_what_stages_print(
     assert (project / "dvc.lock").read_bytes() == ours
 
 
-def test_a_stage_finds_the_warm_process_of_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_finds_the_fork_server_of_stages(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STAGE_SOCKET, "/somewhere")
     (project / "make").write_text(
         f'#!/bin/sh\nmkdir -p out\necho "${STAGE_SOCKET} ${DVC_SOCKET}" > "out/$1"\n'
@@ -110,13 +110,13 @@ def test_what_fails_fails_as_in_a_process_of_its_own(project: Path) -> None:
     with pytest.raises(StageFailedError, match="make@a did not finish") as found:
         reproduce_stage("make@a", pull=False)
     assert found.value.interrupted
-    with warm_dvc_away():
+    with no_dvc_server():
         assert run_dvc(["repro", "no-such-stage"]) == 255
     assert run_dvc(["repro", "no-such-stage"]) == 255
 
 
 @contextlib.contextmanager
-def warm_dvc_away() -> Iterator[None]:
+def no_dvc_server() -> Iterator[None]:
     path = os.environ.pop(DVC_SOCKET)
     try:
         yield

@@ -16,7 +16,8 @@ import pytest
 from dvc.repo import Repo, lock_repo
 
 from pipelines.project.errors import InputError
-from pipelines.versioning.patches.lookup import changes_of, each_once, locked_for_reading, use_direct_lookup
+from pipelines.versioning.patches import apply_patches
+from pipelines.versioning.patches.lookup import changes_of
 from pipelines.versioning.plan import read_plan
 
 DVC_YAML = """
@@ -68,11 +69,9 @@ def alone() -> dict[str, Any]:
 
 
 def together() -> dict[str, Any]:
-    use_direct_lookup()
-    with contextlib.closing(Repo()) as repo, lock_repo(repo), each_once():
-        stages = repo.stage.load_all("dvc.yaml")
-        with locked_for_reading(repo, stages):
-            return {s.addressing: changes_of(s) for s in stages}
+    assert "lookup" in apply_patches()
+    with contextlib.closing(Repo()) as repo, lock_repo(repo):
+        return changes_of(repo, repo.stage.load_all("dvc.yaml"))
 
 
 def edit(path: str, old: str, new: str) -> None:

@@ -1,0 +1,115 @@
+"""The fork server of stages: what it preloads, and how a stage comes to it.
+
+`sdlora run` keeps one while it works. A `dvc repro` by itself gets one from its second stage, or from the first of a
+chain that has no dvc.lock yet, and it ends with that DVC. A stage that is called by hand, or is the only one that its
+DVC runs, runs by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.project.environment import STAGE_SOCKET
+from pipelines.runtime.fork_server import (
+    STAGE_ENTRY,
+    delegate,
+    end_as,
+    listening,
+    receive,
+    start_server,
+)
+from pipelines.runtime.processes import starter
+
+_LIBRARIES = (
+    "prefect.flow_engine",
+    "prefect.artifacts",
+    "typer",
+    "pydantic.type_adapter",
+    "pydantic.types",
+    "ruamel.yaml",
+    "pyarrow",
+    "PIL.Image",
+    "imagehash",
+    "torch",
+    "timm",
+    "safetensors.torch",
+)
+"""What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
+
+_FOLDER = Path(".sdlora")
+"""Where the server of a `dvc repro` listens."""
+
+
+def delegate_stage(arguments: Sequence[str]) -> int | None:
+    """Have a fork server run this command, if it is a stage's; return its status, None if it has to run by itself."""
+    if STAGE_SOCKET in os.environ:
+        with contextlib.suppress(OSError):
+            return delegate(os.environ[STAGE_SOCKET], arguments)
+        return None
+    dvc = starter() if "DVC_STAGE" in os.environ else None
+    if dvc is None or not hasattr(os, "pidfd_open"):
+        return None
+    path = _FOLDER / f"server-{dvc}"
+    try:
+        return delegate(str(path), arguments)
+    except FileNotFoundError:
+        if _has_ended_a_stage(dvc) or _begins_a_chain(dvc):
+            with contextlib.suppress(OSError):
+                _start_for_dvc(path, dvc)
+    except OSError:  # of a server that was killed
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _has_ended_a_stage(dvc: int) -> bool:
+    """Whether dvc.lock was written since a process began."""
+    try:
+        ticks = int(Path(f"/proc/{dvc}/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return Path("dvc.lock").stat().st_mtime > time.time() - age
+    except (OSError, AttributeError):
+        return False
+
+
+def _begins_a_chain(dvc: int) -> bool:
+    """Whether nothing has been run yet, and a DVC is not about to run a single stage."""
+    try:
+        words = Path(f"/proc/{dvc}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not Path("dvc.lock").exists() and not {b"-s", b"--single-item"} & set(words)
+
+
+def _start_for_dvc(path: Path, dvc: int) -> None:
+    """Start a fork server that listens at `path` until the process `dvc` has ended."""
+    path.parent.mkdir(exist_ok=True)
+    handle = os.pidfd_open(dvc)
+    try:
+        with listening(str(path)) as listener:
+            # Whoever reads what DVC prints waits for the end of DVC alone.
+            start_server(STAGE_ENTRY, listener, until=handle, stderr=subprocess.DEVNULL)
+    finally:
+        os.close(handle)
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    """Preload the libraries of stages, or those that are named, and run commands of `sdlora`."""
+    libraries = arguments[2:] or [
+        name for name in _LIBRARIES if "prefect" not in name or "PREFECT_API_URL" in os.environ
+    ]
+    request = receive(arguments, libraries)
+    os.environ.pop(STAGE_SOCKET, None)
+    sys.argv = ["sdlora", *request["arguments"]]
+    from pipelines.cli.app import main
+
+    end_as(main)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])
