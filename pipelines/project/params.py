@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pipelines.project.errors import InputError
+from pipelines.project.yaml_values import load_yaml
 
 T = TypeVar("T")
 PARAMS = Path("params.yaml")
@@ -434,12 +435,11 @@ def read_text(path: Path) -> str:
 
 def read_yaml(text: str, *, origin: str) -> dict[Any, Any]:
     """The mapping in a YAML text, read as DVC reads it; an `InputError` names the line of a syntax error."""
-    from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        raw = YAML(typ="safe", pure=True).load(text)
+        raw = load_yaml(text)
     except DuplicateKeyError as error:
         key = re.search(r'key "(.*?)"', str(error.problem))
         raise InputError(

@@ -1,0 +1,126 @@
+"""What is read fast is what ruamel, and so DVC, reads: values and their types, or the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import yaml
+from dvc.utils.serialize import parse_yaml
+from ruamel.yaml import YAML
+
+from pipelines.project.yaml_values import _PlainLoader, load_yaml
+from tests.support.repository import REPOSITORY
+
+# One each, between blanks.
+SCALARS = r"""
+no off n y yes on Yes NO true True TRUE tRUE false False ~ null Null NULL nULL nil
+012 0012 08 0o14 0O14 0b101 0x1F 0X1f 12:30 12:30:45 1_000 _1 1_ 1__0 + - -0 +7 -012 0_ 0x 0b2 0o8
+1. .5 -.5 +.5 1.5 1e3 1E3 1e-3 1.e3 .5e3 .5e+3 1_0.5 1e 1e+ . .. ... -1.5e-7 0.1.2 1,5 1.0e 12e03 0.e
+.inf -.inf +.inf .Inf .INF .iNF inf .nan .NaN -.nan nan
+2001-12-14 2001-1-1 2001-12-14t21:59:43.10-05:00 2001-13-45 0000-00-00 2001-12 2024-01-01x
+<< = ! a:b a=b a#b #c c'd "0123" '1e3' "\/" "\x41\u00e9" '' "" 'it''s'
+!!null !!binary !own !!python/name:os.system &a *nowhere @a `b %c
+"""
+PHRASES = [
+    "2001-12-14 21:59:43.10 -5",
+    "!!str 12",
+    '!!int "12"',
+    "!!float 3",
+    "!!bool no",
+    "!!int x",
+    "x y # z",
+]
+
+TEXTS = [
+    "",
+    "a",
+    "# nothing\n",
+    "---\na: 1\n",
+    "--- {a: 1}\n...\n",
+    "a: 1\n--- \nb: 2\n",
+    "%YAML 1.1\n---\na: no\nb: 012\n",
+    "%YAML 1.2\n---\na: no\n",
+    "\ufeffa: 1\n",
+    "a: b\x85c: d\n",
+    "a: 'b\u2028c'\n",
+    "a: 1\na: 2\n",
+    "a: 1\n'a': 2\n",
+    "1: a\n1.0: b\n",
+    "1: a\ntrue: b\n",
+    "a: {b: 1, b: 2}\n",
+    "a: [1, 2\n",
+    "a: b: c\n",
+    "a:\n\tb: 1\n",
+    "a:\tb\n",
+    "a: 'b\n",
+    "a: &x [1]\nb: *x\n",
+    "a: &x {b: 1}\nc:\n  <<: *x\n  d: 2\n",
+    "a: &x {b: 1}\nc: {<<: [*x], b: 2}\n",
+    "&x a: *x\n",
+    "a: &x [*x]\n",
+    "? a\n: b\n",
+    "? [1, 2]\n: b\n",
+    "? {a: 1}\n: b\n",
+    "{a: 1, b}\n",
+    "{a:1, b:c}\n",
+    '{"a":1}\n',
+    "[a:b, c: d]\n",
+    "[a, b,]\n",
+    "- a\n- - b\n  - c\n-\n  d: e\n",
+    "a:\n- b\n-\n",
+    "a:\nb:\n",
+    "a: |\n  b\n   c\n\nd: >-\n  e\n  f\n\n  g\n",
+    "a: |+\n  b\n\n\nc: |2\n    d\n",
+    "a: b\n  c\n  d\ne: 'f\n\n  g'\n",
+    "ü: ñ\n日本: \U0001f600\n",
+    "a: 12\n\nb: !!map {c: d}\n",
+    "a: @b\n",
+    "a: `b\n",
+    "a: %b\n",
+    "a: *b\n",
+    "a: b\x00\n",
+    "a: 'b\x07'\n",
+    "a: b\r\nc: d\re: f\n",
+    "a: b #c\nd: e#f\n",
+    "null: 1\n~: 2\n",
+    "no: 1\n2001-01-01: 2\n",
+    "a: !!set {b, c}\n",
+    "a: !!omap [b: 1]\n",
+]
+
+
+def read(load: Callable[[str], object], text: str) -> str:
+    """What a text is read as, in a form in which nothing equals what it is not: 1, 1.0 and true; nan is itself."""
+    try:
+        return repr(load(text))
+    except Exception as error:
+        return f"{type(error)} {error}"
+
+
+def by_ruamel(text: str) -> object:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+@pytest.mark.parametrize("scalar", [*SCALARS.split(), *PHRASES])
+@pytest.mark.parametrize("form", ["{}\n", "a: {}\n", "- {}\n", "{{a: {}, b: [{}]}}\n", "? {}\n: b\n"])
+def test_a_scalar_is_what_ruamel_finds(scalar: str, form: str) -> None:
+    text = form.replace("{}", scalar).replace("{{", "{").replace("}}", "}")
+    assert read(load_yaml, text) == read(by_ruamel, text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_ruamel_finds(text: str) -> None:
+    assert read(load_yaml, text) == read(by_ruamel, text)
+
+
+def test_the_files_of_the_project_are_read_fast_and_as_dvc_reads_them() -> None:
+    paths = [
+        REPOSITORY / "params.yaml",
+        REPOSITORY / "dvc.yaml",
+        *(REPOSITORY / "experiments").rglob("*.yaml"),
+    ]
+    assert len(paths) > 2
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert repr(yaml.load(text, _PlainLoader)) == repr(parse_yaml(text, path))
