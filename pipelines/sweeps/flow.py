@@ -32,10 +32,10 @@ def sweep(name: str, chain: str, params: str, code: str) -> EndState:
         params: The whole text of its params.yaml.
         code: Hash of the code and dvc.yaml of the project that sweeps, which this clone must have too.
     """
-    return attempt(lambda attempts: _run_chain(name, chain, params, code, attempts))
+    return attempt(lambda attempts: run_chain(name, chain, params, code, attempts))
 
 
-def _run_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
+def run_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
     """Do what `sweep` says; return what came of it in one line, and leave the numbers for who sweeps."""
     os.chdir(project_folder())
     shared = read_project()

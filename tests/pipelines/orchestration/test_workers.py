@@ -110,7 +110,7 @@ def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> No
 
 GATE = """#!/bin/sh
 if test "$1" = t01 && ! grep -q '"by": "Ana"' params.yaml; then
-  echo "2 error: gate: t01 made an old task fall" > "$SDLORA_ERROR_FILE"
+  echo '{"status": 2, "kind": "gate", "line": "error: t01 made an old task fall"}' > "$SDLORA_OUTCOME_FILE"
   exit 2
 fi
 mkdir -p artifacts/gate

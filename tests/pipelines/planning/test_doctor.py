@@ -443,7 +443,7 @@ def test_a_backbone_that_is_not_there_is_an_error_and_the_files_are_examined_all
 def test_broken_params_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SDLORA_ERROR_FILE", raising=False)
+    monkeypatch.delenv("SDLORA_OUTCOME_FILE", raising=False)
     choose("duplicates: refuse", "duplicates: perhaps")
 
     with pytest.raises(InputError) as caught:

@@ -217,7 +217,8 @@ BUSY = f'while test -f {HERE}slow"; do touch {HERE}busy"; sleep 0.1; done\n'
 RANK = "grep '^  rank:' params.yaml >> artifacts/model/$1\n"
 HOW = "(cat artifacts/model/$1; sed -n '/^evaluation:/,/^gate/p' params.yaml) > artifacts/evaluation/$1/how\n"
 FAIL = """if grep -q 'batch_size: 13' params.yaml; then
-  echo '2 error: unlucky' > "$SDLORA_ERROR_FILE"; echo 'error: unlucky' >&2; exit 2
+  echo '{"status": 2, "kind": "input", "line": "error: unlucky"}' > "$SDLORA_OUTCOME_FILE"
+  echo 'error: unlucky' >&2; exit 2
 fi
 """
 
@@ -348,12 +349,12 @@ def test_a_name_from_elsewhere_leads_nowhere_else(project: Path, name: str) -> N
 def test_a_worker_with_other_code_and_paths_that_lead_out_are_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.orchestration.worker_flows import sweep_chain
+    from pipelines.sweeps.flow import run_chain
 
     monkeypatch.setenv("SDLORA_PROJECT", str(project))
     (chain,) = make_chains(read_axes(["seed=3"]))
     with pytest.raises(InputError, match=r"has other code"):
-        sweep_chain("x", "chain", chain.params, read_project().code[::-1], Attempts(uuid4()))
+        run_chain("x", "chain", chain.params, read_project().code[::-1], Attempts(uuid4()))
     out = chain.params.replace("weights: null", "weights: ../../../../mine.safetensors")
     out = out.replace("sha256: null", f"sha256: {'a' * 64}")
     with pytest.raises(InputError, match="leads out of the project"):
