@@ -105,6 +105,8 @@ def test_every_error_of_ours_stands_in_the_tree_of_errors() -> None:
     drawn = set(re.findall(r"── (\w+)", errors.__doc__ or ""))
     assert drawn == found | {"DvcException"}
     assert all(value.__doc__ for name, value in vars(errors).items() if name in found)
+    page = (REPOSITORY / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"── (\w+)", page)) == drawn
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=relative)
@@ -118,6 +120,14 @@ def test_environment_variables_are_named_and_explained_in_one_place(path: Path) 
         assert isinstance(name, ast.Assign)
         assert isinstance(meaning, ast.Expr)
         assert ast.unparse(meaning).strip("'\"").startswith("Set by ")
+
+
+def test_the_page_of_environment_variables_has_all_of_ours() -> None:
+    from pipelines.project import environment
+
+    ours = {value for value in vars(environment).values() if str(value).startswith("SDLORA_")}
+    page = (REPOSITORY / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(SDLORA_\w+)`", page)) == ours
 
 
 PROJECT_PATH = re.compile(
