@@ -39,6 +39,7 @@ from pipelines.data import duplicates, packed, pixel_cache
 from pipelines.data.packed import decoding_threads, open_picture, picture_hash
 from pipelines.data.pixel_cache import PackedImages, pixel_batches
 from pipelines.project.environment import DECODED_GIB
+from pipelines.project.layout import DECODED
 from pipelines.stages.split import split
 from pipelines.stages.start import start
 from sdlora import load
@@ -334,7 +335,7 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
     total = len(names) * (test // CLASSES) * CLASSES
 
     def cold() -> None:
-        shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
+        shutil.rmtree(DECODED, ignore_errors=True)
         drain(names, 256)
 
     def off() -> None:
@@ -355,7 +356,7 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
             )
         )
         facts[name] = {"wall_ms": 1000 * wall / total, "cpu_ms": 1000 * processor / total}
-    shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
+    shutil.rmtree(DECODED, ignore_errors=True)
     with counted() as found:
         for index in range(len(names)):
             drain_step(names[: index + 1])
@@ -373,7 +374,7 @@ def measure_evaluation(names: Sequence[str], test: int, rounds: int) -> tuple[li
     for _ in range(max(1, rounds // 3)):
         for name, runs in stage.items():
             if name == "nothing kept":
-                shutil.rmtree(pixel_cache.FOLDER, ignore_errors=True)
+                shutil.rmtree(DECODED, ignore_errors=True)
             runs.append(run_evaluate(names[-1]))
     for name, runs in stage.items():
         chosen = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

@@ -27,14 +27,30 @@ from pipelines.ledger.receipts import (
     read_receipts,
     receipt_of,
 )
-from pipelines.planning.tasks import PARAMS, replace_file, with_task, without_fetch
+from pipelines.planning.tasks import replace_file, with_task, without_fetch
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
-from pipelines.project.layout import STEP_STAGES, StageName
-from pipelines.project.params import RETIRED, Fetch, Params, Task, read_text, read_yaml
+from pipelines.project.layout import (
+    ARTIFACTS,
+    BACKBONE,
+    DOWNLOADS,
+    FITS,
+    GATES,
+    LOCK,
+    MODELS,
+    PARAMS,
+    RAW,
+    RETIRED,
+    SPLITS,
+    STEP_STAGES,
+    SWEEPS,
+    TRAINED,
+    StageName,
+)
+from pipelines.project.params import Fetch, Params, Task, read_text, read_yaml
 from pipelines.runtime.console import echo
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, md5_of
+from pipelines.versioning.artifacts import md5_of
 from pipelines.versioning.plan import Plan, read_plan
 from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.remote import push
@@ -66,7 +82,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
         params = Params.load()
         if task not in params.tasks:
             raise InputError(f"retire: there is no task {task!r}; known are {', '.join(params.tasks)}")
-        if any(Path(".sdlora/sweeps").glob("*/*/params.yaml")):
+        if any(SWEEPS.glob(f"*/*/{PARAMS}")):
             raise InputError(
                 "retire: chains of sweeps may hold the images too; delete .sdlora/sweeps, which a sweep makes again"
             )
@@ -125,7 +141,7 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
     yield f"  DVC's cache: {len(left.cached)} objects"
     for name, objects in left.stored.items():
         yield f"  DVC's remote {name}: {len(objects)} objects"
-    yield f"it stays: {ARTIFACTS}/split/{task} (test images too), and every model"
+    yield f"it stays: {SPLITS / task} (test images too), and every model"
     links = sum(file.link for file in receipt.raw)
     if links:
         yield f"warning: links among the files: {links}; what they lead to stays"
@@ -148,7 +164,7 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
             f"warning: {name} is taken out of fetch in {PARAMS}, which would bring the images back; DVC keeps what is "
             f"left in data/raw/{name} no longer: another clone needs a copy of it to learn those tasks again"
         )
-        if Path(f".sdlora/downloads/{name}").is_dir():
+        if (DOWNLOADS / name).is_dir():
             yield f"warning: .sdlora/downloads/{name} holds what {name} was made from, and stays"
 
 
@@ -162,7 +178,9 @@ def tracked_by_git(receipt: Receipt) -> int:
 def fetched(receipt: Receipt, params: Params) -> list[str]:
     """The data sets of `fetch` that would bring the raw files back."""
     names = [name for name in Fetch.names() if params.fetch.entry(name) is not None]
-    return [name for name in names if any(is_within(file.path, f"data/raw/{name}") for file in receipt.raw)]
+    return [
+        name for name in names if any(is_within(file.path, (RAW / name).as_posix()) for file in receipt.raw)
+    ]
 
 
 def is_within(path: str, folder: str) -> bool:
@@ -178,12 +196,12 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     entry = params.tasks[task]
     refuse_joint(params)
     require_done(task, entry, read_plan(params.tasks))
-    split, model = ARTIFACTS / "split" / task, ARTIFACTS / "model" / task
+    split, model = SPLITS / task, MODELS / task
     record = read_json(model / "step.json")
-    train = ARTIFACTS / "train" / task / PACKED
+    train = TRAINED / task / PACKED
     samples = [SampleRow(**row) for row in read_images(split / f"samples/{task}.arrow").to_pylist()]
     trained = [sample for sample in samples if sample.split == "train"]
-    verdicts = [ARTIFACTS / "gate" / name / "verdict.json" for name in params.tasks]
+    verdicts = [GATES / name / "verdict.json" for name in params.tasks]
     receipts = read_receipts()
     begun = [name for name in receipts if name not in params.tasks or not params.tasks[name].retired]
     if set(begun) - {task}:
@@ -215,7 +233,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
 
 def refuse_joint(params: Params) -> None:
     """A method that learns all images with every task needs them for ever."""
-    records = (ARTIFACTS / "model" / name / "step.json" for name in params.tasks)
+    records = (MODELS / name / "step.json" for name in params.tasks)
     needed = [path for path in records if path.is_file() and read_json(path).get("needs_old_images")]
     if needed or params.adapter.method == "joint":
         raise InputError(
@@ -246,7 +264,7 @@ def same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> I
     """Images of other tasks that show the same as those to be deleted; `data.duplicates` may allow it."""
     mine = {sample.pixels for sample in trained}
     for name, entry in params.tasks.items():
-        path = ARTIFACTS / "split" / name / f"samples/{name}.arrow"
+        path = SPLITS / name / f"samples/{name}.arrow"
         if name == task or entry.retired or not path.is_file():
             continue
         for row in read_images(path).to_pylist():
@@ -299,19 +317,19 @@ def kept(stage: str, task: str, after: str) -> Kept:
             f"retire: {out}/{missing[0] if missing else ''}: it is not in DVC's cache, from which it would be given "
             f"back; run `dvc fetch {out}` or `dvc commit {StageName(stage, task)}` first"
         )
-    split, before = ARTIFACTS / "split", ARTIFACTS / "model" / after / "step.json"
-    backbone, described = ARTIFACTS / "model/t00/step.json", split / task / TRAINING
+    split, before = SPLITS, MODELS / after / "step.json"
+    backbone, described = BACKBONE / "step.json", split / task / TRAINING
     inputs = {
         "split": [split / after / "classes.json"],
         "fit": [described, split / task / "classes.json", before, backbone],
-        "freeze": [described, ARTIFACTS / "fit" / task / "fit.json", before, backbone],
+        "freeze": [described, FITS / task / "fit.json", before, backbone],
     }
     return Kept(
         out=out,
         md5=md5,
         files=files,
         # How a source that is gone would be divided is of no use to know.
-        parameters={} if stage == "split" else entry["params"]["params.yaml"],
+        parameters={} if stage == "split" else entry["params"][str(PARAMS)],
         inputs={path.as_posix(): sha256_of(path) for path in inputs[stage]},
     )
 

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from pipelines.ledger.receipts import receipt_of
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
-from pipelines.project.layout import StageName
+from pipelines.project.layout import DVC_YAML, FITS, LOCK, MODELS, PARAMS, SPLITS, TRAINED, StageName
 from pipelines.project.params import Params, read_text, read_yaml
 from pipelines.project.provenance import library_versions
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
+from pipelines.versioning.artifacts import Lock, Place, read_lock
 
 
 def retrain(step: str) -> float:
@@ -48,15 +48,15 @@ def retrain(step: str) -> float:
         project = Path(scratch) / "project"
         before = params.tasks[step].after
         for path in {
-            ARTIFACTS / "split" / step,
-            *(ARTIFACTS / "model" / name for name in ("t00", before)),
-            *(ARTIFACTS / "train" / name for name in tasks_read(params, step)),
+            SPLITS / step,
+            *(MODELS / name for name in ("t00", before)),
+            *(TRAINED / name for name in tasks_read(params, step)),
         }:
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).symlink_to(place.find(path).resolve())
-        shutil.copy("dvc.yaml", project)
-        write_params(project / "params.yaml")
-        for kind, made in (("fit", ARTIFACTS / "fit" / step), ("freeze", ARTIFACTS / "model" / step)):
+        shutil.copy(DVC_YAML, project)
+        write_params(project / PARAMS)
+        for kind, made in (("fit", FITS / step), ("freeze", MODELS / step)):
             _run(project, _arguments(place.lock, StageName(kind, step)))
             _compare(project, place, made)
     return time.monotonic() - started
@@ -66,7 +66,7 @@ def write_params(path: Path) -> None:
     """The parameters as they are, but for the store of checkpoints: from one nothing would be learned again."""
     from ruamel.yaml import YAML
 
-    raw = read_yaml(read_text(Path("params.yaml")), origin="params.yaml")
+    raw = read_yaml(read_text(PARAMS), origin=str(PARAMS))
     raw["training"]["checkpoint_store"] = None
     YAML(typ="safe", pure=True).dump(raw, path)
 

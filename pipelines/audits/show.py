@@ -33,6 +33,7 @@ from pipelines.data.packed import open_picture, picture_hash, read_images, stric
 from pipelines.data.sources import read_source
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key, read_json, sha256_of
+from pipelines.project.layout import SPLITS
 from pipelines.reports.format import DASH, chance, count, flattened, number, p_equals, percent
 from pipelines.runtime.console import printable
 from pipelines.runtime.devices import choose_bf16, choose_device
@@ -166,7 +167,7 @@ def mistakes(project: Project, step: Step, name: str, owners: Mapping[str, str])
                 "task": owners[wrong.guesses[row]],
                 "confidence": float(wrong.confidences[row]),
                 "file": str(file) if same else None,
-                "packed": f"artifacts/split/{step.name}/test/{wrong.tasks[row]}.arrow",
+                "packed": (SPLITS / step.name / "test" / f"{wrong.tasks[row]}.arrow").as_posix(),
             }
         )
     return found

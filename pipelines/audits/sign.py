@@ -13,8 +13,8 @@ from pipelines.audits.verify import Finding, verify
 from pipelines.ledger.receipts import read_receipts, receipt_of
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import sha256_of, write_whole
+from pipelines.project.layout import SIGNATURES
 
-SIGNATURES = Path("ledger/signatures")
 NAMESPACE = "sdlora-ledger"
 """What a signature is for: one of another namespace, such as git's, is none of the ledger."""
 STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\nreceipts ([0-9a-f]{64}|none)\n"

@@ -18,8 +18,9 @@ import numpy as np
 
 from pipelines.data.packed import read_images
 from pipelines.project.errors import FaultError, InputError
+from pipelines.project.layout import ARTIFACTS, EVALUATIONS, LOCK
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import ARTIFACTS, LOCK, Lock, Place, read_lock
+from pipelines.versioning.artifacts import Lock, Place, read_lock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,7 +156,7 @@ class Project:
             task for task in self.params.tasks if self.has("model", task) and self.has("evaluation", task)
         ]
         if not found:
-            raise InputError(f"{ARTIFACTS}/evaluation: no step was evaluated yet; run `sdlora run`")
+            raise InputError(f"{EVALUATIONS}: no step was evaluated yet; run `sdlora run`")
         return found
 
 

@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, digest_of, read_images
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
-from pipelines.ledger.kept import KEPT, read_notes
+from pipelines.ledger.kept import read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json, sha256_of
-from pipelines.project.layout import CODE, StageName
-from pipelines.project.params import Gate, Params
-from pipelines.versioning.artifacts import (
+from pipelines.project.layout import (
     ARTIFACTS,
+    CODE,
+    EVALUATIONS,
+    FITS,
+    GATES,
+    KEPT,
     LOCK,
-    Place,
-    folder_md5,
-    md5_of,
-    read_lock,
+    METRICS,
+    MODELS,
+    SPLITS,
+    TRAINED,
+    StageName,
 )
+from pipelines.project.params import Gate, Params
+from pipelines.versioning.artifacts import Place, folder_md5, md5_of, read_lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +74,7 @@ def verify() -> Iterator[Finding]:
             except InputError as fault:  # a file that is damaged names itself
                 yield Finding(step, 0, "", str(fault))
                 return
-            head = sha256_of(place.find(ARTIFACTS / "gate" / step) / "verdict.json")
+            head = sha256_of(place.find(GATES / step) / "verdict.json")
             yield Finding(step, files, head, None, receipt)
             before = model
         try:
@@ -107,15 +113,15 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
     """Verify all outputs of one step; return how many files were read, and its model folder."""
     from sdlora.verification import faults_of_step
 
-    model = place.find(ARTIFACTS / "model" / step)
+    model = place.find(MODELS / step)
     # The folder's own record first: it can say which tensor of which file is wrong.
     try:
         for fault in faults_of_step(model, step, before):
-            raise FaultError(f"{ARTIFACTS / 'model' / step / fault.file}: {fault.what}")
+            raise FaultError(f"{MODELS / step / fault.file}: {fault.what}")
     except (AttributeError, KeyError, TypeError, IndexError):
-        raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: it is not a record of a step") from None
+        raise FaultError(f"{MODELS / step}/step.json: it is not a record of a step") from None
     kinds = ["model", "split", "evaluation", "gate"] + ([] if step == "t00" else ["train", "fit"])
-    files = sum(check_bytes(place, f"artifacts/{kind}/{step}") for kind in kinds)
+    files = sum(check_bytes(place, (ARTIFACTS / kind / step).as_posix()) for kind in kinds)
     if step != "t00":
         record = read_json(model / "step.json")
         check_origins(place, step, record)
@@ -127,14 +133,14 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
 
 def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     """The fit and the training images are those that the ledger names."""
-    fit = place.find(ARTIFACTS / "fit" / step)
+    fit = place.find(FITS / step)
     for name, expected in record["fit"].items():
         if not (fit / name).is_file() or sha256_of(fit / name) != expected:
-            raise FaultError(f"{ARTIFACTS / 'fit' / step / name}: not the file that the ledger names")
-    described = ARTIFACTS / "split" / step / TRAINING
+            raise FaultError(f"{FITS / step / name}: not the file that the ledger names")
+    described = SPLITS / step / TRAINING
     if read_json(place.find(described.parent) / TRAINING) != record["split"]:
         raise FaultError(f"{described}: not what the ledger says of the images")
-    train = ARTIFACTS / "train" / step / PACKED
+    train = TRAINED / step / PACKED
     found = place.find(train.parent) / PACKED
     if found.exists() and sha256_of(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
@@ -142,7 +148,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
     for name, value in told.items():
         if record[name] != value:
-            raise FaultError(f"{ARTIFACTS / 'model' / step}/step.json: its {name} do not follow from the fit")
+            raise FaultError(f"{MODELS / step}/step.json: its {name} do not follow from the fit")
     check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
 
 
@@ -171,8 +177,8 @@ def check_inputs(place: Place, stages: Iterable[str]) -> None:
 
 def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     """The packed pictures are the samples of the ledger, bytes and all; nothing that was ever trained on is tested."""
-    folder = ARTIFACTS / "split" / step
-    split, train = place.find(folder), place.find(ARTIFACTS / "train" / step) / PACKED
+    folder = SPLITS / step
+    split, train = place.find(folder), place.find(TRAINED / step) / PACKED
     rows = [SampleRow(**row) for row in read_images(split / f"samples/{step}.arrow").to_pylist()]
     described = read_json(split / "split.json")
     if (digest_of(rows), digest_of(row for row in rows if row.split == "train")) != (
@@ -184,7 +190,7 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
         raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
-    packed = {"train": (ARTIFACTS / "train" / step / PACKED, train)}
+    packed = {"train": (TRAINED / step / PACKED, train)}
     packed |= {
         part: (folder / part / f"{step}.arrow", split / part / f"{step}.arrow")
         for part in ("test", "validation")
@@ -265,7 +271,7 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
     """
-    path, train = receipt_of(step), ARTIFACTS / "train" / step / PACKED
+    path, train = receipt_of(step), TRAINED / step / PACKED
     if step == "t00":
         return ""
     found = place.find(train.parent)
@@ -281,7 +287,7 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
         raise FaultError(f"{path}: the receipt is missing; restore it from version control")
     if there:
         raise FaultError(f"{train}: {path} says that it was deleted; run `sdlora retire {step}` again")
-    split, model = place.find(ARTIFACTS / "split" / step), place.find(ARTIFACTS / "model" / step)
+    split, model = place.find(SPLITS / step), place.find(MODELS / step)
     record = read_json(model / "step.json")
     samples = read_images(split / f"samples/{step}.arrow").to_pylist()
     expected = {
@@ -311,8 +317,8 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
 
 def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
     """The predictions are of the test images in their order, and the metrics follow from them."""
-    split = place.find(ARTIFACTS / "split" / step)
-    folder = ARTIFACTS / "evaluation" / step
+    split = place.find(SPLITS / step)
+    folder = EVALUATIONS / step
     found = place.find(folder)
     predictions, metrics = read_images(found / "predictions.arrow"), read_json(found / "metrics.json")
     tests = {task: read_images(split / "test" / f"{task}.arrow") for task in record["tasks"]}
@@ -331,14 +337,14 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
 
 def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
     """The verdict holds the hash of the one before, of the record, the samples and the results; its numbers follow."""
-    folder, before = ARTIFACTS / "gate" / step, ("t00", *record["tasks"])[-2]
+    folder, before = GATES / step, ("t00", *record["tasks"])[-2]
     verdict = read_json(place.find(folder) / "verdict.json")
-    evaluation, earlier = (place.find(ARTIFACTS / "evaluation" / name) for name in (step, before))
+    evaluation, earlier = (place.find(EVALUATIONS / name) for name in (step, before))
     expected = {
         "step": step,
-        "previous": sha256_of(place.find(ARTIFACTS / "gate" / before) / "verdict.json"),
-        "record": sha256_of(place.find(ARTIFACTS / "model" / step) / "step.json"),
-        "samples": read_json(place.find(ARTIFACTS / "split" / step) / "split.json")["digest"],
+        "previous": sha256_of(place.find(GATES / before) / "verdict.json"),
+        "record": sha256_of(place.find(MODELS / step) / "step.json"),
+        "samples": read_json(place.find(SPLITS / step) / "split.json")["digest"],
         "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
         "measured": measured_in(evaluation, earlier),
     }
@@ -354,14 +360,10 @@ def check_metrics(place: Place, params: Params) -> None:
     """metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 
-    evaluations = [
-        read_json(place.find(ARTIFACTS / "evaluation" / task) / "metrics.json") for task in params.tasks
-    ]
+    evaluations = [read_json(place.find(EVALUATIONS / task) / "metrics.json") for task in params.tasks]
     last = list(params.tasks)[-1]
-    classes = read_json(place.find(ARTIFACTS / "model" / last) / "step.json")["classes"]
-    if read_json(place.find(Path("metrics.json"))) != headline_of(
-        list(params.tasks), len(classes), evaluations
-    ):
+    classes = read_json(place.find(MODELS / last) / "step.json")["classes"]
+    if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations):
         raise FaultError("metrics.json: it does not follow from the evaluations")
 
 

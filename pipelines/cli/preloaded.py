@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.project.environment import STAGE_SOCKET
+from pipelines.project.layout import LOCK, SCRATCH
 from pipelines.runtime.fork_server import (
     STAGE_ENTRY,
     delegate,
@@ -42,9 +43,6 @@ _LIBRARIES = (
 )
 """What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
 
-_FOLDER = Path(".sdlora")
-"""Where the server of a `dvc repro` listens."""
-
 
 def delegate_stage(arguments: Sequence[str]) -> int | None:
     """Have a fork server run this command, if it is a stage's; return its status, None if it has to run by itself."""
@@ -55,7 +53,7 @@ def delegate_stage(arguments: Sequence[str]) -> int | None:
     dvc = starter() if "DVC_STAGE" in os.environ else None
     if dvc is None or not hasattr(os, "pidfd_open"):
         return None
-    path = _FOLDER / f"server-{dvc}"
+    path = SCRATCH / f"server-{dvc}"
     try:
         return delegate(str(path), arguments)
     except FileNotFoundError:
@@ -72,7 +70,7 @@ def _has_ended_a_stage(dvc: int) -> bool:
     try:
         ticks = int(Path(f"/proc/{dvc}/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return Path("dvc.lock").stat().st_mtime > time.time() - age
+        return LOCK.stat().st_mtime > time.time() - age
     except (OSError, AttributeError):
         return False
 
@@ -83,7 +81,7 @@ def _begins_a_chain(dvc: int) -> bool:
         words = Path(f"/proc/{dvc}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return not Path("dvc.lock").exists() and not {b"-s", b"--single-item"} & set(words)
+    return not LOCK.exists() and not {b"-s", b"--single-item"} & set(words)
 
 
 def _start_for_dvc(path: Path, dvc: int) -> None:

@@ -62,14 +62,12 @@ def _command(name: str) -> Any:  # noqa: ANN401 - a class that typer does not ex
     node = _read_function(source)
     help_text, explained = _read_docstring(ast.get_docstring(node) or "")
     parameters = [
-        *(_parameter(arg, explained, typer.Argument(help=explained[arg.arg])) for arg in node.args.args),
-        *(_parameter(arg, explained, typer.Option(help=explained[arg.arg])) for arg in node.args.kwonlyargs),
+        *(_parameter(arg, typer.Argument(help=explained[arg.arg])) for arg in node.args.args),
+        *(_parameter(arg, typer.Option(help=explained[arg.arg])) for arg in node.args.kwonlyargs),
     ]
-    if name == "fetch":
-        parameters = [
-            parameter.replace(default=None) if parameter.name == "out" else parameter
-            for parameter in parameters
-        ]
+    if name == "fetch":  # the one that people type: its folder follows from the name
+        *parameters, out = parameters
+        parameters.append(out.replace(default=None))
 
     def call(**arguments: Any) -> None:  # noqa: ANN401 - the stage's own arguments
         require_project()
@@ -103,7 +101,7 @@ def _read_function(source: _Source) -> ast.FunctionDef:
     )
 
 
-def _parameter(arg: ast.arg, explained: Mapping[str, str], info: Any) -> inspect.Parameter:  # noqa: ANN401 - typer's
+def _parameter(arg: ast.arg, info: Any) -> inspect.Parameter:  # noqa: ANN401 - typer's
     assert arg.annotation is not None
     given = _TYPES[ast.unparse(arg.annotation)]
     return inspect.Parameter(arg.arg, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[given, info])

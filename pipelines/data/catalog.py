@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pipelines.data.archives import gunzip, is_archive, members, names
-from pipelines.data.downloads import FOLDER, Remote, obtain
+from pipelines.data.downloads import Remote, obtain
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
+from pipelines.project.layout import DOWNLOADS
 from pipelines.runtime.console import log_line
 from pipelines.runtime.progress import progress
 
@@ -66,7 +67,7 @@ class Benchmark:
 
     def obtain(self, name: str) -> Path:
         """The verified file, downloaded if it is not here."""
-        return obtain(self.remotes[name], FOLDER / self.name)
+        return obtain(self.remotes[name], DOWNLOADS / self.name)
 
     def obtain_all(self, split: str) -> dict[str, Path]:
         """All files that a split needs, by name; the small ones first, so that what is missing shows early."""
@@ -118,7 +119,7 @@ def images(name: str, split: str, archive: Path | None = None, sha256: str | Non
         if number != expected:
             raise InputError(
                 f"{name}: found {number:,} images{'' if part == 'all' else f' to {part} on'}, expected {expected:,}; "
-                f"delete {FOLDER / name} and run the same again, or report it with this line"
+                f"delete {DOWNLOADS / name} and run the same again, or report it with this line"
             )
 
 
@@ -162,7 +163,7 @@ def numbered(
         for part in PARTS:
             if len(pictures[part]) != len(labels[part]) or (labels[part] >= len(benchmark.classes)).any():
                 raise InputError(
-                    f"{FOLDER / benchmark.name}: images and labels of {part} do not fit; delete the folder"
+                    f"{DOWNLOADS / benchmark.name}: images and labels of {part} do not fit; delete the folder"
                     " and run the same again"
                 )
             for index, (picture, label) in enumerate(zip(pictures[part], labels[part], strict=True)):
@@ -297,7 +298,7 @@ def require_all(benchmark: Benchmark, parts: Lists, missing: set[PurePosixPath])
     if missing:
         raise InputError(
             f"{benchmark.name}: {len(missing):,} of {len(parts):,} listed images are in no archive, "
-            f"{min(missing)} among them; delete {FOLDER / benchmark.name} and run the same again"
+            f"{min(missing)} among them; delete {DOWNLOADS / benchmark.name} and run the same again"
         )
 
 

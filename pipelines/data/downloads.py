@@ -20,8 +20,6 @@ from pipelines.runtime.progress import progress
 if TYPE_CHECKING:
     import httpx
 
-FOLDER = Path(".sdlora/downloads")
-"""Where archives are kept, a folder for each data set; files that are put there by hand are used."""
 
 TRIES = 6
 """So many times in a row a server may fail without a single new byte."""

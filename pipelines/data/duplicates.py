@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.data.packed import in_parallel, open_picture, strict_pictures
 from pipelines.data.sources import PARTS, Fault, Found
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import UNREADABLE
 from pipelines.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ of digits and glyphs.
 """
 _SIDE = 16
 _CHUNKS = 16
-UNREADABLE = Path(".sdlora/unreadable")
 
 
 class Print(NamedTuple):

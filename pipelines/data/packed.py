@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipelines.project.environment import IMAGES_GIB
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, read_json, sha256_of
+from pipelines.project.layout import SCRATCH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,10 +150,6 @@ def decode(table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZ
         for _ in in_parallel(fill, range(len(table))):
             pass
     return out
-
-
-SCRATCH = Path(".sdlora")
-"""Where files are that nobody needs later."""
 
 
 def _array(shape: tuple[int, ...], room: int) -> np.ndarray:

@@ -35,6 +35,7 @@ from pipelines.project.environment import DECODED_GIB
 from pipelines.project.error_text import one_line
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import fingerprint_of
+from pipelines.project.layout import DECODED
 from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from sdlora.preprocessing import Preprocessing
 
-FOLDER = Path(".sdlora/decoded")
 BUDGET_GIB = 16.0
 """What is kept at most where it is not set: 100,000 colour images of 224×224."""
 FORGOTTEN_AFTER_DAYS = 30
@@ -130,7 +130,7 @@ class PackedImages:
         }
         key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
         channels, height, width = self.shape
-        return Kept(FOLDER / f"{key}.pixels", count=len(self), size=channels * height * width)
+        return Kept(DECODED / f"{key}.pixels", count=len(self), size=channels * height * width)
 
     def read(self, first: int, out: np.ndarray) -> None:
         """Put the images from `first` on into `out`, uint8 (n, channels, height, width); may be called in threads."""
@@ -251,7 +251,7 @@ def find_kept(files: Sequence[PackedImages], pool: ThreadPoolExecutor) -> None:
         return
     started, new = time.time(), []
     try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        DECODED.mkdir(parents=True, exist_ok=True)
         for images, kept in zip(files, pool.map(PackedImages.place, files), strict=True):
             if kept.open():
                 images.kept = kept
@@ -274,7 +274,7 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
     room for would never find anything.
     """
     held: list[tuple[float, int, Path]] = []
-    for path in sorted(FOLDER.iterdir()):
+    for path in sorted(DECODED.iterdir()):
         partial = PARTIAL.fullmatch(path.name)
         if partial or NAME.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):  # another process may be at the same
@@ -286,7 +286,7 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
                     held.append((facts.st_mtime, facts.st_size, path))
     total = sum(size for _, size, _ in held)
     # Half of what is free stays free: a full disk would cost outputs, not time.
-    room = min(room, total + shutil.disk_usage(FOLDER).free // 2)
+    room = min(room, total + shutil.disk_usage(DECODED).free // 2)
     unused = deque(sorted(one for one in held if one[0] < started and NAME.fullmatch(one[2].name)))
     for file in wanted:
         if total - sum(size for _, size, _ in unused) + file.bytes <= room:
@@ -328,7 +328,7 @@ def decoder() -> dict[str, object]:
 
 def not_kept(error: OSError) -> None:
     """Go on without: nothing but time depends on what is kept."""
-    log_line(f"warning: decoded images are not kept in {FOLDER} ({one_line(error)})")
+    log_line(f"warning: decoded images are not kept in {DECODED} ({one_line(error)})")
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

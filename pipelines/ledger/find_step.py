@@ -5,8 +5,7 @@ from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
-
-MODELS = Path("artifacts/model")
+from pipelines.project.layout import MODELS
 
 
 def find_model(which: str | None) -> Path:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.project.files import sha256_of, write_json
+from pipelines.project.layout import JOURNAL
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
 
-JOURNAL = Path("ledger/journal")
 RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json")
 """The one file of a stage's output that stands for all of it."""
 

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json
-from pipelines.project.params import RETIRED, Section, Task, Text, read_params, read_text, read_yaml
+from pipelines.project.layout import PARAMS, RETIRED
+from pipelines.project.params import Section, Task, Text, read_params, read_text, read_yaml
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
 from pipelines.versioning.artifacts import Objects, md5_of
@@ -216,7 +217,7 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
     if classes != receipt.classes:
         raise InputError(f"{gone} params.yaml: tasks.{task}.classes changed; put them back")
     kept = receipt.stages[stage]
-    raw = read_yaml(read_text(Path("params.yaml")), origin="params.yaml")
+    raw = read_yaml(read_text(PARAMS), origin=str(PARAMS))
     for key, was in kept.parameters.items():
         now = value_at(raw, key)
         if now != was:

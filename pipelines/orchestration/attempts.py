@@ -15,7 +15,7 @@ from uuid import UUID
 from pipelines.orchestration.server import PREFECT_SETTINGS
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
-from pipelines.runtime.checkpoints import DEFAULT_STORE, KEY, NAME
+from pipelines.runtime.checkpoints import KEY, NAME
 from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def checkpoint_mark(store: str | None) -> str:
     """
     import fsspec
 
-    fs, root = fsspec.core.url_to_fs(store or DEFAULT_STORE)
+    fs, root = fsspec.core.url_to_fs(store or CHECKPOINTS)
     found = (path.split("/")[-2:] for path in (fs.find(root) if fs.isdir(root) else []))
     names = sorted(f"{key}/{name}" for key, name in found if KEY.fullmatch(key) and NAME.fullmatch(name))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -13,19 +13,13 @@ from typing import Any
 
 from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
+from pipelines.project.layout import BRANCH_STATE, LEDGER, LOCK, METRICS, PARAMS, WRITTEN_PARAMS
 
-FILES = ("params.yaml", "dvc.lock", "metrics.json")
+FILES = (str(PARAMS), str(LOCK), str(METRICS))
 TRIES = 5
 """How often a commit is made anew, on top of what somebody else pushed meanwhile."""
-LEDGER = Path("ledger")
-"""What stages and people leave beside DVC's outputs: costs, signatures, receipts."""
-PARAMS = Path("params.yaml")
-OURS = Path(".sdlora/params.sha256")
-"""The hashes of what an unattended run may have left as params.yaml: that may be replaced by the branch's."""
 NEXT = Path("params.yaml.partial")
 """Where an edit of params.yaml is made: beside it, because it names folders that are relative to its own."""
-STATE = Path(".sdlora/branch.json")
-"""The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
 
 
 def take(branch: str, remote: str | None) -> None:
@@ -45,12 +39,12 @@ def take(branch: str, remote: str | None) -> None:
     base = tip(branch) or git("rev-parse", "HEAD").decode()
     texts = {name: _content(base, name) for name in FILES}
     params = PARAMS.read_bytes()
-    known = {texts["params.yaml"], _content("HEAD", "params.yaml")}
+    known = {texts[str(PARAMS)], _content("HEAD", str(PARAMS))}
     if params not in known and _sha256(params) not in _ours():
         raise InputError(
             f"{Path.cwd()}/params.yaml has changes that are in no commit; commit them, or git restore params.yaml"
         )
-    _mark(params, texts["params.yaml"] or params)
+    _mark(params, texts[str(PARAMS)] or params)
     for name, data in texts.items():
         path = Path(name)
         if data is not None and not (path.is_file() and path.read_bytes() == data):
@@ -93,8 +87,8 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
     for _ in range(TRIES):
         parent = tip(branch)
         start = parent or git("rev-parse", "HEAD").decode()
-        known = (_content(taken[-1], "params.yaml"), PARAMS.read_bytes())
-        if _content(start, "params.yaml") not in known:
+        known = (_content(taken[-1], str(PARAMS)), PARAMS.read_bytes())
+        if _content(start, str(PARAMS)) not in known:
             raise InputError(
                 f"workers.branch: params.yaml has changed on {branch} since this run began, so nothing was committed;"
                 " run it anew, with the same parameters: what was computed is found again"
@@ -130,7 +124,7 @@ def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     somebody = git("config", "user.email", check=False)
     made = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
-    write_json(STATE, {"taken": taken, "made": made})
+    write_json(BRANCH_STATE, {"taken": taken, "made": made})
     return made
 
 
@@ -171,11 +165,11 @@ def _fetch(branch: str, remote: str) -> None:
 
 
 def _mark(*texts: bytes) -> None:
-    write_whole(OURS, "\n".join(map(_sha256, texts)).encode())
+    write_whole(WRITTEN_PARAMS, "\n".join(map(_sha256, texts)).encode())
 
 
 def _ours() -> list[str]:
-    return OURS.read_text().split() if OURS.is_file() else []
+    return WRITTEN_PARAMS.read_text().split() if WRITTEN_PARAMS.is_file() else []
 
 
 def _take_ledger(base: str) -> None:
@@ -187,7 +181,7 @@ def _take_ledger(base: str) -> None:
     new, here = _ledger(base), _ledger_here()
     taken = [_ledger(commit) for commit in before]
     # Killed among the writes below, the next take must still know each file as taken, whichever commit it is of.
-    write_json(STATE, {"taken": [*before, base], "made": None})
+    write_json(BRANCH_STATE, {"taken": [*before, base], "made": None})
     for name, blob in new.items():
         mine = here.get(name)
         if mine != blob and mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
@@ -197,7 +191,7 @@ def _take_ledger(base: str) -> None:
             Path(name).unlink()
             with contextlib.suppress(OSError):
                 os.removedirs(Path(name).parent)
-    write_json(STATE, {"taken": [base], "made": None})
+    write_json(BRANCH_STATE, {"taken": [base], "made": None})
 
 
 def _own_ledger(base: str) -> list[str]:
@@ -226,7 +220,7 @@ def _ledger_here() -> dict[str, str]:
 
 
 def _remembered() -> dict[str, Any]:
-    return dict(read_json(STATE)) if STATE.is_file() else {"taken": [], "made": None}
+    return dict(read_json(BRANCH_STATE)) if BRANCH_STATE.is_file() else {"taken": [], "made": None}
 
 
 def _content(commit: str, name: str) -> bytes | None:

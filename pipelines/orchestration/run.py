@@ -16,7 +16,7 @@ from pipelines.planning.keep import require_decision
 from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
-from pipelines.project.layout import StageName
+from pipelines.project.layout import PREFECT, StageName
 from pipelines.project.params import Params, missing_source
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
@@ -46,7 +46,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
             print_summary(params)
             return 0
         try:
-            with prefect_server(Path(".prefect")) as wait, _preloaded_processes(plan):
+            with prefect_server(PREFECT) as wait, _preloaded_processes(plan):
                 wait()
                 pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
                 missing = server_missing()

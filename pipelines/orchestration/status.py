@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.planning.keep import require_decision
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
-from pipelines.project.layout import StageName
+from pipelines.project.layout import EVALUATIONS, METRICS, REPORT, StageName
 from pipelines.project.params import Params
 from pipelines.reports.format import percent
 from pipelines.versioning.plan import Plan, read_plan
@@ -25,7 +24,7 @@ def print_summary(params: Params) -> None:
     """Print the accuracy matrix and where the files are."""
     from rich.console import Console
 
-    metrics = read_json(Path("metrics.json"))
+    metrics = read_json(METRICS)
     console = Console()
     if len(params.tasks) <= _TASKS_IN_THE_TABLE:
         console.print(_accuracy_table(params))
@@ -35,7 +34,7 @@ def print_summary(params: Params) -> None:
         "forgetting": metrics["forgetting"],
     }
     console.print("   ".join(f"{name} [bold]{percent(value, unit=' %')}[/]" for name, value in shown.items()))
-    console.print("report   artifacts/report/report.html\nmetrics  metrics.json", highlight=False)
+    console.print(f"report   {REPORT}\nmetrics  {METRICS}", highlight=False)
 
 
 def _accuracy_table(params: Params) -> Table:
@@ -47,7 +46,7 @@ def _accuracy_table(params: Params) -> Table:
     for heading in ("after", *tasks):
         table.add_column(heading, justify="right")
     for step in tasks:
-        accuracy: list[float] = read_json(Path("artifacts/evaluation") / step / "metrics.json")["accuracy"]
+        accuracy: list[float] = read_json(EVALUATIONS / step / "metrics.json")["accuracy"]
         cells = [f"{100 * value:.1f}" for value in accuracy]
         table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
     return table

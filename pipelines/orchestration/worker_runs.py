@@ -16,6 +16,7 @@ from pipelines.orchestration.stage_runs import current_flow_run
 from pipelines.project.environment import PROJECT
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
+from pipelines.project.layout import PARAMS
 from pipelines.project.params import Params, Workers
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with
@@ -69,7 +70,7 @@ def project_folder() -> Path:
         InputError: there is no project where it should be.
     """
     named = os.environ.get(PROJECT) or os.environ.get("PWD") or "."
-    if not Path(named, "params.yaml").is_file():
+    if not Path(named, PARAMS).is_file():
         raise InputError(
             f"{named}: no params.yaml there; start the worker in its clone of the project, or set {PROJECT} to it"
         )

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.ledger.verdicts import broken, measured_in, results_of
-from pipelines.planning.tasks import PARAMS, with_lines
+from pipelines.planning.tasks import with_lines
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import EVALUATIONS, PARAMS
 from pipelines.project.params import Approval, Params, read_text
-
-EVALUATIONS = Path("artifacts/evaluation")
 
 
 def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:

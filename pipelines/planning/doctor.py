@@ -37,9 +37,10 @@ from pipelines.data.sources import (
     read_source,
     visible,
 )
-from pipelines.planning.tasks import PARAMS, inside_project, known_tasks, next_task
+from pipelines.planning.tasks import inside_project, known_tasks, next_task
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
+from pipelines.project.layout import BACKBONE, DVC, PARAMS, RAW, SPLITS, TRAINED
 from pipelines.project.params import Data, Fetch, Params, Task, class_name_fault, read_text
 from pipelines.runtime.progress import progress
 
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
 
     from sdlora.backbones import Backbone
 
-RAW = Path("data/raw")
-SPLITS, TRAINED = Path("artifacts/split"), Path("artifacts/train")
-FROZEN_BASE = Path("artifacts/model/t00")
 FEW = 5
 """Images of a class in a part below which it is named."""
 UNEVEN = 10
@@ -216,7 +214,7 @@ def machine_findings(params: Params) -> Iterator[Finding]:
         yield Finding("error", "git", "", "there is no git on the PATH", [], "install it: DVC needs it")
     elif not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents)):
         yield Finding("error", "git", "", "the project is no git repository", [], "run `git init`")
-    if not Path(".dvc").is_dir():
+    if not DVC.is_dir():
         yield Finding("error", "dvc", "", "the project is no DVC project", [], "run `dvc init`")
 
 
@@ -226,7 +224,7 @@ def load_backbone(params: Params, findings: list[Finding]) -> Backbone | None:
 
     choice = params.backbone
     try:
-        base = read_backbone(FROZEN_BASE) if FROZEN_BASE.is_dir() else None
+        base = read_backbone(BACKBONE) if BACKBONE.is_dir() else None
         if base is None or base.description["name"] != choice.name:
             base = create_backbone(
                 choice.name,

@@ -11,7 +11,6 @@ from typing import Any
 
 from pipelines.data.catalog import LAYOUTS, Benchmark, load
 from pipelines.planning.tasks import (
-    PARAMS,
     chained,
     last_index,
     line_end,
@@ -24,9 +23,8 @@ from pipelines.planning.tasks import (
 )
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import PARAMS, RAW
 from pipelines.project.params import Params, Task, read_text, read_yaml
-
-RAW = Path("data/raw")
 
 USUAL: dict[str, dict[str, Any]] = {
     "cub200": {"split": "official"},

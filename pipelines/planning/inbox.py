@@ -4,8 +4,9 @@ import os
 from pathlib import Path, PurePosixPath
 
 from pipelines.data.sources import class_names
-from pipelines.planning.tasks import PARAMS, add_task, inside_project
+from pipelines.planning.tasks import add_task, inside_project
 from pipelines.project.errors import InputError
+from pipelines.project.layout import PARAMS
 from pipelines.project.params import Params
 
 

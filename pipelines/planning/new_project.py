@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import DVC, DVC_YAML, PARAMS
 from pipelines.project.params import Params
 
 _PACKAGED = resources.files("pipelines.planning") / "template"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 """In the tool's own repository, which is such a project itself, the files stand at the top."""
-_FILES = ("params.yaml", "dvc.yaml", ".dvcignore", ".dvc/config")
+_FILES = (str(PARAMS), str(DVC_YAML), ".dvcignore", f"{DVC}/config")
 _IGNORED = """\
 # What the pipeline makes; dvc.lock, metrics.json and ledger/ are kept.
 /artifacts/
@@ -73,27 +74,27 @@ def project_files(name: str, *, example: bool) -> dict[str, str]:
     """Return the files of a new project by their paths."""
     files = {path: _template(path) for path in _FILES}
     if not example:
-        params = files["params.yaml"]
+        params = files[str(PARAMS)]
         params = re.sub(r"^fetch:\n(?:  .*\n)+", "fetch: {}\n", params, flags=re.MULTILINE)
         start = params.index("# These are two digits at a time")
-        files["params.yaml"] = params[:start] + "tasks: {}\n"
+        files[str(PARAMS)] = params[:start] + "tasks: {}\n"
     else:
-        Params.parse(files["params.yaml"], origin="params.yaml")
+        Params.parse(files[str(PARAMS)], origin=str(PARAMS))
     stages, count = re.subn(
         r"^(    cmd: sdlora code .*\n)    deps: .*\n",
         r"\1    always_changed: true # it looks at the installed program, half a second\n",
-        files["dvc.yaml"],
+        files[str(DVC_YAML)],
         flags=re.MULTILINE,
     )
     assert count == 1
-    files["dvc.yaml"] = stages
-    plots = _PACKAGED / "plots" if _PACKAGED.is_dir() else _CHECKOUT / ".dvc/plots"
-    files |= {f".dvc/plots/{plot.name}": plot.read_text(encoding="utf-8") for plot in plots.iterdir()}
+    files[str(DVC_YAML)] = stages
+    plots = _PACKAGED / "plots" if _PACKAGED.is_dir() else _CHECKOUT / DVC / "plots"
+    files |= {f"{DVC}/plots/{plot.name}": plot.read_text(encoding="utf-8") for plot in plots.iterdir()}
     return {**files, ".gitignore": _IGNORED, "README.md": _README.format(name=name)}
 
 
 def _template(path: str) -> str:
-    place = _PACKAGED / path.removeprefix(".dvc/") if _PACKAGED.is_dir() else _CHECKOUT / path
+    place = _PACKAGED / path.removeprefix(f"{DVC}/") if _PACKAGED.is_dir() else _CHECKOUT / path
     return place.read_text(encoding="utf-8")
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from pipelines.data.sources import class_names
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import PARAMS
 from pipelines.project.params import MANIFEST, Params, Task, read_text, read_yaml
-
-PARAMS = Path("params.yaml")
 
 
 def plan(
@@ -218,7 +217,7 @@ def without_fetch(text: str, names: Collection[str]) -> str:
     nodes = block_nodes(text, "fetch")
     assert nodes is not None
     key, value = nodes
-    held = read_yaml(text, origin="params.yaml")["fetch"]
+    held = read_yaml(text, origin=str(PARAMS))["fetch"]
     lines = [
         f"{name}: {json.dumps(entry, ensure_ascii=False)}"
         for name, entry in held.items()

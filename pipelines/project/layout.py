@@ -9,11 +9,70 @@ from pipelines.project.errors import InputError
 
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
+METRICS = Path("metrics.json")
+"""The headline numbers of the chain, which DVC shows."""
 RAW = Path("data/raw")
 """Images as they were brought: a folder for each data set."""
+
 ARTIFACTS = Path("artifacts")
+"""What the stages leave: a folder for each kind, and in it one for each task."""
 CODE = ARTIFACTS / "code"
 """For each stage a file with the fingerprint of its code."""
+SPLITS = Path("artifacts/split")
+TRAINED = Path("artifacts/train")
+"""The training images of each task, packed."""
+FITS = Path("artifacts/fit")
+MODELS = Path("artifacts/model")
+BACKBONE = Path("artifacts/model/t00")
+EVALUATIONS = Path("artifacts/evaluation")
+GATES = Path("artifacts/gate")
+REPORT = Path("artifacts/report/report.html")
+
+LEDGER = Path("ledger")
+"""What stages and people leave beside DVC's outputs, for version control: costs, signatures, receipts."""
+JOURNAL = Path("ledger/journal")
+"""What each stage has cost."""
+KEPT = Path("ledger/kept")
+"""Notes on results that were kept although their code has changed."""
+RETIRED = "ledger/retired"
+"""Where the receipts of tasks are whose images were deleted: in it, the folder of a task is its source from then on.
+
+A text, as sources are in params.yaml.
+"""
+SIGNATURES = Path("ledger/signatures")
+
+SCRATCH = Path(".sdlora")
+"""What this clone alone needs."""
+CHECKPOINTS = ".sdlora/checkpoints"
+"""The store of checkpoints where params.yaml names none, as a text: a store may be a URL."""
+DOWNLOADS = Path(".sdlora/downloads")
+"""Archives, a folder for each data set; files that are put there by hand are used."""
+DECODED = Path(".sdlora/decoded")
+"""Decoded images, which are kept for the next evaluation."""
+UNREADABLE = Path(".sdlora/unreadable")
+"""For each task the list of its files that cannot be decoded."""
+RUN_LOCK = Path(".sdlora/run.lock")
+RUN_LOG = Path(".sdlora/run.log")
+"""In the workspace of a chain of a sweep: what its run has printed."""
+UNPUSHED = Path(".sdlora/unpushed")
+"""The stages whose outputs the remote has not taken, one a line."""
+TURNS = Path(".sdlora/turns.json")
+"""In the workspace of a chain: a folder of locks, and for each stage the name of the one that equal stages share."""
+SWEEPS = Path(".sdlora/sweeps")
+"""A folder for each sweep; names that begin with a dot are what all share."""
+LOCK_MEMORY = Path(".sdlora/dvc.lock.json")
+"""What the entries of dvc.lock say, name and content by the hash of the text; may be deleted."""
+BRANCH_STATE = Path(".sdlora/branch.json")
+"""The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
+WRITTEN_PARAMS = Path(".sdlora/params.sha256")
+"""The hashes of what an unattended run may have left as params.yaml: that may be replaced by the branch's."""
+
+PREFECT = Path(".prefect")
+"""The history of the Prefect server that `sdlora run` starts for itself."""
+DVC = Path(".dvc")
+RWLOCK = Path(".dvc/tmp/rwlock")
+"""DVC's file of the paths that are being read and written."""
 
 CODE_STAGE = "code"
 STEP_STAGES = ("split", "fit", "freeze", "evaluate", "gate")

@@ -14,10 +14,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pipelines.project.errors import InputError
+from pipelines.project.layout import PARAMS, RAW, RETIRED
 from pipelines.project.yaml_values import load_yaml
 
 T = TypeVar("T")
-PARAMS = Path("params.yaml")
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -37,8 +37,6 @@ HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
 MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
-RETIRED = "ledger/retired"
-"""Where the receipts of tasks are whose images were deleted: in it, the folder of a task is its source from then on."""
 
 
 class Section(BaseModel):
@@ -479,7 +477,7 @@ def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
     if str(source).startswith(f"{RETIRED}/"):
         return "it holds the receipt of deleted images; restore it from version control"
     folder, name = posixpath.split(posixpath.normpath(str(source)))
-    if folder == "data/raw" and name in Fetch.names():
+    if folder == str(RAW) and name in Fetch.names():
         if fetch is not None and fetch.entry(name) is None:
             return (
                 f"{name} is not in fetch (retiring a task takes it out); copy the folder from a clone that has it, "

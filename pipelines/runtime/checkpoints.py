@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
+from pipelines.project.layout import CHECKPOINTS
 from pipelines.runtime.console import log_line
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_STORE = ".sdlora/checkpoints"
 KEPT = 2
 """Checkpoints of one fit that are kept: should the newest be damaged, the one before still serves."""
 FORGOTTEN_AFTER_DAYS = 14
@@ -62,7 +62,7 @@ class CheckpointStore:
         """
         import fsspec
 
-        self._url = url or DEFAULT_STORE
+        self._url = url or CHECKPOINTS
         try:
             self._fs, root = fsspec.core.url_to_fs(self._url)
         except (ImportError, ValueError) as error:

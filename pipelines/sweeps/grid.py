@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.planning.experiments import flow, with_value
 from pipelines.project.errors import InputError
+from pipelines.project.layout import PARAMS
 from pipelines.project.params import Params, read_text, read_yaml
 
 MANY = 20
@@ -101,7 +102,7 @@ def _order(value: object) -> tuple[bool, float, str]:
     return not is_number, float(value) if is_number else 0.0, flow(value)  # type: ignore[arg-type]
 
 
-def make_chains(axes: Mapping[str, Sequence[Any]], *, path: Path = Path("params.yaml")) -> list[Chain]:
+def make_chains(axes: Mapping[str, Sequence[Any]], *, path: Path = PARAMS) -> list[Chain]:
     """Return all combinations of the values; an `InputError` names the first that is not valid as a whole."""
     text = read_text(path)
     present = Params.parse(text, origin=str(path))

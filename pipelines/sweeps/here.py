@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.orchestration.server import prefect_server
+from pipelines.project.layout import PREFECT, RUN_LOG, SWEEPS
 from pipelines.runtime.console import echo
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.processes import die_with, end_group, environment
 from pipelines.sweeps.grid import Chain
 from pipelines.sweeps.results import Result, read_result
-from pipelines.sweeps.workspace import SWEEPS, Workspace, make_workspace, read_project, with_code
+from pipelines.sweeps.workspace import Workspace, make_workspace, read_project, with_code
 
-LOG = Path(".sdlora/run.log")
 POLL_SECONDS = 0.2
 
 
@@ -36,7 +36,7 @@ def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result
     with only_sweep(name):
         project = read_project()
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
-        with prefect_server(Path(".prefect")) as wait, environment(with_code(project)):
+        with prefect_server(PREFECT) as wait, environment(with_code(project)):
             wait()
             return run_all(chains, spaces, at_once=at_once)
 
@@ -57,7 +57,7 @@ def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: in
                     seconds = time.monotonic() - work.began
                     echo(f"{chain_label(index, chains)}  {results[index].line}, {seconds:.1f} s")
                     if results[index].error is not None:
-                        echo(f"all that it said: {os.path.relpath(spaces[index].folder / LOG)}")
+                        echo(f"all that it said: {os.path.relpath(spaces[index].folder / RUN_LOG)}")
                     del working[index]
             time.sleep(POLL_SECONDS)
     finally:
@@ -90,7 +90,7 @@ def chain_label(index: int, chains: Sequence[Chain]) -> str:
 def begin(folder: Path) -> subprocess.Popen[bytes]:
     """Start `sdlora run` in a workspace, in a group of its own that ends with this process."""
     parent = os.getpid()
-    with (folder / LOG).open("wb") as log:
+    with (folder / RUN_LOG).open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "pipelines", "run"],
             cwd=folder,
@@ -106,7 +106,7 @@ def result_of(folder: Path, status: int) -> Result:
     """Return what came of a chain whose process has ended: its metrics, or the last line that it said."""
     if status == 0:
         return read_result(folder)
-    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (folder / RUN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), f"ended with status {status}")
     return Result(error=said.removeprefix("error: "))
 

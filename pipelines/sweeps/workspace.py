@@ -12,15 +12,22 @@ from pathlib import Path, PurePath
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json, write_whole
-from pipelines.project.layout import StageName
+from pipelines.project.layout import (
+    DECODED,
+    DOWNLOADS,
+    DVC,
+    DVC_YAML,
+    PARAMS,
+    SCRATCH,
+    SWEEPS,
+    TURNS,
+    StageName,
+)
 from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
-from pipelines.versioning.stage_lock import TURNS
 from pipelines.versioning.stores import DeclaredStage, configure_project, read_dvc_project
 
-SWEEPS = Path(".sdlora/sweeps")
-"""A folder for each sweep; names that begin with a dot are what all share."""
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
 
 
@@ -73,10 +80,10 @@ def code_of(stages: Iterable[DeclaredStage], params: Params) -> list[Path]:
     """What stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other files."""
     outs = [PurePath(out) for stage in stages for out in stage.outs]
     sources = [PurePath(task.source) for task in params.tasks.values()]
-    found = {Path("dvc.yaml")}
+    found = {DVC_YAML}
     for dep in (dep for stage in stages for dep in stage.deps):
         path = Path(dep)
-        if path == Path("params.yaml") or any(path.is_relative_to(place) for place in (*outs, *sources)):
+        if path == PARAMS or any(path.is_relative_to(place) for place in (*outs, *sources)):
             continue
         if any(place.is_relative_to(path) for place in outs):  # a folder of what other stages make
             continue
@@ -107,15 +114,15 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         The workspace in `.sdlora/sweeps/SWEEP/CHAIN`: a DVC project without Git.
     """
     folder = project.root / SWEEPS / checked_name(sweep) / checked_name(chain)
-    params = Params.parse(text, origin="params.yaml")
+    params = Params.parse(text, origin=str(PARAMS))
     given = _read_from_project(params)
-    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-    (folder / ".sdlora").mkdir(exist_ok=True)
+    (folder / DVC).mkdir(parents=True, exist_ok=True)
+    (folder / SCRATCH).mkdir(exist_ok=True)
     for code in project.paths:
-        if code != Path("dvc.yaml"):
+        if code != DVC_YAML:
             _link(folder / code, project.snapshot / code)
-    write_whole(folder / "dvc.yaml", (project.snapshot / "dvc.yaml").read_bytes())
-    write_whole(folder / "params.yaml", text.encode())
+    write_whole(folder / DVC_YAML, (project.snapshot / DVC_YAML).read_bytes())
+    write_whole(folder / PARAMS, text.encode())
     write_whole(folder / ".dvcignore", _bytes(project.root / ".dvcignore"))
     _configure(folder, project)
     stages = read_dvc_project(folder).stages
@@ -128,7 +135,7 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         inside = any((folder / place).is_symlink() for place in path.parents)
         if not inside and not any(path.is_relative_to(out) for out in made):
             _link(folder / path, project.root / path)
-    for shared in (".sdlora/downloads", ".sdlora/decoded"):
+    for shared in (DOWNLOADS, DECODED):
         (project.root / shared).mkdir(parents=True, exist_ok=True)
         _link(folder / shared, project.root / shared)
     write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})
@@ -176,7 +183,7 @@ def _read_from_project(params: Params) -> set[PurePath]:
 def _configure(folder: Path, project: Project) -> None:
     """Give a workspace the project's own settings of DVC, its cache and its remotes, without Git."""
     for name in ("config", "config.local"):
-        write_whole(folder / ".dvc" / name, _bytes(project.root / ".dvc" / name))
+        write_whole(folder / DVC / name, _bytes(project.root / DVC / name))
     # A path in the project's own config is relative to that, so the addresses are given anew.
     configure_project(folder, cache=project.cache, remotes=project.remotes)
 

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.project.errors import FaultError, InputError
-from pipelines.project.layout import StageName
+from pipelines.project.layout import LOCK, StageName
 from pipelines.project.params import Fetch, Params, read_yaml
-
-LOCK = Path("dvc.lock")
-ARTIFACTS = Path("artifacts")
 
 
 @dataclass(frozen=True)

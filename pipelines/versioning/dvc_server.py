@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.project.environment import DVC_SOCKET
+from pipelines.project.layout import LOCK
 from pipelines.runtime.fork_server import end_as, fork_server, receive
 from pipelines.versioning.patches import apply_patches, plain_dvc
 
@@ -83,7 +84,7 @@ def _remember() -> None:
     if "lockfile" in apply_patches():
         from pipelines.versioning.patches.lockfile import read_entries
 
-        read_entries(Path("dvc.lock"))
+        read_entries(LOCK)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
-from pipelines.project.layout import CODE, CODE_STAGE, StageName
+from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
 from pipelines.versioning.patches import apply_patches
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
 
         apply_patches()
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
-            stages = repo.stage.load_all("dvc.yaml")
+            stages = repo.stage.load_all(str(DVC_YAML))
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
             elsewhere = left_elsewhere(stages) if partial_checkout and remote else {}

@@ -8,21 +8,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.project.layout import RUN_LOCK, RWLOCK
 from pipelines.runtime.console import log_line
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.processes import wake_the_ending
-
-_RUN_LOCK = Path(".sdlora/run.lock")
-_RWLOCK = Path(".dvc/tmp/rwlock")
-"""DVC's file of the paths that are being read and written."""
 
 
 @contextlib.contextmanager
 def only_run(*, wait: bool = False) -> Iterator[None]:
     """Refuse to work, or wait, while another `sdlora run` works in the same folder."""
-    wake_the_ending(_RUN_LOCK)
+    wake_the_ending(RUN_LOCK)
     busy = f"another sdlora run is at work in {Path.cwd()}; wait for it or stop it"
-    with held(_RUN_LOCK, busy=None if wait else busy):
+    with held(RUN_LOCK, busy=None if wait else busy):
         _mend_rwlock()
         yield
 
@@ -34,11 +31,11 @@ def _mend_rwlock() -> None:
     """
     for _ in range(3):
         try:
-            json.loads(_RWLOCK.read_bytes())
+            json.loads(RWLOCK.read_bytes())
             return
         except FileNotFoundError:
             return
         except ValueError:
             time.sleep(0.5)
-    log_line(f"warning: {_RWLOCK} was damaged, as a full disk leaves it; deleted")
-    _RWLOCK.unlink(missing_ok=True)
+    log_line(f"warning: {RWLOCK} was damaged, as a full disk leaves it; deleted")
+    RWLOCK.unlink(missing_ok=True)

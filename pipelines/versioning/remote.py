@@ -8,15 +8,12 @@ from pathlib import Path
 
 from pipelines.project.error_text import one_line
 from pipelines.project.files import write_whole
-from pipelines.project.layout import StageName
+from pipelines.project.layout import TRAINED, UNPUSHED, StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.plan import Plan, dvc_errors
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
-
-UNPUSHED = Path(".sdlora/unpushed")
-"""The stages whose outputs the remote has not taken, one a line."""
 
 
 def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
@@ -55,7 +52,7 @@ def images_read(name: str, params: Params) -> list[str]:
         return []
     from pipelines.project.method_settings import tasks_read
 
-    return [f"artifacts/train/{key}" for key in (tasks_read(params, task) if kind == "fit" else [task])]
+    return [(TRAINED / key).as_posix() for key in (tasks_read(params, task) if kind == "fit" else [task])]
 
 
 def restore_from_run_cache(name: str) -> bool:

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.project.files import read_json
+from pipelines.project.layout import TURNS
 from pipelines.runtime.file_lock import held
-
-TURNS = Path(".sdlora/turns.json")
-"""In the workspace of a chain: a folder of locks, and for each stage the name of the one that equal stages share."""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from pipelines.project.layout import DVC_YAML, PARAMS
 from pipelines.versioning.plan import dvc_errors, needs_of
 
 
@@ -42,7 +43,7 @@ def read_dvc_project(root: Path) -> DvcProject:
 
     # DVC names stages relative to the working directory.
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
-        stages = repo.stage.load_all("dvc.yaml")
+        stages = repo.stage.load_all(str(DVC_YAML))
         needs = needs_of(stages)
         return DvcProject(
             stages=tuple(
@@ -51,7 +52,7 @@ def read_dvc_project(root: Path) -> DvcProject:
                     command=stage.cmd,
                     deps=tuple(dep.def_path for dep in stage.deps),
                     outs=tuple(out.def_path for out in stage.outs),
-                    params=tuple(dep.read_params() for dep in stage.deps if dep.def_path == "params.yaml"),
+                    params=tuple(dep.read_params() for dep in stage.deps if dep.def_path == str(PARAMS)),
                     needs=frozenset(needs[stage.addressing]),
                 )
                 for stage in stages

@@ -105,6 +105,8 @@ def test_every_error_of_ours_stands_in_the_tree_of_errors() -> None:
     drawn = set(re.findall(r"── (\w+)", errors.__doc__ or ""))
     assert drawn == found | {"DvcException"}
     assert all(value.__doc__ for name, value in vars(errors).items() if name in found)
+    page = (REPOSITORY / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"── (\w+)", page)) == drawn
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=relative)
@@ -118,3 +120,35 @@ def test_environment_variables_are_named_and_explained_in_one_place(path: Path) 
         assert isinstance(name, ast.Assign)
         assert isinstance(meaning, ast.Expr)
         assert ast.unparse(meaning).strip("'\"").startswith("Set by ")
+
+
+def test_the_page_of_environment_variables_has_all_of_ours() -> None:
+    from pipelines.project import environment
+
+    ours = {value for value in vars(environment).values() if str(value).startswith("SDLORA_")}
+    page = (REPOSITORY / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(SDLORA_\w+)`", page)) == ours
+
+
+PROJECT_PATH = re.compile(
+    r"(artifacts/|ledger/|\.sdlora\b|\.prefect\b|\.dvc/|data/raw\b)\S*|(params|dvc)\.yaml|dvc\.lock"
+)
+"""A text that is a path of a project as a whole; sentences for people may name one."""
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=relative)
+def test_paths_of_a_project_stand_in_the_layout_alone(path: Path) -> None:
+    if path.name != "layout.py":
+        module = {"dvc.lock"} if path.name == "dvc_server.py" else set()  # which is loaded there
+        assert not [text for text in texts(path) if PROJECT_PATH.fullmatch(text) and text not in module]
+        made = {call for call in calls_with_text(path, "Path") if call in ("artifacts", "ledger", ".dvc")}
+        assert not made
+
+
+def calls_with_text(path: Path, name: str) -> Iterator[str]:
+    """The text that a function is called with, wherever a file calls it with one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == name and node.args:
+            first = node.args[0]
+            if isinstance(first, ast.Constant):
+                yield str(first.value)

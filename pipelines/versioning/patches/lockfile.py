@@ -24,12 +24,11 @@ from dvc.utils.serialize import dumps_yaml, parse_yaml
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
+from pipelines.project.layout import LOCK_MEMORY
 
 HEAD = "schema: '2.0'\nstages:\n"
 """How the text begins; stages follow, each a key indented by two spaces with its entry below it."""
 
-MEMORY = Path(".sdlora/dvc.lock.json")
-"""What the entries of the dvc.lock beside it say, name and content by the hash of the text; may be deleted."""
 MANY = 20
 """Entries that are new to a process, from which on it looks there, and leaves there what it has read."""
 
@@ -83,7 +82,7 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
         return None
     texts = [part for part in re.split(r"^(?=  [^ ])", text.removeprefix(HEAD), flags=re.MULTILINE) if part]
     unknown = [part for part in texts if part not in _entries]
-    memory = path.parent / MEMORY
+    memory = path.parent / LOCK_MEMORY
     if len(unknown) >= MANY:
         _entries.update(recalled(memory, unknown))
         unknown = [part for part in unknown if part not in _entries]

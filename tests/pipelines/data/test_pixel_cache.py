@@ -13,10 +13,11 @@ from PIL import Image
 
 from pipelines.data import pixel_cache
 from pipelines.data.packed import ImageRow, decode, read_images, write_images
-from pipelines.data.pixel_cache import FOLDER, PackedImages, pixel_batches
+from pipelines.data.pixel_cache import PackedImages, pixel_batches
 from pipelines.project.environment import DECODED_GIB
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import fingerprint_of
+from pipelines.project.layout import DECODED
 from sdlora.preprocessing import Preprocessing
 from tests.support.chains import encoded, picture
 
@@ -71,7 +72,7 @@ def expected(*paths: Path, way: Preprocessing = WAY) -> np.ndarray:
 
 
 def kept() -> list[Path]:
-    return sorted(FOLDER.iterdir()) if FOLDER.is_dir() else []
+    return sorted(DECODED.iterdir()) if DECODED.is_dir() else []
 
 
 def assert_right(found: list[torch.Tensor], *paths: Path) -> None:
@@ -213,7 +214,7 @@ def test_the_folder_may_be_deleted_while_it_is_read() -> None:
         found.append(batch)
         for file in kept():
             file.unlink()
-    FOLDER.rmdir()
+    DECODED.rmdir()
 
     assert_right(found, path)
     assert_right(batches(path), path)
@@ -366,20 +367,20 @@ def test_the_old_and_the_abandoned_go_and_nothing_else(folder: Path) -> None:
     path = pack("t01.arrow", count=5)
     batches(path)
     (file,) = kept()
-    partial = FOLDER / f"{file.name}.{'0' * 32}.partial"
-    young = FOLDER / f"{file.name}.{'1' * 32}.partial"
-    for stranger in (partial, young, FOLDER / "notes.txt"):
+    partial = DECODED / f"{file.name}.{'0' * 32}.partial"
+    young = DECODED / f"{file.name}.{'1' * 32}.partial"
+    for stranger in (partial, young, DECODED / "notes.txt"):
         stranger.write_bytes(b"x")
     hours = time.time() - 2 * 3600
     days = time.time() - 31 * 86400
     os.utime(partial, (hours, hours))
-    for name in (file, FOLDER / "notes.txt"):
+    for name in (file, DECODED / "notes.txt"):
         os.utime(name, (days, days))
 
     batches(pack("t02.arrow", count=5, seed=50))
 
     left = set(kept())
-    assert {young, FOLDER / "notes.txt"} < left
+    assert {young, DECODED / "notes.txt"} < left
     assert not {file, partial} & left
 
 

@@ -23,6 +23,7 @@ from pipelines.audits.retire import retire
 from pipelines.cli.app import app
 from pipelines.orchestration.attempts import Attempts
 from pipelines.project.errors import InputError
+from pipelines.project.layout import TURNS
 from pipelines.project.params import Params
 from pipelines.runtime.processes import end_group
 from pipelines.sweeps.grid import default_name, make_chains, read_axes
@@ -30,7 +31,6 @@ from pipelines.sweeps.here import may_begin, only_sweep
 from pipelines.sweeps.results import Result, as_json, shown, write_table
 from pipelines.sweeps.workspace import Workspace, make_workspace, read_project
 from pipelines.versioning.plan import read_plan
-from pipelines.versioning.stage_lock import TURNS
 from tests.support.commands import call, environment
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT

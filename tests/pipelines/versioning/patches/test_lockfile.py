@@ -16,6 +16,7 @@ import pytest
 from dvc import dvcfile
 from dvc.repo import Repo
 
+from pipelines.project.layout import LOCK_MEMORY
 from pipelines.versioning.patches import lockfile
 
 DVC_YAML = """
@@ -201,7 +202,7 @@ def test_a_memory_that_is_damaged_is_read_anew(
     damage: bytes, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = lockfile.read_entries(many)
-    memory = many.parent / lockfile.MEMORY
+    memory = many.parent / LOCK_MEMORY
     whole = memory.read_bytes()
     memory.write_bytes(damage)
     monkeypatch.setattr(lockfile, "_entries", {})
@@ -227,7 +228,7 @@ def test_a_memory_that_cannot_be_right_is_read_anew(
     change: Callable[[dict[str, Any]], object], many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = lockfile.read_entries(many)
-    memory = many.parent / lockfile.MEMORY
+    memory = many.parent / LOCK_MEMORY
     known = json.loads(memory.read_bytes())
     change(known)
     memory.write_text(json.dumps(known))
@@ -238,6 +239,6 @@ def test_a_memory_that_cannot_be_right_is_read_anew(
 
 def test_what_json_cannot_say_is_not_kept(many: Path) -> None:
     for content in ({"day": date(2026, 1, 1)}, {1: "a whole number as a key"}, {"share": float("nan")}):
-        lockfile.keep(many.parent / lockfile.MEMORY, {"text": ("name", content)})
+        lockfile.keep(many.parent / LOCK_MEMORY, {"text": ("name", content)})
 
-        assert not (many.parent / lockfile.MEMORY).exists()
+        assert not (many.parent / LOCK_MEMORY).exists()
