@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from tests.support.repository import REPOSITORY
+from tests.support.folders import write_project
+from tests.support.prefect_home import copy_home
 
 # Before torch, Prefect or DVC are loaded, here or in a process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,11 +57,24 @@ def made_once(
 
 
 @pytest.fixture(scope="session")
-def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_home(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A home of a Prefect server, to be copied: making the tables of a new one takes as long as all else."""
+
+    def serve_once(home: Path) -> None:
+        from pipelines.orchestration.server import prefect_server
+
+        with prefect_server(home) as wait:
+            wait()
+
+    return made_once("prefect", serve_once)
+
+
+@pytest.fixture(scope="session")
+def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API of a real Prefect server, one for the whole session, for processes that a test starts."""
     from pipelines.orchestration.server import prefect_server
 
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as wait:
+    with prefect_server(copy_home(prefect_home, tmp_path_factory.mktemp("server") / "prefect")) as wait:
         wait()
         yield os.environ.pop("PREFECT_API_URL")
 
@@ -71,15 +84,7 @@ def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[d
     """Make a DVC project of the given files in a folder of its own, and go there."""
 
     def make(files: dict[str, str]) -> Path:
-        folder = tmp_path / "project"
-        for name, text in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / ".dvc" / "config", folder / ".dvc" / "config")
-        shutil.copy(REPOSITORY / ".dvcignore", folder / ".dvcignore")
-        subprocess.run(["git", "init", "-q", str(folder)], check=True)
+        folder = write_project(tmp_path / "project", files)
         monkeypatch.chdir(folder)
         return folder
 

@@ -5,28 +5,52 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 
-from pipelines.runtime.fork_server import fork_server
+from pipelines.project.environment import STAGE_SOCKET
+from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
+from pipelines.versioning.dvc_server import dvc_server
 from tests.support.commands import call
 from tests.support.parameters import settings
 from tests.support.pictures import paint
 from tests.support.repository import REPOSITORY
 
 
-def load_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the fork server of a run in this process preload nothing: stages that are shell scripts need no torch."""
-    monkeypatch.setattr("pipelines.orchestration.run.fork_server", partial(fork_server, arguments=["json"]))
+@pytest.fixture(scope="module")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The fork servers of a run, kept for all that a module runs in this process in place of two for each."""
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as servers:
+        patch.chdir(tmp_path_factory.mktemp("preloaded"))
+        servers.enter_context(dvc_server())
+        servers.enter_context(fork_server(STAGE_ENTRY, STAGE_SOCKET))
+        patch.undo()
+        patch.setattr("pipelines.orchestration.run._preloaded_processes", lambda plan: nullcontext())
+        yield
 
 
 @pytest.fixture(scope="session")
 def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, str]:
     """A project of two tasks of two classes that `sdlora run` has brought up to date, and what it printed."""
     made = made_once("chain", finish_chain)
+    return made / "project", (made / "printed.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def grown(
+    finished: tuple[Path, str], made_once: Callable[[str, Callable[[Path], object]], Path]
+) -> tuple[Path, str]:
+    """A copy of it to which a third task was added, and what the run printed that learned that task."""
+
+    def grow(root: Path) -> None:
+        folder = shutil.copytree(finished[0], root / "project")
+        call(folder, "sdlora", "add-task", "more")
+        (root / "printed.txt").write_text(call(folder, "sdlora", "run"), encoding="utf-8")
+
+    made = made_once("grown", grow)
     return made / "project", (made / "printed.txt").read_text(encoding="utf-8")
 
 

@@ -161,14 +161,14 @@ def words_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(project: Path) -> None:
-    before = hashes(project)
-    call(project, "sdlora", "add-task", "more")
-    assert stages_run(call(project, "sdlora", "run")) == [*(f"{stage}@t03" for stage in TASK), "report"]
-    after = hashes(project)
+def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(
+    finished: tuple[Path, str], grown: tuple[Path, str]
+) -> None:
+    before, after = hashes(finished[0]), hashes(grown[0])
+    assert stages_run(grown[1]) == [*(f"{stage}@t03" for stage in TASK), "report"]
     changed = {name for name in before if after.get(name) != before[name]}
     assert all(name.startswith(("artifacts/report/", "metrics.json")) for name in changed)
-    earlier = {name: file for name, file in hashes(project).items() if "/t03/" in name}
+    earlier = {name: file for name, file in after.items() if "/t03/" in name}
     for name in ("directions/t01.safetensors", "directions/t02.safetensors", "head/t01.safetensors"):
         assert earlier[f"artifacts/model/t03/{name}"] == before[f"artifacts/model/t02/{name}"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.support.commands import call, environment
+from tests.support.commands import call, call_here, environment
 from tests.support.finished_chain import hashes, stages_run
 
 pytestmark = pytest.mark.slow
@@ -53,6 +53,7 @@ def put(folder: Path, seed: int) -> None:
     Image.fromarray(deep).save(folder / "sixteen bits.png")
 
 
+@pytest.mark.usefixtures("preloaded")
 def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_and_exported(
     project: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +67,7 @@ def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_a
     Image.new("1", (2000, 2000)).save(own / "10/huge.png")
     params = project / "params.yaml"
     params.write_text(params.read_text().replace("max_pixels: 178_956_970", "max_pixels: 1_000_000"))
-    call(project, "sdlora", "run")
+    call_here(project, "run")
     before = hashes(project)
 
     assert 't03: {after: t02, source: data/raw/own, classes: ["2", "10", "Überweg & Schild"]}' in call(
@@ -85,19 +86,19 @@ def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_a
 
     for name in ("2/empty.png", "2/page.jpg", "10/cut.bmp", "10/floats.tif", "10/huge.png"):
         (own / name).unlink()
-    ran = stages_run(call(project, "sdlora", "run"))
+    ran = stages_run(call_here(project, "run"))
     assert ran == ["split@t03", "fit@t03", "freeze@t03", "evaluate@t03", "gate@t03", "report"]
     record = json.loads((project / "artifacts/model/t03/step.json").read_text())
     assert [entry["name"] for entry in record["classes"]] == [*"abcd", *NAMES]
     counts = json.loads((project / "artifacts/split/t03/split.json").read_text())["counts"]
     assert all(found == {"train": 8, "test": 2} for found in counts.values())
 
-    lines = call(project, "sdlora", "predict", "3", "data/raw/own", "--format", "jsonl").splitlines()
+    lines = call_here(project, "predict", "3", "data/raw/own", "--format", "jsonl").splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 30
     evaluated = json.loads((project / "artifacts/evaluation/t03/metrics.json").read_text())
     assert evaluated["tasks"] == ["t01", "t02", "t03"]
-    said = call(project, "sdlora", "export", "timm", str(tmp_path / "served"))
+    said = call_here(project, "export", "timm", str(tmp_path / "served"))
     assert float(said.partition("|Δlogit| ")[2].split()[0]) < 1e-4
     program = (
         "import sys, timm; sys.modules['sdlora'] = None\n"
@@ -108,7 +109,7 @@ def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_a
         [sys.executable, "-c", program], cwd=tmp_path / "served", capture_output=True, text=True, check=True
     )
     assert loaded.stdout.strip() == str([*"abcd", *NAMES])
-    assert call(project, "sdlora", "audit", "verify").splitlines()[-1].startswith("the chain holds")
+    assert call_here(project, "audit", "verify").splitlines()[-1].startswith("the chain holds")
 
 
 def test_what_predict_sees_is_what_was_evaluated_in_every_format(tmp_path: Path) -> None:

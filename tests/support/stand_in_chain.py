@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+
+import pytest
+
+from pipelines.runtime.fork_server import fork_server
 
 LEAVE = """echo '{"status": 0, "kind": "done"}' | tee $SDLORA_OUTCOME_FILE > /dev/null"""
 DVC_YAML = f"""
@@ -73,3 +78,8 @@ def ran(folder: Path) -> list[str]:
     finally:
         (folder / "ran").unlink(missing_ok=True)
         (folder / "ran").touch()
+
+
+def preload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the fork server of a run in this process preload nothing: stages that are shell scripts need no torch."""
+    monkeypatch.setattr("pipelines.orchestration.run.fork_server", partial(fork_server, arguments=["json"]))

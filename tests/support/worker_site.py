@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -10,10 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from pipelines.runtime.processes import end_group
 from tests.support.repository import REPOSITORY
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 
 class Site:
@@ -35,6 +38,25 @@ class Site:
         }
         self.processes: list[subprocess.Popen[bytes]] = []
         self._port = port
+        self._client: SyncPrefectClient | None = None
+
+    @property
+    def client(self) -> SyncPrefectClient:
+        """A client that is made once: each makes a connection of its own, and most of what a question costs is that."""
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        if self._client is None:
+            with temporary_settings({PREFECT_API_URL: self.settings["PREFECT_API_URL"]}):
+                self._client = get_client(sync_client=True).__enter__()
+        return self._client
+
+    def end(self) -> None:
+        """Close the client, and end whatever was started."""
+        if self._client is not None:
+            self._client.__exit__(None, None, None)
+        for process in reversed(self.processes):
+            end_group(process)
 
     def serve(self) -> subprocess.Popen[bytes]:
         command = ("prefect", "server", "start", "--no-ui", "--host", "127.0.0.1", "--port", str(self._port))
@@ -82,35 +104,44 @@ class Site:
         return self.start(command, folder, folder.name, CUDA_VISIBLE_DEVICES="0")
 
     def runs(self) -> list[Any]:
-        from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowFilter, FlowFilterName
         from prefect.client.schemas.sorting import FlowRunSort
-        from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        with (
-            temporary_settings({PREFECT_API_URL: self.settings["PREFECT_API_URL"]}),
-            get_client(sync_client=True) as client,
-        ):
-            return client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=["learn"])),
-                sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-            )
+        return self.client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["learn"])),
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        )
 
     def announce(self, payload: dict[str, str]) -> Any:  # noqa: ANN401 - Prefect's FlowRun
-        """Send the event; wait for the end of the run that it starts."""
-        command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox")
-        return self.ended(self.begun_by(*command, "--payload", json.dumps(payload)))
+        """Send the event as `prefect event emit` does; wait for the end of the run that it starts."""
+        from prefect.events import Event, Resource
 
-    def begun_by(self, *command: str) -> UUID:
-        """Call a command; wait for the run that it starts."""
+        event = Event(
+            event="sdlora.task-data.arrived",
+            resource=Resource({"prefect.resource.id": "sdlora.inbox"}),
+            payload=payload,
+        ).model_dump(mode="json")
+        return self.ended(self.begun_by(lambda: self.client.request("POST", "/events", json=[event])))
+
+    def begun_by(self, act: Callable[[], object]) -> UUID:
+        """Do what starts a run; wait for it."""
         known = {run.id for run in self.runs()}
-        self.call(*command)
+        act()
         wait_for(lambda: {run.id for run in self.runs()} - known, 60)
         (new,) = {run.id for run in self.runs()} - known
         return new
 
+    def begin(self) -> UUID:
+        """Start a run of the deployment."""
+        deployment = self.client.read_deployment_by_name("learn/workers").id
+        return self.begun_by(lambda: self.client.create_flow_run_from_deployment(deployment))
+
     def ended(self, run: UUID, seconds: float = 120) -> Any:  # noqa: ANN401 - Prefect's FlowRun
-        wait_for(lambda: self.run(run).state.is_completed() or self.run(run).state.is_failed(), seconds)
+        def has_ended() -> bool:
+            state = self.run(run).state
+            return bool(state.is_completed() or state.is_failed())
+
+        wait_for(has_ended, seconds)
         return self.run(run)
 
     def run(self, identity: UUID) -> Any:  # noqa: ANN401 - Prefect's FlowRun

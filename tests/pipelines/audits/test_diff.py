@@ -25,7 +25,7 @@ from pipelines.cli.app import app
 from pipelines.data.packed import read_images
 from pipelines.project.files import read_json
 from tests.support.audited_project import EACH, Answer, make_audited, replace_picture
-from tests.support.commands import call, environment
+from tests.support.commands import call_here, environment, said_here
 from tests.support.repository import REPOSITORY
 
 
@@ -70,14 +70,9 @@ def figures(*arguments: str) -> dict[str, Any]:
 
 def fault(*arguments: str) -> str:
     """The one line of an error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "audit", "diff", *arguments],
-        env=environment() | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.splitlines()
+    out, error = said_here(Path.cwd(), "audit", "diff", *arguments, status=2)
+    assert out == ""
+    (line,) = error.splitlines()
     return line
 
 
@@ -544,8 +539,8 @@ def test_a_finished_chain_is_compared_from_its_files_and_from_the_cache_alike(
 ) -> None:
     folder = tmp_path / "project"
     shutil.copytree(finished[0], folder)
-    text = call(folder, "sdlora", "audit", "diff", "t01", "t02", "--html", "page.html")
-    found = json.loads(call(folder, "sdlora", "audit", "diff", "t01", "t02", "--json"))
+    text = call_here(folder, "audit", "diff", "t01", "t02", "--html", "page.html")
+    found = json.loads(call_here(folder, "audit", "diff", "t01", "t02", "--json"))
 
     assert max(map(len, text.splitlines())) <= 80
     assert "t02 continues t01: all 2 frozen files of t01 are the same, byte for byte" in text
@@ -560,6 +555,6 @@ def test_a_finished_chain_is_compared_from_its_files_and_from_the_cache_alike(
     )
 
     shutil.rmtree(folder / "artifacts")
-    assert json.loads(call(folder, "sdlora", "audit", "diff", "t01", "t02", "--json")) == found
+    assert json.loads(call_here(folder, "audit", "diff", "t01", "t02", "--json")) == found
     assert not (folder / "artifacts").exists()
     assert not [name for name in os.listdir(tmp_path) if name != "project"]

@@ -19,9 +19,9 @@ from pipelines.ledger.receipts import read_receipts
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.params import Params
-from tests.support.commands import call, environment
+from tests.support.commands import call, call_here, environment, said_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 WHY = "the contract ends"
 
 
@@ -117,8 +117,8 @@ def test_what_a_step_left_stays_byte_for_byte_but_for_the_images(kept: Path, gon
 
 
 def test_a_retired_project_is_up_to_date_and_holds(gone: tuple[Path, str]) -> None:
-    assert "all up to date" in call(gone[0], "sdlora", "run")
-    lines = call(gone[0], "sdlora", "audit", "verify").splitlines()
+    assert "all up to date" in call_here(gone[0], "run")
+    lines = call_here(gone[0], "audit", "verify").splitlines()
     receipt = sha256_of(gone[0] / "ledger/retired/t01/receipt.json")
     assert re.fullmatch(rf"t01     holds .* retired \(receipt {receipt[:12]}\)", lines[1])
     assert "retired" not in lines[2]
@@ -146,27 +146,24 @@ def test_the_receipt_says_what_was_deleted_when_and_by_whom(
 
 
 @pytest.fixture(scope="module")
-def grown(kept: Path, gone: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Both projects with a task more."""
-    both = []
-    for source in (kept, gone[0]):
-        folder = copy(source, tmp_path_factory.mktemp("grown") / "project")
-        call(folder, "sdlora", "add-task", "more")
-        call(folder, "sdlora", "run")
-        both.append(folder)
-    return both[0], both[1]
+def without(gone: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project without t01's images, with a task more."""
+    folder = copy(gone[0], tmp_path_factory.mktemp("without") / "project")
+    call_here(folder, "add-task", "more")
+    call_here(folder, "run")
+    return folder
 
 
 def test_a_later_task_is_learned_to_the_same_bytes_without_them(
-    grown: tuple[Path, Path], images: dict[str, bytes]
+    grown: tuple[Path, str], without: Path, images: dict[str, bytes]
 ) -> None:
-    whole, without = grown
+    whole, _ = grown
     for folder in ("fit", "model", "evaluation", "gate"):
         assert contents(whole / "artifacts" / folder) == contents(without / "artifacts" / folder)
     packed = sha256_of(whole / "artifacts/train/t01/train.arrow")
     assert not list(holding(without.parent, images, packed))
-    assert "the chain holds" in call(without, "sdlora", "audit", "verify")
-    assert call(without, "sdlora", "predict", "t03", "pictures/test/c/0.png")
+    assert "the chain holds" in call_here(without, "audit", "verify")
+    assert call_here(without, "predict", "t03", "pictures/test/c/0.png")
 
 
 def test_a_clone_pulls_and_has_nothing_to_do(retired: Path, tmp_path: Path) -> None:
@@ -178,8 +175,8 @@ def test_a_clone_pulls_and_has_nothing_to_do(retired: Path, tmp_path: Path) -> N
     clone = tmp_path / "clone"
     call(clone, "dvc", "pull", "-q")
     call(clone, "dvc", "checkout", "-q")
-    assert "all up to date" in call(clone, "sdlora", "run")
-    assert "the chain holds" in call(clone, "sdlora", "audit", "verify")
+    assert "all up to date" in call_here(clone, "run")
+    assert "the chain holds" in call_here(clone, "audit", "verify")
     assert not (clone / "artifacts/train/t01/train.arrow").exists()
 
 
@@ -224,8 +221,8 @@ def test_ended_before_any_of_its_operations_the_same_command_finishes(
 
     assert {"write_json", "replace_file", "unlink", "rmdir", "remove", "reproduce_stage"} <= {*total, *done}
     assert not list(holding(project.parent, images, packed))
-    assert "all up to date" in call(project, "sdlora", "run")
-    assert "the chain holds" in call(project, "sdlora", "audit", "verify")
+    assert "all up to date" in call_here(project, "run")
+    assert "the chain holds" in call_here(project, "audit", "verify")
     assert contents(project / "artifacts/model") == contents(gone[0] / "artifacts/model")
 
 
@@ -265,7 +262,7 @@ def test_a_step_that_is_not_done_keeps_its_images(project: Path) -> None:
     ):
         retire("t01", by="me", why="x", dry=False, yes=True)
     (project / "pictures/train/a/9.png").unlink()
-    call(project, "sdlora", "add-task", "more")
+    call_here(project, "add-task", "more")
     with pytest.raises(InputError, match=r"t03 is not up to date \(split@t03: it has never run\)"):
         retire("t03", by="me", why="x", dry=False, yes=True)
     text = Path("params.yaml").read_text(encoding="utf-8")
@@ -325,7 +322,7 @@ def test_data_that_dvc_keeps_and_what_was_packed_earlier_go_too(
     left = list(holding(project, images, packed))
     assert not left
     assert (project / "pictures.dvc").read_text() != noted
-    assert "all up to date" in call(project, "sdlora", "run")
+    assert "all up to date" in call_here(project, "run")
     call(project, "dvc", "push", "-q")
     shutil.rmtree(project / "pictures")
     call(project, "dvc", "pull", "-q")
@@ -340,7 +337,7 @@ def test_a_picture_that_another_task_learned_too_stays_there_and_is_named(
         text.replace("duplicates: refuse ", "duplicates: allow "), encoding="utf-8"
     )
     shutil.copy("pictures/train/a/0.png", "pictures/train/c/x.png")
-    call(project, "sdlora", "run")
+    call_here(project, "run")
     assert retire("t01", by="me", why="x", dry=False, yes=True) == 0
 
     assert (
@@ -352,7 +349,7 @@ def test_a_picture_that_another_task_learned_too_stays_there_and_is_named(
     assert len(others) == len(images) - 1
     assert not list(holding(project.parent, others, "packed"))
     assert first_fault() == "holds"
-    assert "all up to date" in call(project, "sdlora", "run")
+    assert "all up to date" in call_here(project, "run")
 
 
 def test_a_file_that_two_tasks_list_is_not_taken_from_one(
@@ -416,7 +413,7 @@ def test_a_retired_task_hands_on_what_an_earlier_one_has_made_since(project: Pat
     was = Path("artifacts/split/t02/test/t01.arrow").read_bytes()
     shutil.copy("pictures/test/b/0.png", "pictures/test/a/new.png")
     Path("pictures/test/b/0.png").unlink()  # a test picture that was filed under the wrong class
-    call(project, "sdlora", "run")
+    call_here(project, "run")
     for part in ("test", "samples"):
         first, second = (
             Path(f"artifacts/split/{task}/{part}/t01.arrow").read_bytes() for task in ("t01", "t02")
@@ -432,7 +429,7 @@ def test_a_source_that_is_gone_already_leaves_the_rest_to_delete(
     text = Path("params.yaml").read_text(encoding="utf-8")
     shutil.copytree("pictures", "first")
     Path("params.yaml").write_text(text.replace("after: t00, source: pictures", "after: t00, source: first"))
-    call(project, "sdlora", "run")
+    call_here(project, "run")
     shutil.rmtree("first")
     shutil.rmtree("pictures/train/a")
     shutil.rmtree("pictures/train/b")
@@ -561,7 +558,7 @@ def test_receipts_are_a_chain_in_the_order_of_retiring(retired: Path, images: di
     assert read_json(second)["previous"] == sha256_of(first)
     assert first_fault() == "holds"
     assert not list((retired / "pictures").rglob("*.png"))
-    assert "all up to date" in call(retired, "sdlora", "run")
+    assert "all up to date" in call_here(retired, "run")
     first.write_bytes(first.read_bytes() + b" ")
     with pytest.raises(
         InputError, match=r"t02/receipt\.json: the receipt before it is not the one that it names"
@@ -570,10 +567,9 @@ def test_receipts_are_a_chain_in_the_order_of_retiring(retired: Path, images: di
 
 
 def test_who_asks_for_what_is_gone_is_told_in_one_line(retired: Path) -> None:
-    assert "t01: its images were deleted (ledger/retired/t01" in refused(
-        retired, "sdlora", "audit", "verify", "--retrain", "t01"
-    )
-    table = call(retired, "sdlora", "doctor", "--json", "--quick")
+    _, said = said_here(retired, "audit", "verify", "--retrain", "t01", status=2)
+    assert "t01: its images were deleted (ledger/retired/t01" in said
+    table = call_here(retired, "doctor", "--json", "--quick")
     found = [its for its in json.loads(table)["findings"] if its["task"] == "t01"]
     assert [its["level"] for its in found] == ["ok"]
     shutil.rmtree("ledger/retired")

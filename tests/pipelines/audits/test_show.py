@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from pipelines.data.packed import read_images
 from pipelines.project.files import read_json, sha256_of
 from sdlora.ledger import record_hash
 from tests.support.audited_project import EACH, Answer, make_audited
-from tests.support.commands import call, environment
-from tests.support.repository import REPOSITORY
+from tests.support.commands import call_here, said_here
 
 
 def image(task: int, label: int, index: int) -> str:
@@ -69,14 +66,9 @@ def figures(*arguments: str) -> dict[str, Any]:
 
 def fault(*arguments: str) -> str:
     """The one line of an error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines", "audit", "show", *arguments],
-        env=environment() | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.splitlines()
+    out, error = said_here(Path.cwd(), "audit", "show", *arguments, status=2)
+    assert out == ""
+    (line,) = error.splitlines()
     return line
 
 
@@ -275,7 +267,7 @@ def test_a_finished_chain_is_shown_from_its_files_and_from_the_cache_alike(
     folder = tmp_path / "project"
     shutil.copytree(finished[0], folder)
     questions = [("--class", "a"), ("--image", "pictures/test/a/0.png"), ("--task", "t01")]
-    said = [json.loads(call(folder, "sdlora", "audit", "show", *asked, "--json")) for asked in questions]
+    said = [json.loads(call_here(folder, "audit", "show", *asked, "--json")) for asked in questions]
     of_class, of_image, of_task = said
 
     assert [row["images"] for row in of_class["steps"]] == [2, 2]
@@ -292,5 +284,5 @@ def test_a_finished_chain_is_shown_from_its_files_and_from_the_cache_alike(
     assert of_task["parameters"]["training.epochs"] == 12
 
     shutil.rmtree(folder / "artifacts")
-    again = [json.loads(call(folder, "sdlora", "audit", "show", *asked, "--json")) for asked in questions]
+    again = [json.loads(call_here(folder, "audit", "show", *asked, "--json")) for asked in questions]
     assert again == said

@@ -12,7 +12,7 @@ import pytest
 from pipelines.audits.sign import NAMESPACE, check_signatures, sign
 from pipelines.audits.verify import verify
 from pipelines.project.errors import FaultError, InputError
-from tests.support.commands import call, environment
+from tests.support.commands import call_here
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +32,7 @@ def signed(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
     public = (root / "ana.pub").read_text()
     (root / "signers").write_text(f'ana@example.org namespaces="{NAMESPACE}" {public}')
     (root / "others").write_text(f"bo@example.org {(root / 'bo.pub').read_text()}")
-    call(root / "project", "sdlora", "audit", "sign", "--key", str(root / "ana"))
+    call_here(root / "project", "audit", "sign", "--key", str(root / "ana"))
     return root
 
 
@@ -49,10 +49,10 @@ def heads() -> dict[str, str]:
 
 
 def test_a_signature_names_who_the_file_of_signers_says(project: Path) -> None:
-    lines = call(project, "sdlora", "audit", "verify", "--signers", "../signers").splitlines()
+    lines = call_here(project, "audit", "verify", "--signers", "../signers").splitlines()
     assert lines[-2] == "t02     signed by ana@example.org"
     assert lines[-1].startswith("the chain holds")
-    report = json.loads(call(project, "sdlora", "audit", "verify", "--json"))
+    report = json.loads(call_here(project, "audit", "verify", "--json"))
     assert report["signatures"][0]["by"].startswith("SHA256:")
     assert report["signatures"][0]["known"] is False
 
@@ -68,12 +68,8 @@ def test_openssh_alone_checks_a_signature(project: Path) -> None:
 
 
 def test_a_key_that_nobody_knows_is_a_fault(project: Path) -> None:
-    done = subprocess.run(
-        ["sdlora", "audit", "verify", "--signers", "../others"],
-        cwd=project, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "ledger/signatures/t02.sig: ../others knows nobody who signs with SHA256:" in done.stdout
+    said = call_here(project, "audit", "verify", "--signers", "../others", status=1)
+    assert "ledger/signatures/t02.sig: ../others knows nobody who signs with SHA256:" in said
 
 
 def test_a_statement_or_a_signature_that_was_changed_is_found(project: Path) -> None:

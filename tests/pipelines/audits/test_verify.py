@@ -14,7 +14,7 @@ from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
 from sdlora.ledger import record_bytes
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
-from tests.support.commands import call, environment
+from tests.support.commands import call, call_here, environment, said_here
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_a_finished_chain_holds_and_says_its_head(project: Path) -> None:
         [s, "holds"] for s in ("t00", "t01", "t02", "report")
     ]
     assert lines[-1] == f"the chain holds; its head is {head}"
-    report = json.loads(call(project, "sdlora", "audit", "verify", "--json"))
+    report = json.loads(call_here(project, "audit", "verify", "--json"))
     assert (report["holds"], report["head"]) == (True, head)
 
 
@@ -298,6 +298,7 @@ def test_a_report_of_other_results_than_there_are_is_found(project: Path) -> Non
     )
 
 
+@pytest.mark.usefixtures("preloaded")
 def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     project: Path, tmp_path: Path
 ) -> None:
@@ -310,19 +311,15 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     )
     assert (project / "params.yaml").read_text() != params
     before = sorted(path for path in project.rglob("*") if path.is_file())
-    lines = call(project, "sdlora", "audit", "verify", "--retrain", "t02").splitlines()
+    lines = call_here(project, "audit", "verify", "--retrain", "t02").splitlines()
 
     assert lines[-2].startswith("t02     learned again in ")
     assert not store.exists()  # a checkpoint would have learned nothing again
     assert sorted(path for path in project.rglob("*") if path.is_file()) == before
 
     (project / "params.yaml").write_text(params.replace("  momentum: 0.9", "  momentum: 0.8"))
-    done = subprocess.run(
-        ["sdlora", "audit", "verify", "--retrain", "t01", "--json"],
-        cwd=project, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    report = json.loads(done.stdout)
-    assert (done.returncode, report["holds"], report["retrained"]) == (1, False, [])
+    report = json.loads(call_here(project, "audit", "verify", "--retrain", "t01", "--json", status=1))
+    assert (report["holds"], report["retrained"]) == (False, [])
     assert report["fault"].startswith("artifacts/fit/t01/curve.csv: learned again it is another")
 
 
@@ -358,21 +355,14 @@ def test_a_step_is_learned_again_by_the_commands_of_dvc_yaml(project: Path) -> N
 
 
 def test_a_step_that_does_not_exist_is_not_learned_again(project: Path) -> None:
-    done = subprocess.run(
-        ["sdlora", "audit", "verify", "--retrain", "t09"],
-        cwd=project, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == "error: --retrain t09: there is no such task; known are t01, t02\n"
+    _, said = said_here(project, "audit", "verify", "--retrain", "t09", status=2)
+    assert said == "error: --retrain t09: there is no such task; known are t01, t02\n"
 
 
 def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:
     (project / "dvc.lock").unlink()
-    done = subprocess.run(
-        ["sdlora", "audit", "verify"], cwd=project, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: dvc.lock: the file is missing; run `sdlora run`")
+    _, said = said_here(project, "audit", "verify", status=2)
+    assert said.startswith("error: dvc.lock: the file is missing; run `sdlora run`")
 
 
 def test_what_the_lock_does_not_know_and_records_that_are_none_are_one_line(project: Path) -> None:

@@ -18,7 +18,7 @@ from pipelines.orchestration.overlap import overlap_environment
 from pipelines.orchestration.run import run_pipeline
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
-from tests.support.stand_in_chain import DVC_YAML, LEAVE, REPORT, ran
+from tests.support.stand_in_chain import DVC_YAML, LEAVE, REPORT, preload_nothing, ran
 
 START = "mkdir -p artifacts/model && echo start > artifacts/model/t00"
 GATED = f"{START} && mkdir -p artifacts/gate/t00 && ./open t00"
@@ -87,6 +87,7 @@ def project(make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.
     for name in scripts:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    preload_nothing(monkeypatch)
     return folder
 
 

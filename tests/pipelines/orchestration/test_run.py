@@ -20,7 +20,7 @@ from pipelines.versioning.plan import read_plan, run_order
 from pipelines.versioning.project_lock import only_run
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
-from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, ran
+from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, preload_nothing, ran
 from tests.support.waiting import wait_for
 
 
@@ -37,6 +37,7 @@ def project(make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.
         (folder / name).chmod(0o755)
     # A server that is named and does not answer: everything runs plainly.
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    preload_nothing(monkeypatch)
     return folder
 
 

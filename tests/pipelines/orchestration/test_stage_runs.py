@@ -19,6 +19,7 @@ from pipelines.orchestration.stage_runs import launch, make_flow
 from pipelines.project.environment import OUTCOME_FILE, PARENT_FLOW_RUN
 from pipelines.runtime.stage import Stage, StageResult, stage
 from pipelines.runtime.stage_outcome import DONE, StageOutcome, read_outcome
+from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 
 
@@ -134,7 +135,10 @@ def test_a_server_that_fails_at_once_costs_two_lines(broken_server: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_the_middle_does_not_fail_finished_work(tmp_path: Path) -> None:
+def test_a_server_that_dies_in_the_middle_does_not_fail_finished_work(
+    prefect_home: Path, tmp_path: Path
+) -> None:
+    copy_home(prefect_home, tmp_path / "prefect")
     done = run_script(
         """
 import os
@@ -168,8 +172,11 @@ with prefect_server(Path("prefect")) as wait:
 
 
 @pytest.mark.slow
-def test_work_that_was_told_to_stop_is_not_begun_again_when_the_server_is_gone_too(tmp_path: Path) -> None:
+def test_work_that_was_told_to_stop_is_not_begun_again_when_the_server_is_gone_too(
+    prefect_home: Path, tmp_path: Path
+) -> None:
     """As when `sdlora run` is killed: its server dies, and the fit stops on SIGTERM."""
+    copy_home(prefect_home, tmp_path / "prefect")
     done = run_script(
         """
 import os

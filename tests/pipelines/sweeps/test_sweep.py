@@ -25,13 +25,13 @@ from pipelines.orchestration.attempts import Attempts
 from pipelines.project.errors import InputError
 from pipelines.project.layout import TURNS
 from pipelines.project.params import Params
-from pipelines.runtime.processes import end_group
 from pipelines.sweeps.grid import default_name, make_chains, read_axes
 from pipelines.sweeps.here import may_begin, only_sweep
 from pipelines.sweeps.results import Result, as_json, shown, write_table
 from pipelines.sweeps.workspace import Workspace, make_workspace, read_project
 from pipelines.versioning.plan import read_plan
 from tests.support.commands import call, environment
+from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT
 from tests.support.worker_site import Site
@@ -453,7 +453,7 @@ def working_in(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
-    project: Path, tmp_path: Path
+    project: Path, prefect_home: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "remote").mkdir()
     call(project, "dvc", "remote", "add", "-d", "shared", str(tmp_path / "remote"))
@@ -462,6 +462,7 @@ def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
     call(project, "git", *person, "commit", "-qm", "first")
     (tmp_path / "origin").symlink_to(project)
     site = Site(tmp_path)
+    copy_home(prefect_home, tmp_path / "prefect")
     try:
         site.serve()
         wanted = ["sdlora", "sweep", "evaluation.batch_size=8,13", "--out", "sweep/x"]
@@ -475,8 +476,7 @@ def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
             wanted, cwd=project, env=site.settings, capture_output=True, text=True, timeout=300
         )
     finally:
-        for process in reversed(site.processes):
-            end_group(process)
+        site.end()
     assert done.returncode == 1, done.stdout + done.stderr
     assert ran(project) == []
     assert ran(one) == sorted(["start", *FIT_ONE, *TEST_ONE, "evaluate t01"])

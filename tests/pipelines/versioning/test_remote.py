@@ -22,11 +22,13 @@ from pipelines.versioning.artifacts import md5_of
 from pipelines.versioning.plan import read_plan
 from pipelines.versioning.remote import unpushed
 from pipelines.versioning.repro import StageFailedError
-from tests.support.commands import call
+from tests.support.commands import call, call_here
 from tests.support.finished_chain import entries, hashes
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import EVALUATE, REPORT, ran
 from tests.support.waiting import wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 
 DVC_YAML = """
 stages:
@@ -103,14 +105,14 @@ echo "fit $1" >> ran
 mkdir -p artifacts/model
 (echo "$1 after $2"; grep "^  rank:" params.yaml) > artifacts/model/$1
 """
+IN_A_FOLDER = "    url = ../../remote\n"
 
 
 @pytest.fixture
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The DVC remote that all machines share: a folder, or a bucket of an S3 server on this machine."""
     if getattr(request, "param", "folder") == "folder":
-        (tmp_path / "remote").mkdir()
-        yield f"    url = {tmp_path / 'remote'}\n"
+        yield IN_A_FOLDER
         return
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -142,10 +144,35 @@ def accepted(request: urllib.request.Request) -> bool:
         return False
 
 
+@pytest.fixture(scope="module")
+def learned(preloaded: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `first` is where the remote is a folder, beside that folder."""
+    root = tmp_path_factory.mktemp("learned")
+    (root / "remote").mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        learn_three_tasks(root / "first", IN_A_FOLDER, monkeypatch)
+    return root
+
+
 @pytest.fixture
-def first(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def first(learned: Path, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that has learned three tasks, each from a folder of its own, and shared all of it."""
     folder = tmp_path / "first"
+    if remote != IN_A_FOLDER:
+        learn_three_tasks(folder, remote, monkeypatch)
+        return folder
+    shutil.copytree(learned, tmp_path, dirs_exist_ok=True)
+    work_alone_in(folder, monkeypatch)
+    return folder
+
+
+def work_alone_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go to a folder whose stages are shell scripts, with a server named that does not answer."""
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    monkeypatch.chdir(folder)
+
+
+def learn_three_tasks(folder: Path, remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [f"t{number:02d}" for number in range(4)]
     params = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").partition("tasks:\n")[0] + "tasks:\n"
     params += "".join(
@@ -165,10 +192,8 @@ def first(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / ".dvc/config").write_text(f"{config}['remote \"shared\"']\n{remote}")
     (folder / ".gitignore").write_text("/ran\n/artifacts/\n/.sdlora/\n")
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    monkeypatch.chdir(folder)
+    work_alone_in(folder, monkeypatch)
     finish(lambda: None)
-    return folder
 
 
 @pytest.fixture
@@ -197,7 +222,7 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-@pytest.mark.parametrize("remote", ["folder", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("remote", ["folder", "s3"], indirect=True)
 def test_a_machine_without_a_lock_file_restores_everything_and_trains_nothing(
     first: Path, fresh: Callable[[tuple[str, ...]], Path]
 ) -> None:
@@ -226,7 +251,6 @@ def test_a_new_task_on_an_empty_machine_fetches_no_image_of_those_before(
     assert finish(lambda: None) == []
 
 
-@pytest.mark.slow
 def test_a_fit_that_really_runs_fetches_the_images_of_its_task(
     fresh: Callable[[tuple[str, ...]], Path],
 ) -> None:
@@ -241,7 +265,6 @@ def test_a_fit_that_really_runs_fetches_the_images_of_its_task(
     assert pictures(folder) == {f"the picture of t{number:02d}" for number in range(1, 4)}
 
 
-@pytest.mark.slow
 def test_a_fit_that_the_run_cache_has_fetches_no_images(
     first: Path, fresh: Callable[[tuple[str, ...]], Path]
 ) -> None:
@@ -258,7 +281,6 @@ def test_a_fit_that_the_run_cache_has_fetches_no_images(
     assert not pictures(folder)
 
 
-@pytest.mark.slow
 def test_a_joint_fit_fetches_the_images_of_all_tasks_before(
     fresh: Callable[[tuple[str, ...]], Path],
 ) -> None:
@@ -336,17 +358,11 @@ def held(root: Path, objects: list[str]) -> list[bool]:
     return [(root / "files/md5" / md5[:2] / md5[2:]).is_file() for md5 in objects]
 
 
-@pytest.mark.slow
 def test_a_worker_learns_a_task_to_the_same_bytes_without_the_training_images_of_those_before(
-    stored: Path, worker: Path, tmp_path: Path
+    stored: Path, worker: Path, grown: tuple[Path, str]
 ) -> None:
-    whole = tmp_path / "whole"
-    shutil.copytree(stored, whole)
-    call(whole, "dvc", "remote", "remove", "storage")
-    call(whole, "sdlora", "add-task", "more")
-    call(whole, "sdlora", "run")
-
-    call(worker, "sdlora", "add-task", "more")
+    whole, _ = grown
+    call_here(worker, "add-task", "more")
     finished = finish(lambda: None)
 
     assert [row["stage"].partition("@")[2] for row in finished] == ["t03"] * 5 + [""]
@@ -361,7 +377,6 @@ def test_a_worker_learns_a_task_to_the_same_bytes_without_the_training_images_of
     assert {name for name in expected if "/t03/" in name} <= here.keys()
 
 
-@pytest.mark.slow
 def test_a_worker_fetches_the_training_images_of_the_fit_that_runs_and_of_no_other(
     stored: Path, worker: Path
 ) -> None:

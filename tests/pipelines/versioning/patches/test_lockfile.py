@@ -18,6 +18,7 @@ from dvc.repo import Repo
 
 from pipelines.project.layout import LOCK_MEMORY
 from pipelines.versioning.patches import lockfile
+from tests.support.folders import write_project
 
 DVC_YAML = """
 stages:
@@ -46,13 +47,26 @@ tasks:
 """
 
 
+FILES = {"dvc.yaml": DVC_YAML, "params.yaml": PARAMS, "code": "#", ".gitignore": "/out/\n"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project all of whose stages DVC has run."""
+    folder = write_project(tmp_path_factory.mktemp("made") / "project", FILES)
+    repro(folder)
+    return folder
+
+
 @pytest.fixture
-def project(make_project: Callable[[dict[str, str]], Path]) -> Path:
-    return make_project({"dvc.yaml": DVC_YAML, "params.yaml": PARAMS, "code": "#", ".gitignore": "/out/\n"})
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "project"))
+    return tmp_path / "project"
 
 
-def repro(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *arguments], check=True)
+def repro(folder: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", *arguments], cwd=folder, check=True)
 
 
 def loaded(kind: type[Any]) -> tuple[Any, str]:
@@ -84,14 +98,12 @@ def both(*names: str) -> tuple[bytes, bytes]:
 
 
 def test_a_lock_is_read_as_dvc_reads_it(project: Path) -> None:
-    repro()
     first = loaded(lockfile.Lockfile)
     assert first == loaded(dvcfile.Lockfile)
     assert loaded(lockfile.Lockfile) == first
 
 
 def test_a_stage_that_changed_is_written_as_dvc_writes_it(project: Path) -> None:
-    repro()
     before = Path("dvc.lock").read_bytes()
     Path("code").write_text("# other")
     Path("out/t02/file").write_text("other")
@@ -100,8 +112,8 @@ def test_a_stage_that_changed_is_written_as_dvc_writes_it(project: Path) -> None
     assert ours != before
 
 
-def test_a_new_stage_is_written_as_dvc_writes_it(project: Path) -> None:
-    repro("make@t03", "make@t01")
+def test_a_new_stage_is_written_as_dvc_writes_it(make_project: Callable[[dict[str, str]], Path]) -> None:
+    repro(make_project(FILES), "make@t03", "make@t01")
     Path("out/t02").mkdir(parents=True)
     Path("out/t02/file").write_text("two")
     theirs, ours = both("make@t02")
@@ -109,7 +121,6 @@ def test_a_new_stage_is_written_as_dvc_writes_it(project: Path) -> None:
 
 
 def test_a_stage_that_did_not_change_leaves_the_file_alone(project: Path) -> None:
-    repro()
     before = Path("dvc.lock").stat()
     dumped(lockfile.Lockfile, "make@t01")
     after = Path("dvc.lock").stat()
@@ -128,7 +139,6 @@ def test_a_stage_that_did_not_change_leaves_the_file_alone(project: Path) -> Non
     ],
 )
 def test_a_lock_of_another_form_is_left_to_dvc(change: Callable[[str], str], project: Path) -> None:
-    repro()
     text = change(Path("dvc.lock").read_text())
     Path("dvc.lock").write_text(text)
     assert outcome(lambda: loaded(lockfile.Lockfile)) == outcome(lambda: loaded(dvcfile.Lockfile))
@@ -142,7 +152,6 @@ def outcome(work: Callable[[], Any]) -> Any:  # noqa: ANN401 - a value, or the t
 
 
 def test_a_lock_that_changed_since_is_read_again(project: Path) -> None:
-    repro()
     loaded(lockfile.Lockfile)
     text = Path("dvc.lock").read_text()
     Path("dvc.lock").write_text(text.replace("word: one", "word: uno"))
@@ -155,7 +164,6 @@ def test_a_lock_that_changed_since_is_read_again(project: Path) -> None:
 @pytest.fixture
 def many(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project's dvc.lock, of few entries, treated as one of many; and nothing that this process has read."""
-    repro()
     (project / ".sdlora").mkdir()
     monkeypatch.setattr(lockfile, "MANY", 2)
     monkeypatch.setattr(lockfile, "_entries", {})

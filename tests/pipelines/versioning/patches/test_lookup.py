@@ -19,6 +19,7 @@ from pipelines.project.errors import InputError
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.patches.lookup import changes_of
 from pipelines.versioning.plan import read_plan
+from tests.support.folders import write_project
 
 DVC_YAML = """
 stages:
@@ -46,9 +47,11 @@ stages:
 """
 
 
-@pytest.fixture
-def project(make_project: Callable[[dict[str, str]], Path]) -> Path:
-    folder = make_project(
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project all of whose stages DVC has run."""
+    folder = write_project(
+        tmp_path_factory.mktemp("made") / "project",
         {
             "dvc.yaml": DVC_YAML,
             "params.yaml": "block: {inner: 1, list: [1, 2]}\ntasks: {t1: {a: 1}, t2: {a: 2}, t3: {a: 3}}\n",
@@ -56,10 +59,17 @@ def project(make_project: Callable[[dict[str, str]], Path]) -> Path:
             "shared/one": "1",
             "shared/two": "2",
             ".gitignore": "/out/\n/all/\n",
-        }
+        },
     )
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=folder, check=True)
     return folder
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "project"))
+    return tmp_path / "project"
 
 
 def alone() -> dict[str, Any]:

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from dvc.utils.serialize import YAMLError, parse_yaml
 
 from pipelines.versioning.patches.runcache import is_whole
+from tests.support.folders import write_project
 from tests.support.repository import REPOSITORY
 
 DVC_YAML = """
@@ -29,18 +29,32 @@ stages:
 RUNS = Path(".dvc/cache/runs")
 
 
-@pytest.fixture
-def project(make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose one stage has run once, and a remote."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    folder = make_project({"dvc.yaml": DVC_YAML, "word": "one", ".gitignore": "/out\n/ran\n"})
-    (folder.parent / "remote").mkdir()
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "r", str(folder.parent / "remote")],
-        check=True,
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose one stage has run once, and beside it its remote."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "remote").mkdir()
+    folder = write_project(
+        root / "project", {"dvc.yaml": DVC_YAML, "word": "one", ".gitignore": "/out\n/ran\n"}
     )
-    dvc("repro")
-    return folder
+    with (folder / ".dvc/config").open("a") as config:
+        config.write("['remote \"r\"']\n    url = ../../remote\n")
+    text = (folder / ".dvc/config").read_text()
+    (folder / ".dvc/config").write_text(text.replace("[core]\n", "[core]\n    remote = r\n"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+        monkeypatch.chdir(folder)
+        dvc("repro")
+    return root
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
 
 
 def dvc(*arguments: str, status: int = 0) -> str:
