@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.project.environment import PLAIN_DVC
 from pipelines.project.layout import STEP_STAGES
 from pipelines.runtime.fork_server import STAGE_ENTRY
 from tests.support.commands import call, environment
@@ -56,11 +57,15 @@ def test_the_same_again_is_up_to_date(project: Path) -> None:
     assert call(project, "sdlora", "run").startswith("all up to date")
 
 
-def test_dvc_alone_from_nothing_leaves_the_same_bytes(project: Path) -> None:
-    """Neither Prefect nor the outer flow nor its fork servers are part of the result."""
+@pytest.mark.parametrize("command", [("dvc", "repro"), ("sdlora", "run")], ids=" ".join)
+def test_plain_dvc_from_nothing_leaves_the_same_bytes(
+    command: tuple[str, ...], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither Prefect nor the outer flow nor fork servers nor patches of DVC are part of the result."""
     lock, before = (project / "dvc.lock").read_text(), hashes(project)
     forget(project)
-    call(project, "dvc", "repro")
+    monkeypatch.setenv(PLAIN_DVC, "1")
+    call(project, *command)
     assert hashes(project) == before
     assert entries(project) == entries_of(lock)
 
