@@ -397,7 +397,7 @@ def doctor(
     Ends with status 2 if there is an error, with 0 if there are warnings only.
     """
     require_project()
-    from pipelines.planning.doctor import doctor as examine
+    from pipelines.planning.doctor.command import doctor as examine
 
     raise SystemExit(examine(source, as_json=as_json, quick=quick))
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
-from pipelines.project.params import Data, class_name_fault, missing_source
+from pipelines.project.param_checks import class_name_fault, missing_source
+from pipelines.project.settings import Data
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PARTS = ("train", "validation", "test")

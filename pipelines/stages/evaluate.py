@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, whole_folder, write_json
-from pipelines.project.params import Evaluation, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Evaluation
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
 

@@ -10,8 +10,9 @@ from pipelines.data.packed import PACKED, decode, device_room, memory_room, read
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
-from pipelines.project.params import Adapter, Training, read_params
+from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.project.settings import Adapter, Training
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import TERMINATED, stop_asked

@@ -9,8 +9,9 @@ from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
-from pipelines.project.params import Adapter, read_params
+from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.project.settings import Adapter
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:

@@ -44,7 +44,8 @@ from pipelines.data.sources import PARTS, Found, refuse, task_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
-from pipelines.project.params import Data, Task, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Data, Task
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult, stage
 
