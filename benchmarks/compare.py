@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.packed import ImageRow, decode, read_images, write_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import ImageRow, read_images, write_images
 from pipelines.project.files import natural_key
 from pipelines.project.param_checks import HEADS_OF
 from pipelines.project.settings import Digits, Glyphs100

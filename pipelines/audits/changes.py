@@ -27,7 +27,8 @@ from pipelines.audits.steps import (
     taken_for,
     test_pictures,
 )
-from pipelines.data.packed import decode, read_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import read_images
 from pipelines.project.errors import InputError
 from pipelines.reports.format import flattened
 from pipelines.runtime.progress import progress

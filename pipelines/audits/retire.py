@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images
-from pipelines.data.sources import read_source, refuse
+from pipelines.data.source_files import refuse
+from pipelines.data.sources import read_source
 from pipelines.ledger.receipts import (
     Kept,
     Packed,

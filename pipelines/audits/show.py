@@ -29,7 +29,8 @@ from pipelines.audits.steps import (
     test_pictures,
 )
 from pipelines.audits.tables import console, interval, plain, print_json, significant, table
-from pipelines.data.packed import open_picture, picture_hash, read_images, strict_pictures
+from pipelines.data.decoding import open_picture, picture_hash, strict_pictures
+from pipelines.data.packed import read_images
 from pipelines.data.sources import read_source
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key, read_json, sha256_of

@@ -60,7 +60,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
 
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
     """
-    from pipelines.data.packed import strict_pictures
+    from pipelines.data.decoding import strict_pictures
     from pipelines.runtime.progress import progress
     from sdlora.backbones import spell_out_attention
     from sdlora.classifier import merged_classifier
@@ -142,7 +142,7 @@ def _decoded_batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | str]]]:
     """Names with their pixels, or with why there are none, `size` at a time, some batches ahead, in threads."""
     waiting: deque[tuple[list[str], list[Future[np.ndarray | str]]]] = deque()
-    from pipelines.data.packed import decoding_threads
+    from pipelines.data.decoding import decoding_threads
 
     with ThreadPoolExecutor(decoding_threads()) as pool:
         try:
@@ -158,7 +158,7 @@ def _decoded_batches(
 
 
 def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
-    from pipelines.data.packed import open_picture
+    from pipelines.data.decoding import open_picture
 
     try:
         return preprocessing.pixels(open_picture(Path(name).read_bytes()))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.data.packed import PACKED, decode, device_room, memory_room, read_images, training_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import PACKED, read_images, training_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
@@ -15,6 +16,7 @@ from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter, Training
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
 from pipelines.runtime.console import log_line
+from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, members

@@ -4,7 +4,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data.packed import decode, memory_room, read_images, training_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import read_images, training_images
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
@@ -12,6 +13,7 @@ from pipelines.project.files import read_json, sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
+from pipelines.runtime.memory import memory_room
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from pipelines.data.decoding import picture_hash
 from pipelines.data.duplicates import (
     Print,
     leaking_pictures,
@@ -35,12 +36,12 @@ from pipelines.data.packed import (
     ImageRow,
     SampleRow,
     digest_of,
-    picture_hash,
     read_images,
     write_images,
     write_samples,
 )
-from pipelines.data.sources import PARTS, Found, refuse, task_images
+from pipelines.data.source_files import PARTS, Found, refuse
+from pipelines.data.sources import task_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json

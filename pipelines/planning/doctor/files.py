@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.data.class_folders import is_divided
+from pipelines.data.decoding import picture_hash
+from pipelines.data.division import divide
 from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
-from pipelines.data.packed import picture_hash, read_images
-from pipelines.data.sources import EXTENSIONS, WORDS, Found, divide, is_divided, read_source, visible
+from pipelines.data.packed import read_images
+from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
+from pipelines.data.sources import read_source
 from pipelines.planning.doctor.findings import Finding, count
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json

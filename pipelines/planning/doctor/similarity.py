@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipelines.data.division import divide
 from pipelines.data.packed import PACKED, read_images
-from pipelines.data.sources import Found, divide, read_source
+from pipelines.data.source_files import Found
+from pipelines.data.sources import read_source
 from pipelines.planning.doctor.files import Seen, packed_names
 from pipelines.planning.doctor.findings import Finding, count
 from pipelines.project.errors import InputError
@@ -174,7 +176,7 @@ def features_of(chosen: Mapping[str, Mapping[str, Sequence[Loader]]], base: Back
     import pyarrow as pa
     import torch
 
-    from pipelines.data.packed import decode
+    from pipelines.data.decoding import decode
     from sdlora.devices import best_device
     from sdlora.preprocessing import Preprocessing, normalise
 

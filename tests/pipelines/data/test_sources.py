@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.sources import Found, class_names, divide, read_source, task_images
+from pipelines.data.division import divide
+from pipelines.data.source_files import Found
+from pipelines.data.sources import class_names, read_source, task_images
 from pipelines.project.errors import InputError
 from pipelines.project.settings import Data
 

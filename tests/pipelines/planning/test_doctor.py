@@ -467,7 +467,8 @@ def test_the_command_says_it_in_its_exit_status() -> None:
 
 
 def test_the_page_about_data_names_every_check_ending_part_and_parameter() -> None:
-    from pipelines.data.sources import EXTENSIONS, METADATA, WORDS
+    from pipelines.data.manifests import METADATA
+    from pipelines.data.source_files import EXTENSIONS, WORDS
     from pipelines.project.settings import Data
 
     page = (REPOSITORY / "docs/reference/data.md").read_text(encoding="utf-8")
