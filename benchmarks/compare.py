@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.packed import ImageRow, decode, read_images, write_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import ImageRow, read_images, write_images
 from pipelines.project.files import natural_key
-from pipelines.project.params import HEADS_OF, Digits, Glyphs100
+from pipelines.project.param_checks import HEADS_OF
+from pipelines.project.settings import Digits, Glyphs100
 from pipelines.stages.fetch import KNOWN
 from sdlora.backbones import Backbone, create_backbone
 from sdlora.classifier import Learned, merged_classifier

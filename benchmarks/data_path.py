@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines.data import duplicates, packed, pixel_cache
-from pipelines.data.packed import decoding_threads, open_picture, picture_hash
+from pipelines.data import decoding, duplicates, pixel_cache
+from pipelines.data.decoding import decoding_threads, open_picture, picture_hash
 from pipelines.data.pixel_cache import PackedImages, pixel_batches
 from pipelines.project.environment import DECODED_GIB
 from pipelines.project.layout import DECODED
@@ -267,7 +267,7 @@ def measure_split(photographs: Sequence[bytes], rounds: int) -> tuple[list[Row],
         duplicates.perceptual_hash(picture)
 
     def threaded() -> None:
-        for _ in packed.in_parallel(lambda index: whole(photographs[index]), range(len(photographs))):
+        for _ in decoding.in_parallel(lambda index: whole(photographs[index]), range(len(photographs))):
             pass
 
     times = in_turn(

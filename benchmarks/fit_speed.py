@@ -195,7 +195,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     """A whole fit of ours from the bytes of the files, as the stage `fit` does it."""
     import pyarrow as pa
 
-    from pipelines.data.packed import decode
+    from pipelines.data.decoding import decode
     from sdlora.preprocessing import Preprocessing
 
     model = backbone(arguments.backbone)

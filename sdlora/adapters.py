@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -272,10 +272,3 @@ def merge_adapters(backbone: nn.Module) -> None:
     for module in list(backbone.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-
-
-@contextmanager
-def formed_once() -> Iterator[None]:
-    """Within this block every adapted weight is formed at its first use only (micro-batches, several passes)."""
-    with parametrize.cached():
-        yield

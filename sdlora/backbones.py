@@ -74,13 +74,7 @@ def create_backbone(
     """
     _require_pinned(name)
     if weights is not None:
-        if weights.suffix != ".safetensors":
-            raise ValueError(f"{weights}: only .safetensors files are loaded (other formats can run code)")
-        if not weights.is_file():
-            raise FileNotFoundError(
-                f"{weights}: no such weight file; correct backbone.weights or set it to null"
-            )
-        mapped_tensors(weights)  # a ValueError where it is not whole
+        _require_weights(weights)
     arguments = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(
@@ -112,6 +106,15 @@ def create_backbone(
         model=model.eval(),
         description=_describe(name, model, arguments, normalised=input_normalisation == "model"),
     )
+
+
+def _require_weights(weights: Path) -> None:
+    """Refuse a file of weights that is missing, not whole, or of a format that can run code."""
+    if weights.suffix != ".safetensors":
+        raise ValueError(f"{weights}: only .safetensors files are loaded (other formats can run code)")
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such weight file; correct backbone.weights or set it to null")
+    mapped_tensors(weights)  # a ValueError where it is not whole
 
 
 def _require_pinned(name: str) -> None:

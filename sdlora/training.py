@@ -100,11 +100,7 @@ class Fit:
         Raises:
             ValueError: no image, or a setting that does not fit the model.
         """
-        for name, (images, _) in tasks.items():
-            if not len(images):
-                raise ValueError(f"{name}: no training image")
-        if len(tasks) != 1 and not method.joint:
-            raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
+        _require_images(tasks, method)
         self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
         self._before, self._method, self._settings, self._team = before, method, settings, team
@@ -113,37 +109,16 @@ class Fit:
         model = IncrementalClassifier(
             backbone, earlier, targets=method.targets if targets is None else targets
         )
-        # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
-        # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
         if device.type == "cpu" and schedule.precision == "bf16":
             spell_out_attention(backbone)
+        # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
+        # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
         self.model = model.eval().to(device)
         self._dtype = next(model.backbone.parameters()).dtype
-        method.begin(
-            model,
-            before,
-            task=self.task,
-            settings=settings,
-            batches=self._batches,
-            generator=generator_for(seed, "directions", self.task),
-        )
-        labels, classes = [], 0
-        for name, (_, own) in tasks.items():
-            count = int(own.max()) + 1
-            block = initial_block(count, model.feature_size, generator=generator_for(seed, "head", name))
-            model.head.grow(HeadBlock(*(part.to(self._dtype) for part in block)))
-            labels.append(own.long() + classes)
-            classes += count
-        if method.trains_head:
-            model.head.train_newest(len(tasks))
-        model.to(device)
+        self._labels = self._begin(tasks)
         self._grown = list(tasks)
-        self._labels = torch.cat(labels).to(device)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # The new direction's factors are part of a snapshot even where one is not trained: another machine might
-        # not design it again to the bit.
-        current = {id(part) for target in model.targets.values() for part in (target.up, target.down)}
-        self._kept = {n: p for n, p in model.named_parameters() if p.requires_grad or id(p) in current}
+        self._kept = self._snapshot_parameters()
         self._optimizer = _make_optimizer(list(self._trained.values()), schedule) if self._trained else None
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -155,6 +130,42 @@ class Fit:
         self._compiled = torch.compile(model.features, dynamic=False) if schedule.compile else None
         self._constant = self._constant_features()
         self.curve: list[EpochRecord] = []
+
+    def _begin(self, tasks: Mapping[str, TaskImages]) -> Tensor:
+        """Have the method prepare the model, and give the head the rows of the tasks.
+
+        Returns:
+            The labels (n,) of all images among the new rows, on the device.
+        """
+        self._method.begin(
+            self.model,
+            self._before,
+            task=self.task,
+            settings=self._settings,
+            batches=self._batches,
+            generator=generator_for(self.seed, "directions", self.task),
+        )
+        labels, classes = [], 0
+        for name, (_, own) in tasks.items():
+            count = int(own.max()) + 1
+            generator = generator_for(self.seed, "head", name)
+            block = initial_block(count, self.model.feature_size, generator=generator)
+            self.model.head.grow(HeadBlock(*(part.to(self._dtype) for part in block)))
+            labels.append(own.long() + classes)
+            classes += count
+        if self._method.trains_head:
+            self.model.head.train_newest(len(tasks))
+        self.model.to(self._device)
+        return torch.cat(labels).to(self._device)
+
+    def _snapshot_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that a snapshot holds.
+
+        The new direction's factors are among them even where one is not trained: another machine might not design it
+        again to the bit.
+        """
+        current = {id(part) for target in self.model.targets.values() for part in (target.up, target.down)}
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad or id(p) in current}
 
     @property
     def device(self) -> torch.device:
@@ -390,6 +401,15 @@ class Fit:
             },
             memory={name: _copy(tensor) for name, tensor in memory.items()},
         )
+
+
+def _require_images(tasks: Mapping[str, TaskImages], method: Method) -> None:
+    """Refuse a task without images, and several tasks for a method that learns one at a time."""
+    for name, (images, _) in tasks.items():
+        if not len(images):
+            raise ValueError(f"{name}: no training image")
+    if len(tasks) != 1 and not method.joint:
+        raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
 
 
 def _copy(parameter: Tensor) -> Tensor:

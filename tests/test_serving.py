@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.data.packed import open_picture
+from pipelines.data.decoding import open_picture
 from pipelines.serving.export import export
 from pipelines.serving.exports.subject import Subject, reference_logits
 from sdlora.ledger import record_hash

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images
-from pipelines.data.sources import read_source, refuse
+from pipelines.data.source_files import refuse
+from pipelines.data.sources import read_source
 from pipelines.ledger.receipts import (
     Kept,
     Packed,
@@ -27,7 +28,7 @@ from pipelines.ledger.receipts import (
     read_receipts,
     receipt_of,
 )
-from pipelines.planning.tasks import replace_file, with_task, without_fetch
+from pipelines.planning.tasks import replace_file
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
@@ -48,7 +49,10 @@ from pipelines.project.layout import (
     TRAINED,
     StageName,
 )
-from pipelines.project.params import Fetch, Params, Task, read_text, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.params_text import with_task, without_fetch
+from pipelines.project.settings import Fetch, Task
+from pipelines.project.yaml_text import read_text, read_yaml
 from pipelines.runtime.console import echo
 from pipelines.versioning.artifacts import md5_of
 from pipelines.versioning.plan import Plan, read_plan

@@ -15,8 +15,9 @@ from pipelines.ledger.receipts import receipt_of
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import DVC_YAML, FITS, LOCK, MODELS, PARAMS, SPLITS, TRAINED, StageName
-from pipelines.project.params import Params, read_text, read_yaml
+from pipelines.project.params import Params
 from pipelines.project.provenance import library_versions
+from pipelines.project.yaml_text import read_text, read_yaml
 from pipelines.versioning.artifacts import Lock, Place, read_lock
 
 

@@ -30,7 +30,8 @@ from pipelines.project.layout import (
     TRAINED,
     StageName,
 )
-from pipelines.project.params import Gate, Params
+from pipelines.project.params import Params
+from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import Place, folder_md5, md5_of, read_lock
 
 if TYPE_CHECKING:

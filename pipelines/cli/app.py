@@ -370,7 +370,9 @@ def audit_show(
     require_project()
     if sum(given is not None for given in (class_name, image, task)) != 1:
         raise InputError("audit show: give one of --class, --image and --task")
-    from pipelines.audits.show import show_class, show_image, show_task
+    from pipelines.audits.show.class_history import show_class
+    from pipelines.audits.show.image_history import show_image
+    from pipelines.audits.show.task_history import show_task
 
     if class_name is not None:
         show_class(class_name, as_json=json)
@@ -397,7 +399,7 @@ def doctor(
     Ends with status 2 if there is an error, with 0 if there are warnings only.
     """
     require_project()
-    from pipelines.planning.doctor import doctor as examine
+    from pipelines.planning.doctor.command import doctor as examine
 
     raise SystemExit(examine(source, as_json=as_json, quick=quick))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.data.packed import in_parallel, open_picture, strict_pictures
-from pipelines.data.sources import PARTS, Fault, Found
+from pipelines.data.decoding import in_parallel, open_picture, strict_pictures
+from pipelines.data.source_files import PARTS, Fault, Found
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import UNREADABLE

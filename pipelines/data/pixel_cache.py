@@ -23,20 +23,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.data.packed import (
-    ANY_SIZE,
-    decode_one,
-    decoding_threads,
-    gibibytes,
-    read_images,
-    strict_pictures,
-)
+from pipelines.data.decoding import decode_one, decoding_threads, strict_pictures
+from pipelines.data.packed import read_images
 from pipelines.project.environment import DECODED_GIB
 from pipelines.project.error_text import one_line
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import fingerprint_of
 from pipelines.project.layout import DECODED
 from pipelines.runtime.console import log_line
+from pipelines.runtime.memory import ANY_SIZE, gibibytes
 
 if TYPE_CHECKING:
     import numpy as np

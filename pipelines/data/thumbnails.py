@@ -11,7 +11,8 @@ def data_uri(image: bytes) -> str:
     """Encode a small copy of an image, whatever its format, as one that every browser shows."""
     from PIL import Image
 
-    from pipelines.data.packed import ANY_SIZE, open_picture, strict_pictures
+    from pipelines.data.decoding import open_picture, strict_pictures
+    from pipelines.runtime.memory import ANY_SIZE
 
     with strict_pictures(ANY_SIZE):
         picture = open_picture(image)

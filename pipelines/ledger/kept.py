@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, write_json
 from pipelines.project.layout import KEPT
-from pipelines.project.params import Section
+from pipelines.project.settings import Section
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -15,7 +15,9 @@ from pydantic import AfterValidator, Field, ValidationError
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder, write_json
 from pipelines.project.layout import PARAMS, RETIRED
-from pipelines.project.params import Section, Task, Text, read_params, read_text, read_yaml
+from pipelines.project.params import read_params
+from pipelines.project.settings import Section, Task, Text
+from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
 from pipelines.versioning.artifacts import Objects, md5_of
@@ -219,7 +221,7 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
     kept = receipt.stages[stage]
     raw = read_yaml(read_text(PARAMS), origin=str(PARAMS))
     for key, was in kept.parameters.items():
-        now = value_at(raw, key)
+        now = value_at(raw, tuple(key.split(".")))
         if now != was:
             found, expected = (json.dumps(value, ensure_ascii=False) for value in (now, was))
             raise InputError(f"{gone} params.yaml: {key} is {found}, and was {expected}; put it back")
@@ -229,14 +231,6 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
                 f"{gone} {name} is not what it was made with; restore params.yaml, code and dvc.lock of then from "
                 "version control, and `dvc checkout`"
             )
-
-
-def value_at(raw: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401 - whatever YAML can hold
-    """The value of a dotted key as DVC names it; None where there is none."""
-    value: Any = raw
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def give_back(kept: Kept, folder: Path) -> None:

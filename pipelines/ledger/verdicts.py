@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.data.packed import read_images
 from pipelines.project.files import read_json, sha256_of
-from pipelines.project.params import Gate
+from pipelines.project.settings import Gate
 
 if TYPE_CHECKING:
     import pyarrow as pa

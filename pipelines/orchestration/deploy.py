@@ -10,7 +10,8 @@ from uuid import UUID
 from pipelines.orchestration.names import ARRIVED, DEPLOYMENT, WATCHDOG, WORK_TAG
 from pipelines.orchestration.server import PREFECT_SETTINGS, server_missing
 from pipelines.project.errors import InputError
-from pipelines.project.params import Params, Workers
+from pipelines.project.params import Params
+from pipelines.project.settings import Workers
 
 if TYPE_CHECKING:
     from prefect import Flow

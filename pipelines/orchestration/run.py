@@ -17,7 +17,8 @@ from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.layout import PREFECT, StageName
-from pipelines.project.params import Params, missing_source
+from pipelines.project.param_checks import missing_source
+from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
 from pipelines.runtime.stage import Rows, Stage, StageResult

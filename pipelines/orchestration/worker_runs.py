@@ -17,7 +17,8 @@ from pipelines.project.environment import PROJECT
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
-from pipelines.project.params import Params, Workers
+from pipelines.project.params import Params
+from pipelines.project.settings import Workers
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with
 from pipelines.versioning.repro import StageFailedError

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.ledger.verdicts import broken, measured_in, results_of
-from pipelines.planning.tasks import with_lines
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import EVALUATIONS, PARAMS
-from pipelines.project.params import Approval, Params, read_text
+from pipelines.project.params import Params
+from pipelines.project.params_text import with_lines
+from pipelines.project.settings import Approval
+from pipelines.project.yaml_text import read_text
 
 
 def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.catalog import LAYOUTS, Benchmark, load
-from pipelines.planning.tasks import (
-    chained,
-    last_index,
-    line_end,
-    refuse_computed,
-    replace_file,
-    shuffled,
-    task_line,
-    task_sizes,
-    with_block,
-)
+from pipelines.planning.tasks import chained, refuse_computed, replace_file, shuffled, task_sizes
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import PARAMS, RAW
-from pipelines.project.params import Params, Task, read_text, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.params_text import flow, task_line, with_block, with_value, yaml_nodes
+from pipelines.project.settings import Task
+from pipelines.project.yaml_text import read_text, read_yaml, value_at
 
 USUAL: dict[str, dict[str, Any]] = {
     "cub200": {"split": "official"},
@@ -81,7 +72,7 @@ def lay_over(
     raw = read_yaml(text, origin=str(path))
     if seed is not None:
         wanted["seed"] = seed
-    there = places(text)
+    there = yaml_nodes(text)
     lines = []
     for keys, value in leaves(wanted):
         present = value_at(raw, keys)
@@ -204,77 +195,3 @@ def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tu
             yield from leaves(value, keys)
         else:
             yield keys, value
-
-
-def value_at(block: object, keys: tuple[str, ...]) -> Any:  # noqa: ANN401 - whatever YAML can hold
-    """What stands under some keys; None where nothing does."""
-    for key in keys:
-        block = block.get(key) if isinstance(block, dict) else None
-    return block
-
-
-def places(text: str) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """The nodes of key and value under all keys that lead to them; they know their places in the text."""
-    from ruamel.yaml import YAML
-
-    found: dict[tuple[str, ...], tuple[Any, Any]] = {}
-
-    def walk(node: Any, where: tuple[str, ...]) -> None:  # noqa: ANN401 - ruamel nodes
-        for key, value in node.value:
-            found[(*where, key.value)] = (key, value)
-            if value.id == "mapping":
-                walk(value, (*where, key.value))
-
-    walk(YAML(typ="rt", pure=True).compose(text), ())
-    return found
-
-
-def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
-    """The text with a value in place of the present one; comments stay, and stay in their columns if they can.
-
-    Where the key is not there yet it becomes the last one of its block; whether it may be there is not asked.
-    """
-    found = places(text)
-    new = flow(value)
-    newline = "\r\n" if "\r\n" in text else "\n"
-    if keys in found:
-        key, node = found[keys]
-        start, end = node.start_mark.index, last_index(key, node)
-        if end <= start or (node.id != "scalar" and not node.flow_style):  # nothing, or lines of a block
-            start, new = text.index(":", key.end_mark.index) + 1, f" {new}"
-            end = max(start, end)
-        rest = text[end:]
-        if comment := re.match(r" +(?=#)", rest):
-            room = len(comment[0]) + (end - start) - len(new)
-            rest = " " * max(2, room) + rest[len(comment[0]) :]
-        return text[:start] + new + rest
-    line = f"{flow(keys[-1])}: {new}"
-    if len(keys) == 1:
-        return f"{text}{'' if text.endswith(newline) else newline}{line}{newline}"
-    key, block = found.get(keys[:-1], (None, None))
-    if block is None or block.id != "mapping" or not block.value:
-        return with_value(text, keys[:-1], {keys[-1]: value})
-    last_key, last_value = block.value[-1]
-    position = last_index(last_key, last_value)
-    if block.flow_style:
-        return f"{text[:position]}, {line}{text[position:]}"
-    position = line_end(text, position)
-    start = "" if text[:position].endswith("\n") else newline
-    return f"{text[:position]}{start}{' ' * last_key.start_mark.column}{line}{newline}{text[position:]}"
-
-
-def flow(value: object) -> str:
-    """A value as one writes it in a line of YAML."""
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(flow, value)) + "]"
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in NOT_TEXT:
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-"""Words that some reader of YAML takes for something else than text."""

@@ -1,9 +1,8 @@
 """Edits of the `tasks` block of `params.yaml`; every byte outside the edited lines stays as it is."""
 
-import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,10 @@ from pipelines.data.sources import class_names
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import PARAMS
-from pipelines.project.params import MANIFEST, Params, Task, read_text, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.params_text import task_line, with_block, with_line
+from pipelines.project.settings import MANIFEST, Task
+from pipelines.project.yaml_text import read_text, read_yaml
 
 
 def plan(
@@ -151,109 +153,6 @@ def refuse_computed(tasks: Mapping[Any, Any], path: Path) -> None:
             f"{path}: tasks: {', '.join(done)} already computed (artifacts/model); add to them with"
             " `sdlora add-task`, or replace them all with --force"
         )
-
-
-def task_line(key: str, task: Task) -> str:
-    """A task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
-    classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
-    plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
-    source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
-    manifest = f" manifest: {json.dumps(task.manifest, ensure_ascii=False)}," if task.manifest else ""
-    return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
-
-
-def with_block(text: str, tasks: Mapping[str, Task]) -> str:
-    """The text with its `tasks` block, or its end if it has none, replaced."""
-    return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
-
-
-def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
-    """The text with the block called `name`, or its end if it has none, replaced by one of these lines."""
-    end = "\r\n" if "\r\n" in text else "\n"
-    block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
-    nodes = block_nodes(text, name)
-    if nodes is None:
-        return text + ("" if text.endswith(end) else end) + block
-    key, value = nodes
-    return text[: key.start_mark.index] + block + text[line_end(text, last_index(key, value)) :]
-
-
-def with_line(text: str, key: str, task: Task) -> str:
-    """The text with one task more after the last one of its block."""
-    nodes = block_nodes(text, "tasks")
-    assert nodes is not None
-    _, value = nodes
-    last_key, last_value = value.value[-1]
-    if value.flow_style:
-        position = last_index(last_key, last_value)
-        return text[:position] + f", {task_line(key, task)}" + text[position:]
-    end = "\r\n" if "\r\n" in text else "\n"
-    position = line_end(text, last_index(last_key, last_value))
-    start = "" if text[:position].endswith(end) else end
-    return (
-        text[:position]
-        + start
-        + " " * last_key.start_mark.column
-        + task_line(key, task)
-        + end
-        + text[position:]
-    )
-
-
-def with_task(text: str, key: str, task: Task) -> str:
-    """The text with the entry of a task that it has replaced by one line."""
-    nodes = block_nodes(text, "tasks")
-    assert nodes is not None
-    start, end = next(
-        (name.start_mark.index, last_index(name, value))
-        for name, value in nodes[1].value
-        if name.value == key
-    )
-    return text[:start] + task_line(key, task) + text[end:]
-
-
-def without_fetch(text: str, names: Collection[str]) -> str:
-    """The text with data sets taken out of its `fetch` block; what is left of the block is written anew."""
-    nodes = block_nodes(text, "fetch")
-    assert nodes is not None
-    key, value = nodes
-    held = read_yaml(text, origin=str(PARAMS))["fetch"]
-    lines = [
-        f"{name}: {json.dumps(entry, ensure_ascii=False)}"
-        for name, entry in held.items()
-        if name not in names
-    ]
-    if lines:
-        return with_lines(text, "fetch", lines)
-    end = "\r\n" if "\r\n" in text else "\n"
-    return text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[line_end(text, last_index(key, value)) :]
-
-
-def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
-    """The nodes of a key at the top level and its value, which know their places in the text."""
-    from ruamel.yaml import YAML
-
-    root = YAML(typ="rt", pure=True).compose(text)
-    return next(((key, value) for key, value in root.value if key.value == name), None)
-
-
-def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
-    """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
-    if value.start_mark.index == value.end_mark.index:
-        return key.end_mark.index
-    if value.id == "scalar" and value.style in ("|", ">"):
-        text = value.start_mark.buffer[: value.end_mark.index]  # the end mark lies at what follows
-        return len(text.rstrip())
-    if value.id == "scalar" or value.flow_style:
-        return value.end_mark.index
-    last = value.value[-1]
-    return last_index(*last) if isinstance(last, tuple) else last_index(last, last)
-
-
-def line_end(text: str, index: int) -> int:
-    """Where the line of `index` ends, its comment and line break included."""
-    found = text.find("\n", index)
-    return len(text) if found < 0 else found + 1
 
 
 def replace_file(path: Path, text: str, *, expected: Mapping[str, Task]) -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from pipelines.project.params import Adapter, Params
+from pipelines.project.params import Params
+from pipelines.project.settings import Adapter
 from sdlora.formulations import FORMULATIONS
 from sdlora.methods import METHODS, Settings
 

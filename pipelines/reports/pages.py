@@ -10,17 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.reports.drawing import MANY_TASKS, PALETTE, Heat, draw_heat
 from pipelines.reports.figures import (
-    MANY_TASKS,
-    PALETTE,
-    Heat,
     accuracy_figures,
     accuracy_heat,
     bias_figure,
     bias_heat,
     calibration_figures,
     change_heat,
-    draw_heat,
     flip_figure,
     magnitude_figure,
     magnitude_heat,

@@ -7,14 +7,13 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
+from pipelines.reports.drawing import MANY_TASKS, draw_heat
 from pipelines.reports.figures import (
-    MANY_TASKS,
     accuracy_figures,
     accuracy_heat,
     bias_figure,
     calibration_figures,
     change_heat,
-    draw_heat,
     flip_figure,
     magnitude_figure,
     overlap_heat,

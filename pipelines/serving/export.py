@@ -134,7 +134,7 @@ def export(
 
 def check_pictures(subject: Subject, images: Path | None, count: int) -> list[Image]:
     """Pictures for the check, upright, on white and in the backbone's colours, spread over all there are."""
-    from pipelines.data.packed import open_picture, strict_pictures
+    from pipelines.data.decoding import open_picture, strict_pictures
     from sdlora.preprocessing import on_white
 
     mode = "L" if subject.preprocessing.input_size[0] == 1 else "RGB"

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING
 
 from pipelines.project.errors import InputError
-from pipelines.project.files import naming, natural_key
+from pipelines.project.files import natural_key
 from pipelines.runtime.console import printable
 from pipelines.runtime.devices import choose_bf16, choose_device
+from pipelines.serving.prediction_output import WRITERS, Row, opened
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sdlora.prediction import Guess
     from sdlora.preprocessing import Preprocessing
 
 AHEAD = 2
 """Batches that are decoded while another one is predicted."""
-
-
-class Row(NamedTuple):
-    """What is known of an image: the best guesses first, or why it could not be read."""
-
-    image: str
-    guesses: list[Guess]
-    error: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +49,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
 
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
     """
-    from pipelines.data.packed import strict_pictures
+    from pipelines.data.decoding import strict_pictures
     from pipelines.runtime.progress import progress
     from sdlora.backbones import spell_out_attention
     from sdlora.classifier import merged_classifier
@@ -142,7 +131,7 @@ def _decoded_batches(
 ) -> Iterator[tuple[list[str], list[np.ndarray | str]]]:
     """Names with their pixels, or with why there are none, `size` at a time, some batches ahead, in threads."""
     waiting: deque[tuple[list[str], list[Future[np.ndarray | str]]]] = deque()
-    from pipelines.data.packed import decoding_threads
+    from pipelines.data.decoding import decoding_threads
 
     with ThreadPoolExecutor(decoding_threads()) as pool:
         try:
@@ -158,7 +147,7 @@ def _decoded_batches(
 
 
 def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
-    from pipelines.data.packed import open_picture
+    from pipelines.data.decoding import open_picture
 
     try:
         return preprocessing.pixels(open_picture(Path(name).read_bytes()))
@@ -166,72 +155,3 @@ def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
         return error.strerror or type(error).__name__
     except ValueError as error:
         return str(error)
-
-
-# ---- what is written
-
-Write = Callable[[Row], None]
-
-
-def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
-    def write(row: Row) -> None:
-        value: dict[str, object] = {"image": row.image}
-        if row.error is None:
-            value["predictions"] = [
-                {"class": guess.name, "label": guess.label, "probability": guess.probability}
-                for guess in row.guesses
-            ]
-        else:
-            value["error"] = row.error
-        sink.write(json.dumps(value) + "\n")
-
-    return write
-
-
-def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
-    writer = csv.writer(sink, lineterminator="\n")
-    ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
-    writer.writerow(["image", *ranks, "error"])
-
-    def write(row: Row) -> None:
-        cells = [cell for guess in row.guesses for cell in (guess.name, f"{guess.probability:.6f}")]
-        writer.writerow([row.image, *(cells or [""] * len(ranks)), row.error or ""])
-
-    return write
-
-
-def _table(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
-    width = max(len(printable(name)) for name in classes)
-
-    def write(row: Row) -> None:
-        cells = [f"{printable(guess.name):{width}} {guess.probability:6.1%}" for guess in row.guesses]
-        sink.write("   ".join([*(cells or [f"not read: {row.error}"]), printable(row.image)]) + "\n")
-
-    return write
-
-
-WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], Write]] = {
-    "table": _table,
-    "jsonl": _jsonl,
-    "csv": _csv,
-}
-"""The formats by name."""
-
-
-@contextmanager
-def opened(path: Path | None) -> Iterator[TextIO]:
-    """A text file that is whole or absent, or standard output; a name that is no text keeps its bytes."""
-    if path is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")
-        yield sys.stdout
-        return
-    partial = path.parent / f".{path.name}.partial"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with naming(path), partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
-from pipelines.project.params import Backbone, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Backbone
 from pipelines.runtime.stage import StageResult, stage
 
 

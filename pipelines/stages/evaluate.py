@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, whole_folder, write_json
-from pipelines.project.params import Evaluation, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Evaluation
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from torch import nn
+
+    from pipelines.data.pixel_cache import PackedImages
+    from sdlora.preprocessing import Preprocessing
 
 
 @stage
@@ -35,34 +40,15 @@ def evaluate(
         classes: All classes so far, classes.json.
         out: Folder to leave; an existing one is replaced as a whole.
     """
-    import numpy as np
-    import pyarrow as pa
-
-    from pipelines.data.packed import write_rows
-    from pipelines.data.pixel_cache import PackedImages, pixel_batches
-    from sdlora.backbones import read_backbone, spell_out_attention
-    from sdlora.classifier import merged_classifier
-    from sdlora.devices import best_device, set_deterministic
-    from sdlora.evaluation import predict_batches
-    from sdlora.model_folder import read_model
+    from pipelines.data.pixel_cache import PackedImages
+    from sdlora.devices import set_deterministic
     from sdlora.preprocessing import Preprocessing
 
     settings = read_params("evaluation", Evaluation)
-    precision, batch_size = settings.precision, settings.batch_size
-    set_deterministic(read_params("training.deterministic", bool), tf32=precision == "tf32")
-    device = best_device()
-    base = read_backbone(backbone)
-    learned, record = read_model(model)
+    set_deterministic(read_params("training.deterministic", bool), tf32=settings.precision == "tf32")
     seen = read_json(classes)
-    if record["classes"] != seen["classes"]:
-        raise InputError(
-            f"{model}: its {len(record['classes'])} classes are not the {len(seen['classes'])} of {classes}; "
-            "run `sdlora run` to bring both up to date"
-        )
-    classifier = merged_classifier(base.model, learned).to(device)
-    if precision == "bf16" and device.type == "cpu":
-        spell_out_attention(base.model)
-    preprocessing = Preprocessing.of(base.description)
+    classifier, description = _classifier_of(model, backbone, seen["classes"], settings, origin=classes)
+    preprocessing = Preprocessing.of(description)
     packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
     held = read_json(validation / "tasks.json")["tasks"]
     selecting = {
@@ -70,66 +56,145 @@ def evaluate(
         for name in seen["tasks"]
         if name in held
     }
-    waiting = [*packed.items(), *selecting.items()]
-    of_tasks = [name for name, images in waiting for _ in range(0, len(images), batch_size)]
-    predictions_of = predict_batches(
-        classifier,
-        pixel_batches([images for _, images in waiting], batch_size=batch_size, device=device),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        device=device,
-        bf16=precision == "bf16",
+    predictions, confidences = _predict(
+        task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings
     )
-    columns: dict[str, list[np.ndarray]] = {"prediction": [], "confidence": []}
-    done = 0
-    with progress(f"evaluate {task}", total=sum(len(images) for _, images in waiting), unit="images") as bar:
-        for name, batch in zip(of_tasks, predictions_of, strict=True):
-            columns["prediction"].append(batch.classes.numpy().astype(np.int32))
-            columns["confidence"].append(batch.confidences.numpy())
-            done += len(batch.classes)
-            bar.update(done, task=name)
+    total = sum(len(images) for images in packed.values())
     tables = {name: images.table for name, images in packed.items()}
-    labels = np.concatenate([table["label"].to_numpy() for table in tables.values()])
-    predictions, chosen = np.split(np.concatenate(columns["prediction"]), [len(labels)])
-    confidences = np.concatenate(columns["confidence"])[: len(labels)]
-    ids = [sample for table in tables.values() for sample in table["id"].to_pylist()]
-    tasks = np.repeat(list(tables), [len(table) for table in tables.values()])
-    right = {name: int((predictions == labels)[tasks == name].sum()) for name in tables}
-    counts = {name: len(table) for name, table in tables.items()}
+    tested = _Tested(tables, predictions[:total], confidences[:total])
+    counts, right = tested.counts, tested.right
     with whole_folder(out) as folder:
-        write_rows(
-            folder / "predictions.arrow",
-            list(zip(ids, tasks.tolist(), labels, predictions, confidences, strict=True)),
-            {
-                "id": pa.string(),
-                "task": pa.string(),
-                "label": pa.int32(),
-                "prediction": pa.int32(),
-                "confidence": pa.float32(),
-            },
-        )
+        tested.write(folder / "predictions.arrow")
         write_json(
             folder / "metrics.json",
             {
                 "step": task,
-                "tasks": list(tables),
-                "accuracy": [round(right[name] / counts[name], 6) for name in tables],
+                "tasks": list(counts),
+                "accuracy": [round(right[name] / counts[name], 6) for name in counts],
                 "samples": list(counts.values()),
                 "correct": list(right.values()),
-                **validation_metrics(chosen, {name: images.table for name, images in selecting.items()}),
+                **validation_metrics(
+                    predictions[total:], {name: images.table for name, images in selecting.items()}
+                ),
             },
         )
-    return StageResult(
-        [
-            {
-                "step": task,
-                "task": name,
-                "accuracy": round(right[name] / counts[name], 4),
-                "images": counts[name],
-            }
-            for name in tables
-        ]
+    rows: list[dict[str, str | int | float]] = [
+        {"step": task, "task": name, "accuracy": round(right[name] / counts[name], 4), "images": counts[name]}
+        for name in counts
+    ]
+    return StageResult(rows)
+
+
+def _classifier_of(
+    model: Path, backbone: Path, classes: Sequence[Mapping[str, Any]], settings: Evaluation, *, origin: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the classifier of a step on the device, and the description of its backbone.
+
+    Raises:
+        InputError: it knows other classes than `classes`, which `origin` lists.
+    """
+    from sdlora.backbones import read_backbone, spell_out_attention
+    from sdlora.classifier import merged_classifier
+    from sdlora.devices import best_device
+    from sdlora.model_folder import read_model
+
+    device = best_device()
+    base = read_backbone(backbone)
+    learned, record = read_model(model)
+    if record["classes"] != classes:
+        raise InputError(
+            f"{model}: its {len(record['classes'])} classes are not the {len(classes)} of {origin}; "
+            "run `sdlora run` to bring both up to date"
+        )
+    classifier = merged_classifier(base.model, learned).to(device)
+    if settings.precision == "bf16" and device.type == "cpu":
+        spell_out_attention(base.model)
+    return classifier, base.description
+
+
+def _predict(
+    task: str,
+    classifier: nn.Module,
+    images: Sequence[tuple[str, PackedImages]],
+    preprocessing: Preprocessing,
+    settings: Evaluation,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted class and the confidence of all images, in order."""
+    import numpy as np
+
+    from pipelines.data.pixel_cache import pixel_batches
+    from sdlora.devices import best_device
+    from sdlora.evaluation import predict_batches
+
+    size, device = settings.batch_size, best_device()
+    tasks = [name for name, packed in images for _ in range(0, len(packed), size)]
+    batches = predict_batches(
+        classifier,
+        pixel_batches([packed for _, packed in images], batch_size=size, device=device),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        device=device,
+        bf16=settings.precision == "bf16",
     )
+    predictions: list[np.ndarray] = []
+    confidences: list[np.ndarray] = []
+    done = 0
+    with progress(f"evaluate {task}", total=sum(len(packed) for _, packed in images), unit="images") as bar:
+        for name, batch in zip(tasks, batches, strict=True):
+            predictions.append(batch.classes.numpy().astype(np.int32))
+            confidences.append(batch.confidences.numpy())
+            done += len(batch.classes)
+            bar.update(done, task=name)
+    return np.concatenate(predictions), np.concatenate(confidences)
+
+
+class _Tested(NamedTuple):
+    """The test images of all tasks, and what the step says of each."""
+
+    tables: Mapping[str, pa.Table]
+    """Task id → its images; the predictions are in this order."""
+    predictions: np.ndarray
+    confidences: np.ndarray
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return how many images each task has."""
+        return {name: len(table) for name, table in self.tables.items()}
+
+    @property
+    def right(self) -> dict[str, int]:
+        """Return how many images of each task are predicted right."""
+        hits = self.predictions == self._labels
+        return {name: int(hits[self._tasks == name].sum()) for name in self.tables}
+
+    def write(self, path: Path) -> None:
+        """Write one row for each image."""
+        import pyarrow as pa
+
+        from pipelines.data.packed import write_rows
+
+        ids = [sample for table in self.tables.values() for sample in table["id"].to_pylist()]
+        columns = (ids, self._tasks.tolist(), self._labels, self.predictions, self.confidences)
+        types = {
+            "id": pa.string(),
+            "task": pa.string(),
+            "label": pa.int32(),
+            "prediction": pa.int32(),
+            "confidence": pa.float32(),
+        }
+        write_rows(path, list(zip(*columns, strict=True)), types)
+
+    @property
+    def _labels(self) -> np.ndarray:
+        import numpy as np
+
+        return np.concatenate([table["label"].to_numpy() for table in self.tables.values()])
+
+    @property
+    def _tasks(self) -> np.ndarray:
+        import numpy as np
+
+        return np.repeat(list(self.tables), list(self.counts.values()))
 
 
 def validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:

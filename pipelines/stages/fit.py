@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.data.packed import PACKED, decode, device_room, memory_room, read_images, training_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import PACKED, read_images, training_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
-from pipelines.project.params import Adapter, Training, read_params
+from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.project.settings import Adapter, Training
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
 from pipelines.runtime.console import log_line
+from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, members
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     import torch
 
     from sdlora.team import Team
-    from sdlora.training import Fit
+    from sdlora.training import Fit, Schedule
+
+
+_OF_CHECKPOINTS = {"checkpoint_seconds", "checkpoint_store"}
+"""Training keys that say when and where checkpoints are kept."""
 
 
 class Choices(NamedTuple):
@@ -36,7 +43,7 @@ class Choices(NamedTuple):
     @property
     def decisive(self) -> dict[str, object]:
         """The training settings that change the result: all but where and how often checkpoints are kept."""
-        return self.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"})
+        return self.training.model_dump(exclude=_OF_CHECKPOINTS)
 
 
 def read_choices() -> Choices:
@@ -90,25 +97,12 @@ def fit(
         started, first = time.monotonic(), learner.step
         seen = _train(learner, store, every=training.checkpoint_seconds)
         seconds = time.monotonic() - started
-    last = learner.curve[-1] if learner.curve else None
     with whole_folder(out) as folder:
         write_fit(
             folder,
             learner.result(),
             curve=learner.curve,
-            description={
-                "task": task,
-                "classes": _own_classes(task, classes),
-                "adapter": choices.adapter.of_the_fit,
-                "split": read_json(train),
-                "code": code_hash(fit.fn),
-                "versions": library_versions(),
-                "training": choices.decisive,
-                "seed": choices.seed,
-                "steps": learner.total_steps,
-                "images": learner.images,
-                "trained_parameters": learner.trained_parameters,
-            },
+            description=_description(learner, choices, train, classes),
         )
     store.forget_old()
     if learner.step > first:
@@ -116,21 +110,38 @@ def fit(
         log_line(
             f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)"
         )
-    return StageResult(
-        [
-            {
-                "task": task,
-                "images": learner.images,
-                "trained parameters": learner.trained_parameters,
-                "steps": learner.total_steps,
-                **(
-                    {"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)}
-                    if last
-                    else {}
-                ),
-            }
-        ]
-    )
+    return StageResult([_row(learner)])
+
+
+def _row(learner: "Fit") -> dict[str, str | int | float]:
+    """Return the line that the table of a fit has."""
+    row: dict[str, str | int | float] = {
+        "task": learner.task,
+        "images": learner.images,
+        "trained parameters": learner.trained_parameters,
+        "steps": learner.total_steps,
+    }
+    if learner.curve:
+        last = learner.curve[-1]
+        row |= {"loss": round(last.loss, 4), "training accuracy": round(last.accuracy, 4)}
+    return row
+
+
+def _description(learner: "Fit", choices: Choices, train: Path, classes: Path) -> dict[str, object]:
+    """Return what a fit says of itself: all that decided its result, and how much it trained."""
+    return {
+        "task": learner.task,
+        "classes": _own_classes(learner.task, classes),
+        "adapter": choices.adapter.of_the_fit,
+        "split": read_json(train),
+        "code": code_hash(fit.fn),
+        "versions": library_versions(),
+        "training": choices.decisive,
+        "seed": choices.seed,
+        "steps": learner.total_steps,
+        "images": learner.images,
+        "trained_parameters": learner.trained_parameters,
+    }
 
 
 def take_part(
@@ -217,7 +228,7 @@ def _prepare(
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model
     from sdlora.preprocessing import Preprocessing
-    from sdlora.training import Fit, Schedule, TaskImages
+    from sdlora.training import Fit, TaskImages
 
     choices = read_choices()
     adapter, settings = choices.adapter, choices.training
@@ -244,23 +255,24 @@ def _prepare(
         method=method,
         settings=settings_of(adapter),
         targets=targets,
-        schedule=Schedule(
-            optimizer=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            decay=settings.schedule,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            crop_scale=settings.crop_scale,
-            flip=settings.flip,
-            precision=settings.precision,
-            compile=settings.compile,
-        ),
+        schedule=_schedule_of(settings),
         seed=choices.seed,
         device=device,
         team=team,
         image_room=device_room(),
     )
+
+
+def _schedule_of(training: Training) -> "Schedule":
+    """Return the schedule of a fit: its training settings but for where it runs and where it is kept."""
+    from sdlora.training import Schedule
+
+    settings = training.model_dump(exclude=_NOT_SCHEDULED)
+    return Schedule(decay=settings.pop("schedule"), **settings)
+
+
+_NOT_SCHEDULED = {"devices", "deterministic", *_OF_CHECKPOINTS}
+"""Training keys that say where and how a fit runs, and nothing of its steps."""
 
 
 def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) -> Path:

@@ -1,23 +1,31 @@
 """Stage `freeze`: turn a fit into a step: directions, magnitudes and head frozen, a record added to the ledger."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data.packed import decode, memory_room, read_images, training_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import read_images, training_images
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
-from pipelines.project.params import Adapter, read_params
+from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.project.settings import Adapter
+from pipelines.runtime.memory import memory_room
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
     from torch import Tensor
 
     from sdlora.classifier import Learned
+    from sdlora.freezing import FrozenStep
+    from sdlora.methods import FitResult
 
 
 @stage
@@ -39,13 +47,9 @@ def freeze(
         backbone: Model folder of step t00: the frozen backbone.
         out: Folder to leave; an existing one is replaced as a whole.
     """
-    from pipelines.project.method_settings import settings_of
-    from sdlora import freezing
     from sdlora.devices import set_deterministic
     from sdlora.fit_folder import read_fit
-    from sdlora.heads import HEADS
     from sdlora.ledger import record_hash
-    from sdlora.methods import METHODS
     from sdlora.model_folder import read_model, write_model
     from sdlora.seeding import generator_for
 
@@ -55,88 +59,133 @@ def freeze(
     adapter, seed = read_params("adapter", Adapter), read_params("seed", int)
     deterministic = read_params("training.deterministic", bool)
     set_deterministic(deterministic)
-    described = read_json(fit / "fit.json")
-    if described["task"] != task:
-        raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
-    if described["adapter"] != adapter.of_the_fit:
-        raise InputError(f"{fit}: made with another adapter block than that of params.yaml; run `sdlora run`")
+    described = _described_fit(fit, task, adapter)
     learned, record = read_model(before)
+    _require_head(adapter, record, before)
+    tasks = [*record["tasks"], task]
+    result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
+    features = TrainingFeatures(train, images, backbone)
+    step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
+    with whole_folder(out) as folder:
+        written = write_model(
+            folder,
+            step.learned,
+            {
+                "step": task,
+                "previous": record_hash(before),
+                "tasks": tasks,
+                **_inherited(record, described, task),
+                **_made_with(adapter, described, deterministic=deterministic),
+                **_learned_in(step, task, fit),
+            },
+            before=before,
+        )
+    row = {
+        "step": task,
+        "directions": len(step.learned.directions),
+        "classes": len(written["classes"]),
+        "record": record_hash(out)[:12],
+        "previous": written["previous"][:12],
+        **step.facts,
+    }
+    return StageResult([row])
+
+
+def _require_head(adapter: Adapter, record: Mapping[str, Any], before: Path) -> None:
+    """Refuse another head than that of the step before."""
     if record.get("head", adapter.head) != adapter.head:
         raise InputError(
             f"{before}: this step was made with head {record['head']!r}, params.yaml: adapter.head is "
             f"{adapter.head!r}; a chain keeps one of them (run `sdlora run` from the first task)"
         )
-    tasks = [*record["tasks"], task]
-    result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
-    step = freezing.freeze(learned, result, method=METHODS[adapter.method], settings=settings_of(adapter))
-    head = HEADS[adapter.head]
-    features = TrainingFeatures(train, images, backbone)
+
+
+def _frozen(
+    before: "Learned",
+    result: "FitResult",
+    adapter: Adapter,
+    features: "TrainingFeatures",
+    generator: "torch.Generator",
+) -> "FrozenStep":
+    """Return the step as the method freezes it, with the head that `params.yaml` chooses."""
+    from pipelines.project.method_settings import settings_of
+    from sdlora import freezing
+    from sdlora.heads import HEADS
+    from sdlora.methods import METHODS
+
+    step = freezing.freeze(before, result, method=METHODS[adapter.method], settings=settings_of(adapter))
     if step.changed:
         step = freezing.measured(step, features=features)
-    frozen = step.learned
-    if head.settle is not None:
-        frozen = freezing.settle_head(
-            learned,
-            frozen,
-            task=task,
-            labels=features.labels(),
-            features=features,
-            head=head,
-            covariance_rank=adapter.covariance_rank,
-            generator=generator_for(seed, "settle", task),
-        )
-    seen = [*record["classes"], *described["classes"]]
-    with whole_folder(out) as folder:
-        written = write_model(
-            folder,
-            frozen,
-            {
-                "step": task,
-                "previous": record_hash(before),
-                "backbone": record["backbone"],
-                "tasks": tasks,
-                "classes": seen,
-                "directions": list(frozen.directions),
-                "targets": described["targets"] or record.get("targets", []),
-                "method": adapter.method,
-                "needs_old_images": METHODS[adapter.method].joint,
-                "formulation": adapter.formulation,
-                "head": adapter.head,
-                "images": {**record.get("images", {}), task: described["split"]["images"]},
-                "split": described["split"],
-                "code": {"fit": described["code"], "freeze": code_hash(freeze.fn)},
-                "versions": library_versions(),
-                "determinism": "deterministic algorithms" if deterministic else "none required",
-                "metrics": last_epoch(fit),
-                "rank": max(
-                    (pair.down.shape[0] for pair in frozen.directions.get(task, {}).values()), default=0
-                ),
-                "parameters": {
-                    "adapter": adapter.model_dump(mode="json"),
-                    **{key: described[key] for key in ("training", "seed")},
-                },
-                "learned_magnitudes": learned_magnitudes(fit),
-                "magnitudes": {
-                    name: round(alpha.mean().item(), 6) for name, alpha in frozen.magnitudes.items()
-                },
-                "remembered": remembered(frozen),
-                "freezing": dict(step.facts),
-                "fit": {path.name: sha256_of(path) for path in sorted(fit.iterdir())},
-            },
-            before=before,
-        )
-    return StageResult(
-        [
-            {
-                "step": task,
-                "directions": len(frozen.directions),
-                "classes": len(seen),
-                "record": record_hash(out)[:12],
-                "previous": written["previous"][:12],
-                **step.facts,
-            }
-        ]
+    head = HEADS[adapter.head]
+    if head.settle is None:
+        return step
+    learned = freezing.settle_head(
+        before,
+        step.learned,
+        task=result.task,
+        labels=features.labels(),
+        features=features,
+        head=head,
+        covariance_rank=adapter.covariance_rank,
+        generator=generator,
     )
+    return replace(step, learned=learned)
+
+
+def _described_fit(fit: Path, task: str, adapter: Adapter) -> dict[str, Any]:
+    """Return what a fit says of itself, if it is the fit of `task` that `params.yaml` asks for."""
+    described: dict[str, Any] = read_json(fit / "fit.json")
+    if described["task"] != task:
+        raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
+    if described["adapter"] != adapter.of_the_fit:
+        raise InputError(f"{fit}: made with another adapter block than that of params.yaml; run `sdlora run`")
+    return described
+
+
+def _inherited(record: Mapping[str, Any], described: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the part of the new record that goes on from the record of the step before."""
+    return {
+        "backbone": record["backbone"],
+        "classes": [*record["classes"], *described["classes"]],
+        "targets": described["targets"] or record.get("targets", []),
+        "images": {**record.get("images", {}), task: described["split"]["images"]},
+        "split": described["split"],
+    }
+
+
+def _made_with(adapter: Adapter, described: Mapping[str, Any], *, deterministic: bool) -> dict[str, Any]:
+    """Return the part of the new record that says by which method, parameters and code the step was made."""
+    from sdlora.methods import METHODS
+
+    return {
+        "method": adapter.method,
+        "needs_old_images": METHODS[adapter.method].joint,
+        "formulation": adapter.formulation,
+        "head": adapter.head,
+        "code": {"fit": described["code"], "freeze": code_hash(freeze.fn)},
+        "versions": library_versions(),
+        "determinism": "deterministic algorithms" if deterministic else "none required",
+        "parameters": {
+            "adapter": adapter.model_dump(mode="json"),
+            **{key: described[key] for key in ("training", "seed")},
+        },
+    }
+
+
+def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
+    """Return the part of the new record that says what was learned, and what freezing made of it."""
+    learned = step.learned
+    newest = learned.directions.get(task, {})
+    return {
+        "directions": list(learned.directions),
+        "metrics": last_epoch(fit),
+        "rank": max((pair.down.shape[0] for pair in newest.values()), default=0),
+        "learned_magnitudes": learned_magnitudes(fit),
+        "magnitudes": {name: round(alpha.mean().item(), 6) for name, alpha in learned.magnitudes.items()},
+        "remembered": remembered(learned),
+        "freezing": dict(step.facts),
+        "fit": {path.name: sha256_of(path) for path in sorted(fit.iterdir())},
+    }
 
 
 def remembered(learned: "Learned") -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from pipelines.ledger.verdicts import broken, measured_in, results_of
 from pipelines.project.errors import GateClosedError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
-from pipelines.project.params import Approval, Gate, Task, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Approval, Gate, Task
 from pipelines.runtime.stage import StageResult, stage
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.project.files import whole_folder, write_json
-from pipelines.project.params import Task, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Task
 from pipelines.reports.history import read_history
 from pipelines.reports.pages import Pictures, render_page
 from pipelines.reports.plots import write_plots

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from pipelines.data.decoding import picture_hash
 from pipelines.data.duplicates import (
     Print,
     leaking_pictures,
@@ -35,16 +37,17 @@ from pipelines.data.packed import (
     ImageRow,
     SampleRow,
     digest_of,
-    picture_hash,
     read_images,
     write_images,
     write_samples,
 )
-from pipelines.data.sources import PARTS, Found, refuse, task_images
+from pipelines.data.source_files import PARTS, Found, refuse
+from pipelines.data.sources import task_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
-from pipelines.project.params import Data, Task, read_params
+from pipelines.project.params import read_params
+from pipelines.project.settings import Data, Task
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult, stage
 
@@ -71,6 +74,10 @@ class Picture(NamedTuple):
         """The picture without its bytes."""
         row = self.row
         return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
+
+    def print(self) -> Print:
+        """Return what the picture is compared by; messages show the path of its file."""
+        return print_of(self.sample(), shown=str(self.found.path))
 
 
 @stage
@@ -100,55 +107,23 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     first = len(earlier["classes"])
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
     labels = {name: first + i for i, name in enumerate(names)}
-    pictures = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
-    samples = [picture.sample() for picture in pictures]
-    prints = [print_of(sample, shown=str(p.found.path)) for p, sample in zip(pictures, samples, strict=True)]
-    known = [
-        print_of(sample, shown=f"{sample.id} of an earlier task")
-        for sample in earlier_samples(before, earlier["tasks"])
-    ]
-    left_out: list[int] = []
-    if data.duplicates == "leave_out":
-        left_out = leaking_pictures(prints, known)
-        pictures, samples, prints = (
-            without(pictures, left_out),
-            without(samples, left_out),
-            without(prints, left_out),
-        )
-        refuse_emptied(task, names, pictures, left_out)
-    refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
-    near = near_across_parts(prints, known)
-    if near:
-        log_line(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
+    read = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
+    known = list(earlier_prints(before, earlier["tasks"]))
+    pictures, left_out, near = _compared(task, names, read, known, data)
 
     parts = PARTS if data.validation is not None else ("train", "test")
-    classes = [{"label": labels[name], "name": name, "task": task} for name in names]
     counts = {name: dict.fromkeys(parts, 0) for name in names}
     for picture in pictures:
         counts[picture.found.name][picture.part] += 1
     with whole_folder(images) as packed, whole_folder(out) as folder:
         hand_on(before, folder)
-        rows = {part: [p.row for p in pictures if p.part == part] for part in PARTS}
-        write_images(packed / PACKED, rows["train"])
-        write_images(folder / "test" / f"{task}.arrow", rows["test"])
-        if data.validation is not None:
-            write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
-        list_validation(folder)
-        write_samples(folder / "samples" / f"{task}.arrow", samples)
-        trained = [sample for sample in samples if sample.split == "train"]
-        write_json(
-            folder / TRAINING,
-            {
-                "task": task,
-                "images": sha256_of(packed / PACKED),
-                "counts": {name: counts[name]["train"] for name in names},
-                "digest": digest_of(trained),
-            },
-        )
+        _write_pictures(pictures, task, folder, packed, validation=data.validation is not None)
+        classes = [{"label": labels[name], "name": name, "task": task} for name in names]
         write_json(
             folder / "classes.json",
             {"classes": earlier["classes"] + classes, "tasks": [*earlier["tasks"], task]},
         )
+        samples = [picture.sample() for picture in pictures]
         write_json(
             folder / "split.json",
             {
@@ -157,11 +132,58 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
                 "counts": counts,
                 "digest": digest_of(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
-                "near_duplicates": len(near),
-                "left_out": len(left_out),
+                "near_duplicates": near,
+                "left_out": left_out,
             },
         )
     return StageResult([{"class": name, **counts[name]} for name in names])
+
+
+def _compared(
+    task: str, names: Sequence[str], pictures: Sequence[Picture], known: Sequence[Print], data: Data
+) -> tuple[Sequence[Picture], int, int]:
+    """Compare the pictures of a task with each other and with those of earlier tasks.
+
+    Returns:
+        The pictures that stay, how many are left out, and how many are nearly the same as one in another split.
+
+    Raises:
+        InputError: the same picture stands where `data.duplicates` does not let it.
+    """
+    left_out: list[int] = []
+    if data.duplicates == "leave_out":
+        left_out = leaking_pictures([picture.print() for picture in pictures], known)
+        pictures = without(pictures, left_out)
+        refuse_emptied(task, names, pictures, left_out)
+    prints = [picture.print() for picture in pictures]
+    refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
+    near = near_across_parts(prints, known)
+    if near:
+        log_line(f"split {task}: warning: {near_line(near)}; `sdlora doctor` lists them")
+    return pictures, len(left_out), len(near)
+
+
+def _write_pictures(
+    pictures: Sequence[Picture], task: str, folder: Path, packed: Path, *, validation: bool
+) -> None:
+    """Write the training images to `packed`, what describes them, the other images and all samples to `folder`."""
+    rows = {part: [picture.row for picture in pictures if picture.part == part] for part in PARTS}
+    write_images(packed / PACKED, rows["train"])
+    write_images(folder / "test" / f"{task}.arrow", rows["test"])
+    if validation:
+        write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
+    list_validation(folder)
+    write_samples(folder / "samples" / f"{task}.arrow", [picture.sample() for picture in pictures])
+    trained = [picture for picture in pictures if picture.part == "train"]
+    write_json(
+        folder / TRAINING,
+        {
+            "task": task,
+            "images": sha256_of(packed / PACKED),
+            "counts": Counter(picture.found.name for picture in trained),
+            "digest": digest_of(picture.sample() for picture in trained),
+        },
+    )
 
 
 def hand_on(before: Path, folder: Path) -> None:
@@ -238,12 +260,11 @@ def read_task(
     return [pictures[index] for index in range(len(images))]
 
 
-def earlier_samples(before: Path, tasks: Iterable[str]) -> Iterator[SampleRow]:
-    """Every image of the tasks before, without its bytes."""
+def earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
+    """Yield what the pictures of the tasks before are compared by."""
     for task in tasks:
-        table = read_images(before / "samples" / f"{task}.arrow")
-        for row in table.to_pylist():
-            yield SampleRow(**row)
+        for row in read_images(before / "samples" / f"{task}.arrow").to_pylist():
+            yield print_of(SampleRow(**row), shown=f"{row['id']} of an earlier task")
 
 
 def print_of(sample: SampleRow, *, shown: str) -> Print:

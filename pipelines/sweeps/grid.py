@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.planning.experiments import flow, with_value
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
-from pipelines.project.params import Params, read_text, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.params_text import flow, with_value
+from pipelines.project.yaml_text import read_text, read_yaml
 
 MANY = 20
 """More chains than this are trained only by somebody who has seen how many they are."""

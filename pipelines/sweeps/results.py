@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.planning.experiments import flow
 from pipelines.project.files import read_json, write_json, write_whole
+from pipelines.project.params_text import flow
 from pipelines.reports.format import percent
 from pipelines.sweeps.grid import Chain
 

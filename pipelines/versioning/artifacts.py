@@ -13,7 +13,9 @@ from typing import Any
 
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import LOCK, StageName
-from pipelines.project.params import Fetch, Params, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.settings import Fetch
+from pipelines.project.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,14 @@ def test_dvc_yaml_is_readable_in_one_screen() -> None:
 
 
 def test_a_fit_is_keyed_by_every_training_parameter_that_matters_and_no_other() -> None:
-    from pipelines.project.params import Training
+    from pipelines.project.settings import Training
 
     listed = {key.removeprefix("training.") for key in stage("fit")["params"] if key.startswith("training.")}
     assert listed == set(Training.model_fields) - NOT_OF_THE_RESULT
 
 
 def test_a_fit_is_keyed_by_every_adapter_parameter_but_those_of_the_freezing() -> None:
-    from pipelines.project.params import AT_FREEZING, Adapter
+    from pipelines.project.settings import AT_FREEZING, Adapter
 
     listed = {key.removeprefix("adapter.") for key in stage("fit")["params"] if key.startswith("adapter.")}
     assert listed == set(Adapter.model_fields) - AT_FREEZING

@@ -116,7 +116,7 @@ def test_what_predict_sees_is_what_was_evaluated_in_every_format(tmp_path: Path)
     """A picture is decoded alike wherever it comes from: as a file, or packed."""
     import pyarrow as pa
 
-    from pipelines.data.packed import decode, open_picture
+    from pipelines.data.decoding import decode, open_picture
     from sdlora.preprocessing import Preprocessing
 
     put(tmp_path / "pictures", 7)

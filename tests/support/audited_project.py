@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.data.packed import (
-    ImageRow,
-    SampleRow,
-    open_picture,
-    picture_hash,
-    read_images,
-    write_images,
-    write_rows,
-    write_samples,
-)
+from pipelines.data.decoding import open_picture, picture_hash
+from pipelines.data.packed import ImageRow, SampleRow, read_images, write_images, write_rows, write_samples
 from pipelines.project.files import read_json, write_json
 from sdlora.ledger import record_bytes
 from tests.support.chains import encoded, make_chain, picture

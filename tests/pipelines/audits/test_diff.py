@@ -20,7 +20,8 @@ from scipy import stats
 from scipy.linalg import subspace_angles
 from typer.testing import CliRunner
 
-from pipelines.audits.diff import block_grid, share_out
+from pipelines.audits.diff_page import share_out
+from pipelines.audits.diff_tables import block_grid
 from pipelines.cli.app import app
 from pipelines.data.packed import read_images
 from pipelines.project.files import read_json
@@ -278,7 +279,7 @@ def test_overlaps_are_scipys_angles_with_the_space_of_all_earlier_directions(pro
 
 
 def test_random_spaces_overlap_as_much_as_chance_says() -> None:
-    from pipelines.audits.changes import overlap_of
+    from pipelines.audits.weight_changes import overlap_of
 
     rng = np.random.default_rng(0)
     found = [

@@ -17,7 +17,7 @@ from pipelines.data.duplicates import (
     refuse_unreadable,
     same_pictures,
 )
-from pipelines.data.sources import Found
+from pipelines.data.source_files import Found
 from pipelines.project.errors import InputError
 
 

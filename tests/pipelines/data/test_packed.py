@@ -7,22 +7,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.data.packed import (
-    ImageRow,
-    SampleRow,
-    decode,
-    decoding_threads,
-    device_room,
-    free_memory,
-    memory_room,
-    open_picture,
-    picture_hash,
-    read_images,
-    strict_pictures,
-    write_images,
-    write_samples,
-)
+from pipelines.data.decoding import decode, decoding_threads, open_picture, picture_hash, strict_pictures
+from pipelines.data.packed import ImageRow, SampleRow, read_images, write_images, write_samples
 from pipelines.project.errors import InputError
+from pipelines.runtime.memory import device_room, free_memory, memory_room
 from sdlora.preprocessing import Preprocessing
 from tests.support.repository import REPOSITORY
 
@@ -407,7 +395,7 @@ def test_a_disk_that_is_full_is_an_error_before_anything_is_decoded(
 
 
 def test_room_is_what_is_set_or_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.data.packed.CGROUP", tmp_path)
+    monkeypatch.setattr("pipelines.runtime.memory.CGROUP", tmp_path)
     whole = free_memory()
     assert 0 < memory_room() <= whole
     assert device_room() is None

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from pipelines.data import pixel_cache
-from pipelines.data.packed import ImageRow, decode, read_images, write_images
+from pipelines.data.decoding import decode
+from pipelines.data.packed import ImageRow, read_images, write_images
 from pipelines.data.pixel_cache import PackedImages, pixel_batches
 from pipelines.project.environment import DECODED_GIB
 from pipelines.project.errors import InputError

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.sources import Found, class_names, divide, read_source, task_images
+from pipelines.data.division import divide
+from pipelines.data.source_files import Found
+from pipelines.data.sources import class_names, read_source, task_images
 from pipelines.project.errors import InputError
-from pipelines.project.params import Data
+from pipelines.project.settings import Data
 
 OWN = Path("data/raw/own")
 DATA = Data(duplicates="refuse", test_fraction=0.2, seed=0, validation=None, max_pixels=100)

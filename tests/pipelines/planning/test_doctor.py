@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from pipelines.cli.app import report_error
-from pipelines.planning.doctor import Features, Finding, alike_findings, doctor, examine, pixel_findings
+from pipelines.planning.doctor.command import doctor
+from pipelines.planning.doctor.examination import examine
+from pipelines.planning.doctor.findings import Finding
+from pipelines.planning.doctor.similarity import Features, alike_findings, pixel_findings
 from pipelines.planning.tasks import add_task
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params
@@ -464,11 +467,13 @@ def test_the_command_says_it_in_its_exit_status() -> None:
 
 
 def test_the_page_about_data_names_every_check_ending_part_and_parameter() -> None:
-    from pipelines.data.sources import EXTENSIONS, METADATA, WORDS
-    from pipelines.project.params import Data
+    from pipelines.data.manifests import METADATA
+    from pipelines.data.source_files import EXTENSIONS, WORDS
+    from pipelines.project.settings import Data
 
     page = (REPOSITORY / "docs/reference/data.md").read_text(encoding="utf-8")
-    program = (REPOSITORY / "pipelines/planning/doctor.py").read_text(encoding="utf-8")
+    modules = sorted((REPOSITORY / "pipelines/planning/doctor").glob("*.py"))
+    program = "".join(module.read_text(encoding="utf-8") for module in modules)
     checks = set(re.findall(r'Finding\(\s*"(?:error|warning|ok)", "([a-z ]+)"', program)) - {"images"}
     assert len(checks) == 17
     assert {check for check in checks if f"`{check}`" not in page} == set()

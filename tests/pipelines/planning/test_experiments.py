@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.catalog import LAYOUTS, load
-from pipelines.planning.experiments import lay_over, places, plan_benchmark, value_at, with_value
+from pipelines.planning.experiments import lay_over, plan_benchmark
 from pipelines.planning.tasks import shuffled
 from pipelines.project.errors import InputError
-from pipelines.project.params import Params, read_yaml
+from pipelines.project.params import Params
+from pipelines.project.params_text import with_value, yaml_nodes
+from pipelines.project.yaml_text import read_yaml, value_at
 from pipelines.stages.fetch import KNOWN
 from tests.support.repository import REPOSITORY
 
@@ -221,7 +223,7 @@ def test_a_set_does_not_depend_on_the_one_before(table: str) -> None:
 
 def test_both_kinds_of_a_set_say_the_same_keys_but_for_the_head_that_reads_one_more() -> None:
     def keys(path: Path) -> set[tuple[str, ...]]:
-        return set(places(path.read_text(encoding="utf-8")))
+        return set(yaml_nodes(path.read_text(encoding="utf-8")))
 
     found = {frozenset(keys(path) - {("adapter", "covariance_rank")}) for path in EXPERIMENTS}
     assert len(found) == 1

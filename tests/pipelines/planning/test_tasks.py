@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.planning.tasks import add_task, plan, task_sizes, with_task, without_fetch
+from pipelines.planning.tasks import add_task, plan, task_sizes
 from pipelines.project.errors import InputError
-from pipelines.project.params import Params, Task
+from pipelines.project.params import Params
+from pipelines.project.params_text import with_task, without_fetch
+from pipelines.project.settings import Task
 from tests.support.repository import REPOSITORY
 
 SHIPPED = REPOSITORY / "params.yaml"

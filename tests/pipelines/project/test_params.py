@@ -5,15 +5,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.project.errors import InputError
-from pipelines.project.params import (
-    HEADS_OF,
-    READ_BY,
-    Adapter,
-    Params,
-    Section,
-    class_name_fault,
-    missing_source,
-)
+from pipelines.project.param_checks import HEADS_OF, READ_BY, class_name_fault, missing_source
+from pipelines.project.params import Params
+from pipelines.project.settings import Adapter, Section
 from tests.support.repository import REPOSITORY
 
 SHIPPED = REPOSITORY / "params.yaml"

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from scipy.linalg import subspace_angles
 from scipy.stats import binomtest
 
-from pipelines.reports.figures import COLD, HEAT, Heat, accuracy_heat, draw_heat, overlap_heat
+from pipelines.reports.drawing import COLD, HEAT, Heat, draw_heat
+from pipelines.reports.figures import accuracy_heat, overlap_heat
 from pipelines.reports.history import History, head_of, read_history
 from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import FLIPS_ON_THE_PAGE, Album, flipped_images

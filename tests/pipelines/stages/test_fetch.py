@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
-from pipelines.project.params import Digits, Fetch
+from pipelines.project.settings import Digits, Fetch
 from pipelines.stages import fetch as module
 from pipelines.stages.fetch import KNOWN, digits, distinct_images, fetch
 from tests.support.repository import REPOSITORY

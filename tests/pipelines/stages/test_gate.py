@@ -13,7 +13,8 @@ from pipelines.ledger.verdicts import broken, measure
 from pipelines.planning.approvals import approve
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, write_json
-from pipelines.project.params import Gate, Params
+from pipelines.project.params import Params
+from pipelines.project.settings import Gate
 from pipelines.stages.gate import gate
 from pipelines.stages.start import start
 from tests.support.evaluations import ROW, write_evaluation

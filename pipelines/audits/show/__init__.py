@@ -1,0 +1,1 @@
+"""`sdlora audit show`: one class, one image or one task through all steps."""

@@ -1,0 +1,142 @@
+"""`sdlora audit show --image`: one image through all steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.audits.show.class_history import TOP
+from pipelines.audits.steps import (
+    Project,
+    Record,
+    Step,
+    classifier_of,
+    near,
+    opened_project,
+    read_base,
+    samples_of,
+)
+from pipelines.audits.tables import console, print_json, significant, table
+from pipelines.data.decoding import open_picture, picture_hash, strict_pictures
+from pipelines.data.packed import read_images
+from pipelines.project.errors import InputError
+from pipelines.reports.format import percent
+from pipelines.runtime.console import printable
+from pipelines.runtime.devices import choose_bf16, choose_device
+from pipelines.runtime.progress import progress
+
+
+def show_image(which: str, *, as_json: bool) -> None:
+    """Print what every step's model says of an image."""
+    with opened_project() as project:
+        found = significant(image_history(project, which))
+    if as_json:
+        print_json(found)
+        return
+    out = console()
+    if found["known"]:
+        known = found["known"][0]
+        more = f", and {len(found['known']) - 1} more times" if len(found["known"]) > 1 else ""
+        what = "" if known["id"] == which else f"the same picture as {known['id']}{more}: "
+        out.print(
+            printable(
+                f"{which}: {what}a {known['part']} image of class {known['class']}, of {known['task']}"
+            ),
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        out.print(printable(f"{which}: no image of any task is this picture"), markup=False, soft_wrap=True)
+    rows = []
+    for row in found["steps"]:
+        guesses = [f"{guess['class']} {percent(guess['probability'])}" for guess in row["guesses"]]
+        verdict = {True: "right", False: "wrong", None: ""}[row["right"]]
+        if row["right"] is None and found["known"]:
+            verdict = "class unknown yet"
+        rows.append([row["step"], *(guesses + [""] * TOP)[:TOP], verdict])
+    out.print()
+    out.print(
+        table("Best guesses of each step, %", ["step", "first", "second", "third", ""], rows, texts=range(5))
+    )
+
+
+def image_history(project: Project, which: str) -> Record:
+    """The best guesses of every step for a file, or for a test image by its id; whether the first one is right.
+
+    `known` are the images of the chain that show the very same picture, whatever file it is in.
+    """
+    import torch
+
+    from sdlora.devices import set_deterministic
+    from sdlora.prediction import best_guesses
+    from sdlora.preprocessing import Preprocessing
+
+    names = project.evaluated()
+    last = project.step(names[-1])
+    data = image_bytes(last, which)
+    with strict_pictures():
+        try:
+            picture = open_picture(data)
+        except ValueError as error:
+            raise InputError(f"{printable(which)}: {error}") from None
+    known = known_as(last, picture_hash(picture))
+    truths = {entry["class"] for entry in known}
+    set_deterministic(True)
+    device: torch.device = choose_device("auto")
+    base = read_base(last)
+    preprocessing = Preprocessing.of(base.description)
+    pixels = preprocessing.pixels(picture)
+    rows = []
+    with progress("image", total=len(names)) as bar:
+        for done, name in enumerate(names, start=1):
+            step = project.step(name)
+            classes = [entry["name"] for entry in step.classes]
+            model = classifier_of(step, base)
+            bf16 = choose_bf16("auto", device)
+            guesses = best_guesses(
+                model, [pixels], preprocessing, classes, top=min(TOP, len(classes)), bf16=bf16
+            )
+            right = guesses[0][0].name in truths if truths & set(classes) else None
+            rows.append(
+                {
+                    "step": name,
+                    "guesses": [
+                        {
+                            "class": guess.name,
+                            "task": step.classes[guess.label]["task"],
+                            "probability": guess.probability,
+                        }
+                        for guess in guesses[0]
+                    ],
+                    "right": right,
+                }
+            )
+            bar.update(done)
+    return {"image": which, "known": known, "steps": rows}
+
+
+def image_bytes(last: Step, which: str) -> bytes:
+    """The bytes of a file, or of the test image of that id; an `InputError` says that it is neither."""
+    if Path(which).is_file():
+        return Path(which).read_bytes()
+    task = which.partition("/")[0]
+    if task in last.tasks and (path := last.test_images(task)) is not None:
+        images = read_images(path)
+        ids = images["id"].to_pylist()
+        if which in ids:
+            return images["image"][ids.index(which)].as_py()
+    known = [row["id"] for row in samples_of(last) if row["split"] == "test"]
+    if which in known:
+        raise InputError(f"{printable(which)}: the test images of {task} are gone; name a file of it instead")
+    raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
+
+
+def known_as(step: Step, picture: str) -> list[Record]:
+    """The images of the chain that show a picture, by its `picture_hash`."""
+    found = []
+    for row in samples_of(step):
+        if row["pixels"] == picture:
+            owner = step.classes[row["label"]]
+            found.append(
+                {"id": row["id"], "part": row["split"], "class": owner["name"], "task": owner["task"]}
+            )
+    return found

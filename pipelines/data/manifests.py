@@ -1,0 +1,262 @@
+"""Sources of manifests: tables that list images with their labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.data.source_files import (
+    EXTENSIONS,
+    PARTS,
+    WORDS,
+    Fault,
+    Found,
+    Source,
+    linked_folder,
+    no_image,
+)
+from pipelines.project.errors import InputError
+from pipelines.project.files import natural_key
+from pipelines.project.param_checks import class_name_fault
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Manifests that are found by themselves, at the top of a source or in its train/ and test/."""
+PATH_COLUMNS = ("path", "file_name")
+
+
+class Row(NamedTuple):
+    """One line of a manifest."""
+
+    where: str
+    """the manifest and the line or row"""
+    file: Any
+    label: Any
+    part: Any
+
+
+def manifests(folder: Path, manifest: str | None) -> list[tuple[Path, str | None]]:
+    """The manifests of a source, each with the part that its place says; none where classes are folders."""
+    if manifest is not None:
+        return [(folder / manifest, None)]
+    places = {folder: None, **{folder / word: part for word, part in WORDS.items()}}
+    found = [(place / name, part) for place, part in places.items() for name in METADATA]
+    found = [(path, part) for path, part in found if path.is_file()]
+    for path, part in found[1:]:
+        if part is None or found[0][1] is None or path.parent == found[0][0].parent:
+            raise InputError(
+                f"{path}: a second manifest beside {found[0][0]}; remove one, or name one as the task's manifest"
+            )
+    return found
+
+
+def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path, str | None]]) -> Source:
+    """The images that manifests list for the classes `names`."""
+    rows: list[tuple[Found, Row]] = []
+    faults = []
+    wanted = set(names)
+    for path, part in tables:
+        for row in read_manifest(path):
+            label = class_of(row)
+            if isinstance(label, Fault):
+                faults.append(label)
+                continue
+            file = file_of(row, path.parent, check=label in wanted)
+            its = part_of(row, given=part)
+            if isinstance(file, Fault) or isinstance(its, Fault):
+                if label in wanted:
+                    faults += [fault for fault in (file, its) if isinstance(fault, Fault)]
+                continue
+            relative = file if path.parent == folder else f"{path.parent.name}/{file}"
+            rows.append((Found(folder / relative, its, label, relative), row))
+    rows = list(_by_place(rows))
+    faults += _listed_twice(rows, wanted)
+    if any(found.part is not None for found, _ in rows):
+        faults += [
+            Fault(row.where, "no split, which other lines have", "write train, validation or test")
+            for found, row in rows
+            if found.part is None and found.name in wanted
+        ]
+        rows = [(found, row) for found, row in rows if found.part is not None]
+    listed = [found for found, _ in rows if found.name in wanted]
+    faults += _in_linked_folders(folder, listed)
+    present = {found.name for found in listed}
+    for name in names:
+        if name not in present:
+            remedy = "add its images, or correct the task's classes in params.yaml"
+            faults.append(Fault(str(tables[0][0]), f"no row has the label {name!r}", remedy))
+    position = {name: index for index, name in enumerate(names)}
+    listed.sort(
+        key=lambda found: (PARTS.index(found.part or "train"), position[found.name], natural_key(found.file))
+    )
+    return Source(listed, faults)
+
+
+def _by_place(rows: list[tuple[Found, Row]]) -> Iterator[tuple[Found, Row]]:
+    """Where no row says its part and every path begins with a folder of a part's name, that is the part."""
+    heads = {found.file.split("/")[0] if "/" in found.file else "" for found, _ in rows}
+    by_place = heads and all(found.part is None for found, _ in rows) and heads <= set(WORDS)
+    for found, row in rows:
+        yield (found._replace(part=WORDS[found.file.split("/")[0]]) if by_place else found), row
+
+
+def _listed_twice(rows: Sequence[tuple[Found, Row]], wanted: set[str]) -> Iterator[Fault]:
+    first: dict[str, tuple[Found, Row]] = {}
+    for found, row in rows:
+        known, its_row = first.setdefault(found.file, (found, row))
+        if its_row is row or not {found.name, known.name} & wanted:
+            continue
+        what = f"{found.file} stands in {its_row.where} already"
+        if known.name != found.name:
+            what += f", with another label ({known.name!r}, here {found.name!r})"
+        elif known.part != found.part:
+            what += f", in another part ({known.part}, here {found.part})"
+        yield Fault(row.where, what, "remove one of the two lines")
+
+
+def _in_linked_folders(folder: Path, listed: Iterable[Found]) -> Iterator[Fault]:
+    places = {place for found in listed for place in list(Path(found.file).parents)[:-1]}
+    for place in sorted(places):
+        if (folder / place).is_symlink():
+            yield linked_folder(folder / place)
+
+
+def class_of(row: Row) -> str | Fault:
+    """The class of a row: text as it is, a whole number as its decimal digits."""
+    label = str(row.label) if type(row.label) is int else row.label
+    if not isinstance(label, str):
+        what = "the label is empty" if label is None else f"the label is {label!r}"
+        return Fault(row.where, what, "write text or a whole number")
+    fault = class_name_fault(label)
+    return Fault(row.where, f"the label {label!r} {fault}", "rename the class") if fault else label
+
+
+def part_of(row: Row, *, given: str | None) -> str | Fault | None:
+    """The part of a row: what its manifest's place says, else its own word."""
+    if given is not None or row.part is None:
+        return given
+    word = str(row.part).strip().lower()
+    if word not in WORDS:
+        return Fault(row.where, f"the split is {row.part!r}", "write train, validation or test")
+    return WORDS[word]
+
+
+def file_of(row: Row, home: Path, *, check: bool) -> str | Fault:
+    """The path of a row, relative to its manifest; whether there is such an image is asked only to `check`."""
+    file = row.file
+    if not isinstance(file, str) or not file:
+        if isinstance(file, dict):
+            return Fault(
+                row.where, "the image is inside the manifest", "write it as a file and its path here"
+            )
+        return Fault(row.where, f"the path is {file!r}", "write the path of the image file")
+    if not file.isprintable():
+        return Fault(row.where, f"the path {file!a} is not printable text", "rename the file")
+    if posixpath.isabs(file) or file[1:3] == ":\\":
+        return Fault(row.where, f"the path {file!r} is absolute", "write it relative to the manifest")
+    if "\\" in file:
+        return Fault(row.where, f"the path {file!r} has backslashes", "write /")
+    clean = posixpath.normpath(file)
+    if clean.split("/")[0] == "..":
+        return Fault(row.where, f"the path {file!r} leaves the folder", "put the image below the manifest")
+    if check:
+        path = home / clean
+        if path.suffix.lower() not in EXTENSIONS:
+            return no_image(f"{row.where}: {clean}")
+        if not path.is_file():
+            return Fault(row.where, f"there is no file {clean}", "add it, or remove the line")
+    return clean
+
+
+def read_manifest(path: Path) -> Iterator[Row]:
+    """The rows of a manifest; an `InputError` names a file that is none, or lacks a column."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: the manifest is missing; put it there, or correct the task") from None
+    reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix)
+    if reader is None:
+        raise InputError(f"{path}: not a manifest by its name; known are .csv, .jsonl and .parquet")
+    return reader(path, data)
+
+
+def _csv_rows(path: Path, data: bytes) -> Iterator[Row]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        columns = columns_of(path, header)
+        for cells in lines:
+            where = f"{path}: line {lines.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                what = f"{len(cells)} fields, the first line has {len(header)}"
+                raise InputError(f"{where}: {what}; put text with a comma in double quotes")
+            yield _row(where, dict(zip(header, cells, strict=True)), columns)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {lines.line_num}: not valid CSV ({error}); mend that line") from None
+
+
+def _jsonl_rows(path: Path, data: bytes) -> Iterator[Row]:
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            fault = " ".join(str(error).split())
+            raise InputError(f"{where}: not valid JSON ({fault}); mend that line") from None
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{where}: expected an object, found {line[:40].decode(errors='replace')}; mend it"
+            )
+        yield _row(where, record, columns_of(where, list(record)))
+
+
+def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        columns = columns_of(path, file.schema_arrow.names)
+        table = file.read(columns=[name for name in columns if name is not None])
+    except (pa.ArrowException, OSError) as error:
+        fault = " ".join(str(error).split())
+        raise InputError(f"{path}: not a Parquet file ({fault}); write it anew") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield _row(f"{path}: row {number}", record, columns)
+
+
+def columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
+    """The columns of path, label and split (None where there is none) among those of a manifest."""
+    paths = [name for name in PATH_COLUMNS if name in names]
+    found = ", ".join(map(str, names)) or "none"
+    if len(paths) != 1:
+        what = "both path and file_name stand" if paths else "neither path nor file_name stands"
+        hint = " (a manifest is separated by commas)" if len(names) == 1 and ";" in names[0] else ""
+        raise InputError(f"{where}: {what} among the columns {found}{hint}; name one of them so")
+    if "label" not in names:
+        raise InputError(
+            f"{where}: no column label among {found}; add it, or move the file out of the source"
+        )
+    for name in (paths[0], "label", "split"):
+        if list(names).count(name) > 1:
+            raise InputError(f"{where}: two columns {name}; remove one")
+    return paths[0], "label", "split" if "split" in names else None
+
+
+def _row(where: str, record: Mapping[str, Any], columns: tuple[str, str, str | None]) -> Row:
+    path, label, split = columns
+    # A column without a word in this row is a word of its own, and not one of the known.
+    part = None if split is None else record[split] if record[split] is not None else ""
+    return Row(where, record[path], record[label], part)

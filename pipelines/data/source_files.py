@@ -1,0 +1,75 @@
+"""Image files of a source, each with its split and class, and faults that the user has to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.project.errors import InputError
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PARTS = ("train", "validation", "test")
+WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""What people call the parts: the words that the Hugging Face hub knows."""
+
+
+class Fault(NamedTuple):
+    """Something that the user has to mend."""
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
+
+
+class Found(NamedTuple):
+    """An image file of a source."""
+
+    path: Path
+    part: str | None
+    """train, validation or test; None where the source does not say"""
+    name: str
+    """its class"""
+    file: str
+    """what tells it from others of its class: the file's name, or its path as the manifest has it"""
+
+
+class Source(NamedTuple):
+    """The image files of some classes of a source, and what is wrong with it."""
+
+    images: list[Found]
+    faults: list[Fault]
+
+
+def refuse(faults: Sequence[Fault]) -> None:
+    """Refuse what has faults: the first in full, the number of the others."""
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise InputError(f"{faults[0]}{more}")
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, hidden files aside; nothing where there is no folder."""
+    return [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+
+
+def holds_folders(folder: Path) -> bool:
+    """Whether a folder holds a visible folder."""
+    return any(entry.name[0] != "." and entry.is_dir() for entry in folder.iterdir())
+
+
+def linked_folder(folder: Path) -> Fault:
+    # DVC does not walk into it, so a changed image would not be noticed.
+    what = "a link to a folder, in which DVC would not notice a changed image"
+    return Fault(str(folder), what, "link the source folder as a whole, or copy the images")
+
+
+def no_image(where: str) -> Fault:
+    return Fault(where, "not an image by its name", f"remove it (known are {' '.join(EXTENSIONS)})")

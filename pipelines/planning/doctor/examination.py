@@ -1,0 +1,95 @@
+"""The examination of a new source, or of all tasks and the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipelines.data.duplicates import Print
+from pipelines.data.sources import class_names
+from pipelines.planning.doctor.duplicates import duplicate_findings, name_findings
+from pipelines.planning.doctor.files import Seen, known_prints, look_at
+from pipelines.planning.doctor.findings import Finding, count
+from pipelines.planning.doctor.machine import load_backbone, machine_findings
+from pipelines.planning.doctor.similarity import backbone_findings
+from pipelines.planning.tasks import inside_project, known_tasks, next_task
+from pipelines.project.errors import InputError
+from pipelines.project.layout import PARAMS
+from pipelines.project.param_checks import class_name_fault
+from pipelines.project.params import Params
+from pipelines.project.settings import Fetch
+from pipelines.project.yaml_text import read_text
+
+
+def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
+    """All findings: of the machine if no source is given, then of each task; `quick` leaves the backbone out."""
+    findings: list[Finding] = []
+    if source is None:
+        params = Params.load()
+        checked = set(params.tasks)
+        findings += machine_findings(params)
+    else:
+        found = as_next_task(source, findings)
+        if found is None:
+            return findings
+        params, checked = found
+    base = None if quick else load_backbone(params, findings)
+    fetched = frozenset(name for name in Fetch.names() if params.fetch.entry(name) is not None)
+    seen: dict[str, Seen] = {}
+    earlier: list[Print] = []
+    for key, task in params.tasks.items():
+        if key in checked and task.retired:
+            what = f"its images were deleted; others are compared with their hashes ({task.source})"
+            findings.append(Finding("ok", "images", key, what, [], ""))
+        if key in checked and not task.retired:
+            seen[key] = look_at(key, task, params.data, findings, fetched=fetched)
+            findings += duplicate_findings(key, seen[key].prints, earlier, params.data)
+            earlier += seen[key].prints
+        else:
+            earlier += known_prints(key, task, params.data, findings)
+    findings += name_findings(params.tasks, checked)
+    if base is not None:
+        findings += backbone_findings(params.tasks, seen, base, params.data)
+    for key in seen:
+        if not any(finding.task == key and finding.level != "ok" for finding in findings):
+            what = f"{count(seen[key].images, 'image')} of {count(params.tasks[key].classes, 'class')}, nothing amiss"
+            findings.append(Finding("ok", "images", key, what, [], ""))
+    order = {key: position for position, key in enumerate(["", *params.tasks])}
+    return sorted(findings, key=lambda finding: order[finding.task])
+
+
+def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str]] | None:
+    """The parameters with the source as next task, and the tasks to examine; None if it can be none.
+
+    Where all its classes are tasks already, those tasks are examined.
+    """
+    text = read_text(PARAMS)
+    known = known_tasks(text, PARAMS)
+    owner = {name: key for key, task in known.items() for name in task.classes}
+    try:
+        folder, manifest = inside_project(source, PARAMS)
+        names = class_names(Path(folder), manifest=manifest, shown=folder)
+    except InputError as error:
+        findings.append(Finding("error", "source", "", str(error), [], ""))
+        return None
+    bad = {name: fault for name in names if (fault := class_name_fault(name))}
+    new = [name for name in names if name not in owner and name not in bad]
+    old = [name for name in names if name in owner]
+    if bad:
+        where = [
+            f"{json.dumps(name, ensure_ascii=not name.isprintable())} {fault}" for name, fault in bad.items()
+        ]
+        findings.append(
+            Finding(
+                "error", "class names", "", f"{count(bad, 'class')} cannot have its name", where, "rename"
+            )
+        )
+    if not new:
+        if old and not bad:
+            return Params.parse(text, origin=str(PARAMS)), {owner[name] for name in old}
+        return None
+    key, _, _, with_it = next_task(source, classes=new)
+    if old:
+        what = f"{count(old, 'class')} of it learned already, left out here and by `sdlora add-task`"
+        findings.append(Finding("warning", "classes", key, what, [f"{n} ({owner[n]})" for n in old], ""))
+    return Params.parse(with_it, origin=str(PARAMS)), {key}

@@ -1,0 +1,164 @@
+"""Findings about the image files of a task: what cannot be read, what is left out, few or uneven images."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.data.class_folders import is_divided
+from pipelines.data.decoding import picture_hash
+from pipelines.data.division import divide
+from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
+from pipelines.data.packed import read_images
+from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
+from pipelines.data.sources import read_source
+from pipelines.planning.doctor.findings import Finding, count
+from pipelines.project.errors import InputError
+from pipelines.project.files import read_json
+from pipelines.project.layout import RAW, SPLITS
+from pipelines.project.settings import Data, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+FEW = 5
+"""Images of a class in a part below which it is named."""
+UNEVEN = 10
+"""Largest class ÷ smallest, in training images, from which a task is called uneven."""
+
+
+@dataclass
+class Seen:
+    """What was found in the files of one task."""
+
+    images: list[Found] = field(default_factory=list)
+    """those that can be read"""
+    prints: list[Print] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    """the shorter side of each, in pixels"""
+
+
+def look_at(
+    key: str, task: Task, data: Data, findings: list[Finding], *, fetched: frozenset[str] = frozenset()
+) -> Seen:
+    """Read every image of a task; what is wrong with the files joins the findings.
+
+    A source that `sdlora run` would fetch, by its name among `fetched`, may be missing.
+    """
+    folder = Path(task.source)
+    if not folder.is_dir() and folder.parent == RAW and folder.name in fetched:
+        remedy = f"run `sdlora fetch {folder.name}`"
+        findings.append(Finding("warning", "source", key, f"{folder} is not fetched yet", [], remedy))
+        return Seen()
+    try:
+        source = read_source(folder, task.classes, manifest=task.manifest)
+        divided = divide(source.images, data)
+    except InputError as error:
+        findings.append(Finding("error", "source", key, str(error), [], ""))
+        return Seen()
+    faults = [*source.faults, *divided.faults]
+    if faults:
+        what = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'} of the source"
+        findings.append(Finding("error", "source", key, what, [str(fault) for fault in faults], "mend each"))
+    unread = list(left_out(folder)) if task.manifest is None and folder.is_dir() else []
+    if unread:
+        what = f"{len(unread)} things are not read"
+        findings.append(Finding("warning", "source", key, what, unread, "move them into a class, or away"))
+
+    looks: dict[int, tuple[Print, int]] = {}
+
+    def look(index: int, data: bytes, picture: Image) -> None:
+        found = divided.images[index]
+        looks[index] = (print_of(found, picture), min(picture.size))
+
+    unreadable = read_pictures(f"read {key}", divided.images, look, max_pixels=data.max_pixels)
+    if unreadable:
+        where = [f"{divided.images[index].path} ({fault})" for index, fault in unreadable.items()]
+        what = f"{count(where, 'image')} cannot be read"
+        findings.append(Finding("error", "unreadable", key, what, where, "replace or remove each"))
+    whole = sorted(looks)
+    seen = Seen(
+        [divided.images[index] for index in whole],
+        [looks[index][0] for index in whole],
+        [looks[index][1] for index in whole],
+    )
+    findings += balance_findings(key, seen.images)
+    return seen
+
+
+def print_of(found: Found, picture: Image) -> Print:
+    """What a picture is compared by; its class's name is its label, since every class has one task."""
+    assert found.part is not None
+    return Print(str(found.path), found.part, found.name, picture_hash(picture), perceptual_hash(picture))
+
+
+def left_out(folder: Path) -> Iterator[str]:
+    """Images and folders that stand where no class folder is, and classes that are in test/ and not in train/."""
+    divided = is_divided(folder)
+    learned = {path.name for path in visible(folder / "train")}
+    for place in [folder, *(folder / word for word in WORDS)] if divided else [folder]:
+        for path in sorted(visible(place)):
+            if path.suffix.lower() in EXTENSIONS and path.is_file():
+                yield printable(str(path))
+            elif divided and path.is_dir() and path.name not in (WORDS if place == folder else learned):
+                yield printable(f"{path}/")
+
+
+def printable(text: str) -> str:
+    """The text, or its escape sequences where a terminal could not show it."""
+    return text if text.isprintable() else ascii(text)
+
+
+def balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:
+    """Classes with few images, and tasks in which one class has many times what another has."""
+    counts: dict[str, Counter[str]] = {part: Counter() for part in ("train", "validation", "test")}
+    for found in images:
+        assert found.part is not None
+        counts[found.part][found.name] += 1
+    for part, reason in (("train", "to learn from"), ("test", "for an accuracy that means something")):
+        few = {name: number for name, number in counts[part].items() if number < FEW}
+        if few:
+            what = f"{count(few, 'class')} with fewer than {FEW} {part} images {reason}"
+            where = [f"{name}: {number}" for name, number in sorted(few.items(), key=lambda item: item[1])]
+            yield Finding("warning", "few images", key, what, where, "add images")
+    train = counts["train"]
+    if train and max(train.values()) >= UNEVEN * min(train.values()):
+        (most, high), (least, low) = train.most_common()[0], train.most_common()[-1]
+        what = f"uneven classes: {most} has {high} training images, {least} {low}"
+        what += f" (median {statistics.median(train.values()):g})"
+        remedy = "add images of small classes; accuracy over all images says little about them"
+        yield Finding("warning", "imbalance", key, what, [], remedy)
+
+
+def packed_names(key: str) -> dict[int, str]:
+    """Label → class of what was packed for a task: its classes in params.yaml may have changed since."""
+    return {entry["label"]: entry["name"] for entry in read_json(SPLITS / key / "classes.json")["classes"]}
+
+
+def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> list[Print]:
+    """What the pictures of a task that is not examined are compared by: as it was packed, else from its source."""
+    packed = SPLITS / key / "samples" / f"{key}.arrow"
+    if packed.is_file():
+        rows = read_images(packed).to_pylist()
+        names = packed_names(key)
+        return [
+            Print(
+                f"{row['id']} of {key}",
+                row["split"],
+                names[row["label"]],
+                row["pixels"],
+                row["perceptual"],
+            )
+            for row in rows
+        ]
+    passed: list[Finding] = []
+    seen = look_at(key, task, data, passed)
+    if any(finding.level == "error" for finding in passed):
+        what = f"{key} has errors of its own, so not all of its pictures were compared with"
+        findings.append(Finding("warning", "source", key, what, [], "run `sdlora doctor` without a folder"))
+    return seen.prints

@@ -1,0 +1,198 @@
+"""Checks of choices that must go together: between keys, between tasks, and with the names of files."""
+
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipelines.project.layout import RAW, RETIRED
+from pipelines.project.settings import (
+    MANIFEST,
+    Adapter,
+    Approval,
+    Backbone,
+    Cub200,
+    Fetch,
+    ImageNetA,
+    ImageNetR,
+    Task,
+    Workers,
+)
+from pipelines.project.yaml_text import show_key, show_value
+
+SDLORA = ("sdlora", "sdlora-rr", "sdlora-kd")
+READ_BY = {
+    "magnitude_start": SDLORA,
+    "magnitudes": SDLORA,
+    "initial_up": SDLORA,
+    "compress": SDLORA,
+    "penalty": ("olora", "nlora", "clora"),
+}
+"""Keys of `adapter` that are null by default, and the methods that read them."""
+HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
+"""Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
+TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
+
+
+def class_name_fault(name: str) -> str | None:
+    """Why a class cannot have this name, which is also its folder's, or None."""
+    if not name.strip() or name != name.strip():
+        return "is empty or has blanks at an end"
+    if "/" in name or "\\" in name:
+        return "has a path separator"
+    if name.startswith("."):
+        return "starts with a dot, as hidden folders do"
+    if not name.isprintable():
+        return "has characters that cannot be printed"
+    return None
+
+
+def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
+    """What to do about a source folder that is not there; `fetch` is what params.yaml brings, where that is known."""
+    if str(source).startswith(f"{RETIRED}/"):
+        return "it holds the receipt of deleted images; restore it from version control"
+    folder, name = posixpath.split(posixpath.normpath(str(source)))
+    if folder == str(RAW) and name in Fetch.names():
+        if fetch is not None and fetch.entry(name) is None:
+            return (
+                f"{name} is not in fetch (retiring a task takes it out); copy the folder from a clone that has it, "
+                "or add the entry"
+            )
+        return f"run `sdlora fetch {name} --out data/raw/{name}`, or `sdlora run`, which does"
+    return "put images there, one folder for each class, or correct the path"
+
+
+def fetch_faults(fetch: Fetch) -> Iterator[str]:
+    """A divided archive of one's own, and its hash, go with the split `archive` and with no other."""
+    for name in Fetch.names():
+        entry = fetch.entry(name)
+        if not isinstance(entry, ImageNetR | ImageNetA | Cub200):
+            continue
+        for key in ("archive", "sha256"):
+            value = getattr(entry, key)
+            if entry.split == "archive" and value is None:
+                what = (
+                    "its path" if key == "archive" else f"what `sha256sum` prints of {entry.archive or 'it'}"
+                )
+                yield f"fetch.{name}.{key}: the split is your own archive, found nothing; write {what}"
+            if entry.split != "archive" and value is not None:
+                yield (
+                    f"fetch.{name}.{key}: found {show_value(value)}, but the split {entry.split} does not read it;"
+                    " remove it, or write split: archive"
+                )
+
+
+def backbone_faults(backbone: Backbone) -> Iterator[str]:
+    """A local file and its hash come together: DVC cannot watch a file that only some choices name."""
+    if backbone.weights and not backbone.sha256:
+        yield (
+            f"backbone.sha256: found null, expected the hash of {backbone.weights};"
+            " write what `sha256sum` prints of it"
+        )
+    if backbone.sha256 and not backbone.weights:
+        yield "backbone.sha256: found a hash without backbone.weights; name the file, or set it to null"
+
+
+def adapter_faults(adapter: Adapter) -> Iterator[str]:
+    """Choices that exclude each other."""
+    heads = HEADS_OF.get(adapter.method, (adapter.head,))
+    if adapter.head not in heads:
+        expected = " or ".join(heads)
+        yield f"adapter.head: found {show_value(adapter.head)}, expected {expected} with the method {adapter.method}"
+    for key, methods in READ_BY.items():
+        value = getattr(adapter, key)
+        if value is not None and adapter.method not in methods:
+            yield f"adapter.{key}: found {show_value(value)}, but {adapter.method} does not read it; write null"
+    carried = adapter.magnitudes or ("carried" if adapter.formulation == "continuous" else "restarted")
+    if adapter.method == "sdlora-kd" and carried == "restarted":
+        yield (
+            "adapter.magnitudes: sdlora-kd keeps what it absorbs in the earlier magnitudes, which restarted would "
+            "throw away; write carried"
+        )
+    for start in adapter.rank_schedule:
+        if not re.fullmatch(TASK_KEY, start):
+            yield f"adapter.rank_schedule: found {show_value(start)}, expected a task's key; write t01, t02, ..."
+    if (adapter.rank_schedule or adapter.method == "sdlora-rr") and "t01" not in adapter.rank_schedule:
+        yield "adapter.rank_schedule: the first tasks have no rank; add t01"
+    if adapter.targets and len(set(adapter.targets)) < len(adapter.targets):
+        yield f"adapter.targets: found {', '.join(adapter.targets)}; name each projection once"
+    if adapter.formulation == "paper" and adapter.initial_up == "zero":
+        yield (
+            "adapter.initial_up: zero gives a direction without a norm, which the formulation paper divides by; "
+            "write uniform or null"
+        )
+
+
+def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
+    """What is wrong between the tasks: their keys, the chain of `after`, their sources and classes."""
+    if not tasks:
+        yield "tasks: no task is listed; write some with `sdlora plan FOLDER` or `sdlora add-task FOLDER`"
+    before, number = "t00", 0
+    owner: dict[str, str] = {}
+    for position, (key, task) in enumerate(tasks.items(), start=1):
+        where = f"tasks.{show_key(key)}"
+        if not re.fullmatch(TASK_KEY, key):
+            yield f"{where}: a task's key is t01, t02, ...; rename it, to t{position:02d} for example"
+        elif int(key[1:]) <= number:
+            yield f"{where}: stands after {before}; keep the tasks in ascending order"
+        else:
+            number = int(key[1:])
+        if task.after != before:
+            rule = (
+                "the first task comes after t00" if before == "t00" else "each comes after the one above it"
+            )
+            yield f"{where}.after: found {show_value(task.after)}, expected {before}; {rule}"
+        if fault := _source_fault(task.source):
+            yield f"{where}.source: {show_value(task.source)} {fault}"
+        if task.retired and (task.source, task.manifest) != (f"{RETIRED}/{key}", None):
+            yield (
+                f"{where}.source: {show_value(task.source)} is where receipts of deleted images are, expected "
+                f"{RETIRED}/{key} and no manifest; put back what `sdlora retire` wrote"
+            )
+        if task.manifest is not None and not re.fullmatch(MANIFEST, task.manifest):
+            yield (
+                f"{where}.manifest: found {show_value(task.manifest)}, expected the name of a .csv, .jsonl or "
+                ".parquet file in the source folder; name that file, its folder being the source"
+            )
+        if not task.classes:
+            yield f"{where}.classes: the list is empty; name at least one class folder"
+        for name in task.classes:
+            if fault := class_name_fault(name):
+                yield f"{where}.classes: {show_value(name)} {fault}; rename the class and its folder"
+            elif owner.get(name) == key:
+                yield f"{where}.classes: {show_value(name)} stands there twice; remove one"
+            elif name in owner:
+                yield f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one"
+            owner.setdefault(name, key)
+        before = key
+
+
+def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]) -> Iterator[str]:
+    for key in approvals:
+        if key not in tasks:
+            yield f"approvals.{show_key(key)}: there is no such task; known are {', '.join(tasks)}"
+
+
+def worker_faults(workers: Workers) -> Iterator[str]:
+    """An inbox inside the project, and times and places that go together."""
+    if fault := _source_fault(workers.inbox):
+        yield f"workers.inbox: {show_value(workers.inbox)} {fault}"
+    if workers.push and not workers.branch:
+        yield "workers.branch: found nothing (null), but workers.push names where to push it; name a branch"
+    if workers.dead_after_seconds < 2 * workers.heartbeat_seconds:
+        yield (
+            f"workers.dead_after_seconds: found {workers.dead_after_seconds}, expected at least"
+            f" {2 * workers.heartbeat_seconds}, two heartbeats: one may be late"
+        )
+
+
+def _source_fault(source: str) -> str | None:
+    if posixpath.isabs(source):
+        return "is absolute, which no other machine shares; give a path inside the project (a link will do)"
+    if posixpath.normpath(source).split("/")[0] in ("..", "."):
+        return "is not a folder inside the project; copy or link the images into data/raw"
+    if not re.fullmatch(r"[\w./+@%=-]+", source) or source.startswith("-"):
+        return (
+            "has characters that a command line would not leave alone; use letters, digits and . _ - + @ % ="
+        )
+    return None

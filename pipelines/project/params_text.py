@@ -1,0 +1,180 @@
+"""Edits of the text of `params.yaml`. Every byte outside the edited lines stays as it is, comments too."""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pipelines.project.layout import PARAMS
+from pipelines.project.settings import Task
+from pipelines.project.yaml_text import read_yaml
+
+
+def task_line(key: str, task: Task) -> str:
+    """A task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
+    classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
+    source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
+    manifest = f" manifest: {json.dumps(task.manifest, ensure_ascii=False)}," if task.manifest else ""
+    return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
+
+
+def with_block(text: str, tasks: Mapping[str, Task]) -> str:
+    """The text with its `tasks` block, or its end if it has none, replaced."""
+    return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
+
+
+def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
+    """The text with the block called `name`, or its end if it has none, replaced by one of these lines."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
+    nodes = block_nodes(text, name)
+    if nodes is None:
+        return text + ("" if text.endswith(end) else end) + block
+    key, value = nodes
+    return text[: key.start_mark.index] + block + text[line_end(text, last_index(key, value)) :]
+
+
+def with_line(text: str, key: str, task: Task) -> str:
+    """The text with one task more after the last one of its block."""
+    nodes = block_nodes(text, "tasks")
+    assert nodes is not None
+    _, value = nodes
+    last_key, last_value = value.value[-1]
+    if value.flow_style:
+        position = last_index(last_key, last_value)
+        return text[:position] + f", {task_line(key, task)}" + text[position:]
+    end = "\r\n" if "\r\n" in text else "\n"
+    position = line_end(text, last_index(last_key, last_value))
+    start = "" if text[:position].endswith(end) else end
+    return (
+        text[:position]
+        + start
+        + " " * last_key.start_mark.column
+        + task_line(key, task)
+        + end
+        + text[position:]
+    )
+
+
+def with_task(text: str, key: str, task: Task) -> str:
+    """The text with the entry of a task that it has replaced by one line."""
+    nodes = block_nodes(text, "tasks")
+    assert nodes is not None
+    start, end = next(
+        (name.start_mark.index, last_index(name, value))
+        for name, value in nodes[1].value
+        if name.value == key
+    )
+    return text[:start] + task_line(key, task) + text[end:]
+
+
+def without_fetch(text: str, names: Collection[str]) -> str:
+    """The text with data sets taken out of its `fetch` block; what is left of the block is written anew."""
+    nodes = block_nodes(text, "fetch")
+    assert nodes is not None
+    key, value = nodes
+    held = read_yaml(text, origin=str(PARAMS))["fetch"]
+    lines = [
+        f"{name}: {json.dumps(entry, ensure_ascii=False)}"
+        for name, entry in held.items()
+        if name not in names
+    ]
+    if lines:
+        return with_lines(text, "fetch", lines)
+    end = "\r\n" if "\r\n" in text else "\n"
+    return text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[line_end(text, last_index(key, value)) :]
+
+
+def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
+    """The nodes of a key at the top level and its value, which know their places in the text."""
+    from ruamel.yaml import YAML
+
+    root = YAML(typ="rt", pure=True).compose(text)
+    return next(((key, value) for key, value in root.value if key.value == name), None)
+
+
+def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
+    """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
+    if value.start_mark.index == value.end_mark.index:
+        return key.end_mark.index
+    if value.id == "scalar" and value.style in ("|", ">"):
+        text = value.start_mark.buffer[: value.end_mark.index]  # the end mark lies at what follows
+        return len(text.rstrip())
+    if value.id == "scalar" or value.flow_style:
+        return value.end_mark.index
+    last = value.value[-1]
+    return last_index(*last) if isinstance(last, tuple) else last_index(last, last)
+
+
+def line_end(text: str, index: int) -> int:
+    """Where the line of `index` ends, its comment and line break included."""
+    found = text.find("\n", index)
+    return len(text) if found < 0 else found + 1
+
+
+def yaml_nodes(text: str) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """The nodes of key and value under all keys that lead to them; they know their places in the text."""
+    from ruamel.yaml import YAML
+
+    found: dict[tuple[str, ...], tuple[Any, Any]] = {}
+
+    def walk(node: Any, where: tuple[str, ...]) -> None:  # noqa: ANN401 - ruamel nodes
+        for key, value in node.value:
+            found[(*where, key.value)] = (key, value)
+            if value.id == "mapping":
+                walk(value, (*where, key.value))
+
+    walk(YAML(typ="rt", pure=True).compose(text), ())
+    return found
+
+
+def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
+    """The text with a value in place of the present one; comments stay, and stay in their columns if they can.
+
+    Where the key is not there yet it becomes the last one of its block; whether it may be there is not asked.
+    """
+    found = yaml_nodes(text)
+    new = flow(value)
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if keys in found:
+        key, node = found[keys]
+        start, end = node.start_mark.index, last_index(key, node)
+        if end <= start or (node.id != "scalar" and not node.flow_style):  # nothing, or lines of a block
+            start, new = text.index(":", key.end_mark.index) + 1, f" {new}"
+            end = max(start, end)
+        rest = text[end:]
+        if comment := re.match(r" +(?=#)", rest):
+            room = len(comment[0]) + (end - start) - len(new)
+            rest = " " * max(2, room) + rest[len(comment[0]) :]
+        return text[:start] + new + rest
+    line = f"{flow(keys[-1])}: {new}"
+    if len(keys) == 1:
+        return f"{text}{'' if text.endswith(newline) else newline}{line}{newline}"
+    key, block = found.get(keys[:-1], (None, None))
+    if block is None or block.id != "mapping" or not block.value:
+        return with_value(text, keys[:-1], {keys[-1]: value})
+    last_key, last_value = block.value[-1]
+    position = last_index(last_key, last_value)
+    if block.flow_style:
+        return f"{text[:position]}, {line}{text[position:]}"
+    position = line_end(text, position)
+    start = "" if text[:position].endswith("\n") else newline
+    return f"{text[:position]}{start}{' ' * last_key.start_mark.column}{line}{newline}{text[position:]}"
+
+
+def flow(value: object) -> str:
+    """A value as one writes it in a line of YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in NOT_TEXT:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+"""Words that some reader of YAML takes for something else than text."""

@@ -1,0 +1,325 @@
+"""The sections of `params.yaml`: their keys, types and bounds."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from pipelines.project.layout import RETIRED
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Text = Annotated[str, Field(min_length=1)]
+AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank"}
+"""Keys of `adapter` that no fit reads."""
+MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
+
+
+class Section(BaseModel):
+    """A block of `params.yaml`: unknown, missing and wrong-typed keys are errors; nothing changes later."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Digits(Section):
+    """How scikit-learn's handwritten digits are divided."""
+
+    test_fraction: Share
+    """share of each class that becomes test images"""
+    seed: Seed
+    """chooses the test images"""
+
+
+class Glyphs100(Section):
+    """The embedded benchmark comes divided already and has no settings."""
+
+
+class Published(Section):
+    """A data set that its authors divided into train and test, and that has no settings."""
+
+
+class Divided(Section):
+    """A data set that its authors did not divide, and that the user may have divided already."""
+
+    archive: Text | None = None
+    """with split: archive only: a .zip or .tar that has train/<class>/ and test/<class>/ in it"""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """its hash, so that another file under its name is noticed"""
+
+
+class ImageNetR(Divided):
+    """How ImageNet-R is divided."""
+
+    split: Literal["coda-prompt", "stratified", "archive"]
+    """which images are tested on"""
+
+
+class ImageNetA(Divided):
+    """How ImageNet-A is divided."""
+
+    split: Literal["stratified", "archive"]
+    """which images are tested on"""
+
+
+class Cub200(Divided):
+    """How CUB-200-2011 is divided."""
+
+    split: Literal["official", "stratified", "archive"]
+    """which images are tested on"""
+
+
+class DomainNet(Section):
+    """How DomainNet is divided."""
+
+    split: Literal["coda-prompt", "official"]
+    """which images are tested on, and of which domains"""
+
+
+class Fetch(Section):
+    """The data sets that `sdlora fetch` can bring, by name; own images need none."""
+
+    digits: Digits | None = None
+    """scikit-learn's handwritten digits"""
+    glyphs100: Glyphs100 | None = None
+    """the embedded benchmark of 100 characters"""
+    mnist: Published | None = None
+    """handwritten digits, 28x28"""
+    fashion_mnist: Published | None = Field(None, alias="fashion-mnist")
+    """pictures of clothes, 28x28"""
+    cifar100: Published | None = None
+    """CIFAR-100, 32x32"""
+    imagenet_r: ImageNetR | None = Field(None, alias="imagenet-r")
+    """ImageNet-R(enditions)"""
+    imagenet_a: ImageNetA | None = Field(None, alias="imagenet-a")
+    """ImageNet-A(dversarial)"""
+    cub200: Cub200 | None = None
+    """CUB-200-2011, birds"""
+    domainnet: DomainNet | None = None
+    """DomainNet, 345 classes in several domains"""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The data sets that are known, as `params.yaml` calls them."""
+        return list(fields_of(cls))
+
+    def entry(self, name: str) -> Section | None:
+        """The settings of a known data set, if it is to be brought."""
+        entry: Section | None = getattr(self, name.replace("-", "_"))
+        return entry
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_block(cls, value: object) -> object:
+        if value is None:
+            raise PydanticCustomError("model_type", "null")
+        return value
+
+
+class Data(Section):
+    """How a task's images are divided, checked and packed."""
+
+    duplicates: Literal["refuse", "allow", "leave_out"]
+    """whether the same picture may stand in two tasks or classes (never in train and test)"""
+    test_fraction: Share
+    """share of each class that becomes test images where the source is not divided"""
+    seed: Seed
+    """chooses the test and the validation images"""
+    validation: Share | None
+    """share of each class's training images that is kept from training to select on; null is none"""
+    max_pixels: Count
+    """width × height above which an image is refused"""
+
+
+class Backbone(Section):
+    """The frozen model under all tasks."""
+
+    name: Text
+    """glyph_vit, or any timm vision transformer with the tag of its weights"""
+    weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None
+    """a local .safetensors file instead of the name's own weights, or null"""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """the file's hash, so that another file under its name is noticed; null without a file"""
+    image_size: Count | None
+    """side of its images in pixels; null is the model's own"""
+    input_normalisation: Literal["model", "none"]
+    """mean and standard deviation of the model's own configuration, or pixels in [0, 1] as they are"""
+
+
+class Adapter(Section):
+    """What a task adds to the backbone."""
+
+    method: Literal[
+        "sdlora",
+        "sdlora-rr",
+        "sdlora-kd",
+        "finetune",
+        "frozen",
+        "ncm",
+        "joint",
+        "olora",
+        "nlora",
+        "inflora",
+        "clora",
+    ]
+    """how tasks are learned"""
+    head: Literal["aligned", "lda", "ncm", "linear"]
+    """what becomes of the classifier's rows when a step is frozen"""
+    formulation: Literal["continuous", "reference", "paper"]
+    """how directions are scaled and their magnitudes start"""
+    targets: (
+        Annotated[tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(strict=False, min_length=1)]
+        | None
+    )
+    """which projections of every block are adapted; null is the method's own"""
+    rank: Count
+    """rank of each task's directions"""
+    rank_schedule: Mapping[str, Count]
+    """of sdlora-rr only: task and the rank from that task on"""
+    magnitude_start: Annotated[float, Field(gt=0)] | None
+    """first value of a new magnitude; null is the formulation's own"""
+    magnitudes: Literal["carried", "restarted"] | None
+    """whether earlier magnitudes go on from step to step; null is the formulation's own"""
+    initial_up: Literal["zero", "uniform"] | None
+    """how B of a new direction starts; null is the formulation's own"""
+    tolerance: Annotated[float, Field(ge=0, le=1)]
+    """of sdlora-kd only: relative residual below which a direction is absorbed"""
+    compress: Annotated[float, Field(gt=0, le=1)] | None
+    """share of a direction's energy that is kept when it is frozen; null keeps the rank"""
+    penalty: Annotated[float, Field(ge=0)] | None
+    """weight of what olora, nlora and clora add to the loss; null is the method's own"""
+    covariance_rank: Count
+    """principal directions of every class that aligned and lda remember"""
+
+    @property
+    def of_the_fit(self) -> dict[str, Any]:
+        """What a fit reads; the rest is read when the step is frozen."""
+        return self.model_dump(mode="json", exclude=AT_FREEZING)
+
+    @property
+    def own_choices(self) -> dict[str, Any]:
+        """What is chosen in place of the formulation's own fields."""
+        chosen = {
+            "magnitude_start": self.magnitude_start,
+            "carried": None if self.magnitudes is None else self.magnitudes == "carried",
+            "initial_up": self.initial_up,
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
+
+
+class Training(Section):
+    """How each task is fitted."""
+
+    optimizer: Literal["sgd", "adam"]
+    """the rule of descent"""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """size of its steps"""
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    """of sgd only"""
+    schedule: Literal["constant", "cosine"]
+    """course of the learning rate within a task"""
+    epochs: Count
+    """passes over each task's images"""
+    batch_size: Count
+    """images in one optimiser step"""
+    crop_scale: Annotated[float, Field(gt=0, le=1)]
+    """smallest share of the area that a random crop keeps; 1.0 is no crop"""
+    flip: bool
+    """random horizontal flips"""
+    precision: Literal["fp32", "tf32", "bf16"]
+    """number format of the forward pass"""
+    compile: bool
+    """kernels made for this model before the first step; needs a C++ compiler"""
+    devices: Count
+    """accelerators of one machine that share every batch"""
+    deterministic: bool
+    """the same bytes from the same machine every time"""
+    checkpoint_seconds: Annotated[float, Field(gt=0)]
+    """seconds between two saved states of an unfinished fit"""
+    checkpoint_store: Text | None
+    """a folder or fsspec URL for them; null is .sdlora/checkpoints"""
+
+
+class Evaluation(Section):
+    """How a step is tested."""
+
+    batch_size: Count
+    """images in one forward pass"""
+    precision: Literal["fp32", "tf32", "bf16"]
+    """number format of the backbone's forward pass"""
+
+
+class Gate(Section):
+    """What a step must keep before the next one is learned; null is no limit."""
+
+    fall: Annotated[float, Field(ge=0, le=1)] | None
+    """most that the accuracy of any old task may fall in the step"""
+    negative_flips: Annotated[float, Field(ge=0, le=1)] | None
+    """largest share of the old tasks' test images that were right before the step and are wrong after it"""
+    calibration_error: Annotated[float, Field(ge=0, le=1)] | None
+    """largest expected calibration error on all test images so far"""
+    new_task: Annotated[float, Field(ge=0, le=1)] | None
+    """least accuracy on the task just learned"""
+
+
+class Approval(Section):
+    """A person's decision to go on although a limit is broken; `sdlora approve` writes it."""
+
+    by: Text
+    """who decided"""
+    why: Text
+    """the reason"""
+    evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """hash of the results that were looked at: it holds for no others"""
+    limits: Annotated[
+        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task"], ...], Field(strict=False)
+    ]
+    """the limits that they broke: it holds for no others"""
+
+
+class Workers(Section):
+    """How `sdlora deploy` sets machines to work; no stage reads it."""
+
+    pool: Text
+    """Prefect work pool whose workers run the chain"""
+    schedule: Annotated[str, Field(pattern=r"^\S+( +\S+){4}$")] | None
+    """cron line (UTC) by which they do so unasked; null is on request or on new images only"""
+    inbox: Text
+    """folder inside the project that images of new tasks arrive in"""
+    branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./+-]*$")] | None
+    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none"""
+    push: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")] | None
+    """Git remote that the branch is taken from and pushed to; null keeps it here"""
+    heartbeat_seconds: Annotated[int, Field(ge=30)]
+    """seconds between two signs of life of a run; Prefect takes 30 and more"""
+    dead_after_seconds: Annotated[int, Field(ge=30)]
+    """seconds without one after which a run is marked crashed and started again"""
+    attempts: Count
+    """how many times in a row a run may end without any progress before it has failed"""
+
+
+class Task(Section):
+    """A set of classes that arrives together."""
+
+    after: str
+    """the task before it; t00 for the first"""
+    source: Text
+    """the folder of its images, inside the project"""
+    manifest: str | None = None
+    """a file in that folder which lists the images; null for class folders or a metadata file"""
+    classes: Annotated[tuple[str, ...], Field(strict=False)]
+    """its classes, in the order of their labels"""
+
+    @property
+    def retired(self) -> bool:
+        """Whether its images were deleted: then its source is its receipt."""
+        return self.source.startswith(f"{RETIRED}/")
+
+
+def fields_of(model: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a block by the names that `params.yaml` has for them: an attribute has no hyphen."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
