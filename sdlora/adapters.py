@@ -36,7 +36,7 @@ def factor_norms(factors: Factors) -> Tensor:
 def initial_factors(
     rows: int, columns: int, rank: int, *, generator: torch.Generator, up: str = "zero"
 ) -> Factors:
-    """A (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts it, and B (rows, rank).
+    """Return a (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts it, and B (rows, rank).
 
     Args:
         up: `zero`, as the released code, which leaves the model's output as it is; or `uniform`, with the bound
@@ -53,7 +53,7 @@ def initial_factors(
 
 
 def truncate(factors: Factors, *, energy: float) -> Factors:
-    """The best approximation of BA of the smallest rank that holds a share `energy` of ‖BA‖²_F (0 < energy ≤ 1).
+    """Return the best approximation of BA of the smallest rank that holds a share `energy` of ‖BA‖²_F (0 < energy ≤ 1).
 
     From the QR decompositions of both factors and the SVD of an r×r matrix; the singular values are shared out
     over the two new factors. A direction that is zero stays as it is.
@@ -159,7 +159,7 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def summed(self, rows: int) -> Factors | None:
-        """All frozen directions of a weight of so many rows as one B·A of the summed rank, magnitudes within B.
+        """Return all frozen directions of a weight of so many rows as one B·A of the summed rank, magnitudes within B.
 
         B (rows, Σr) is zero outside the rows of the block that a direction belongs to; None where there is none.
         """
@@ -178,7 +178,7 @@ class AdaptedWeight(nn.Module):
 def _projections(
     backbone: nn.Module, targets: Sequence[str]
 ) -> Iterator[tuple[str, nn.Linear, dict[str, tuple[int, int]]]]:
-    """The linear layers that hold the targets, each with the rows of every target in it, in the model's order."""
+    """Yield the linear layers that hold the targets, each with the rows of every target in it, in the model's order."""
     for index, block in enumerate(getattr(backbone, "blocks", ())):
         attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         prefix = f"blocks.{index}"
@@ -211,7 +211,7 @@ def _projections(
 def _whole(
     backbone: nn.Module, index: int, name: str, layer: nn.Module | None, missing: str
 ) -> tuple[nn.Linear, dict[str, tuple[int, int]]]:
-    """A layer that is one target by itself."""
+    """Return a layer that is one target by itself."""
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"{type(backbone).__name__}: block {index} has {missing}; choose a backbone of timm's vision "
@@ -236,7 +236,7 @@ def projection_norms(backbone: nn.Module) -> dict[str, float]:
 
 
 def target_of(name: str) -> str:
-    """Which of `TARGETS` an adapted layer is (`blocks.0.attn.q` → `q`; both halves of a gated `fc1` → `fc1`)."""
+    """Return which of `TARGETS` an adapted layer is (`blocks.0.attn.q` → `q`. Both halves of a gated `fc1` → `fc1`)."""
     return name.rpartition(".")[2].partition("_")[0]
 
 

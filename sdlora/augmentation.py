@@ -75,7 +75,10 @@ def random_boxes(height: int, width: int, *, crop_scale: float, draws: Tensor) -
 
 
 def _source(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Where the `size` pixels of a row come from, (batch, size) in [−1, 1]; nothing beyond a box's edge is seen."""
+    """Return where the `size` pixels of a row come from, (batch, size) in [−1, 1].
+
+    Nothing beyond a box's edge is seen.
+    """
     pixels = torch.arange(size, dtype=torch.float64)
     start, length = start.double()[:, None], length.double()[:, None]
     places = start + ((pixels + 0.5) * length / size - 0.5).clamp(torch.zeros_like(length), length - 1)

@@ -32,7 +32,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def glyph_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:  # noqa: ANN401 - timm's own protocol
-    """The packaged 32×32 vision transformer, pre-trained on characters of open fonts (recipes/glyph_backbone)."""
+    """Return the packaged 32×32 vision transformer, pre-trained on characters of fonts (recipes/glyph_backbone)."""
     return build_model_with_cfg(
         VisionTransformer, "glyph_vit", pretrained, **{**GLYPH_VIT["architecture"], **kwargs}
     )
@@ -58,7 +58,7 @@ def create_backbone(
     image_size: int | None = None,
     input_normalisation: str = "model",
 ) -> Backbone:
-    """The timm model `name` without its classifier, with its own pre-trained weights or those of a local file.
+    """Return the timm model `name` without its classifier, with its own pre-trained weights or those of a local file.
 
     Args:
         name: `glyph_vit`, or a timm model with the tag of its weights (`vit_base_patch16_224.augreg2_in21k_ft_in1k`).
@@ -135,7 +135,7 @@ def _require_pinned(name: str) -> None:
 
 
 def _safe_source(name: str, weights: Path | None) -> dict[str, Any]:
-    """Where timm takes the weights from: a .safetensors file or nothing, for every other format can run code."""
+    """Return where timm takes the weights from: a .safetensors file or nothing, for every other format can run code."""
     if weights is not None:
         return {"file": str(weights), "custom_load": False}
     config = get_pretrained_cfg(name, allow_unregistered=False)
@@ -151,7 +151,7 @@ def _safe_source(name: str, weights: Path | None) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """What went wrong; of a state dict that does not fit, the heading and the first fault."""
+    """Return what went wrong. Of a state dict that does not fit, the heading and the first fault."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
@@ -205,7 +205,7 @@ def write_backbone(folder: Path, backbone: Backbone) -> dict[str, Any]:
 
 
 def read_backbone(folder: Path) -> Backbone:
-    """The backbone of a chain, from its step t00.
+    """Return the backbone of a chain, from its step t00.
 
     Raises:
         FileNotFoundError: a file is missing.

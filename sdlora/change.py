@@ -37,11 +37,11 @@ class Update:
     """Task id → (targets,)."""
 
     def scale(self, task: str, target: str) -> float:
-        """The magnitude of a task's direction at a target."""
+        """Return the magnitude of a task's direction at a target."""
         return float(self.magnitudes[task][self.targets.index(target)])
 
     def at(self, target: str) -> Pair:
-        """Σ αₖ BₖAₖ at one target, as one pair of the summed rank; of rank 0 where there is no direction."""
+        """Σ αₖ BₖAₖ at one target, as one pair of the summed rank. Of rank 0 where there is no direction."""
         scales = {task: self.scale(task, target) for task in self.directions}
         return weighted_sum([(scales[task], pairs[target]) for task, pairs in self.directions.items()])
 
@@ -71,7 +71,7 @@ def read_update(folder: Path) -> Update:
 
 
 def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:
-    """Σ sₖ BₖAₖ as one pair (rows, Σr), (Σr, columns); an empty one for no terms."""
+    """Σ sₖ BₖAₖ as one pair (rows, Σr), (Σr, columns). An empty one for no terms."""
     if not terms:
         return Pair(np.zeros((0, 0)), np.zeros((0, 0)))
     return Pair(
@@ -87,7 +87,7 @@ def norm(pair: Pair) -> float:
 
 
 def inner_products(pairs: Sequence[Pair]) -> Array:
-    """⟨BᵢAᵢ, BⱼAⱼ⟩_F of every two of n pairs of one shape, (n, n); ‖Σ cᵢBᵢAᵢ‖² is cᵀGc for any coefficients c.
+    """⟨BᵢAᵢ, BⱼAⱼ⟩_F of every two of n pairs of one shape, (n, n). ‖Σ cᵢBᵢAᵢ‖² is cᵀGc for any coefficients c.
 
     Two products of all stacked factors, so that a chain of hundreds of steps is compared in one go.
     """
@@ -100,7 +100,7 @@ def inner_products(pairs: Sequence[Pair]) -> Array:
 
 
 def relative_changes(now: Update, then: Update, base_norms: Mapping[str, float]) -> dict[str, float]:
-    """‖ΔW_now − ΔW_then‖_F / ‖W₀‖_F of every target that either has, ΔW = Σ αₖDₖ; both may be of any two steps.
+    """‖ΔW_now − ΔW_then‖_F / ‖W₀‖_F of every target that either has, ΔW = Σ αₖDₖ. Both may be of any two steps.
 
     Where both hold the same frozen direction only the difference of its magnitudes enters, so that a direction that
     did not move gives exactly 0 and not the rounding of two large sums.
@@ -139,7 +139,7 @@ def principal_cosines(left: Array, right: Array) -> Array:
 
 
 def overlap(left: Array, right: Array) -> float:
-    """Mean squared cosine of the principal angles: 0 perpendicular, 1 one space within the other; NaN of nothing."""
+    """Mean squared cosine of the principal angles: 0 perpendicular, 1 one space within the other. NaN of nothing."""
     cosines = principal_cosines(left, right)
     return float(np.square(cosines).mean()) if cosines.size else float("nan")
 
@@ -173,7 +173,7 @@ def linear_cka(left: ArrayLike, right: ArrayLike) -> float:
 
 
 def _orthonormal(columns: Array) -> Array:
-    """An orthonormal basis of a column space."""
+    """Return an orthonormal basis of a column space."""
     if not columns.size:
         return columns[:, :0]
     u, values, _ = np.linalg.svd(columns, full_matrices=False)

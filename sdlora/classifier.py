@@ -102,7 +102,7 @@ class IncrementalClassifier(nn.Module):
             directions.set_current(current, norm=norm, train_down=train_down)
 
     def merge(self) -> None:
-        """Put the sum of all directions into the weights; nothing of the directions is left, not even their memory."""
+        """Put the sum of all directions into the weights. Nothing of the directions is left, not even their memory."""
         merge_adapters(self.backbone)
         self._targets = {}
 
@@ -122,7 +122,10 @@ class IncrementalClassifier(nn.Module):
 
 
 def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClassifier:
-    """The step's model with its directions still apart from the weights, nothing trainable; changes `backbone`."""
+    """Return the step's model with its directions still apart from the weights, nothing trainable.
+
+    Changes `backbone`.
+    """
     model = IncrementalClassifier(backbone, learned, targets=learned.targets)
     if learned.directions:
         missing = [task for task in learned.directions if task not in learned.magnitudes]
@@ -134,7 +137,7 @@ def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClas
 
 
 def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
-    """The step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
+    """Return the step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
 
     It costs what the plain timm model costs. `backbone` is changed in place.
     """

@@ -10,7 +10,10 @@ from numpy.typing import ArrayLike
 
 
 def wilson_interval(right: int, images: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Where an accuracy of `right` out of `images` may truly lie (Wilson, 1927); the whole of 0..1 for no image."""
+    """Return where an accuracy of `right` out of `images` may truly lie (Wilson, 1927).
+
+    The whole of 0..1 for no image.
+    """
     if not images:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -32,7 +35,7 @@ class Flips(NamedTuple):
 
     @property
     def negative_rate(self) -> float:
-        """Share of all images that were right before and are wrong now; NaN for no image."""
+        """Share of all images that were right before and are wrong now. NaN for no image."""
         return self.lost / self.images if self.images else math.nan
 
     @property
@@ -94,7 +97,7 @@ def calibration_bins(confidence: ArrayLike, right: ArrayLike, *, bins: int = 15)
 
 
 def calibration_error(confidence: ArrayLike, right: ArrayLike, *, bins: int = 15) -> float:
-    """Expected calibration error: mean over images of |confidence − accuracy| of their range; NaN for no image.
+    """Expected calibration error: mean over images of |confidence − accuracy| of their range. NaN for no image.
 
     Naeini et al., AAAI 2015; 15 ranges as Guo et al., ICML 2017.
     """

@@ -6,12 +6,12 @@ import torch
 
 
 def best_device() -> torch.device:
-    """The accelerator where there is one (CUDA_VISIBLE_DEVICES chooses among several), else the CPU."""
+    """Return the accelerator where there is one (CUDA_VISIBLE_DEVICES chooses among several), else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of(member: int, size: int) -> torch.device:
-    """The device of one of `size` processes that share a fit: an accelerator each, or all of them the CPU.
+    """Return the device of one of `size` processes that share a fit: an accelerator each, or all of them the CPU.
 
     Raises:
         ValueError: there are fewer accelerators than processes.

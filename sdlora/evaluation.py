@@ -30,7 +30,7 @@ def predict_batches(
     device: torch.device,
     bf16: bool = False,
 ) -> Iterator[Predictions]:
-    """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU; no task id is used.
+    """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU. No task id is used.
 
     Args:
         bf16: whether the backbone computes in bfloat16 (autocast).
@@ -72,7 +72,7 @@ def feature_batches(
 def _results(
     compute: Callable[[Tensor], tuple[Tensor, ...]], batches: Iterable[Tensor], device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
-    """What is computed of each batch, on the CPU, in order.
+    """Yield what is computed of each batch, on the CPU, in order.
 
     A GPU is given the next batches before the result of the first is waited for, so it never stands still for the host;
     from pinned memory a batch is copied while it computes.

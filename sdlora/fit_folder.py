@@ -53,7 +53,7 @@ def write_fit(
 
 
 def read_curve(folder: Path) -> list[EpochRecord]:
-    """The training curve of a fit folder, one record per epoch."""
+    """Return the training curve of a fit folder, one record per epoch."""
     with (folder / CURVE).open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         return [
@@ -65,7 +65,7 @@ def read_curve(folder: Path) -> list[EpochRecord]:
 
 
 def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence[str]) -> FitResult:
-    """The result of the fit of `task`.
+    """Return the result of the fit of `task`.
 
     Args:
         targets: target names in the order of the model, as the fit's description holds them.

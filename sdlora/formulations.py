@@ -10,7 +10,7 @@ from sdlora.adapters import Factors, factor_norms, product_norm
 
 @dataclass(frozen=True, kw_only=True)
 class Formulation:
-    """What a formulation decides; the adapters, the loop and the files are the same for all of them.
+    """What a formulation decides. The adapters, the loop and the files are the same for all of them.
 
     A frozen direction is D = BA / norm(B, A). Where paper and code are silent or disagree the choice is a field,
     and `dataclasses.replace` makes the variant.

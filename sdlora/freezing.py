@@ -32,7 +32,8 @@ class FrozenStep:
 
 
 def freeze(before: Learned, fit: FitResult, *, method: Method, settings: Settings) -> FrozenStep:
-    """What has been learned after the step: the method's directions and magnitudes, and the trained rows of the head.
+    """Return what has been learned after the step: the method's directions and magnitudes, and the trained rows of the
+    head.
 
     Tensors of earlier steps are handed on as they are. Needs no model.
     """
@@ -53,7 +54,7 @@ def freeze(before: Learned, fit: FitResult, *, method: Method, settings: Setting
 
 
 def measured(step: FrozenStep, *, features: Features) -> FrozenStep:
-    """The step with what freezing changed of its output among the facts, on the task's own training images.
+    """Return the step with what freezing changed of its output among the facts, on the task's own training images.
 
     `output_change` is √(Σ‖f' − f‖² / Σ‖f‖²) of the features f as trained and f' as frozen.
     """
@@ -73,7 +74,7 @@ def settle_head(
     covariance_rank: int,
     generator: torch.Generator,
 ) -> Learned:
-    """What has been learned, with all rows of the head settled from the statistics of the classes.
+    """Return what has been learned, with all rows of the head settled from the statistics of the classes.
 
     The trained rows stay beside them, frozen as ever. The statistics of earlier classes are moved along with the
     features, as far as the task's images show it; those of the task's own are taken in the new feature space.

@@ -22,7 +22,7 @@ def initial_block(classes: int, features: int, *, generator: torch.Generator) ->
 
 
 class GrowingHead(nn.Module):
-    """One linear block per task, outputs concatenated in order of arrival; earlier blocks are frozen.
+    """One linear block per task, outputs concatenated in order of arrival. Earlier blocks are frozen.
 
     Growing copies nothing and nothing writes to an earlier block; each block is a product of its own, so the logits
     of earlier classes do not move by a bit when a block is added.
@@ -34,7 +34,7 @@ class GrowingHead(nn.Module):
         self.biases = nn.ParameterList()
 
     def grow(self, block: HeadBlock) -> None:
-        """Append a `block`; nothing is trained until `train_newest` says so."""
+        """Append a `block`. Nothing is trained until `train_newest` says so."""
         self.weights.append(nn.Parameter(block.weight.clone(), requires_grad=False))
         self.biases.append(nn.Parameter(block.bias.clone(), requires_grad=False))
 

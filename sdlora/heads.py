@@ -52,7 +52,7 @@ class Head:
 def class_means(
     head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
-    """The nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance, less a term all classes share.
+    """Return the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance, less a term all classes share.
 
     It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ².
     """
@@ -140,7 +140,7 @@ def samples(statistics: ClassStatistics, *, generator: torch.Generator) -> Tenso
 
 
 def _variances(statistics: ClassStatistics) -> Tensor:
-    """The mean variance of a feature, per class (classes,) float64."""
+    """Return the mean variance of a feature, per class (classes,) float64."""
     size = statistics.mean.shape[1]
     return statistics.spread.double() + statistics.factors.double().square().sum(dim=(1, 2)) / size
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ImageStore:
-    """Images of several tasks in a row, uint8 (n, channels, height, width); batches of them come out on the device.
+    """Images of several tasks in a row, uint8 (n, channels, height, width). Batches of them come out on the device.
 
     Where they lie changes no value. In main memory they stay the tensors that they were, so a file that is mapped
     into it is read where a batch needs it.
@@ -30,7 +30,7 @@ class ImageStore:
         return int(self._ends[-1])
 
     def __getitem__(self, chosen: Tensor) -> Tensor:
-        """The images at these indices (batch,), which are on the CPU."""
+        """Return the images at these indices (batch,), which are on the CPU."""
         if self.on_device:
             return self._parts[0][chosen.to(self._device)]
         if len(self._parts) == 1:
@@ -43,7 +43,7 @@ class ImageStore:
         return self._sent(batch)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images in order, so many at a time."""
+        """Yield all images in order, so many at a time."""
         for indices in torch.arange(len(self)).split(size):
             yield self[indices]
 
@@ -54,7 +54,7 @@ class ImageStore:
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """All parts in a row on a device, where they never lie twice."""
+    """Return all parts in a row on a device, where they never lie twice."""
     whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:], device=device)
     for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         place.copy_(part)

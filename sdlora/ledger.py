@@ -10,7 +10,7 @@ RECORD = "step.json"
 
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:
-    """The record as it is written and hashed: JSON with sorted keys."""
+    """Return the record as it is written and hashed: JSON with sorted keys."""
     return (json.dumps(record, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -20,7 +20,7 @@ def record_hash(folder: Path) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a model folder.
+    """Return the record of a model folder.
 
     Raises:
         FileNotFoundError: the folder or its record is missing.

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 def load(folder: Path | str, *, backbone: Path | str | None = None, device: str | None = None) -> Model:
-    """The model of the step in `folder` (artifacts/model/t05).
+    """Return the model of the step in `folder` (artifacts/model/t05).
 
     Args:
         backbone: the folder of step t00; None for the one beside `folder`.
@@ -64,7 +64,7 @@ def load(folder: Path | str, *, backbone: Path | str | None = None, device: str 
 
 
 def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
-    """What `folder` and its chain's backbone hold; raises as `load` does."""
+    """Return what `folder` and its chain's backbone hold. Raises as `load` does."""
     base_folder = backbone or folder.resolve().parent / "t00"
     if not (base_folder / RECORD).is_file():
         raise FileNotFoundError(f"{base_folder}: no backbone there (step t00 of the chain); say where it is")
@@ -81,7 +81,7 @@ def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
 
 
 def timm_classifier(step: Step) -> nn.Module:
-    """The step as timm itself builds it: merged weights, and the head's rows in timm's own classifier.
+    """Return the step as timm itself builds it: merged weights, and the head's rows in timm's own classifier.
 
     The step's backbone is changed in place. Where timm has several classifiers whose mean it takes (distilled
     models), each of them gets the rows: the head reads the mean of what they read.
@@ -99,7 +99,7 @@ def timm_classifier(step: Step) -> nn.Module:
 
 
 def head_rows(learned: Learned) -> dict[str, Tensor]:
-    """All rows of the head: `weight` (classes, d), `bias` (classes,)."""
+    """Return all rows of the head: `weight` (classes, d), `bias` (classes,)."""
     blocks = learned.rows.values()
     return {
         "weight": torch.cat([block.weight for block in blocks]),
@@ -108,7 +108,7 @@ def head_rows(learned: Learned) -> dict[str, Tensor]:
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """The names of a timm model's classifying layers; a ValueError where they are not linear on its features."""
+    """Return the names of a timm model's classifying layers. A ValueError where they are not linear on its features."""
     found = model.get_classifier()  # type: ignore[operator]
     layers = list(found) if isinstance(found, tuple | list) else [found]
     names = {id(module): name for name, module in model.named_modules()}
@@ -140,7 +140,8 @@ def summed_directions(step: Step) -> dict[str, Factors]:
 
 
 def timm_architecture(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of an architecture that timm ships, and its arguments, for a backbone's description (backbone.json).
+    """Return the name of an architecture that timm ships, and its arguments, for a backbone's description
+    (backbone.json).
 
     The packaged backbone is timm's own class at other sizes, so timm can build it under one of its own names.
     """

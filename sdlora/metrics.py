@@ -38,7 +38,7 @@ def last_accuracy(accuracy: ArrayLike, samples: ArrayLike | None = None) -> floa
 
 
 def average_accuracy_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
-    """Mean of the accuracy curve up to each step; the steps count the same in both weightings."""
+    """Mean of the accuracy curve up to each step. The steps count the same in both weightings."""
     curve = accuracy_curve(accuracy, samples)
     return np.cumsum(curve) / np.arange(1, len(curve) + 1)
 
@@ -52,7 +52,7 @@ def average_accuracy(accuracy: ArrayLike, samples: ArrayLike | None = None) -> f
 
 
 def forgetting_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
-    """Forgetting after each step; NaN at the first."""
+    """Forgetting after each step. NaN at the first."""
     matrix = checked(accuracy)
     best_before = np.vstack([np.full(len(matrix), np.nan), np.fmax.accumulate(matrix)[:-1]])
     return mean_over_tasks(best_before - matrix, samples)
@@ -69,7 +69,7 @@ def forgetting(accuracy: ArrayLike, samples: ArrayLike | None = None) -> float:
 
 
 def backward_transfer_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
-    """Backward transfer after each step; NaN at the first."""
+    """Backward transfer after each step. NaN at the first."""
     matrix = checked(accuracy)
     change = matrix - np.diag(matrix)
     np.fill_diagonal(change, np.nan)
@@ -85,7 +85,7 @@ def backward_transfer(accuracy: ArrayLike, samples: ArrayLike | None = None) -> 
 
 
 def mean_over_tasks(values: Matrix, samples: ArrayLike | None) -> Curve:
-    """Mean of each row over its known (not NaN) tasks, weighted by `samples` if given; NaN where none is."""
+    """Mean of each row over its known (not NaN) tasks, weighted by `samples` if given. NaN where none is."""
     weights = np.ones(len(values)) if samples is None else np.asarray(samples, dtype=np.float64)
     if weights.shape != (len(values),) or not np.all(weights > 0):
         raise ValueError(f"expected {len(values)} positive numbers of samples, one per task, got {samples!r}")

@@ -20,7 +20,7 @@ MAGNITUDES, MEMORY = "magnitudes.safetensors", "memory.safetensors"
 def write_model(
     folder: Path, learned: Learned, record: Mapping[str, Any], *, before: Path | None = None
 ) -> dict[str, Any]:
-    """Write `learned` and its ledger record into the existing `folder`; returns the record as written.
+    """Write `learned` and its ledger record into the existing `folder`. Returns the record as written.
 
     Files: `directions/TASK.safetensors` (`TARGET.up`, `TARGET.down`), `head/TASK.safetensors` (`weight`, `bias`),
     `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets), where the head is settled
@@ -61,7 +61,7 @@ def _write_or_copy(folder: Path, name: str, tensors: Mapping[str, torch.Tensor],
 
 
 def read_model(folder: Path) -> tuple[Learned, dict[str, Any]]:
-    """What the steps up to this one have learned, and the step's record.
+    """Return what the steps up to this one have learned, and the step's record.
 
     Raises:
         FileNotFoundError: the folder, its record or a file that the record names is missing.

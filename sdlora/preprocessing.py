@@ -44,7 +44,7 @@ P = TypeVar("P", bound=Picture)
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a backbone wants its pictures; called with an upright or turned picture, its whole eval transform.
+    """How a backbone wants its pictures. Called with an upright or turned picture, its whole eval transform.
 
     The geometry agrees to the pixel with `timm.data.create_transform(…, is_training=False)`, because servers
     use that one. Two things come before it: a transparent picture is put on white (timm drops the transparency,
@@ -64,7 +64,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> Self:
-        """That of a backbone's description (backbone.json).
+        """Return that of a backbone's description (backbone.json).
 
         Raises:
             ValueError: the backbone wants pictures of a kind that is not known here.
@@ -94,7 +94,7 @@ class Preprocessing:
         return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
     def __call__(self, picture: Picture) -> Tensor:
-        """The normalised picture, float32 (channels, height, width): turned upright, on white, scaled, cut.
+        """Return the normalised picture, float32 (channels, height, width): turned upright, on white, scaled, cut.
 
         Raises:
             ValueError: the picture has more than 8 bits a channel, without a range that is known.
@@ -127,7 +127,9 @@ class Preprocessing:
         return picture.resize((scaled[1], scaled[0]), RESAMPLING[self.interpolation])
 
     def _cut(self, picture: Picture) -> Picture:
-        """The centre of the target's size; what lies outside of the picture is black, or the mean in mode `border`."""
+        """Return the centre of the target's size. What lies outside of the picture is black, or the mean in mode
+        `border`.
+        """
         _, height, width = self.input_size
         if picture.height == height and picture.width == width:
             return picture
@@ -143,19 +145,19 @@ class Preprocessing:
 
 
 def _offset(found: int, wanted: int) -> int:
-    """Where the cut begins along one side; negative where the picture is smaller, which then starts late."""
+    """Return where the cut begins along one side. Negative where the picture is smaller, which then starts late."""
     # torchvision rounds halves to the even number, and pads the smaller half in front.
     return round((found - wanted) / 2) if found >= wanted else -((wanted - found) // 2)
 
 
 def upright(picture: P) -> P:
-    """The picture as it was seen, whichever way the camera was held."""
+    """Return the picture as it was seen, whichever way the camera was held."""
     method = TRANSPOSITIONS.get(picture.getexif().get(ORIENTATION, 1))
     return picture if method is None else picture.transpose(method)
 
 
 def on_white(picture: P) -> P:
-    """A transparent picture on white: its hidden colours, often black like the ink, are not part of it."""
+    """Return a transparent picture on white: its hidden colours, often black like the ink, are not part of it."""
     if not picture.has_transparency_data:
         return picture
     clear = picture.convert("RGBA")

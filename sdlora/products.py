@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def by_onednn(device: torch.device) -> AbstractContextManager[object]:
-    """Within this block float32 linear layers on the CPU go through oneDNN; others, and other devices, as ever.
+    """Within this block float32 linear layers on the CPU go through oneDNN. Others, and other devices, as ever.
 
     Backward passes may come after the block. Second derivatives are refused; `torch.func` and checkpoints that compute
     again outside of the block know nothing of it.

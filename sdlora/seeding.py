@@ -6,7 +6,7 @@ import torch
 
 
 def generator_for(seed: int, *use: str | int) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and on what it is used for, and on nothing else.
+    """Return a CPU generator whose stream depends on the seed and on what it is used for, and on nothing else.
 
     Data order of an epoch, augmentation of a step and initial factors each have their own, so a run that is
     resumed draws what an undisturbed run draws without any generator state being saved.

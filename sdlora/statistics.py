@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ClassStatistics(NamedTuple):
-    """Statistics of the classes of one task, in a feature space of size d; no sample can be restored from them.
+    """Statistics of the classes of one task, in a feature space of size d. No sample can be restored from them.
 
     The covariance of class c is modelled as `factors[c] factors[c]ᵀ + spread[c]·I`.
     """
@@ -23,7 +23,7 @@ class ClassStatistics(NamedTuple):
 
 
 def class_statistics(features: Tensor, labels: Tensor, *, rank: int) -> ClassStatistics:
-    """Statistics of features (n, d) by label (n,) 0 … classes − 1; `rank` principal directions per class.
+    """Statistics of features (n, d) by label (n,) 0 … classes − 1. `rank` principal directions per class.
 
     A class of n images has at most n − 1 directions; what it lacks is 0.
     """
@@ -50,7 +50,7 @@ def _principal(scaled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drifted(statistics: ClassStatistics, *, old: Tensor, new: Tensor) -> ClassStatistics:
-    """The statistics with every mean moved as the images near it moved (Yu et al., CVPR 2020, semantic drift).
+    """Return the statistics with every mean moved as the images near it moved (Yu et al., CVPR 2020, semantic drift).
 
     μ_c ← μ_c + Σᵢ wᵢ (newᵢ − oldᵢ) / Σᵢ wᵢ,  wᵢ = exp(−‖oldᵢ − μ_c‖² / 2σ²)
 

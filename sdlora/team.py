@@ -20,14 +20,14 @@ PATIENCE = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Team:
-    """Who takes part in a fit; by itself, a fit on one device."""
+    """Who takes part in a fit. By itself, a fit on one device."""
 
     member: int = 0
     """Which one this process is."""
     size: int = 1
 
     def share(self, batch: Tensor) -> Tensor:
-        """This member's part of a batch; the shares of all, one after the other, are the batch. May be empty."""
+        """This member's part of a batch. The shares of all, one after the other, are the batch. May be empty."""
         return batch.tensor_split(self.size)[self.member] if self.size > 1 else batch
 
     def wait(self) -> None:
@@ -36,7 +36,7 @@ class Team:
             distributed.barrier()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Put the sum over all members in place of these tensors, of one type and device; the same bits at all."""
+        """Put the sum over all members in place of these tensors, of one type and device. The same bits at all."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         distributed.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):

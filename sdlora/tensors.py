@@ -12,7 +12,7 @@ METADATA = {"format": "pt"}
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The file's bytes; they depend on names and values only."""
+    """Return the file's bytes. They depend on names and values only."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     return safetensors.torch.save(ordered, metadata=METADATA)
 
@@ -24,7 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file at `path`, on the CPU.
+    """Return the tensors of the file at `path`, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def mapped_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file at `path` as the file itself holds them, not in memory: to copy from, not to keep.
+    """Return the tensors of the file at `path` as the file itself holds them, not in memory: to copy from, not to keep.
 
     Raises:
         FileNotFoundError: there is no such file.

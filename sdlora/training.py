@@ -25,7 +25,7 @@ from sdlora.team import ALONE, Team
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a step is trained; every field changes the result."""
+    """How a step is trained. Every field changes the result."""
 
     optimizer: str
     """`sgd` or `adam`; no weight decay, which would move what must stay."""
@@ -169,12 +169,12 @@ class Fit:
 
     @property
     def device(self) -> torch.device:
-        """Where it is trained; one of several in a team."""
+        """Where it is trained. One of several in a team."""
         return self._device
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole fit; none where the method trains nothing."""
+        """Optimiser steps of the whole fit. None where the method trains nothing."""
         return self.schedule.epochs * self._steps_per_epoch if self._trained else 0
 
     @property
@@ -248,7 +248,7 @@ class Fit:
                 torch.cuda.empty_cache()
 
     def _accumulate(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
-        """As `_backward`, from parts of at most `micro_batch` images, each weighted by how many it has.
+        """Return as `_backward`, from parts of at most `micro_batch` images, each weighted by how many it has.
 
         No image's logits depend on the images beside it (no layer here has statistics of a batch), so the gradients
         are those of the whole batch within rounding; in one part they are those to the bit.
@@ -284,7 +284,9 @@ class Fit:
         self._team.add([facts])
 
     def _augmented(self, chosen: Tensor, places: Tensor) -> Tensor:
-        """The images at these indices, normalised, and augmented for the current step by their places in its batch."""
+        """Return the images at these indices, normalised, and augmented for the current step by their places in its
+        batch.
+        """
         generator = generator_for(self.seed, "augmentation", self.task, self.step)
         draws = torch.rand(self.schedule.batch_size, DRAWS, generator=generator)
         return crop_and_flip(
@@ -306,13 +308,13 @@ class Fit:
             return forward(batch).to(self._dtype)
 
     def _batches(self) -> Iterator[Tensor]:
-        """All images once, in order, normalised and not augmented."""
+        """Yield all images once, in order, normalised and not augmented."""
         for part in self._images.split(self.schedule.batch_size):
             yield normalise(part, mean=self._mean, std=self._std).to(self._dtype)
 
     @torch.no_grad()
     def _constant_features(self) -> Tensor | None:
-        """The features (n, d) of all images, once for all, where neither the images nor the backbone change."""
+        """Return the features (n, d) of all images, once for all, where neither the images nor the backbone change."""
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
         if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
@@ -333,7 +335,7 @@ class Fit:
         self._sums = torch.zeros_like(self._sums)
 
     def snapshot(self) -> Snapshot:
-        """The whole state, on the CPU, copied."""
+        """Return the whole state, on the CPU, copied."""
         tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self._kept.items()}
         for name, parameter in self._trained.items():
             assert self._optimizer is not None
@@ -371,7 +373,7 @@ class Fit:
         self._order = torch.empty(0, dtype=torch.long)
 
     def result(self) -> FitResult:
-        """What was learned, raw, on the CPU."""
+        """Return what was learned, raw, on the CPU."""
         targets = self.model.targets
         factors = {
             name: Factors(up=_copy(target.up), down=_copy(target.down))

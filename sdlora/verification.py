@@ -21,7 +21,7 @@ class Fault(NamedTuple):
 
 
 def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[Fault]:
-    """What in a model folder does not hold; nothing if all does.
+    """Yield what in a model folder does not hold. Nothing if all does.
 
     Held are: the record is of `step` and holds the hash of the record before; the files are those of the record, with
     its hashes; what was frozen before (directions, trained rows of the head, classes, backbone) is there unchanged; the
@@ -83,7 +83,7 @@ def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) ->
 
 
 def _changed_tensor(path: Path, earlier: Path | None) -> str:
-    """Which tensor of a changed file differs from the same file of the step before, as far as that can be said."""
+    """Return which tensor of a changed file differs from that file of the step before, as far as can be said."""
     try:
         tensors = read_tensors(path)
     except ValueError:

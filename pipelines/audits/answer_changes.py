@@ -22,7 +22,7 @@ from pipelines.project.errors import InputError
 
 
 def compared_answers(then: Step, now: Step, same: Sequence[str], notes: list[str]) -> Record:
-    """Accuracy, flips, where errors went, and calibration; on the images of `same` wherever both are compared."""
+    """Accuracy, flips, where errors went, and calibration. On the images of `same` wherever both are compared."""
     before, after = read_answers(then), read_answers(now)
     for step, answers in ((then, before), (now, after)):
         if answers is None:
@@ -77,7 +77,7 @@ def accuracies(
 
 
 def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np.ndarray) -> Record:
-    """Accuracy then and now with the flips between; the arguments are those of `accuracies`, as (n,) booleans."""
+    """Accuracy then and now with the flips between. The arguments are those of `accuracies`, as (n,) booleans."""
     if len(new):
         return {"images": len(new), "then": score(old), "now": score(new), **flip_facts(old, new)}
     alone = {"then": before, "now": after}
@@ -86,7 +86,7 @@ def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np
 
 
 def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> list[Record]:
-    """The images that were lost or gained: in the order of `classes`, the surest wrong answer first."""
+    """Return the images that were lost or gained: in the order of `classes`, the surest wrong answer first."""
     lost = kind == "lost"
     rows = np.flatnonzero(old.right & ~new.right if lost else ~old.right & new.right)
     wrong = new if lost else old
@@ -108,7 +108,7 @@ def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> li
 
 
 def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[str]) -> Record:
-    """What the images that were lost are taken for now: by the task of that class, and class by class.
+    """Return what the images that were lost are taken for now: by the task of that class, and class by class.
 
     Args:
         owners: class → task.
@@ -137,7 +137,7 @@ def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[st
 
 
 def calibration(answers: Answers) -> Record:
-    """How sure a model is, against how often it is right."""
+    """Return how sure a model is, against how often it is right."""
     from sdlora.comparison import calibration_error
 
     return {

@@ -10,7 +10,7 @@ from pipelines.reports.format import flattened
 
 
 def compare(then: Step, now: Step, *, features: bool) -> Record:
-    """All figures, as JSON can hold them (but for NaN): what is null could not be known, and `notes` says why."""
+    """Return all figures, as JSON can hold them but for NaN. What is null could not be known, as `notes` says."""
     notes: list[str] = []
     pictures = test_pictures(then), test_pictures(now)
     same = same_images(*pictures)
@@ -34,7 +34,7 @@ def compare(then: Step, now: Step, *, features: bool) -> Record:
 
 
 def facts_of(step: Step) -> Record:
-    """Which step this is."""
+    """Return which step this is."""
     return {
         "step": step.name,
         "shown": step.shown,
@@ -46,7 +46,7 @@ def facts_of(step: Step) -> Record:
 
 
 def relation(then: Step, now: Step) -> str:
-    """What the ledger says of two steps."""
+    """Return what the ledger says of two steps."""
     if then.hash == now.hash:
         return "the same step"
     if then.hash in ancestors(now):
@@ -57,7 +57,9 @@ def relation(then: Step, now: Step) -> str:
 
 
 def kept_files(then: Step, now: Step) -> Record:
-    """The frozen files of `then` (directions, trained head rows): their number, and those that `now` has otherwise."""
+    """Return the frozen files of `then` (directions, trained head rows): their number, and those that `now` has
+    otherwise.
+    """
     frozen = {
         name: digest
         for name, digest in then.record["files"].items()
@@ -68,7 +70,7 @@ def kept_files(then: Step, now: Step) -> Record:
 
 
 def changed_parameters(then: Step, now: Step) -> list[Record]:
-    """The parameters in which two records differ."""
+    """Return the parameters in which two records differ."""
     before, after = (flattened(step.record.get("parameters", {})) for step in (then, now))
     if then.name == "t00" or now.name == "t00":
         return []

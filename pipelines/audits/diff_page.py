@@ -29,7 +29,7 @@ PICTURES = {"lost": 96, "gained": 48}
 
 
 def refuse_other_files(page: Path) -> None:
-    """A file that is no page of this command stays as it is."""
+    """Refuse to write over a file that is no page of this command."""
     if page.is_dir():
         raise InputError(f"{page}: a folder; give the name of a file to write")
     if page.exists():
@@ -58,7 +58,7 @@ def flipped_pictures(found: Record, then: Step, now: Step) -> Record:
 
 
 def share_out(facts: Sequence[Record], room: int) -> list[Record]:
-    """At most so many of the images, in their order; each class gets one before any gets two."""
+    """At most so many of the images, in their order. Each class gets one before any gets two."""
     seen: dict[str, int] = {}
     turns = []
     for index, fact in enumerate(facts):
@@ -68,7 +68,7 @@ def share_out(facts: Sequence[Record], room: int) -> list[Record]:
 
 
 def render_page(found: Record, pictures: Record) -> str:
-    """Fill the template; everything that a user could have named is escaped there."""
+    """Fill the template. Everything that a user could have named is escaped there."""
     environment = page_templates(TEMPLATES)
     environment.filters |= {
         "percent": percent,
@@ -99,13 +99,13 @@ def render_page(found: Record, pictures: Record) -> str:
 
 
 def heading_of(found: Record) -> str:
-    """What is compared, in a few words; a path would fill the line."""
+    """Return what is compared, in a few words. A path would fill the line."""
     then, now = found["then"]["step"], found["now"]["step"]
     return f"Two runs of {now}" if then == now else f"{then} → {now}"
 
 
 def axis_floor(accuracy: Record | None) -> float:
-    """Where the bars of accuracies begin: the lowest bound of any interval, rounded down to a tenth."""
+    """Return where the bars of accuracies begin: the lowest bound of any interval, rounded down to a tenth."""
     rows = [*accuracy["tasks"], *accuracy["classes"]] if accuracy else []
     lows = [row[side]["low"] for row in rows for side in ("then", "now") if row[side]]
     return min(0.9, math.floor(10 * min(lows, default=0.0)) / 10)

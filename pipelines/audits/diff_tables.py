@@ -32,7 +32,7 @@ def show(found: Record) -> None:
 
 
 def heading(found: Record) -> Iterator[str]:
-    """Which steps these are, and in a sentence or two what happened to the answers."""
+    """Yield which steps these are, and in a sentence or two what happened to the answers."""
     for side in ("then", "now"):
         step = found[side]
         yield (
@@ -56,7 +56,7 @@ def heading(found: Record) -> Iterator[str]:
 
 
 def frozen_line(found: Record) -> str:
-    """Whether what was frozen by then is the same now."""
+    """Return whether what was frozen by then is the same now."""
     kept = found["kept"]
     if not kept["frozen"]:
         return ""
@@ -66,7 +66,7 @@ def frozen_line(found: Record) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Whether the flips of all images are more than chance."""
+    """Return whether the flips of all images are more than chance."""
     if not row["lost"] + row["gained"]:
         return "no image flipped"
     more = "more than chance" if row["p_value"] < 0.05 else "no more than chance would do"
@@ -74,7 +74,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def tables(found: Record) -> Iterator[Group]:
-    """All tables that have something to say."""
+    """Yield all tables that have something to say."""
     if found["accuracy"] is not None:
         yield task_table(found)
         if found["accuracy"]["all"]["lost"] or found["accuracy"]["all"]["gained"]:
@@ -101,7 +101,7 @@ def score_cells(row: Mapping[str, Any], *, p: str) -> list[object]:
 
 
 def task_table(found: Record) -> Group:
-    """Accuracy by task; a task that one of the two does not know has no flips."""
+    """Accuracy by task. A task that one of the two does not know has no flips."""
     rows = [["all compared", *score_cells(found["accuracy"]["all"], p="p_value")]]
     rows += [[row["task"], *score_cells(row, p="p_holm")] for row in found["accuracy"]["tasks"]]
     return table(
@@ -112,7 +112,7 @@ def task_table(found: Record) -> Group:
 
 
 def class_table(found: Record) -> Group:
-    """The classes in which something flipped, the greatest loss first."""
+    """Return the classes in which something flipped, the greatest loss first."""
     flipped = [row for row in found["accuracy"]["classes"] if row["lost"] or row["gained"]]
     flipped.sort(key=greatest_loss_first)
     more = f"; {len(flipped) - ROWS} more in --json and --html" if len(flipped) > ROWS else ""
@@ -125,7 +125,7 @@ def class_table(found: Record) -> Group:
 
 
 def error_table(found: Record) -> Group:
-    """What lost images are taken for."""
+    """Return what lost images are taken for."""
     errors = found["errors"]
     to = ", ".join(
         f"{row['task']}{' (new)' if row['new'] else ''} {row['images']}" for row in errors["tasks"]
@@ -147,7 +147,7 @@ def error_table(found: Record) -> Group:
 
 
 def calibration_table(found: Record) -> Group:
-    """How sure then and now."""
+    """Return how sure then and now."""
     rows = [
         [side, *(percent(found["calibration"][side][key]) for key in ("error", "confidence", "accuracy"))]
         for side in ("then", "now")
@@ -179,7 +179,7 @@ def magnitude_table(magnitudes: Sequence[Record]) -> Group:
 
 
 def ranged(values: Mapping[str, float] | None, form: str = ".3f") -> str:
-    """A mean with its range."""
+    """Return a mean with its range."""
     if values is None or values["mean"] is None:
         return DASH
     mean, lowest, highest = (format(values[key], form) for key in ("mean", "lowest", "highest"))
@@ -213,13 +213,13 @@ def block_grid(changes: Mapping[str, float]) -> Record:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """The block and the target of a layer: `blocks.0.attn.q` is `0` and `q`."""
+    """Return the block and the target of a layer: `blocks.0.attn.q` is `0` and `q`."""
     found = re.fullmatch(r"(?:blocks\.)?(.*\d)\.(.*\.)?([^.]+)", name)
     return (found[1], found[3]) if found else ("", name)
 
 
 def overlap_table(overlaps: Sequence[Record]) -> Group:
-    """Overlap of subspaces; the range is over the targets."""
+    """Overlap of subspaces. The range is over the targets."""
     rows = []
     for row in overlaps:
         for side, meaning in (("rows", "input"), ("columns", "output")):
@@ -243,13 +243,13 @@ def overlap_table(overlaps: Sequence[Record]) -> Group:
 
 
 def against_words(row: Mapping[str, Any]) -> str:
-    """What a direction is compared with."""
+    """Return what a direction is compared with."""
     first, last = row["against"][0], row["against"][-1]
     names = first if first == last else f"{first}{DASH}{last}"
     return {"now": f"{names} then", "then": f"{names} now", "both": f"{names} then"}[row["only"]]
 
 
 def greatest_loss_first(row: Mapping[str, Any]) -> tuple[int, int]:
-    """A sort key of classes by what they lost, less what they gained."""
+    """Return a sort key of classes by what they lost, less what they gained."""
     lost, gained = row["lost"] or 0, row["gained"] or 0
     return gained - lost, -lost

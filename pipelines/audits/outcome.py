@@ -13,7 +13,7 @@ from pipelines.project.errors import FaultError
 
 
 def show_verification(*, as_json: bool, signers: Path | None, again: list[str]) -> int:
-    """Verify the chain, then its signatures, then learn the steps of `again` once more; return the exit status.
+    """Verify the chain, then its signatures, then learn the steps of `again` once more. Return the exit status.
 
     The status is 1 if something does not hold: nothing after it is looked at.
     """

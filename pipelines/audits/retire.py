@@ -77,7 +77,7 @@ class Left(NamedTuple):
 
 
 def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) -> int:
-    """Delete the images of `task` from the source, the split, DVC's cache and its remotes; return the exit status.
+    """Delete the images of `task` from the source, the split, DVC's cache and its remotes. Return the exit status.
 
     First the receipt is written, then `params.yaml` names it as the task's source, then images are deleted, then the
     stages that this touches are run, which give back what they left. Ended anywhere, the same command goes on.
@@ -123,7 +123,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
 
 
 def agree(task: str, *, yes: bool) -> None:
-    """Ask whether to delete; without a terminal to ask on, only `--yes` will do."""
+    """Ask whether to delete. Without a terminal to ask on, only `--yes` will do."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -135,7 +135,7 @@ def agree(task: str, *, yes: bool) -> None:
 
 
 def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
-    """What is to be deleted, what stays, and what nobody here can delete."""
+    """Yield what is to be deleted, what stays, and what nobody here can delete."""
     task = receipt.task
     yield f"{task} ({', '.join(receipt.classes)}): {len(receipt.images)} training images; to be deleted:"
     size = sum(Path(file.path).stat().st_size for file in left.raw)
@@ -173,14 +173,14 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
 
 
 def tracked_by_git(receipt: Receipt) -> int:
-    """How many of the raw files git knows."""
+    """Return how many of the raw files git knows."""
     done = subprocess.run(["git", "ls-files", "-z", "--", receipt.source], capture_output=True, check=False)
     known = {os.fsdecode(name) for name in done.stdout.split(b"\0")}
     return sum(file.path in known for file in receipt.raw)
 
 
 def fetched(receipt: Receipt, params: Params) -> list[str]:
-    """The data sets of `fetch` that would bring the raw files back."""
+    """Return the data sets of `fetch` that would bring the raw files back."""
     names = [name for name in Fetch.names() if params.fetch.entry(name) is not None]
     return [
         name for name in names if any(is_within(file.path, (RAW / name).as_posix()) for file in receipt.raw)
@@ -188,7 +188,7 @@ def fetched(receipt: Receipt, params: Params) -> list[str]:
 
 
 def is_within(path: str, folder: str) -> bool:
-    """Whether a path is a folder or in it, by their names."""
+    """Return whether a path is a folder or in it, by their names."""
     return path == folder or path.startswith(f"{folder}/")
 
 
@@ -196,7 +196,7 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
-    """The receipt of what is to be deleted; an `InputError` says why it cannot be."""
+    """Return the receipt of what is to be deleted. An `InputError` says why it cannot be."""
     entry = params.tasks[task]
     refuse_joint(params)
     require_done(task, entry, read_plan(params.tasks))
@@ -236,7 +236,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
 
 
 def refuse_joint(params: Params) -> None:
-    """A method that learns all images with every task needs them for ever."""
+    """Refuse a method that learns all images with every task: it needs them for ever."""
     records = (MODELS / name / "step.json" for name in params.tasks)
     needed = [path for path in records if path.is_file() and read_json(path).get("needs_old_images")]
     if needed or params.adapter.method == "joint":
@@ -246,7 +246,7 @@ def refuse_joint(params: Params) -> None:
 
 
 def require_done(task: str, entry: Task, plan: Plan) -> None:
-    """Refuse a step that is not up to date with all that it was made of; its source may be gone already."""
+    """Refuse a step that is not up to date with all that it was made of. Its source may be gone already."""
     gone = f"{entry.source} is missing" if not Path(entry.source).exists() else None
     waiting = [str(StageName(kind, task)) for kind in STEP_STAGES]
     seen: set[str] = set()
@@ -265,7 +265,7 @@ def require_done(task: str, entry: Task, plan: Plan) -> None:
 
 
 def same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> Iterator[str]:
-    """Images of other tasks that show the same as those to be deleted; `data.duplicates` may allow it."""
+    """Images of other tasks that show the same as those to be deleted. `data.duplicates` may allow it."""
     mine = {sample.pixels for sample in trained}
     for name, entry in params.tasks.items():
         path = SPLITS / name / f"samples/{name}.arrow"
@@ -277,7 +277,7 @@ def same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> I
 
 
 def raw_files(task: str, params: Params) -> Iterator[RawFile]:
-    """The image files of the task's classes in its source; none where that is gone already."""
+    """Yield the image files of the task's classes in its source. None where that is gone already."""
     entry = params.tasks[task]
     source = Path(entry.source)
     if not source.exists():
@@ -303,7 +303,9 @@ def raw_files(task: str, params: Params) -> Iterator[RawFile]:
 
 
 def kept(stage: str, task: str, after: str) -> Kept:
-    """What can be given back of a stage; of `split` that is all but the training images, which are an output apart."""
+    """Return what can be given back of a stage. Of `split` that is all but the training images, which are an output
+    apart.
+    """
     folders = {"split": "split", "fit": "fit", "freeze": "model"}
     out = (ARTIFACTS / folders[stage] / task).as_posix()
     entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][str(StageName(stage, task))]
@@ -343,7 +345,7 @@ def kept(stage: str, task: str, after: str) -> Kept:
 
 @contextlib.contextmanager
 def stores() -> Iterator[Stores]:
-    """The project's cache and every remote that it names, all of which let their objects be deleted."""
+    """Open the project's cache and every remote that it names. All of them let their objects be deleted."""
     with open_stores() as held:
         for name, remote in held.remotes.items():
             if remote.protocol == "local" and not Path(remote.folder).is_dir():  # it would look empty
@@ -369,7 +371,7 @@ class Listings:
 
 
 def listings(held: Stores, receipt: Receipt) -> Listings:
-    """The objects that the outputs of this project use beside those that the receipt is about."""
+    """Return the objects that the outputs of this project use beside those that the receipt is about."""
     gone = {receipt.train.path, *(file.path for file in receipt.raw)}
     used = {md5 for its in receipt.stages.values() for md5 in its.files.values()}
     listed = set()
@@ -386,7 +388,7 @@ def listings(held: Stores, receipt: Receipt) -> Listings:
 
 
 def objects_of(receipt: Receipt) -> list[str]:
-    """The objects in the cache and in any remote that hold the images, packed or not, now or earlier."""
+    """Return the objects in the cache and in any remote that hold the images, packed or not, now or earlier."""
     with stores() as held:
         found = listings(held, receipt)
         candidates = {receipt.train.md5, *found.listed, *(md5_of(Path(file.path)) for file in receipt.raw)}
@@ -428,7 +430,7 @@ def naming_listings(cache: Path, objects: set[str]) -> Iterator[str]:
 
 
 def left_of(receipt: Receipt) -> Left:
-    """What of all that the receipt names is still there, and used by nothing else."""
+    """Return what of all that the receipt names is still there, and used by nothing else."""
     with stores() as held:
         used = listings(held, receipt).used
         objects = [md5 for md5 in receipt.objects if md5 not in used]
@@ -441,7 +443,7 @@ def left_of(receipt: Receipt) -> Left:
 
 
 def stored(remote: RemoteStore, objects: Iterable[str]) -> list[str]:
-    """Which of some objects a remote has; an `InputError` where it does not answer."""
+    """Return which of some objects a remote has. An `InputError` where it does not answer."""
     with answering(remote.name):
         return remote.held(objects)
 
@@ -459,7 +461,7 @@ def answering(name: str) -> Iterator[None]:
 
 
 def is_there(file: RawFile, receipt: Receipt) -> bool:
-    """Whether a file of the source is the one that the receipt names, and really in the source."""
+    """Return whether a file of the source is the one that the receipt names, and really in the source."""
     path = Path(file.path)
     home = Path.cwd().resolve() / path.parent
     if path.parent.resolve() != home or not is_within(file.path, receipt.source):
@@ -547,14 +549,14 @@ def delete_objects(receipt: Receipt) -> None:
 
 
 def names_any(path: Path, objects: Iterable[str]) -> bool:
-    """Whether a file of text has one of these names in it."""
+    """Return whether a file of text has one of these names in it."""
     return not set(re.findall(r"[0-9a-f]{32}(?:\.dir)?", path.read_text(encoding="utf-8"))).isdisjoint(
         objects
     )
 
 
 def to_run(receipt: Receipt, params: Params) -> list[str]:
-    """The stages that read what was deleted and have not run since: they leave what they left before.
+    """Return the stages that read what was deleted and have not run since: they leave what they left before.
 
     That of the task is the last of its kind: once it has run, what is left to do shows in the report alone.
     """

@@ -22,7 +22,7 @@ from pipelines.versioning.artifacts import Lock, Place, read_lock
 
 
 def retrain(step: str) -> float:
-    """Run `fit` and `freeze` of a step again, elsewhere; a `FaultError` names the first file that differs.
+    """Run `fit` and `freeze` of a step again, elsewhere. A `FaultError` names the first file that differs.
 
     Bytes repeat on one kind of machine, with the same libraries (docs/explanation/auditing.md); the error
     says which were others.
@@ -64,7 +64,7 @@ def retrain(step: str) -> float:
 
 
 def write_params(path: Path) -> None:
-    """The parameters as they are, but for the store of checkpoints: from one nothing would be learned again."""
+    """Write the parameters as they are, but for the store of checkpoints: from one nothing would be learned again."""
     from ruamel.yaml import YAML
 
     raw = read_yaml(read_text(PARAMS), origin=str(PARAMS))
@@ -73,7 +73,7 @@ def write_params(path: Path) -> None:
 
 
 def _arguments(lock: Lock, stage: StageName) -> list[str]:
-    """Return what a stage was called with; nothing but a call of that stage, on files of the project, is run again."""
+    """Return what a stage was called with. Nothing but a call of that stage, on files of the project, is run again."""
     program, *arguments = shlex.split(lock.commands[str(stage)]) or [""]
     inside = not any(Path(word).is_absolute() or ".." in Path(word).parts for word in arguments)
     if program != "sdlora" or arguments[:2] != list(stage) or not inside:
@@ -108,7 +108,7 @@ def _compare(project: Path, place: Place, path: Path) -> None:
 
 
 def _because(folder: Path) -> str:
-    """Which libraries are other ones than those that made a fit or a step."""
+    """Return which libraries are other ones than those that made a fit or a step."""
     record = read_json(folder / ("fit.json" if (folder / "fit.json").is_file() else "step.json"))
     versions = record["versions"]
     here = library_versions()

@@ -60,18 +60,18 @@ def sign(key: Path) -> list[str]:
 
 
 def head_of(findings: list[Finding]) -> Finding:
-    """The last step that was verified: its hash is the head of the chain."""
+    """Return the last step that was verified: its hash is the head of the chain."""
     return [finding for finding in findings if finding.record][-1]
 
 
 def newest_receipt() -> str:
-    """The hash of the last receipt of deleted images, which holds those of all before it; none without any."""
+    """Return the hash of the last receipt of deleted images, which holds those of all before it. None without any."""
     receipts = list(read_receipts())
     return sha256_of(receipt_of(receipts[-1])) if receipts else "none"
 
 
 def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator[Signature]:
-    """Check every signature that there is against the chain; a `FaultError` at the first that does not hold.
+    """Check every signature that there is against the chain. A `FaultError` at the first that does not hold.
 
     Args:
         heads: step → the hash of its verdict, in order.
@@ -125,7 +125,7 @@ def check(path: Path, text: bytes, step: str, signers: Path | None) -> Signature
 
 
 def ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProcess[bytes]:
-    """Run OpenSSH's ssh-keygen on a text; an `InputError` where there is none."""
+    """Run OpenSSH's ssh-keygen on a text. An `InputError` where there is none."""
     try:
         # A passphrase is asked for on the terminal, which is not the standard input.
         return subprocess.run(
@@ -136,6 +136,6 @@ def ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProc
 
 
 def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What ssh-keygen said at the end."""
+    """Return what ssh-keygen said at the end."""
     lines = (done.stderr or done.stdout).decode(errors="replace").split("\n")
     return " ".join([line.strip() for line in lines if line.strip()][-1:]) or f"status {done.returncode}"

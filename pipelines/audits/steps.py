@@ -55,7 +55,7 @@ class Step:
 
     @property
     def classes(self) -> list[Record]:
-        """All classes so far, each its `label`, `name` and `task`; the index is the label."""
+        """All classes so far, each its `label`, `name` and `task`. The index is the label."""
         return list(self.record["classes"])
 
     @property
@@ -66,13 +66,13 @@ class Step:
         return record_hash(self.model)
 
     def test_images(self, task: str) -> Path | None:
-        """The packed test images of a task; None where they are gone."""
+        """Return the packed test images of a task. None where they are gone."""
         path = self.split / "test" / f"{task}.arrow" if self.split else None
         return path if path is not None and path.is_file() else None
 
 
 class Answers(NamedTuple):
-    """What a step's model said of its test images, in the order of the test files; every column is (n,)."""
+    """What a step's model said of its test images, in the order of the test files. Every column is (n,)."""
 
     ids: np.ndarray
     tasks: np.ndarray
@@ -94,7 +94,7 @@ class Answers(NamedTuple):
 
 
 class Project:
-    """The steps of the project in the working directory; what is not in the workspace comes from DVC's cache."""
+    """The steps of the project in the working directory. What is not in the workspace comes from DVC's cache."""
 
     def __init__(self, scratch: Path) -> None:
         self.params = Params.load()
@@ -109,7 +109,7 @@ class Project:
         return Place(self._lock, self._scratch)
 
     def find(self, kind: str, step: str) -> Path:
-        """Where an output of a step can be read; an `InputError` where it is nowhere."""
+        """Return where an output of a step can be read. An `InputError` where it is nowhere."""
         path = ARTIFACTS / kind / step
         if path.exists():
             return path
@@ -123,12 +123,12 @@ class Project:
             raise InputError(str(fault)) from None
 
     def has(self, kind: str, step: str) -> bool:
-        """Whether an output of a step is in the workspace, or known to dvc.lock."""
+        """Return whether an output of a step is in the workspace, or known to dvc.lock."""
         path = ARTIFACTS / kind / step
         return path.exists() or (LOCK.is_file() and path.as_posix() in self._lock.outs)
 
     def step(self, which: str) -> Step:
-        """A step of this project by name or number, or of any project by its model folder."""
+        """Return a step of this project by name or number, or of any project by its model folder."""
         if Path(which).is_dir():
             return step_of_folder(Path(which), which)
         number = re.fullmatch(r"t?([0-9]+)", which)
@@ -151,7 +151,7 @@ class Project:
         )
 
     def evaluated(self) -> list[str]:
-        """The steps that have a model and an evaluation, in order; an `InputError` where there is none."""
+        """Return the steps that have a model and an evaluation, in order. An `InputError` where there is none."""
         found = [
             task for task in self.params.tasks if self.has("model", task) and self.has("evaluation", task)
         ]
@@ -162,13 +162,13 @@ class Project:
 
 @contextmanager
 def opened_project() -> Iterator[Project]:
-    """The project in the working directory, for as long as links into DVC's cache are needed."""
+    """Open the project in the working directory, for as long as links into DVC's cache are needed."""
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
         yield Project(Path(scratch))
 
 
 def step_of_folder(model: Path, shown: str) -> Step:
-    """The step whose model folder this is; its evaluation and split are looked for beside it."""
+    """Return the step whose model folder this is. Its evaluation and split are looked for beside it."""
     if not (model / "step.json").is_file():
         raise InputError(f"{shown}: no model folder (no step.json in it); name one, or a step such as t03")
     record = read_step_record(model)
@@ -195,7 +195,7 @@ def step_of_folder(model: Path, shown: str) -> Step:
 
 
 def read_step_record(model: Path) -> Record:
-    """The ledger record of a model folder; an `InputError` where it is none."""
+    """Return the ledger record of a model folder. An `InputError` where it is none."""
     from sdlora.ledger import read_record
 
     record = read_record(model)
@@ -205,7 +205,7 @@ def read_step_record(model: Path) -> Record:
 
 
 def read_answers(step: Step) -> Answers | None:
-    """What a step's model said of its test images; None where it was not evaluated."""
+    """Return what a step's model said of its test images. None where it was not evaluated."""
     if step.evaluation is None:
         return None
     path = step.evaluation / "predictions.arrow"
@@ -231,30 +231,30 @@ def texts(values: Iterable[str]) -> np.ndarray:
 
 
 def test_pictures(step: Step) -> dict[str, str]:
-    """Test image → `picture_hash`, of all tasks so far; nothing of a step without a split."""
+    """Test image → `picture_hash`, of all tasks so far. Nothing of a step without a split."""
     return {row["id"]: row["pixels"] for row in samples_of(step) if row["split"] == "test"}
 
 
 def samples_of(step: Step) -> Iterator[Record]:
-    """All images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`."""
+    """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`."""
     for task in step.tasks if step.split else ():
         table = read_images(step.split / "samples" / f"{task}.arrow")  # type: ignore[operator]
         yield from table.select(["id", "split", "label", "sha256", "pixels"]).to_pylist()
 
 
 def same_images(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The ids that stand for the same picture in both, in the order of `now`."""
+    """Return the ids that stand for the same picture in both, in the order of `now`."""
     return [name for name, picture in now.items() if then.get(name) == picture]
 
 
 def rows_of(answers: Answers, ids: Sequence[str]) -> Answers:
-    """The answers to some images, in their order; all of them must be there."""
+    """Return the answers to some images, in their order. All of them must be there."""
     row = {name: index for index, name in enumerate(answers.ids)}
     return answers.take(np.array([row[name] for name in ids], dtype=np.int64))
 
 
 def score(right: np.ndarray) -> Record:
-    """An accuracy with its Wilson 95 % interval, of (n,) booleans."""
+    """Return an accuracy with its Wilson 95 % interval, of (n,) booleans."""
     from sdlora.comparison import wilson_interval
 
     hits, images = int(right.sum()), len(right)
@@ -283,7 +283,7 @@ def correct_for_looks(rows: Sequence[Record]) -> None:
 
 
 def taken_for(guesses: np.ndarray, owners: Mapping[str, str]) -> list[Record]:
-    """What images were taken for, the most frequent class first, with the task that it is of.
+    """Return what images were taken for, the most frequent class first, with the task that it is of.
 
     Args:
         guesses: (n,) names of classes.
@@ -294,7 +294,7 @@ def taken_for(guesses: np.ndarray, owners: Mapping[str, str]) -> list[Record]:
 
 
 def spread(values: Iterable[float]) -> Record:
-    """Mean and range of some numbers; NaN of none."""
+    """Mean and range of some numbers. NaN of none."""
     found = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not found.size:
         return dict.fromkeys(("mean", "lowest", "highest"), math.nan)
@@ -302,7 +302,7 @@ def spread(values: Iterable[float]) -> Record:
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence that says a name is unknown: the names that are like it, or some that there are."""
+    """Return the end of a sentence that says a name is unknown: the names that are like it, or some that there are."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
@@ -311,14 +311,14 @@ def near(name: str, known: Sequence[str]) -> str:
 
 
 def read_base(step: Step) -> Backbone:
-    """The backbone of a step's chain."""
+    """Return the backbone of a step's chain."""
     from sdlora.backbones import read_backbone
 
     return read_backbone(step.beside("t00"))
 
 
 def classifier_of(step: Step, base: Backbone) -> nn.Module:
-    """The merged model of a step on its chain's backbone, which stays as it is, on the device of this process."""
+    """Return the merged model of a step, on the device of this process. Its chain's backbone stays as it is."""
     import copy
 
     from sdlora.classifier import Learned, merged_classifier

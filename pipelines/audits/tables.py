@@ -20,7 +20,7 @@ SHORT = 10
 
 
 def significant(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """The same with six significant digits, null for NaN and no negative zero."""
+    """Return the same with six significant digits, null for NaN and no negative zero."""
     if isinstance(value, Mapping):
         return {name: significant(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -36,7 +36,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 
 def console() -> Console:
-    """Where tables are printed: as wide as the terminal, or 80 columns without one."""
+    """Return where tables are printed: as wide as the terminal, or 80 columns without one."""
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
@@ -49,7 +49,7 @@ def table(
     *,
     texts: Collection[int] = (0,),
 ) -> Group:
-    """A titled table whose columns `texts` hold names and the others numbers; nothing in it is markup.
+    """Return a titled table whose columns `texts` hold names and the others numbers. Nothing in it is markup.
 
     A name that is too long for the width is cut.
     """
@@ -79,12 +79,12 @@ def table(
 
 
 def interval(score: Mapping[str, Any] | None) -> str:
-    """An accuracy in per cent with its interval: `95.0 (89–98)`."""
+    """Return an accuracy in per cent with its interval: `95.0 (89–98)`."""
     if score is None or not score["images"]:
         return DASH
     return f"{percent(score['accuracy'])} ({100 * score['low']:.0f}{DASH}{100 * score['high']:.0f})"
 
 
 def plain(value: object) -> str:
-    """A parameter as params.yaml has it: texts as they are, others as JSON."""
+    """Return a parameter as params.yaml has it: texts as they are, others as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -89,7 +89,7 @@ def verify() -> Iterator[Finding]:
 
 
 def check_bytes(place: Place, path: str) -> int:
-    """Compare an output with dvc.lock by all its bytes; return the number of its files."""
+    """Compare an output with dvc.lock by all its bytes. Return the number of its files."""
     if path not in place.lock.outs:
         raise FaultError(
             f"{path}: {LOCK} does not know it; restore {LOCK} from version control, or run `sdlora run`"
@@ -111,7 +111,7 @@ def check_bytes(place: Place, path: str) -> int:
 
 
 def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path]:
-    """Verify all outputs of one step; return how many files were read, and its model folder."""
+    """Verify all outputs of one step. Return how many files were read, and its model folder."""
     from sdlora.verification import faults_of_step
 
     model = place.find(MODELS / step)
@@ -133,7 +133,7 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
 
 
 def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
-    """The fit and the training images are those that the ledger names."""
+    """Check that the fit and the training images are those that the ledger names."""
     fit = place.find(FITS / step)
     for name, expected in record["fit"].items():
         if not (fit / name).is_file() or sha256_of(fit / name) != expected:
@@ -154,7 +154,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
 
 
 def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
-    """The code that made the step is the one that dvc.lock names, or a note says that the step was kept."""
+    """Check that the code that made the step is the one that dvc.lock names, or a note says that the step was kept."""
     if str(CODE) not in place.lock.outs or receipt_of(step).exists():
         return  # a chain of before fingerprints; a step that is given back as the code of then made it
     kept = {(name, stage.result) for note in read_notes() for name, stage in note.stages.items()}
@@ -169,7 +169,7 @@ def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
 
 
 def check_inputs(place: Place, stages: Iterable[str]) -> None:
-    """What a stage read is what another one made, by the hashes of both in dvc.lock."""
+    """Check that what a stage read is what another one made, by the hashes of both in dvc.lock."""
     for stage in stages:
         for path, md5 in place.lock.deps[stage].items():
             if (place.md5(path) or md5) != md5:
@@ -177,7 +177,10 @@ def check_inputs(place: Place, stages: Iterable[str]) -> None:
 
 
 def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
-    """The packed pictures are the samples of the ledger, bytes and all; nothing that was ever trained on is tested."""
+    """Check that the packed pictures are the samples of the ledger, bytes and all.
+
+    Nothing that was ever trained on is tested.
+    """
     folder = SPLITS / step
     split, train = place.find(folder), place.find(TRAINED / step) / PACKED
     rows = [SampleRow(**row) for row in read_images(split / f"samples/{step}.arrow").to_pylist()]
@@ -225,7 +228,7 @@ def check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[
 
 
 def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
-    """A file of images holds just these samples in their order, each with the bytes of its hash."""
+    """Check that a file of images holds just these samples in their order, each with the bytes of its hash."""
     columns = [table[column].to_pylist() for column in ("id", "label", "sha256", "pixels")]
     if list(zip(*columns, strict=True)) != [(row.id, row.label, row.sha256, row.pixels) for row in rows]:
         raise FaultError(f"{name}: its pictures are not the samples of the ledger")
@@ -235,7 +238,7 @@ def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
 
 
 def check_handed_on(place: Place, folder: Path, split: Path, tasks: list[str]) -> None:
-    """What a split holds of earlier tasks is, byte for byte, what the split before holds."""
+    """Check that what a split holds of earlier tasks is, byte for byte, what the split before holds."""
     if len(tasks) < 2:
         return
     for part in ("samples", "test", "validation"):
@@ -262,13 +265,13 @@ def counts_of(
 
 
 def of_others(name: str, step: str) -> bool:
-    """Whether a file of a split is what it holds of other tasks, which may have been made anew."""
+    """Return whether a file of a split is what it holds of other tasks, which may have been made anew."""
     kind, _, file = name.partition("/")
     return kind in ("samples", "test", "validation") and file != f"{step}.arrow"
 
 
 def check_receipt(place: Place, step: str, *, retired: bool) -> str:
-    """The training images are there, or a receipt names just these; return its hash.
+    """Return the training images are there, or a receipt names just these. Return its hash.
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
     """
@@ -317,7 +320,7 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
 
 
 def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
-    """The predictions are of the test images in their order, and the metrics follow from them."""
+    """Check that the predictions are of the test images in their order, and the metrics follow from them."""
     split = place.find(SPLITS / step)
     folder = EVALUATIONS / step
     found = place.find(folder)
@@ -337,7 +340,10 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
 
 
 def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
-    """The verdict holds the hash of the one before, of the record, the samples and the results; its numbers follow."""
+    """Check that the verdict holds the hash of the one before, of the record, the samples and the results.
+
+    Its numbers follow.
+    """
     folder, before = GATES / step, ("t00", *record["tasks"])[-2]
     verdict = read_json(place.find(folder) / "verdict.json")
     evaluation, earlier = (place.find(EVALUATIONS / name) for name in (step, before))
@@ -369,7 +375,7 @@ def check_metrics(place: Place, params: Params) -> None:
 
 
 def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
-    """How many predictions of each task are right, tasks having so many images in a row."""
+    """Return how many predictions of each task are right, tasks having so many images in a row."""
     labels = predictions["label"].to_pylist()
     right = [
         guess == label for guess, label in zip(predictions["prediction"].to_pylist(), labels, strict=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def compared_weights(then: Step, now: Step, notes: list[str]) -> Record | None:
-    """Magnitudes, sizes of changes, overlaps of directions; None where the weights cannot be compared."""
+    """Magnitudes, sizes of changes, overlaps of directions. None where the weights cannot be compared."""
     from sdlora.change import read_update, relative_changes
     from sdlora.ledger import read_record
 
@@ -38,7 +38,7 @@ def compared_weights(then: Step, now: Step, notes: list[str]) -> Record | None:
 
 
 def compared_magnitudes(before: Update, after: Update) -> list[Record]:
-    """Of each task's direction: mean and range of its magnitudes over the targets, then and now."""
+    """Return of each task's direction: mean and range of its magnitudes over the targets, then and now."""
     rows = []
     for task in dict.fromkeys([*before.magnitudes, *after.magnitudes]):
         sides = {
@@ -52,7 +52,7 @@ def compared_magnitudes(before: Update, after: Update) -> list[Record]:
 
 
 def overlaps(before: Update, after: Update) -> list[Record]:
-    """How far the directions that only one of the two has lie in the space of all that the other has.
+    """Return how far the directions that only one of the two has lie in the space of all that the other has.
 
     A direction that both have under one name, but not the same one (two runs of a step), is compared with its
     namesake. `rows` is the row space (of `down`, in the layer's input), `columns` the column space (of `up`, in its
@@ -96,7 +96,7 @@ def overlaps(before: Update, after: Update) -> list[Record]:
 
 
 def same_direction(left: Mapping[str, Pair], right: Mapping[str, Pair]) -> bool:
-    """Whether two directions are the same to the bit."""
+    """Return whether two directions are the same to the bit."""
     return left.keys() == right.keys() and all(
         np.array_equal(a, b) for name in left for a, b in zip(left[name], right[name], strict=True)
     )
@@ -128,7 +128,7 @@ def overlap_of(spaces: Sequence[np.ndarray], space: np.ndarray) -> Record:
 
 
 def over_targets(at: Sequence[Record]) -> Record:
-    """Mean and range over the targets, of overlaps and angles; the mean of the chance levels."""
+    """Mean and range over the targets, of overlaps and angles. The mean of the chance levels."""
     return {
         "overlap": spread(each["overlap"] for each in at),
         "angle": spread(each["angle"] for each in at),

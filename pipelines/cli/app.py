@@ -34,7 +34,7 @@ app.add_typer(audit, name="audit")
 
 
 def main() -> None:
-    """Run the command line; an error that the user can mend is one line and exit status 2."""
+    """Run the command line. An error that the user can mend is one line and exit status 2."""
     from pipelines.runtime.progress import show_progress
     from pipelines.runtime.progress_bar import ProgressBar
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def report_error(error: Exception) -> int:
-    """Print an error as one line if the user can mend it, else with its traceback; return the exit status."""
+    """Print an error as one line if the user can mend it, else with its traceback. Return the exit status."""
     from pipelines.project.error_text import one_line, user_message
     from pipelines.runtime.stage_outcome import BUG, GATE, INPUT, StageOutcome, leave_outcome
 
@@ -243,7 +243,7 @@ def retire(
     dry: Annotated[bool, typer.Option("--dry", help="Say what would go, and stop.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a task's images for good; its model stays, and a receipt.
+    """Delete a task's images for good. Its model stays, and a receipt.
 
     Raw images and packed training images go from the project, DVC's cache and every DVC remote. Packed test images
     stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
@@ -288,7 +288,7 @@ def sweep(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Even if they are many.")] = False,
 ) -> None:
-    """Train a chain for every combination of values; put all in one table.
+    """Train a chain for every combination of values. Put all in one table.
 
     On the workers of PREFECT_API_URL, or here if it is not set. Stages that chains have in common are computed once.
     Killed at any moment, the same command goes on. Exit status 1 says that some chain failed.

@@ -45,7 +45,7 @@ _LIBRARIES = (
 
 
 def delegate_stage(arguments: Sequence[str]) -> int | None:
-    """Have a fork server run this command, if it is a stage's; return its status, None if it has to run by itself."""
+    """Have a fork server run this command, if it is a stage's. Return its status, None if it has to run by itself."""
     if STAGE_SOCKET in os.environ:
         with contextlib.suppress(OSError):
             return delegate(os.environ[STAGE_SOCKET], arguments)
@@ -66,7 +66,7 @@ def delegate_stage(arguments: Sequence[str]) -> int | None:
 
 
 def _has_ended_a_stage(dvc: int) -> bool:
-    """Whether dvc.lock was written since a process began."""
+    """Return whether dvc.lock was written since a process began."""
     try:
         ticks = int(Path(f"/proc/{dvc}/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -76,7 +76,7 @@ def _has_ended_a_stage(dvc: int) -> bool:
 
 
 def _begins_a_chain(dvc: int) -> bool:
-    """Whether nothing has been run yet, and a DVC is not about to run a single stage."""
+    """Return whether nothing has been run yet, and a DVC is not about to run a single stage."""
     try:
         words = Path(f"/proc/{dvc}/cmdline").read_bytes().split(b"\0")
     except OSError:

@@ -26,7 +26,7 @@ Wanted = Callable[[PurePosixPath], bool]
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name is one of a kind that `members` reads."""
+    """Return whether the name is one of a kind that `members` reads."""
     return path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
@@ -47,7 +47,7 @@ def members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]
 
 
 def names(path: Path) -> list[PurePosixPath]:
-    """The paths of all files of an archive, checked like those of `members`; no bytes are kept."""
+    """Return the paths of all files of an archive, checked like those of `members`. No bytes are kept."""
     found: list[PurePosixPath] = []
 
     def note(name: PurePosixPath) -> bool:
@@ -60,7 +60,7 @@ def names(path: Path) -> list[PurePosixPath]:
 
 
 def gunzip(path: Path) -> bytes:
-    """The content of a single .gz file, within the limits of a member."""
+    """Return the content of a single .gz file, within the limits of a member."""
     limit = min(MEMBER_BYTES, TOTAL_RATIO * path.stat().st_size + SLACK_BYTES)
     with damage_named(path), gzip.open(path) as file:
         data = file.read(limit + 1)
@@ -158,7 +158,7 @@ class _Room:
 
 
 def safe_path(name: str, archive: Path) -> PurePosixPath:
-    """A member's path, which must stay in the folder that it is unpacked to."""
+    """Return a member's path, which must stay in the folder that it is unpacked to."""
     path = PurePosixPath(name)
     parts = name.replace("\\", "/").split("/")
     if path.is_absolute() or "\\" in name or ".." in parts or ":" in parts[0] or "\0" in name:

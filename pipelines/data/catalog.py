@@ -66,11 +66,11 @@ class Benchmark:
         return list(self.folders.values())
 
     def obtain(self, name: str) -> Path:
-        """The verified file, downloaded if it is not here."""
+        """Return the verified file, downloaded if it is not here."""
         return obtain(self.remotes[name], DOWNLOADS / self.name)
 
     def obtain_all(self, split: str) -> dict[str, Path]:
-        """All files that a split needs, by name; the small ones first, so that what is missing shows early."""
+        """Return all files that a split needs, by name. The small ones first, so that what is missing shows early."""
         needed = [n for n in self.remotes if self.of_split.get(n, split) == split]
         return {name: self.obtain(name) for name in sorted(needed, key=lambda n: (n.endswith(".zip"), n))}
 
@@ -101,7 +101,10 @@ def load(name: str) -> Benchmark:
 
 
 def images(name: str, split: str, archive: Path | None = None, sha256: str | None = None) -> Iterator[Image]:
-    """The images of a data set, as its split divides them; `archive` is the user's own for the split `archive`."""
+    """Yield the images of a data set, as its split divides them.
+
+    `archive` is the user's own for the split `archive`.
+    """
     benchmark = load(name)
     if split in benchmark.notes:
         log_line(f"{name}: split {split}: {benchmark.notes[split]}")
@@ -157,7 +160,7 @@ def mnist(benchmark: Benchmark, split: str) -> Iterator[Image]:
 def numbered(
     benchmark: Benchmark, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray]
 ) -> Iterator[Image]:
-    """Images that come as arrays, one for each part; a file is named by its place in the data set."""
+    """Images that come as arrays, one for each part. A file is named by its place in the data set."""
     with progress(f"unpack {benchmark.name}", total=sum(map(len, pictures.values())), unit="images") as bar:
         done = 0
         for part in PARTS:
@@ -210,7 +213,7 @@ def cub(benchmark: Benchmark, split: str) -> Iterator[Image]:
 
 
 def domainnet(benchmark: Benchmark, split: str) -> Iterator[Image]:
-    """DomainNet: an archive `<domain>/<class>/<file>` for each domain; names begin with the domain's.
+    """DomainNet: an archive `<domain>/<class>/<file>` for each domain. Names begin with the domain's.
 
     `official` divides by the lists beside the archives (six domains); `coda-prompt` by those of
     CODA-Prompt's repository (five: there is no quickdraw among them). Those may have been written for the
@@ -242,7 +245,7 @@ def domainnet(benchmark: Benchmark, split: str) -> Iterator[Image]:
 
 
 def divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> Iterator[Image]:
-    """The images of an archive that has folders train and test already, as they are."""
+    """Yield the images of an archive that has folders train and test already, as they are."""
     if not archive.is_file() or not is_archive(archive):
         raise InputError(
             f"fetch.{benchmark.name}.archive: {archive} is not the path of a .zip or .tar file; correct it"
@@ -268,7 +271,9 @@ def divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> 
 
 
 def is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool:
-    """Whether a member of an archive is an image, in one of the folders if some are given; Finder's notes are not."""
+    """Return whether a member of an archive is an image, in one of the folders if some are given. Finder's notes are
+    not.
+    """
     if path.parts[0] == "__MACOSX" or path.name.startswith(".") or path.suffix.lower() not in IMAGES:
         return False
     return folders is None or path.parent.name in folders
@@ -277,7 +282,7 @@ def is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool
 def by_lists(
     benchmark: Benchmark, archives: list[Path], parts: Lists
 ) -> Generator[Image, None, set[PurePosixPath]]:
-    """Of some archives, the files that `parts` names; return those that are in none."""
+    """Yield of some archives, the files that `parts` names. Return those that are in none."""
     known = {**benchmark.folders, **{name: name for name in benchmark.classes}}
     missing = set(parts)
     with progress(f"unpack {benchmark.name}", total=len(parts), unit="images") as bar:
@@ -320,7 +325,7 @@ def stratified(paths: list[PurePosixPath]) -> Lists:
 
 
 def listed(path: Path) -> list[str]:
-    """The entries of the list `data` of a YAML file that has a line for each: a parser needs minutes for these."""
+    """Return the entries of the list `data` of a YAML file, one a line. A parser needs minutes for these."""
     found: list[str] = []
     inside = False
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -334,7 +339,7 @@ def listed(path: Path) -> list[str]:
 
 
 def idx(path: Path, *, dimensions: int) -> np.ndarray:
-    """An array of bytes in MNIST's own format."""
+    """Return an array of bytes in MNIST's own format."""
     import numpy as np
 
     data = gunzip(path)

@@ -21,7 +21,7 @@ from pipelines.project.files import natural_key
 
 
 def of_folders(folder: Path, names: Sequence[str]) -> Source:
-    """The images of class folders, under train/ and test/ (and validation/) or without parts."""
+    """Return the images of class folders, under train/ and test/ (and validation/) or without parts."""
     if not is_divided(folder):
         return _joined(class_files(folder / name, part=None, name=name) for name in names)
     linked = [folder / word for word in WORDS if (folder / word).is_symlink()]
@@ -39,7 +39,7 @@ def of_folders(folder: Path, names: Sequence[str]) -> Source:
 
 
 def is_divided(folder: Path) -> bool:
-    """Whether train/ and test/ are parts: folders of folders (or empty), not classes of such a name."""
+    """Return whether train/ and test/ are parts: folders of folders (or empty), not classes of such a name."""
     return any(
         (folder / part).is_dir() and (holds_folders(folder / part) or not visible(folder / part))
         for part in ("train", "test")
@@ -47,7 +47,7 @@ def is_divided(folder: Path) -> bool:
 
 
 def class_files(folder: Path, *, part: str | None, name: str) -> Source:
-    """The image files of a class, in natural order; hidden ones are left out, anything else is a fault."""
+    """Return the image files of a class, in natural order. Hidden ones are left out, anything else is a fault."""
     if not folder.is_dir():
         return Source([], [_missing_class(folder)])
     if folder.is_symlink():

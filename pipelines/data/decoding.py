@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def decode(table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZE) -> np.ndarray:
-    """All images of a table as the backbone takes them, uint8 (images, channels, height, width).
+    """Return all images of a table as the backbone takes them, uint8 (images, channels, height, width).
 
     What takes more than `room` bytes is a nameless file of `SCRATCH` that is mapped into memory, gone with the array.
     """
@@ -61,7 +61,7 @@ def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
 
 
 def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
-    """One image of a table as the backbone takes it, uint8 (channels, height, width)."""
+    """Return one image of a table as the backbone takes it, uint8 (channels, height, width)."""
     try:
         picture = open_picture(table["image"][index].as_buffer())
     except ValueError as error:
@@ -76,7 +76,7 @@ LONGEST = 100
 
 
 def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
-    """Decode a picture fully, upright, in sRGB, as 8-bit L, RGB or RGBA; a ValueError says why it cannot be.
+    """Decode a picture fully, upright, in sRGB, as 8-bit L, RGB or RGBA. A ValueError says why it cannot be.
 
     Of several frames or pages the first one is the picture. A colour profile that cannot be used is left out, as
     browsers do.
@@ -111,7 +111,10 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
 
 
 def _in_srgb(picture: Image, profile: bytes) -> Image:
-    """The picture with the colours that its profile means, in sRGB; as it is where the profile cannot be used."""
+    """Return the picture with the colours that its profile means, in sRGB.
+
+    As it is where the profile cannot be used.
+    """
     from PIL import ImageCms
 
     if picture.mode in ("P", "PA", "1", "La", "RGBa"):
@@ -129,7 +132,7 @@ def _in_srgb(picture: Image, profile: bytes) -> Image:
 
 
 def picture_hash(picture: Image) -> str:
-    """The SHA-256 of size and pixels: equal for the same picture in grey, colour, palette or opaque RGBA."""
+    """Return the SHA-256 of size and pixels: equal for the same picture in grey, colour, palette or opaque RGBA."""
     same = picture.convert("RGBA")
     digest = hashlib.sha256(f"{same.mode} {same.width}x{same.height}\n".encode())
     digest.update(same.tobytes())
@@ -158,7 +161,7 @@ def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
 
 
 def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator[int]:
-    """Call `work` with each index, in threads; yield how many are done."""
+    """Call `work` with each index, in threads. Yield how many are done."""
     # Pillow decodes outside the interpreter's lock.
     with ThreadPoolExecutor(decoding_threads()) as pool:
         for done, _ in enumerate(pool.map(work, indices), start=1):
@@ -166,7 +169,7 @@ def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator
 
 
 def decoding_threads() -> int:
-    """The processors that this process may use, or fewer where OMP_NUM_THREADS says so, as torch does."""
+    """Return the processors that this process may use, or fewer where OMP_NUM_THREADS says so, as torch does."""
     # Not os.cpu_count(): a container or `taskset` leaves a process fewer than the machine has.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

@@ -51,7 +51,7 @@ def divide(images: Sequence[Found], data: Data) -> Source:
 
 
 def _drawn(members: Sequence[Found], part: str, share: float, seed: int) -> list[Found]:
-    """The images of a class, a share of them in `part`, at least one and never all, and the others in train."""
+    """Return the images of a class, a share of them in `part`, at least one and never all, and the others in train."""
     order = sorted(members, key=lambda found: _lot(part, seed, found))
     number = max(1, min(len(members) - 1, round(len(members) * share)))
     chosen = {found.file for found in order[:number]}

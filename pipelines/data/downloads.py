@@ -87,7 +87,7 @@ def obtain(remote: Remote, folder: Path) -> Path:
 
 
 def mismatch(path: Path, remote: Remote) -> str | None:
-    """What is wrong with a file that should be `remote`, or nothing."""
+    """Return what is wrong with a file that should be `remote`, or nothing."""
     size = path.stat().st_size
     if remote.size is not None and size != remote.size:
         return f"found {size:,} bytes, expected {remote.size:,}"
@@ -99,7 +99,7 @@ def mismatch(path: Path, remote: Remote) -> str | None:
 
 
 def digest_of(path: Path, kind: str) -> str:
-    """The hash of a file's bytes in hexadecimal: sha256, md5, or the id that git gives a file (git-blob)."""
+    """Return the hash of a file's bytes in hexadecimal: sha256, md5, or the id that git gives a file (git-blob)."""
     if kind == "git-blob":
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     else:
@@ -139,7 +139,7 @@ def _fetch(url: str, remote: Remote, file: IO[bytes]) -> None:
 
 
 def _request(url: str, remote: Remote, file: IO[bytes]) -> None:
-    """Ask once, for what is missing; return when the server has sent all that it announced."""
+    """Ask once, for what is missing. Return when the server has sent all that it announced."""
     import httpx
 
     start = _length(file)
@@ -168,7 +168,7 @@ def _request(url: str, remote: Remote, file: IO[bytes]) -> None:
 
 
 def _has_body(answer: httpx.Response, file: IO[bytes], start: int) -> bool:
-    """Make the file ready for the body of an answer; false if nothing is missing; an error if there is none."""
+    """Make the file ready for the body of an answer. False if nothing is missing. An error if there is none."""
     status = answer.status_code
     if status == 206:
         if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def manifests(folder: Path, manifest: str | None) -> list[tuple[Path, str | None]]:
-    """The manifests of a source, each with the part that its place says; none where classes are folders."""
+    """Return the manifests of a source, each with the part that its place says. None where classes are folders."""
     if manifest is not None:
         return [(folder / manifest, None)]
     places = {folder: None, **{folder / word: part for word, part in WORDS.items()}}
@@ -55,7 +55,7 @@ def manifests(folder: Path, manifest: str | None) -> list[tuple[Path, str | None
 
 
 def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path, str | None]]) -> Source:
-    """The images that manifests list for the classes `names`."""
+    """Return the images that manifests list for the classes `names`."""
     rows: list[tuple[Found, Row]] = []
     faults = []
     wanted = set(names)
@@ -97,7 +97,7 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
 
 
 def _by_place(rows: list[tuple[Found, Row]]) -> Iterator[tuple[Found, Row]]:
-    """Where no row says its part and every path begins with a folder of a part's name, that is the part."""
+    """Yield where no row says its part and every path begins with a folder of a part's name, that is the part."""
     heads = {found.file.split("/")[0] if "/" in found.file else "" for found, _ in rows}
     by_place = heads and all(found.part is None for found, _ in rows) and heads <= set(WORDS)
     for found, row in rows:
@@ -126,7 +126,7 @@ def _in_linked_folders(folder: Path, listed: Iterable[Found]) -> Iterator[Fault]
 
 
 def class_of(row: Row) -> str | Fault:
-    """The class of a row: text as it is, a whole number as its decimal digits."""
+    """Return the class of a row: text as it is, a whole number as its decimal digits."""
     label = str(row.label) if type(row.label) is int else row.label
     if not isinstance(label, str):
         what = "the label is empty" if label is None else f"the label is {label!r}"
@@ -136,7 +136,7 @@ def class_of(row: Row) -> str | Fault:
 
 
 def part_of(row: Row, *, given: str | None) -> str | Fault | None:
-    """The part of a row: what its manifest's place says, else its own word."""
+    """Return the part of a row: what its manifest's place says, else its own word."""
     if given is not None or row.part is None:
         return given
     word = str(row.part).strip().lower()
@@ -146,7 +146,7 @@ def part_of(row: Row, *, given: str | None) -> str | Fault | None:
 
 
 def file_of(row: Row, home: Path, *, check: bool) -> str | Fault:
-    """The path of a row, relative to its manifest; whether there is such an image is asked only to `check`."""
+    """Return the path of a row, relative to its manifest. Whether there is such an image is asked only to `check`."""
     file = row.file
     if not isinstance(file, str) or not file:
         if isinstance(file, dict):
@@ -173,7 +173,7 @@ def file_of(row: Row, home: Path, *, check: bool) -> str | Fault:
 
 
 def read_manifest(path: Path) -> Iterator[Row]:
-    """The rows of a manifest; an `InputError` names a file that is none, or lacks a column."""
+    """Yield the rows of a manifest. An `InputError` names a file that is none, or lacks a column."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -238,7 +238,7 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
 
 
 def columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
-    """The columns of path, label and split (None where there is none) among those of a manifest."""
+    """Return the columns of path, label and split (None where there is none) among those of a manifest."""
     paths = [name for name in PATH_COLUMNS if name in names]
     found = ", ".join(map(str, names)) or "none"
     if len(paths) != 1:

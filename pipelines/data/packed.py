@@ -66,7 +66,7 @@ def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
 
 
 def digest_of(samples: Iterable[SampleRow]) -> str:
-    """One hash for all samples in order."""
+    """Return one hash for all samples in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps(sample, ensure_ascii=False).encode() + b"\n")
@@ -74,7 +74,7 @@ def digest_of(samples: Iterable[SampleRow]) -> str:
 
 
 def read_images(path: Path) -> pa.Table:
-    """Open a file of images or samples, memory-mapped; an `InputError` names a missing or damaged one."""
+    """Open a file of images or samples, memory-mapped. An `InputError` names a missing or damaged one."""
     import pyarrow as pa
 
     try:
@@ -91,7 +91,7 @@ def read_images(path: Path) -> pa.Table:
 
 
 def training_images(described: Path, images: Path) -> Path:
-    """The training images that a `train.json` describes; an `InputError` where they are missing or others.
+    """Return the training images that a `train.json` describes. An `InputError` where they are missing or others.
 
     Stages depend on the description, which holds the hash of the images, and not on the images: so a step whose images
     were deleted afterwards is as up to date as it was, and no step can be made of other images than it says.

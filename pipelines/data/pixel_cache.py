@@ -58,7 +58,7 @@ _DIGEST = hashlib.sha256().digest_size
 def pixel_batches(
     files: Sequence[PackedImages], *, batch_size: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """The images of all files in order, uint8 (at most batch_size, channels, height, width), decoded in threads.
+    """Yield the images of all files in order, uint8 (at most batch_size, channels, height, width), decoded in threads.
 
     No batch has images of two files. The last bits of a prediction depend on the batch that it is made in, and those
     of an old task's images must not change with the number of images of the tasks before it. For a GPU the batches are
@@ -117,7 +117,7 @@ class PackedImages:
         return len(self.table)
 
     def place(self) -> Kept:
-        """The file that keeps these images, whether it exists or not: its name is the hash of what decides them."""
+        """Return the file for these images, which may not exist. Its name is the hash of what decides them."""
         decisive = {
             "images": sha256_of(self._path),
             "preprocessing": asdict(self._preprocessing),
@@ -128,7 +128,7 @@ class PackedImages:
         return Kept(DECODED / f"{key}.pixels", count=len(self), size=channels * height * width)
 
     def read(self, first: int, out: np.ndarray) -> None:
-        """Put the images from `first` on into `out`, uint8 (n, channels, height, width); may be called in threads."""
+        """Put the images from `first` on into `out`, uint8 (n, channels, height, width). May be called in threads."""
         for index, row in enumerate(out, start=first):
             if self.kept is not None and self.kept.read(index, row):
                 continue
@@ -156,7 +156,7 @@ class PackedImages:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; what was begun and is not whole is removed."""
+        """Let go of the files. What was begun and is not whole is removed."""
         for file in (self.kept, self.new):
             if file is not None:
                 file.close()
@@ -174,7 +174,7 @@ class Kept:
         self._descriptor: int | None = None
 
     def open(self) -> bool:
-        """Open what is there, and note that it is used; False where there is nothing of this length."""
+        """Open what is there, and note that it is used. False where there is nothing of this length."""
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -198,7 +198,7 @@ class Kept:
             raise
 
     def read(self, index: int, row: np.ndarray) -> bool:
-        """Put an image into `row`; where it is not the one that was written, False, and `row` is worth nothing."""
+        """Put an image into `row`. Where it is not the one that was written, False, and `row` is worth nothing."""
         assert self._descriptor is not None
         try:
             os.preadv(self._descriptor, [row.reshape(-1).data], index * self._size)
@@ -218,13 +218,13 @@ class Kept:
         _write(self._descriptor, memoryview(checksum), self._count * self._size + index * _DIGEST)
 
     def finish(self) -> None:
-        """Give the whole file its name. Another process may have made the same; either will do."""
+        """Give the whole file its name. Another process may have made the same. Either will do."""
         assert self._partial is not None
         os.replace(self._partial, self.path)
         self._partial = None
 
     def close(self) -> None:
-        """Close the file; remove it where it was begun and is not whole."""
+        """Close the file. Remove it where it was begun and is not whole."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -263,7 +263,7 @@ def find_kept(files: Sequence[PackedImages], pool: ThreadPoolExecutor) -> None:
 
 
 def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[bool]:
-    """Remove what is old, then the longest unused, until the next file fits; yields whether each one does.
+    """Remove what is old, then the longest unused, until the next file fits. Yields whether each one does.
 
     What was used since `started` stays: were it removed for what comes after it, an evaluation of more than there is
     room for would never find anything.
@@ -295,7 +295,7 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
 
 
 def budget() -> int:
-    """How many bytes may be kept.
+    """Return how many bytes may be kept.
 
     Raises:
         InputError: the environment variable holds no such number.
@@ -306,7 +306,7 @@ def budget() -> int:
 
 
 def decoder() -> dict[str, object]:
-    """What makes pixels of bytes: the code, Pillow, and the libraries that come with it."""
+    """Return what makes pixels of bytes: the code, Pillow, and the libraries that come with it."""
     import PIL
     from PIL import features
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def png(image: np.ndarray) -> bytes:
-    """An image, (height, width) grey or (height, width, 3), as PNG without compression.
+    """Return an image, (height, width) grey or (height, width, 3), as PNG without compression.
 
     Compressed bytes would vary with the version of zlib.
     """

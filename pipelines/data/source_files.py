@@ -56,12 +56,12 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, hidden files aside; nothing where there is no folder."""
+    """Return what a folder holds, hidden files aside. Nothing where there is no folder."""
     return [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
 
 
 def holds_folders(folder: Path) -> bool:
-    """Whether a folder holds a visible folder."""
+    """Return whether a folder holds a visible folder."""
     return any(entry.name[0] != "." and entry.is_dir() for entry in folder.iterdir())
 
 

@@ -16,7 +16,8 @@ from pipelines.project.settings import Data
 
 
 def task_images(folder: Path, names: Sequence[str], *, manifest: str | None, data: Data) -> list[Found]:
-    """The images of a task's classes, each with its part; an `InputError` names the first fault, counts the others.
+    """Return the images of a task's classes, each with its part. An `InputError` names the first fault, counts the
+    others.
 
     They are in the order of parts, of `names`, and of natural file names.
     """
@@ -27,7 +28,7 @@ def task_images(folder: Path, names: Sequence[str], *, manifest: str | None, dat
 
 
 def class_names(folder: Path, *, manifest: str | None, shown: str) -> list[str]:
-    """All classes of a source, in natural order; an `InputError` calls the folder `shown`."""
+    """Return all classes of a source, in natural order. An `InputError` calls the folder `shown`."""
     if not folder.is_dir():
         raise InputError(f"{shown}: the folder is missing; {missing_source(shown)}")
     tables = manifests(folder, manifest)
@@ -60,7 +61,7 @@ def class_names(folder: Path, *, manifest: str | None, shown: str) -> list[str]:
 
 
 def read_source(folder: Path, names: Sequence[str], *, manifest: str | None) -> Source:
-    """List the images of the classes `names`, and collect whatever is wrong with them; other classes are left alone."""
+    """List the images of the classes `names`, and collect whatever is wrong with them. Other classes are left alone."""
     if not folder.is_dir():
         return Source([], [Fault(str(folder), "the folder is missing", missing_source(folder))])
     tables = manifests(folder, manifest)

@@ -9,7 +9,7 @@ from pipelines.project.layout import MODELS
 
 
 def find_model(which: str | None) -> Path:
-    """A model folder by its path, or by its step's name or number (t03, 3); None for the latest step."""
+    """Return a model folder by its path, or by its step's name or number (t03, 3). None for the latest step."""
     steps = sorted(path for path in MODELS.glob("t*") if re.fullmatch(r"t[0-9]+", path.name))
     known = [path.name for path in steps if path.name != "t00"]
     if which is None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def last_epoch(fit: Path) -> dict[str, float]:
-    """Loss and accuracy on the task's own training images in the last pass over them; nothing where none was made."""
+    """Loss and accuracy on the task's own training images in the last pass over them. Nothing where none was made."""
     from sdlora.fit_folder import read_curve
 
     curve = read_curve(fit)

@@ -22,7 +22,7 @@ RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json"
 
 
 def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *, seconds: float) -> None:
-    """Write `ledger/journal/LABEL.json` for a stage that has just ended; a stage never fails for it.
+    """Write `ledger/journal/LABEL.json` for a stage that has just ended. A stage never fails for it.
 
     It tells of the last time that the stage was computed here: what came from a cache was computed elsewhere, and a
     stage that restored its output computed nothing.
@@ -52,7 +52,7 @@ def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *
 
 
 def commit() -> str | None:
-    """Return the commit that is checked out, with a + where tracked files differ from it; None outside of git."""
+    """Return the commit that is checked out, with a + where tracked files differ from it. None outside of git."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],

@@ -63,7 +63,7 @@ def read_notes() -> Iterator[KeptNote]:
 
 
 def write_note(at: str, stages: Mapping[str, KeptStage]) -> Path:
-    """Append a note; return its path."""
+    """Append a note. Return its path."""
     known = sorted(KEPT.glob("*.json"))
     path = KEPT / f"{len(list(read_notes())) + 1:04}.json"
     note = KeptNote(at=at, previous=sha256_of(known[-1]) if known else None, stages=stages)

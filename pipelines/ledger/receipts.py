@@ -31,7 +31,7 @@ Listing = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
 
 
 def inside(path: str) -> str:
-    """The path, where it is one inside a folder; a ValueError where it leads out of it."""
+    """Return the path, where it is one inside a folder. A ValueError where it leads out of it."""
     if not path or path.startswith("/") or ".." in path.split("/"):
         raise ValueError(f"{path!r} is no path inside a folder")
     return path
@@ -125,12 +125,12 @@ class Receipt(Section):
 
 
 def receipt_of(task: str) -> Path:
-    """Where the receipt of a task is."""
+    """Return where the receipt of a task is."""
     return Path(RETIRED) / task / RECEIPT
 
 
 def read_receipt(path: Path) -> Receipt:
-    """Read a receipt; an `InputError` names one that is missing or none."""
+    """Read a receipt. An `InputError` names one that is missing or none."""
     try:
         return Receipt.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +144,9 @@ def read_receipt(path: Path) -> Receipt:
 
 
 def read_receipts() -> dict[str, Receipt]:
-    """All receipts by task, in the order in which they were written; an `InputError` where their chain is broken."""
+    """Return all receipts by task, in the order in which they were written. An `InputError` where their chain is
+    broken.
+    """
     paths = {receipt_of(path.name): path.name for path in Path(RETIRED).glob("*") if path.is_dir()}
     after: dict[str | None, Path] = {}
     receipts = {path: read_receipt(path) for path in sorted(paths)}
@@ -178,7 +180,7 @@ def restore_retired_output(
     images: Path | None = None,
     then: Callable[[Path], None] | None = None,
 ) -> StageResult | None:
-    """Restore in `out` what a stage of a retired task left when it had its images; None where the task has them.
+    """Restore in `out` what a stage of a retired task left when it had its images. None where the task has them.
 
     Where the training images were, in `images`, their hash is left. `then` replaces files of other tasks with their
     current versions. The stage's code may have changed since. Its parameters and its input model may not.
@@ -209,7 +211,7 @@ def restore_retired_output(
 
 
 def in_place_of(receipt: Receipt) -> dict[str, str]:
-    """What is left where the training images of a retired task were."""
+    """Return what is left where the training images of a retired task were."""
     return {"task": receipt.task, "images": receipt.train.sha256}
 
 
@@ -234,7 +236,7 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
 
 
 def give_back(kept: Kept, folder: Path) -> None:
-    """Copy what was kept of an output from DVC's cache or remote to a folder; an `InputError` says what is missing."""
+    """Copy what was kept of an output from DVC's cache or remote to a folder. An `InputError` says what is missing."""
     with TemporaryDirectory(prefix="sdlora-retired-") as scratch:
         objects = Objects(Path(scratch))
         for name, md5 in kept.files.items():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def measure(
     metrics: dict[str, Any], was: dict[str, Any], now: pa.Table, before: pa.Table | None
 ) -> dict[str, float | None]:
-    """What the limits are about, as fractions rounded to six decimals; None where there is no old task.
+    """Return what the limits are about, as fractions rounded to six decimals. None where there is no old task.
 
     Args:
         metrics: `metrics.json` of the step.
@@ -63,7 +63,7 @@ def measure(
 
 
 def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
-    """Which limits a step breaks: the limit's name, and what happened in words."""
+    """Return which limits a step breaks: the limit's name, and what happened in words."""
     words = {
         "fall": "made an old task fall by {:.1f} points (gate.fall: {:.1f})",
         "negative_flips": "turned {:.1f} % of the old test images wrong (gate.negative_flips: {:.1f})",
@@ -81,13 +81,13 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
 
 
 def results_of(evaluation: Path) -> str:
-    """One hash for all that an evaluation has left, predictions included: what an approval is of."""
+    """Return one hash for all that an evaluation has left, predictions included: what an approval is of."""
     files = {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def measured_in(evaluation: Path, before: Path) -> dict[str, float | None]:
-    """What `measure` says of two evaluation folders, that of a step and that of the step before."""
+    """Return what `measure` says of two evaluation folders, that of a step and that of the step before."""
     was = read_json(before / "metrics.json")
     return measure(
         read_json(evaluation / "metrics.json"),

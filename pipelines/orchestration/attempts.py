@@ -1,4 +1,4 @@
-"""How often a run on a worker may start again: as long as it gets on, for ever; without progress, a few times.
+"""How often a run on a worker may start again: as long as it gets on, for ever. Without progress, a few times.
 
 The count is kept as labels of the flow run, which stays the same run when it is started again.
 """
@@ -32,15 +32,15 @@ BEGUN: dict[UUID, UUID] = {}
 
 
 def remember_state(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
-    """Note in which state this process began a run; the run itself may be read anew, with another's state, after it."""
+    """Note in which state this process began a run. The run itself may be read anew, with another's state, after it."""
     BEGUN[flow_run.id] = state.id
 
 
 class Attempts:
-    """The attempts of one flow run; what the server does not take is said, and stops nothing."""
+    """The attempts of one flow run. What the server does not take is said, and stops nothing."""
 
     def __init__(self, run: UUID, state: UUID | None = None) -> None:
-        """`state` is the one in which this process began the run; if that is not known, it never gives way."""
+        """`state` is the one in which this process began the run. If that is not known, it never gives way."""
         self._run, self._state = run, state
 
     def exit_if_superseded(self) -> None:
@@ -64,7 +64,7 @@ class Attempts:
             raise Abort
 
     def begin(self, checkpoints: str, limit: int) -> None:
-        """Count this attempt; an `InputError` if `limit` of them have ended without any progress.
+        """Count this attempt. An `InputError` if `limit` of them have ended without any progress.
 
         Progress is a stage that was finished, or a fit that saved itself: other checkpoints than at the start of the
         attempt before.
@@ -84,7 +84,7 @@ class Attempts:
             self._write({IDLE: 0})
 
     def schedule(self, message: str) -> State:
-        """Schedule the next attempt, for any worker; return the state that the run is then in."""
+        """Schedule the next attempt, for any worker. Return the state that the run is then in."""
         from prefect.client.orchestration import get_client
         from prefect.states import AwaitingRetry
 
@@ -132,7 +132,7 @@ def short_retries() -> Iterator[None]:
 
 
 def begun_first(states: list[State]) -> UUID | None:
-    """Return the Running state whose process owns a run, the first of the newest attempt; None if no process does.
+    """Return the Running state whose process owns a run, the first of the newest attempt. None if no process does.
 
     An attempt is what follows the last state in which nothing is at work on a run.
     """

@@ -53,7 +53,7 @@ def take(branch: str, remote: str | None) -> None:
 
 
 def edit(change: Callable[[Path], list[str]]) -> list[str]:
-    """Have `change` edit params.yaml, whose path it is given, in a copy that takes its place; return its lines.
+    """Have `change` edit params.yaml, whose path it is given, in a copy that takes its place. Return its lines.
 
     If params.yaml was an unattended run's before, it is one's after, wherever a kill falls: the hashes of both texts
     are there before the new one is.
@@ -111,7 +111,7 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
 
 
 def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
-    """Make the commit that follows a commit, on no branch yet; None if it would change nothing."""
+    """Make the commit that follows a commit, on no branch yet. None if it would change nothing."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         git("read-tree", start, settings=index)
@@ -134,7 +134,7 @@ def tip(branch: str) -> str | None:
 
 
 def git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None = None) -> bytes:
-    """Run Git without asking anything; return what it printed, without the last line end."""
+    """Run Git without asking anything. Return what it printed, without the last line end."""
     done = subprocess.run(
         ["git", *arguments],
         env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(settings or {})},
@@ -204,14 +204,14 @@ def _own_ledger(base: str) -> list[str]:
 
 
 def _ledger(commit: str) -> dict[str, str]:
-    """Return the files of the ledger in a commit, and their hashes; none where Git has forgotten the commit."""
+    """Return the files of the ledger in a commit, and their hashes. None where Git has forgotten the commit."""
     lines = git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
     rows = [line.split(b"\t", 1) for line in lines if line]
     return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
 
 
 def _ledger_here() -> dict[str, str]:
-    """Return the files of the ledger in this clone, and their hashes; half-written ones are none."""
+    """Return the files of the ledger in this clone, and their hashes. Half-written ones are none."""
     names = sorted(
         path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
     )
@@ -224,7 +224,7 @@ def _remembered() -> dict[str, Any]:
 
 
 def _content(commit: str, name: str) -> bytes | None:
-    """Return a file's bytes in a commit; None where it is not in it."""
+    """Return a file's bytes in a commit. None where it is not in it."""
     done = subprocess.run(["git", "cat-file", "blob", f"{commit}:{name}"], capture_output=True)
     return None if done.returncode else done.stdout
 

@@ -80,7 +80,7 @@ def _description(workers: Workers) -> list[str]:
 
 
 def _make_pool(client: SyncPrefectClient, name: str) -> None:
-    """Make a pool of process workers, if it is not there; one of another type is refused."""
+    """Make a pool of process workers, if it is not there. One of another type is refused."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
@@ -123,7 +123,7 @@ def _learn_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
 
 
 def _sweep_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
-    """Make the deployment for chains of sweeps; as many run at a time as there are workers."""
+    """Make the deployment for chains of sweeps. As many run at a time as there are workers."""
     return _deployment(flow, workers, tags=[WORK_TAG])
 
 
@@ -151,7 +151,7 @@ def _deployment(flow: WorkerFlow, workers: Workers, **options: Any) -> RunnerDep
 
 
 def _apply(deployment: RunnerDeployment) -> UUID:
-    """Make a deployment on the server, or bring the one of its name to what it should be; return its id."""
+    """Make a deployment on the server, or bring the one of its name to what it should be. Return its id."""
     made: Any = deployment.apply()
     identity: UUID = made
     return identity

@@ -34,13 +34,13 @@ class DeploymentRuns:
         self._client, self._deployment = client, deployment
 
     def submit(self, title: str, parameters: Mapping[str, str], tags: Sequence[str]) -> UUID:
-        """Schedule a run for any worker; return its id."""
+        """Schedule a run for any worker. Return its id."""
         return self._client.create_flow_run_from_deployment(
             self._deployment, name=title, parameters=dict(parameters), tags=list(tags)
         ).id
 
     def unfinished(self, tags: Sequence[str]) -> UUID | None:
-        """Return a run with these tags that has not ended; one that crashed is started again by the server."""
+        """Return a run with these tags that has not ended. One that crashed is started again by the server."""
         from prefect.client.schemas.filters import (
             FlowRunFilter,
             FlowRunFilterState,
@@ -60,7 +60,7 @@ class DeploymentRuns:
         return found[0].id if found else None
 
     def state(self, run: UUID) -> RunState | None:
-        """Return how a run stands; None while the server does not know."""
+        """Return how a run stands. None while the server does not know."""
         state = self._client.read_flow_run(run).state
         if state is None:
             return None
@@ -88,7 +88,7 @@ class DeploymentRuns:
 
 @contextlib.contextmanager
 def deployment_runs(name: str) -> Iterator[DeploymentRuns | None]:
-    """Talk to the server of PREFECT_API_URL about the runs of a deployment; None if there is no such deployment."""
+    """Talk to the server of PREFECT_API_URL about the runs of a deployment. None if there is no such deployment."""
     settings = {key: value for key, value in PREFECT_SETTINGS.items() if key not in os.environ}
     with environment(settings):
         from prefect.client.orchestration import get_client

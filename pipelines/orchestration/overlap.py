@@ -60,7 +60,7 @@ def overlapped_order(plan: Plan, params: Params) -> Order:
 
 
 def overlap_environment(devices: int) -> Mapping[str, str] | None:
-    """Return the environment of an evaluation that overlaps a fit on so many devices; None where it must not overlap.
+    """Return the environment of an evaluation that overlaps a fit on so many devices. None where it must not overlap.
 
     It must not take memory from the fit: a fit that runs out of memory goes on with the last bits of another machine.
     So it never shares an accelerator. Of accelerators that are not NVIDIA's it is not known how many there are.
@@ -84,7 +84,7 @@ def open_early(gate: Path) -> None:
 
 
 class BackgroundStage:
-    """A stage that is brought up to date in the background; what it prints is kept until it is joined."""
+    """A stage that is brought up to date in the background. What it prints is kept until it is joined."""
 
     def __init__(self, name: str, *, pull: bool, settings: Mapping[str, str]) -> None:
         self.name = name
@@ -114,7 +114,7 @@ class BackgroundStage:
             signal_group(process, signal.SIGTERM)
 
     def join(self) -> bool:
-        """Wait for its end; return whether its outputs came from the cache.
+        """Wait for its end. Return whether its outputs came from the cache.
 
         Raises:
             StageFailedError: it ended badly.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ProgressArtifact:
-    """A progress artifact of the flow run that this process is in; without one, nothing."""
+    """A progress artifact of the flow run that this process is in. Without one, nothing."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -19,7 +19,7 @@ class ProgressArtifact:
         self._lost = "prefect" not in sys.modules
 
     def __call__(self, percent: float, text: str) -> None:
-        """Write the artifact; after the first failure never again, so that a dead server costs no time."""
+        """Write the artifact. After the first failure never again, so that a dead server costs no time."""
         if self._lost:
             return
         from prefect.artifacts import create_progress_artifact, update_progress_artifact

@@ -51,7 +51,7 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
 
 
 def reschedule_crashed_runs() -> int:
-    """Reschedule the runs of our deployments that have been crashed for a while; return how many."""
+    """Reschedule the runs of our deployments that have been crashed for a while. Return how many."""
     from prefect.client.orchestration import get_client
     from prefect.states import AwaitingRetry
 

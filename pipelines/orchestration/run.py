@@ -30,7 +30,7 @@ from pipelines.versioning.repro import StageFailedError
 
 
 def run_pipeline(*, retrain: bool = False) -> int:
-    """Bring every stage up to date; return the exit status.
+    """Bring every stage up to date. Return the exit status.
 
     With `retrain`, what was trained by other code is trained again.
     """
@@ -98,7 +98,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
 
 @contextlib.contextmanager
 def _preloaded_processes(plan: Plan) -> Iterator[None]:
-    """Load the libraries once where several stages will need them; for one or two it is not worth a process."""
+    """Load the libraries once where several stages will need them. For one or two it is not worth a process."""
     if len(plan.stale()) <= 2:
         yield
         return

@@ -44,7 +44,7 @@ def server_missing() -> str | None:
 
 
 def server_trouble(url: str) -> str | None:
-    """Ask a server for its health; return what is wrong, or None if it is well."""
+    """Ask a server for its health. Return what is wrong, or None if it is well."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_SECONDS) as answer:
             return None if answer.status == 200 else f"{url} answers {answer.status}"
@@ -56,7 +56,7 @@ def server_trouble(url: str) -> str | None:
 
 @contextlib.contextmanager
 def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
-    """Set PREFECT_API_URL to a server that is starting; what is yielded waits until it answers.
+    """Set PREFECT_API_URL to a server that is starting. What is yielded waits until it answers.
 
     A server that the user's PREFECT_API_URL names is used as it is. Otherwise one is started on the loopback
     interface, with its history in `home`, and stopped at the end. A run never fails for want of a server: one

@@ -1,4 +1,4 @@
-"""The stale stages of a plan, brought up to date one after the other; an evaluation may overlap the next fit."""
+"""The stale stages of a plan, brought up to date one after the other. An evaluation may overlap the next fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bring_up_to_date(
     before_each: Callable[[], None] = do_nothing,
     progressed: Callable[[], None] = do_nothing,
 ) -> Rows:
-    """Run the stale stages in order; a stage whose inputs turn out to be what they were is left alone.
+    """Run the stale stages in order. A stage whose inputs turn out to be what they were is left alone.
 
     Args:
         params: The project's parameters.
@@ -81,7 +81,7 @@ class _StaleStages:
         self._rows: Rows = []
 
     def run(self) -> Rows:
-        """Bring all stages up to date; return a row for each that was not left alone."""
+        """Bring all stages up to date. Return a row for each that was not left alone."""
         try:
             for name in self._order.stages:
                 self._wait_for_what_it_needs(name)

@@ -75,7 +75,7 @@ def show_status() -> None:
 
 
 def _print_stages(console: Console, plan: Plan, stale: set[str]) -> None:
-    """Print a row for each task, with a column for each of its stages; the other stages stand above."""
+    """Print a row for each task, with a column for each of its stages. The other stages stand above."""
     from rich.table import Table
 
     rows: dict[str | None, dict[str, str]] = {}

@@ -37,7 +37,7 @@ DECISION_SECONDS = 30 * 24 * 3600
 
 @worker_flow("learn")
 def learn(folder: str | None = None, record: bool = True) -> EndState:
-    """Bring the chain of tasks up to date on a worker; first append a task where new images are named.
+    """Bring the chain of tasks up to date on a worker. First append a task where new images are named.
 
     Args:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
@@ -59,14 +59,14 @@ def watchdog() -> EndState:
 
 
 class Decision(RunInput):
-    """What a person answers when a step has broken a limit of its gate; not to answer leaves it closed."""
+    """What a person answers when a step has broken a limit of its gate. Not to answer leaves it closed."""
 
     by: str = Field(description="Who decides that the step may go out all the same.", min_length=1)
     why: str = Field(description="The reason, for those who read the ledger later.", min_length=1)
 
 
 def _learn(folder: str | None, attempts: Attempts, *, record: bool) -> str:
-    """Do what `learn` says in this worker's clone; return what came of it in one line."""
+    """Do what `learn` says in this worker's clone. Return what came of it in one line."""
     os.chdir(project_folder())
     workers = Params.load().workers
     begin_attempt(attempts, workers)
@@ -91,7 +91,7 @@ def _learn(folder: str | None, attempts: Attempts, *, record: bool) -> str:
 
 
 def _finish_through_gates(attempts: Attempts) -> Rows:
-    """Bring the chain up to date; where a gate is closed the flow run is suspended until a person opens it.
+    """Bring the chain up to date. Where a gate is closed the flow run is suspended until a person opens it.
 
     Suspended, it holds no worker. Resumed with who and why, it starts again from its beginning, on any worker, where
     all that was done is a cache hit; the answer is found under the hash of the results that it is about, so it opens
@@ -117,5 +117,5 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
 
 
 def _let_through(step: str, decision: Decision) -> list[str]:
-    """Write a decision into params.yaml; return lines to print."""
+    """Write a decision into params.yaml. Return lines to print."""
     return edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))

@@ -28,12 +28,12 @@ EndState = State
 
 
 def worker_flow(name: str) -> Callable[[Callable[..., EndState]], Flow[..., Any]]:
-    """Make a flow for workers of a function; Prefect keeps no result of it and never retries it by itself."""
+    """Make a flow for workers of a function. Prefect keeps no result of it and never retries it by itself."""
     return flow(name=name, persist_result=False, on_running=[remember_state])
 
 
 def attempt(work: Callable[[Attempts], str]) -> EndState:
-    """Do some work as one attempt of the flow run that this code is called in; return how it ended.
+    """Do some work as one attempt of the flow run that this code is called in. Return how it ended.
 
     What came of it in one line is the state's message, and so is an error that the user can mend.
     """
@@ -86,7 +86,7 @@ def _this_attempt() -> Attempts:
 
 
 def _again_later(why: str, attempts: Attempts) -> EndState:
-    """Schedule this run again, for any worker, and end the process; where the server is away, return Crashed.
+    """Schedule this run again, for any worker, and end the process. Where the server is away, return Crashed.
 
     The run asks for it itself, because a server on SQLite loses an event now and then, and with it what an automation
     would do. It begins only when this process is sure to have ended: earlier, Prefect's worker would fail on it.

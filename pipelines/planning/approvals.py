@@ -17,7 +17,7 @@ from pipelines.project.yaml_text import read_text
 
 
 def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
-    """Write who lets `task` through, and why, beside the hash of the results that are there; return lines to print.
+    """Write who lets `task` through, and why, beside the hash of the results that are there. Return lines to print.
 
     A later result of the same step is another matter: the approval does not hold for it.
     """
@@ -54,7 +54,7 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
 
 
 def evaluation_of(task: str) -> Path:
-    """Where the results of a step are."""
+    """Return where the results of a step are."""
     folder = EVALUATIONS / task
     if not (folder / "metrics.json").is_file():
         raise InputError(

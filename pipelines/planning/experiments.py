@@ -38,7 +38,7 @@ def plan_benchmark(
     path: Path = PARAMS,
     force: bool = False,
 ) -> list[str]:
-    """Write the tasks of a benchmark, and the entry that fetches it; return lines to print.
+    """Write the tasks of a benchmark, and the entry that fetches it. Return lines to print.
 
     The order is the papers': numpy's legacy permutation of their labels. The data need not be here.
     """
@@ -60,7 +60,7 @@ def plan_benchmark(
 def lay_over(
     overlay: Path, *, path: Path = PARAMS, seed: int | None = None, force: bool = False
 ) -> list[str]:
-    """Lay a parameter set over `params.yaml`; return a line for each key that it changes.
+    """Lay a parameter set over `params.yaml`. Return a line for each key that it changes.
 
     The set holds only what differs, and `plan: {benchmark, tasks, seed}` in place of the tasks; `seed`, if
     given, is that of both the class order and the run. All is validated before a byte is written; what is not
@@ -102,7 +102,7 @@ def lay_over(
 def with_plan(
     text: str, plan: object, overlay: Path, *, seed: int | None, path: Path, force: bool
 ) -> tuple[str, list[str]]:
-    """The text with the tasks that a parameter set plans, and what changed."""
+    """Return the text with the tasks that a parameter set plans, and what changed."""
     if not isinstance(plan, dict) or set(plan) != {"benchmark", "tasks", "seed"}:
         raise InputError(f"{overlay}: plan: expected {{benchmark: NAME, tasks: N, seed: N}}; correct it")
     if type(plan["tasks"]) is not int or type(plan["seed"]) is not int:
@@ -120,7 +120,7 @@ def with_plan(
 
 
 def with_fetch(text: str, name: str, raw: Mapping[str, Any], path: Path) -> tuple[str, list[str]]:
-    """The text with an entry that fetches the data set, unless it has one or the images are the user's own."""
+    """Return the text with an entry that fetches the data set, unless it has one or the images are the user's own."""
     if name in (raw.get("fetch") or {}) or is_own(name, raw, path.parent):
         return text, []
     settings = USUAL.get(name, {})
@@ -136,7 +136,7 @@ def benchmark_tasks(
     seed: int,
     root: Path,
 ) -> dict[str, Task]:
-    """The tasks of a benchmark in the papers' class order."""
+    """Return the tasks of a benchmark in the papers' class order."""
     if name not in LAYOUTS:
         raise InputError(
             f"plan: {name!r} is not a known benchmark; known are {', '.join(LAYOUTS)};"
@@ -149,12 +149,12 @@ def benchmark_tasks(
 
 
 def is_own(name: str, raw: Mapping[str, Any], root: Path) -> bool:
-    """Whether the user put the benchmark's images there: the folder is there, and no stage makes it."""
+    """Return whether the user put the benchmark's images there: the folder is there, and no stage makes it."""
     return name not in (raw.get("fetch") or {}) and (root / RAW / name).is_dir()
 
 
 def own_classes(benchmark: Benchmark, root: Path) -> list[str]:
-    """The class folders that the user has, named as in the archive or by class, in the order of the labels."""
+    """Return the class folders that the user has, named as in the archive or by class, in the order of the labels."""
     train = root / RAW / benchmark.name / "train"
     folders = {entry.name for entry in train.iterdir() if entry.is_dir()} if train.is_dir() else set()
     for names in (list(benchmark.folders), benchmark.classes):
@@ -168,7 +168,7 @@ def own_classes(benchmark: Benchmark, root: Path) -> list[str]:
 
 
 def same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
-    """Whether the tasks that a params file has are those of `block`."""
+    """Return whether the tasks that a params file has are those of `block`."""
     return raw.get("tasks") == {
         key: {"after": task.after, "source": task.source, "classes": list(task.classes)}
         for key, task in block.items()
@@ -176,7 +176,7 @@ def same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
 
 
 def uncommitted(path: Path) -> bool:
-    """Whether git has another version of the file, or none; without git there is nothing to compare with."""
+    """Return whether git has another version of the file, or none. Without git there is nothing to compare with."""
     command = ["git", "status", "--porcelain", "--", path.name]
     try:
         done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=60)
@@ -188,7 +188,7 @@ def uncommitted(path: Path) -> bool:
 
 
 def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of a nested block with the keys that lead to it; an entry of `fetch` is one value."""
+    """Yield every value of a nested block with the keys that lead to it. An entry of `fetch` is one value."""
     for key, value in block.items():
         keys = (*where, str(key))
         if isinstance(value, dict) and keys not in WHOLE and where != ("fetch",):

@@ -11,7 +11,7 @@ from pipelines.project.params import Params
 
 
 def arrived(folder: str, inbox: Path) -> Path:
-    """The folder of the inbox that an event names; an `InputError` for a name that could mean anything else.
+    """Return the folder of the inbox that an event names. An `InputError` for a name that could mean anything else.
 
     The inbox itself may be a link, to storage that all machines share. Below it nothing may lead out of it.
     """
@@ -45,7 +45,7 @@ def arrived(folder: str, inbox: Path) -> Path:
 
 
 def add_once(source: Path, path: Path = PARAMS) -> list[str]:
-    """Append a task for the new classes of a folder, if any are left; return lines to print.
+    """Append a task for the new classes of a folder, if any are left. Return lines to print.
 
     The same event may come twice, and a run that was cut off starts again.
     """

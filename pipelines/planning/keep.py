@@ -25,7 +25,7 @@ SHOWN = 3
 
 
 def keep() -> list[str]:
-    """Record that finished stages are up to date although their code has changed; return lines to print.
+    """Record that finished stages are up to date although their code has changed. Return lines to print.
 
     Only the code may be another: where a parameter, an input or an output changed too, a stage is left as it is.
     """
@@ -92,12 +92,12 @@ def made_by_other_code(plan: Plan) -> list[str]:
 
 
 def _only_code(plan: Plan, name: str) -> bool:
-    """Whether nothing but its code is a reason to run a stage."""
+    """Return whether nothing but its code is a reason to run a stage."""
     return all(reason.startswith(f"{CODE}/") for reason in plan.reasons[name])
 
 
 def _result(plan: Plan, name: str) -> str | None:
-    """Return the hash of the file that stands for what a stage has left; None where none does."""
+    """Return the hash of the file that stands for what a stage has left. None where none does."""
     files = (Path(out) / record for out in plan.outs[name] for record in RECORDS)
     return next((sha256_of(path) for path in files if path.is_file()), None)
 

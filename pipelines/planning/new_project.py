@@ -41,7 +41,7 @@ An image classifier that learns new classes task by task, with sdlora.
 
 
 def new_project(folder: Path, *, example: bool = False) -> list[str]:
-    """Write a project into a folder, which is made where it is not there; return lines to print.
+    """Write a project into a folder, which is made where it is not there. Return lines to print.
 
     With `example`, its tasks are those of the handwritten digits; else it has none yet.
 

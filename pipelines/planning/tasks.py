@@ -1,4 +1,4 @@
-"""Edits of the `tasks` block of `params.yaml`; every byte outside the edited lines stays as it is."""
+"""Edits of the `tasks` block of `params.yaml`. Every byte outside the edited lines stays as it is."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def plan(
     path: Path = PARAMS,
     force: bool = False,
 ) -> list[str]:
-    """Write a `tasks` block for all classes of a source, in place of the present one; return lines to print.
+    """Write a `tasks` block for all classes of a source, in place of the present one. Return lines to print.
 
     The order is numpy's legacy permutation of the naturally sorted names, as in the papers' code. Exactly one
     of `tasks` and `classes_per_task` is given; sizes differ by one at most, the larger first. A block of
@@ -52,7 +52,7 @@ def plan(
 
 
 def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
-    """Append the next task: the given classes of a source, or all that are new; return lines to print."""
+    """Append the next task: the given classes of a source, or all that are new. Return lines to print."""
     key, task, known, text = next_task(source, classes=classes, path=path)
     replace_file(path, text, expected={**known, key: task})
     return [
@@ -64,7 +64,9 @@ def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: 
 def next_task(
     source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS
 ) -> tuple[str, Task, Mapping[str, Task], str]:
-    """The task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with it."""
+    """Return the task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with
+    it.
+    """
     folder, manifest = inside_project(source, path)
     text = read_text(path)
     known = known_tasks(text, path)
@@ -88,13 +90,16 @@ def next_task(
 
 
 def known_tasks(text: str, path: Path) -> Mapping[str, Task]:
-    """The tasks of a params file; none where the block is absent or empty, the rest of the file being checked later."""
+    """Return the tasks of a params file. None where the block is absent or empty, the rest of the file being checked
+    later.
+    """
     raw = read_yaml(text, origin=str(path)).get("tasks")
     return Params.parse(text, origin=str(path)).tasks if raw else {}
 
 
 def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
-    """The source folder as `params.yaml` names it, relative to the file's own folder and inside it; its manifest.
+    """Return the source folder as `params.yaml` names it, relative to the file's own folder and inside it. Its
+    manifest.
 
     A manifest that stands for its folder is one by its name; in every other case the manifest is None.
     """
@@ -108,7 +113,7 @@ def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
 
 
 def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None) -> list[int]:
-    """Sizes as even as possible, the larger ones first; `classes_per_task` is the most that one may have."""
+    """Sizes as even as possible, the larger ones first. `classes_per_task` is the most that one may have."""
     if (tasks is None) == (classes_per_task is None):
         raise InputError("plan: give either the number of tasks or the classes per task")
     asked = tasks if tasks is not None else classes_per_task
@@ -123,7 +128,7 @@ def task_sizes(classes: int, *, tasks: int | None, classes_per_task: int | None)
 def chained(
     order: Sequence[str], sizes: Sequence[int], *, source: str, manifest: str | None = None
 ) -> dict[str, Task]:
-    """The classes in their order as tasks of these sizes, each after the one before it."""
+    """Return the classes in their order as tasks of these sizes, each after the one before it."""
     block: dict[str, Task] = {}
     before, start = "t00", 0
     for number, size in enumerate(sizes, start=1):
@@ -135,7 +140,7 @@ def chained(
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:
-    """The class order of a seed, as the papers' code draws it."""
+    """Return the class order of a seed, as the papers' code draws it."""
     import numpy as np
 
     if not 0 <= seed < 2**32:
@@ -156,7 +161,7 @@ def refuse_computed(tasks: Mapping[Any, Any], path: Path) -> None:
 
 
 def replace_file(path: Path, text: str, *, expected: Mapping[str, Task]) -> None:
-    """Put the new text in the file's place if it is valid and says what it should; else leave the file."""
+    """Put the new text in the file's place if it is valid and says what it should. Else leave the file."""
     params = Params.parse(text, origin=f"{path} (not changed)")
     if dict(params.tasks) != dict(expected):
         raise InputError(

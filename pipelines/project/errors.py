@@ -21,15 +21,15 @@ from __future__ import annotations
 
 
 class InputError(Exception):
-    """Bad input; the text is one line: what was wrong, where, what was found, what to do."""
+    """Bad input. The text is one line: what was wrong, where, what was found, what to do."""
 
 
 class GateClosedError(InputError):
-    """A step broke a limit of its gate; a person may let it through."""
+    """A step broke a limit of its gate. A person may let it through."""
 
 
 class PushError(InputError):
-    """A remote did not take a commit; it may the next time."""
+    """A remote did not take a commit. It may the next time."""
 
 
 class FaultError(Exception):
@@ -37,7 +37,7 @@ class FaultError(Exception):
 
 
 class UnequalError(Exception):
-    """An export whose logits are not the model's; it was not kept."""
+    """An export whose logits are not the model's. It was not kept."""
 
 
 class TransientError(Exception):

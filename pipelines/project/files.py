@@ -15,7 +15,7 @@ from pipelines.project.errors import InputError
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` on success; after any exception `out` is as it was."""
+    """Yield an empty folder that becomes `out` on success. After any exception `out` is as it was."""
     partial = out.parent / f".{out.name}.partial"
     _remove(partial)
     partial.mkdir(parents=True)
@@ -50,7 +50,7 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSON 
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Read a JSON file that an earlier stage left; an `InputError` names it when it is missing or damaged."""
+    """Read a JSON file that an earlier stage left. An `InputError` names it when it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -61,13 +61,13 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever JSON can hold
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A sort key under which `img2` comes before `img10`; unequal names never compare equal."""
+    """Return a sort key under which `img2` comes before `img10`. Unequal names never compare equal."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
 

@@ -27,7 +27,7 @@ _STAGES = "pipelines.stages"
 
 
 class Definition(NamedTuple):
-    """A name that a module defines; the empty name stands for the module's statements that define none."""
+    """A name that a module defines. The empty name stands for the module's statements that define none."""
 
     module: str
     name: str
@@ -191,7 +191,7 @@ def _root(package: str) -> Path:
 
 @cache
 def _module(name: str) -> _Module | None:
-    """Read a module of this program; None for a name that is none."""
+    """Read a module of this program. None for a name that is none."""
     package, *rest = name.split(".")
     if package not in PACKAGES:
         return None
@@ -218,7 +218,7 @@ def _content(definition: Definition) -> _Content:
 
 
 class _Reader:
-    """Turns the statements of a definition into tokens; references become numbers."""
+    """Turns the statements of a definition into tokens. References become numbers."""
 
     def __init__(self, module: _Module, statements: Iterable[ast.stmt]) -> None:
         self._module = module
@@ -279,7 +279,7 @@ class _Reader:
         yield "end"
 
     def _known(self, node: ast.Name | ast.Attribute) -> Iterator[str] | None:
-        """Return the tokens of a name that stands for a definition or an import; None for any other."""
+        """Return the tokens of a name that stands for a definition or an import. None for any other."""
         path: list[str] = []
         inner: ast.expr = node
         while isinstance(inner, ast.Attribute):
@@ -312,7 +312,7 @@ class _Reader:
         )
 
     def _packaged(self, node: ast.BinOp) -> Iterator[str] | None:
-        """Return the tokens of packaged files, `resources.files(PACKAGE) / NAME`; None for any other operation.
+        """Return the tokens of packaged files, `resources.files(PACKAGE) / NAME`. None for any other operation.
 
         Their content counts. Where a variable follows the name, as in `… / "embedded" / key`, it does not: what is
         read by a key is a dependency of its own.
@@ -393,7 +393,7 @@ def _bound(statement: ast.stmt) -> list[str]:
 
 
 def _is_text(node: ast.AST) -> bool:
-    """Whether a statement is a text that nothing reads: a docstring."""
+    """Return whether a statement is a text that nothing reads: a docstring."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)

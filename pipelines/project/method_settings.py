@@ -9,7 +9,7 @@ from sdlora.methods import METHODS, Settings
 
 
 def settings_of(adapter: Adapter) -> Settings:
-    """The settings of a method, the formulation with the user's own choices in it."""
+    """Return the settings of a method, the formulation with the user's own choices in it."""
     formulation = replace(FORMULATIONS[adapter.formulation], **adapter.own_choices)
     return Settings(
         formulation=formulation,

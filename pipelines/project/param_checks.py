@@ -48,7 +48,9 @@ def class_name_fault(name: str) -> str | None:
 
 
 def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
-    """What to do about a source folder that is not there; `fetch` is what params.yaml brings, where that is known."""
+    """Return what to do about a source folder that is not there. `fetch` is what params.yaml brings, where that is
+    known.
+    """
     if str(source).startswith(f"{RETIRED}/"):
         return "it holds the receipt of deleted images; restore it from version control"
     folder, name = posixpath.split(posixpath.normpath(str(source)))
@@ -63,7 +65,7 @@ def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
 
 
 def fetch_faults(fetch: Fetch) -> Iterator[str]:
-    """A divided archive of one's own, and its hash, go with the split `archive` and with no other."""
+    """Yield a divided archive of one's own, and its hash, go with the split `archive` and with no other."""
     for name in Fetch.names():
         entry = fetch.entry(name)
         if not isinstance(entry, ImageNetR | ImageNetA | Cub200):
@@ -83,7 +85,7 @@ def fetch_faults(fetch: Fetch) -> Iterator[str]:
 
 
 def backbone_faults(backbone: Backbone) -> Iterator[str]:
-    """A local file and its hash come together: DVC cannot watch a file that only some choices name."""
+    """Yield a local file and its hash come together: DVC cannot watch a file that only some choices name."""
     if backbone.weights and not backbone.sha256:
         yield (
             f"backbone.sha256: found null, expected the hash of {backbone.weights};"
@@ -124,7 +126,7 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
 
 
 def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
-    """What is wrong between the tasks: their keys, the chain of `after`, their sources and classes."""
+    """Yield what is wrong between the tasks: their keys, the chain of `after`, their sources and classes."""
     if not tasks:
         yield "tasks: no task is listed; write some with `sdlora plan FOLDER` or `sdlora add-task FOLDER`"
     before, number = "t00", 0
@@ -174,7 +176,7 @@ def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]
 
 
 def worker_faults(workers: Workers) -> Iterator[str]:
-    """An inbox inside the project, and times and places that go together."""
+    """Yield an inbox inside the project, and times and places that go together."""
     if fault := _source_fault(workers.inbox):
         yield f"workers.inbox: {show_value(workers.inbox)} {fault}"
     if workers.push and not workers.branch:

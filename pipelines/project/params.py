@@ -64,7 +64,7 @@ class Params(Section):
 
     @classmethod
     def load(cls, path: Path = PARAMS) -> Self:
-        """Read and validate the file; an `InputError` names the first fault and counts the others."""
+        """Read and validate the file. An `InputError` names the first fault and counts the others."""
         return cls.parse(read_text(path), origin=str(path))
 
     @classmethod

@@ -11,7 +11,7 @@ from pipelines.project.yaml_text import read_yaml
 
 
 def task_line(key: str, task: Task) -> str:
-    """A task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
+    """Return a task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
     classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
     plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
     source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
@@ -20,12 +20,12 @@ def task_line(key: str, task: Task) -> str:
 
 
 def with_block(text: str, tasks: Mapping[str, Task]) -> str:
-    """The text with its `tasks` block, or its end if it has none, replaced."""
+    """Return the text with its `tasks` block, or its end if it has none, replaced."""
     return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
 
 
 def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
-    """The text with the block called `name`, or its end if it has none, replaced by one of these lines."""
+    """Return the text with the block called `name`, or its end if it has none, replaced by one of these lines."""
     end = "\r\n" if "\r\n" in text else "\n"
     block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
     nodes = block_nodes(text, name)
@@ -36,7 +36,7 @@ def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def with_line(text: str, key: str, task: Task) -> str:
-    """The text with one task more after the last one of its block."""
+    """Return the text with one task more after the last one of its block."""
     nodes = block_nodes(text, "tasks")
     assert nodes is not None
     _, value = nodes
@@ -58,7 +58,7 @@ def with_line(text: str, key: str, task: Task) -> str:
 
 
 def with_task(text: str, key: str, task: Task) -> str:
-    """The text with the entry of a task that it has replaced by one line."""
+    """Return the text with the entry of a task that it has replaced by one line."""
     nodes = block_nodes(text, "tasks")
     assert nodes is not None
     start, end = next(
@@ -70,7 +70,7 @@ def with_task(text: str, key: str, task: Task) -> str:
 
 
 def without_fetch(text: str, names: Collection[str]) -> str:
-    """The text with data sets taken out of its `fetch` block; what is left of the block is written anew."""
+    """Return the text with data sets taken out of its `fetch` block. What is left of the block is written anew."""
     nodes = block_nodes(text, "fetch")
     assert nodes is not None
     key, value = nodes
@@ -87,7 +87,7 @@ def without_fetch(text: str, names: Collection[str]) -> str:
 
 
 def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
-    """The nodes of a key at the top level and its value, which know their places in the text."""
+    """Return the nodes of a key at the top level and its value, which know their places in the text."""
     from ruamel.yaml import YAML
 
     root = YAML(typ="rt", pure=True).compose(text)
@@ -95,7 +95,7 @@ def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
 
 
 def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
-    """Where the text of an entry ends; the end mark of a block, or of nothing, lies after comments below."""
+    """Return where the text of an entry ends. The end mark of a block, or of nothing, lies after comments below."""
     if value.start_mark.index == value.end_mark.index:
         return key.end_mark.index
     if value.id == "scalar" and value.style in ("|", ">"):
@@ -108,13 +108,13 @@ def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
 
 
 def line_end(text: str, index: int) -> int:
-    """Where the line of `index` ends, its comment and line break included."""
+    """Return where the line of `index` ends, its comment and line break included."""
     found = text.find("\n", index)
     return len(text) if found < 0 else found + 1
 
 
 def yaml_nodes(text: str) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """The nodes of key and value under all keys that lead to them; they know their places in the text."""
+    """Return the nodes of key and value under all keys that lead to them. They know their places in the text."""
     from ruamel.yaml import YAML
 
     found: dict[tuple[str, ...], tuple[Any, Any]] = {}
@@ -130,7 +130,7 @@ def yaml_nodes(text: str) -> dict[tuple[str, ...], tuple[Any, Any]]:
 
 
 def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
-    """The text with a value in place of the present one; comments stay, and stay in their columns if they can.
+    """Return the text with a value in place of the present one. Comments stay, and stay in their columns if they can.
 
     Where the key is not there yet it becomes the last one of its block; whether it may be there is not asked.
     """
@@ -164,7 +164,7 @@ def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
 
 
 def flow(value: object) -> str:
-    """A value as one writes it in a line of YAML."""
+    """Return a value as one writes it in a line of YAML."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):

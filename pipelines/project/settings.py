@@ -19,7 +19,7 @@ MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
 
 
 class Section(BaseModel):
-    """A block of `params.yaml`: unknown, missing and wrong-typed keys are errors; nothing changes later."""
+    """A block of `params.yaml`: unknown, missing and wrong-typed keys are errors. Nothing changes later."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -81,7 +81,7 @@ class DomainNet(Section):
 
 
 class Fetch(Section):
-    """The data sets that `sdlora fetch` can bring, by name; own images need none."""
+    """The data sets that `sdlora fetch` can bring, by name. Own images need none."""
 
     digits: Digits | None = None
     """scikit-learn's handwritten digits"""
@@ -104,11 +104,11 @@ class Fetch(Section):
 
     @classmethod
     def names(cls) -> list[str]:
-        """The data sets that are known, as `params.yaml` calls them."""
+        """Return the data sets that are known, as `params.yaml` calls them."""
         return list(fields_of(cls))
 
     def entry(self, name: str) -> Section | None:
-        """The settings of a known data set, if it is to be brought."""
+        """Return the settings of a known data set, if it is to be brought."""
         entry: Section | None = getattr(self, name.replace("-", "_"))
         return entry
 
@@ -197,7 +197,7 @@ class Adapter(Section):
 
     @property
     def of_the_fit(self) -> dict[str, Any]:
-        """What a fit reads; the rest is read when the step is frozen."""
+        """What a fit reads. The rest is read when the step is frozen."""
         return self.model_dump(mode="json", exclude=AT_FREEZING)
 
     @property
@@ -254,7 +254,7 @@ class Evaluation(Section):
 
 
 class Gate(Section):
-    """What a step must keep before the next one is learned; null is no limit."""
+    """What a step must keep before the next one is learned. Null is no limit."""
 
     fall: Annotated[float, Field(ge=0, le=1)] | None
     """most that the accuracy of any old task may fall in the step"""
@@ -267,7 +267,7 @@ class Gate(Section):
 
 
 class Approval(Section):
-    """A person's decision to go on although a limit is broken; `sdlora approve` writes it."""
+    """A person's decision to go on although a limit is broken. `sdlora approve` writes it."""
 
     by: Text
     """who decided"""
@@ -282,7 +282,7 @@ class Approval(Section):
 
 
 class Workers(Section):
-    """How `sdlora deploy` sets machines to work; no stage reads it."""
+    """How `sdlora deploy` sets machines to work. No stage reads it."""
 
     pool: Text
     """Prefect work pool whose workers run the chain"""
@@ -321,5 +321,5 @@ class Task(Section):
 
 
 def fields_of(model: type[Section]) -> dict[str, FieldInfo]:
-    """The fields of a block by the names that `params.yaml` has for them: an attribute has no hyphen."""
+    """Return the fields of a block by the names that `params.yaml` has for them: an attribute has no hyphen."""
     return {field.alias or name: field for name, field in model.model_fields.items()}

@@ -10,7 +10,7 @@ from pipelines.project.yaml_values import load_yaml
 
 
 def read_text(path: Path) -> str:
-    """The text of a params file, line ends and all; an `InputError` where there is none."""
+    """Return the text of a params file, line ends and all. An `InputError` where there is none."""
     try:
         return path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
@@ -20,7 +20,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(text: str, *, origin: str) -> dict[Any, Any]:
-    """The mapping in a YAML text, read as DVC reads it; an `InputError` names the line of a syntax error."""
+    """Return the mapping in a YAML text, read as DVC reads it. An `InputError` names the line of a syntax error."""
     from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -52,7 +52,7 @@ def show_key(key: str) -> str:
 
 
 def show_value(value: object) -> str:
-    """A value as one reads it in YAML, on one line."""
+    """Return a value as one reads it in YAML, on one line."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool | int | float | str):
@@ -62,7 +62,7 @@ def show_value(value: object) -> str:
 
 
 def value_at(block: object, keys: tuple[str, ...]) -> Any:  # noqa: ANN401 - whatever YAML can hold
-    """What stands under some keys; None where nothing does."""
+    """Return what stands under some keys. None where nothing does."""
     for key in keys:
         block = block.get(key) if isinstance(block, dict) else None
     return block

@@ -13,7 +13,7 @@ _UNSURE = re.compile("[!\t\x85\u2028\u2029\ufeff]|^%", re.MULTILINE)
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever YAML can hold
-    """Return what a text says; whatever is not plain, an error too, is read by ruamel, as in DVC.
+    """Return what a text says. Whatever is not plain, an error too, is read by ruamel, as in DVC.
 
     Raises:
         ruamel.yaml.error.YAMLError: it is not valid YAML.
@@ -30,7 +30,7 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever YAML can hold
 
 
 class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Mappings without a key twice, lists, and the plain scalars of YAML 1.2; all else is an error."""
+    """Mappings without a key twice, lists, and the plain scalars of YAML 1.2. All else is an error."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - of PyYAML
     yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012

@@ -50,7 +50,7 @@ FIGURE_STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart; `low` and `high` give it a band."""
+    """One line of a chart. `low` and `high` give it a band."""
 
     label: str
     x: Sequence[float]
@@ -63,12 +63,12 @@ class Line:
 
 
 def task_colour(index: int, count: int) -> str:
-    """A colour that stands for a task: one of ten, or its place between the first and the last of many."""
+    """Return a colour that stands for a task: one of ten, or its place between the first and the last of many."""
     return f"#fe00{0x10 + index:02x}" if count <= PALETTE else f"#fd00{round(100 * index / (count - 1)):02x}"
 
 
 def css_colour(sentinel: re.Match[str]) -> str:
-    """The page's colour for a colour that stands for a role."""
+    """Return the page's colour for a colour that stands for a role."""
     value = int(sentinel[2], 16)
     if sentinel[1] == "d":
         return f"color-mix(in oklab, var(--late) {value}%, var(--early))"
@@ -103,7 +103,7 @@ def draw_lines(
     percent: bool = False,
     zero: bool = False,
 ) -> str:
-    """Draw lines that are labelled at their ends, as SVG; with `steps`, x runs over the steps."""
+    """Draw lines that are labelled at their ends, as SVG. With `steps`, x runs over the steps."""
     from matplotlib.ticker import MaxNLocator
 
     with blank(alt, 5.2, 3.3) as figure:
@@ -167,7 +167,7 @@ def label_ends(axes: Axes, lines: list[Line]) -> None:
 
 
 def to_svg(figure: Figure, alt: str) -> str:
-    """The figure as an SVG element that scales, follows the page's colours and says what it shows."""
+    """Return the figure as an SVG element that scales, follows the page's colours and says what it shows."""
     from markupsafe import escape
 
     buffer = io.StringIO()
@@ -211,7 +211,7 @@ HEAT, COLD = (46, 118, 214), (208, 92, 16)
 
 
 def draw_heat(heat: Heat, *, alt: str) -> str:
-    """Draw a map as SVG; its cells are the pixels of one image, so that any number of them stays small."""
+    """Draw a map as SVG. Its cells are the pixels of one image, so that any number of them stays small."""
     rows, columns = heat.values.shape
     with blank(alt, 5.2, min(5.0, 1.1 + max(0.7, 0.19 * rows))) as figure:
         inches = figure.get_size_inches()[1]

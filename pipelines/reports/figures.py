@@ -40,7 +40,7 @@ def task_lines(
     low: Mapping[str, Sequence[float]] | None = None,
     high: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Line]:
-    """One line per task, each from its own step to the last."""
+    """Return one line per task, each from its own step to the last."""
     count = len(history.tasks)
     return [
         Line(
@@ -58,7 +58,7 @@ def task_lines(
 
 
 def accuracy_heat(history: History) -> Heat:
-    """The accuracy matrix; its colours begin at the lowest accuracy, rounded down to a tenth."""
+    """Return the accuracy matrix. Its colours begin at the lowest accuracy, rounded down to a tenth."""
     return Heat(
         values=history.accuracy,
         rows=history.tasks,
@@ -71,7 +71,7 @@ def accuracy_heat(history: History) -> Heat:
 
 
 def change_heat(history: History, movement: Movement) -> Heat:
-    """The change of every block at every step."""
+    """Return the change of every block at every step."""
     return Heat(
         values=movement.by_block.T,
         rows=movement.blocks,
@@ -130,7 +130,7 @@ def magnitude_heat(history: History) -> Heat:
 
 
 def accuracy_figures(history: History) -> dict[str, str]:
-    """Accuracy and forgetting of all classes so far over the steps; of each task where there are not too many."""
+    """Accuracy and forgetting of all classes so far over the steps. Of each task where there are not too many."""
     steps, count = history.tasks, len(history.tasks)
     percent = 100 * history.accuracy
     over = {
@@ -181,7 +181,7 @@ def accuracy_figures(history: History) -> dict[str, str]:
 
 
 def bias_figure(history: History) -> str | None:
-    """How much each step favours each task: lines, or a map of many tasks; nothing for a single one."""
+    """Return how much each step favours each task: lines, or a map of many tasks. Nothing for a single one."""
     if len(history.tasks) == 1:
         return None
     values = 100 * head_bias(history)
@@ -226,7 +226,7 @@ def magnitude_figure(history: History) -> str | None:
 
 
 def flip_figure(history: History) -> str | None:
-    """Bars of the images that each step gained and lost; nothing before there is an old task."""
+    """Bars of the images that each step gained and lost. Nothing before there is an old task."""
     from matplotlib.ticker import MaxNLocator
 
     rows = flip_rows(history)
@@ -250,7 +250,7 @@ def flip_figure(history: History) -> str | None:
 
 
 def calibration_figures(history: History) -> dict[str, str]:
-    """The reliability diagram of the last step, and the calibration error after each."""
+    """Return the reliability diagram of the last step, and the calibration error after each."""
     errors = [100 * error for error in calibration_errors(history)]
     bins = [each for each in reliability(history) if each.images]
     pairs = ", ".join(f"{100 * each.confidence:.0f} sure {100 * each.accuracy:.0f} right" for each in bins)

@@ -15,7 +15,7 @@ DASH = "\N{EN DASH}"
 
 
 def percent(value: float | None, *, digits: int = 1, unit: str = "") -> str:
-    """Return a share in per cent, with a unit such as ` %`; nothing is a dash."""
+    """Return a share in per cent, with a unit such as ` %`. Nothing is a dash."""
     return DASH if value is None or math.isnan(value) else f"{100 * value:.{digits}f}{unit}"
 
 
@@ -32,7 +32,7 @@ def p_equals(p_value: float) -> str:
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Return a number as a text; nothing is a dash."""
+    """Return a number as a text. Nothing is a dash."""
     return DASH if value is None or math.isnan(value) else format(value, form)
 
 

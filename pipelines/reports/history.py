@@ -43,7 +43,7 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """All that the report shows, read once; lists run over the steps, in the order of params.yaml."""
+    """All that the report shows, read once. Lists run over the steps, in the order of params.yaml."""
 
     tasks: list[str]
     classes: list[Record]
@@ -76,7 +76,7 @@ class History:
 
 
 def head_of(history: History) -> str:
-    """The hash that stands for the whole chain: that of the last verdict, which holds that of the last record."""
+    """Return the hash that stands for the whole chain. It is that of the last verdict, which holds all before it."""
     return history.verdict_hashes[-1]
 
 
@@ -134,19 +134,21 @@ def read_evaluation(folder: Path, tasks: list[str]) -> Record:
 
 
 def accuracies(evaluations: Sequence[Record]) -> np.ndarray:
-    """The accuracy matrix of the steps' evaluations."""
+    """Return the accuracy matrix of the steps' evaluations."""
     rows = [[right / of for right, of in zip(e["correct"], e["samples"], strict=True)] for e in evaluations]
     return measure.accuracy_matrix(rows)
 
 
 def validation_accuracy(evaluation: Record) -> float | None:
-    """The accuracy on all validation images of an evaluation, which has none unless `data.validation` asks for them."""
+    """Return the accuracy on all validation images of an evaluation, which has none unless `data.validation` asks for
+    them.
+    """
     images = sum(evaluation.get("validation_samples", []))
     return sum(evaluation["validation_correct"]) / images if images else None
 
 
 def read_magnitudes(path: Path) -> dict[str, np.ndarray]:
-    """Read task → magnitudes (targets,); a method without directions has none, or no file."""
+    """Read task → magnitudes (targets,). A method without directions has none, or no file."""
     from safetensors.numpy import load_file
 
     return (

@@ -55,7 +55,7 @@ class Pictures(NamedTuple):
 
 
 def render_page(history: History, movement: Movement | None, pictures: Pictures) -> str:
-    """Fill the template; everything that a user could have named is escaped there."""
+    """Fill the template. Everything that a user could have named is escaped there."""
     from markupsafe import Markup
 
     environment = page_templates(str(TEMPLATES))
@@ -105,12 +105,12 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
 
 
 def typeset(value: float | None, form: str) -> str:
-    """A fraction as a text in hundredths, with a true minus; nothing is a dash."""
+    """Return a fraction as a text in hundredths, with a true minus. Nothing is a dash."""
     return "\N{EN DASH}" if value is None else form.format(100 * value).replace("-", "\N{MINUS SIGN}")
 
 
 def accuracy_map(history: History, many: bool) -> Record:
-    """The accuracy matrix, with the accuracy on all tasks so far beside it."""
+    """Return the accuracy matrix, with the accuracy on all tasks so far beside it."""
     pooled = measure.accuracy_curve(history.accuracy, history.samples)
     alt = "Accuracy of each task after each step"
     table = heat_map(accuracy_heat(history), many, text="{:.1f}".format, scale="{:.0f} %".format, alt=alt)
@@ -118,14 +118,14 @@ def accuracy_map(history: History, many: bool) -> Record:
 
 
 def change_map(history: History, movement: Movement, many: bool) -> Record:
-    """The change of the weights by block and step."""
+    """Return the change of the weights by block and step."""
     heat = change_heat(history, movement)
     alt = "Change of the weights of each block at each step"
     return heat_map(heat, many, text="{:.2f}".format, scale="{:.2f} %".format, alt=alt)
 
 
 def overlap_maps(movement: Movement) -> list[Record]:
-    """The overlap of tasks: of what their directions write, and of what they read."""
+    """Return the overlap of tasks: of what their directions write, and of what they read."""
     sides = (
         ("column spaces", "What directions write", movement.columns, movement.chance_columns),
         ("row spaces", "What directions read", movement.rows, movement.chance_rows),
@@ -146,7 +146,9 @@ def overlap_maps(movement: Movement) -> list[Record]:
 def heat_map(
     heat: Heat, many: bool, *, text: Callable[[float], str], scale: Callable[[float], str], alt: str
 ) -> Record:
-    """A map of fractions as cells with their numbers in percent, or, where there are too many cells, as a figure."""
+    """Return a map of fractions as cells with their numbers in percent, or, where there are too many cells, as a
+    figure.
+    """
     from markupsafe import Markup
 
     found: Record = {"low": scale(100 * heat.low), "high": scale(100 * heat.high), "totals": None}
@@ -170,7 +172,7 @@ def heat_map(
 
 
 def bias_rows(history: History) -> list[Record]:
-    """Of each task: its share of the test images, and of the predictions of the last step."""
+    """Return of each task: its share of the test images, and of the predictions of the last step."""
     shares = prediction_shares(history)
     return [
         {"task": task, "actual": actual, "predicted": predicted}
@@ -181,7 +183,7 @@ def bias_rows(history: History) -> list[Record]:
 
 
 def target_rows(history: History, movement: Movement) -> list[Record]:
-    """Of each target: its change at the last step, at the step that changed it most, and by all steps."""
+    """Return of each target: its change at the last step, at the step that changed it most, and by all steps."""
     return [
         {
             "target": target,

@@ -44,12 +44,12 @@ def write_plots(folder: Path, history: History, movement: Movement | None) -> No
 
 
 def accuracy_table(history: History) -> Table:
-    """The accuracy of each step on each task."""
+    """Return the accuracy of each step on each task."""
     return ["after", "task", "accuracy"], over_matrix(history, history.accuracy)
 
 
 def steps_table(history: History) -> Table:
-    """Each metric after every step."""
+    """Return each metric after every step."""
     over_steps = curves_over_steps(history) | {
         "calibration_error": list(map(rounded, calibration_errors(history)))
     }
@@ -57,7 +57,7 @@ def steps_table(history: History) -> Table:
 
 
 def bias_table(history: History) -> Table:
-    """How often each step names each task, and how often it occurs."""
+    """Return how often each step names each task, and how often it occurs."""
     shares = prediction_shares(history)
     pairs = zip(
         over_matrix(history, shares.predicted),
@@ -72,7 +72,7 @@ def bias_table(history: History) -> Table:
 
 
 def magnitudes_table(history: History) -> Table:
-    """The magnitudes of each step, over the targets."""
+    """Return the magnitudes of each step, over the targets."""
     return (
         ["step", "task", "mean", "lowest", "highest"],
         (
@@ -84,7 +84,7 @@ def magnitudes_table(history: History) -> Table:
 
 
 def changes_table(history: History, movement: Movement | None) -> Table:
-    """How far each step moved the weights of each target."""
+    """Return how far each step moved the weights of each target."""
     header = ["step", "block", "target", "change"]
     if movement is None:
         return header, []
@@ -96,7 +96,7 @@ def changes_table(history: History, movement: Movement | None) -> Table:
 
 
 def changes_by_block_table(history: History, movement: Movement | None) -> Table:
-    """How far each step moved the adapted weights of each block."""
+    """Return how far each step moved the adapted weights of each block."""
     header = ["step", "block", "change"]
     if movement is None:
         return header, []
@@ -108,7 +108,7 @@ def changes_by_block_table(history: History, movement: Movement | None) -> Table
 
 
 def overlap_table(movement: Movement | None) -> Table:
-    """What the directions of every two tasks have in common."""
+    """Return what the directions of every two tasks have in common."""
     header = ["task", "other", "columns", "rows"]
     if movement is None:
         return header, []
@@ -120,7 +120,7 @@ def overlap_table(movement: Movement | None) -> Table:
 
 
 def flips_table(history: History) -> Table:
-    """What each step changed on the images of the tasks before it, each way in a row of its own."""
+    """Return what each step changed on the images of the tasks before it, each way in a row of its own."""
     return (
         ["step", "flip", "images", "of", "p"],
         (
@@ -132,7 +132,7 @@ def flips_table(history: History) -> Table:
 
 
 def reliability_table(history: History) -> Table:
-    """The test images of the last step by its confidence."""
+    """Return the test images of the last step by its confidence."""
     return (
         ["lowest", "highest", "images", "confidence", "accuracy"],
         (
@@ -155,7 +155,7 @@ def training_table(history: History) -> Table:
 
 
 def confusion_table(history: History) -> Table:
-    """What every test image is, and what the last step takes it for."""
+    """Return what every test image is, and what the last step takes it for."""
     names = [entry["name"] for entry in history.classes]
     found = history.predictions[-1]
     pairs = zip(found.label.tolist(), found.prediction.tolist(), strict=True)
@@ -170,7 +170,7 @@ def over_matrix(history: History, values: np.ndarray) -> Iterator[list[object]]:
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file that is the same on every machine; None is an empty cell."""
+    """Write a CSV file that is the same on every machine. None is an empty cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

@@ -43,7 +43,7 @@ def make_exhibits(history: History, movement: Movement | None) -> dict[str, str]
 
 
 def weight_maps(history: History, movement: Movement | None) -> list[str | None]:
-    """The maps of what changed."""
+    """Return the maps of what changed."""
     if movement is None:
         return ["No weight of the backbone was changed."]
     maps = [(change_heat(history, movement), "Change of the weights of each block at each step")]
@@ -53,7 +53,7 @@ def weight_maps(history: History, movement: Movement | None) -> list[str | None]
 
 
 def accuracy_table(history: History) -> str | None:
-    """The accuracy matrix in percent; as a picture where there are many tasks."""
+    """Return the accuracy matrix in percent. As a picture where there are many tasks."""
     if len(history.tasks) > MANY_TASKS:
         return picture(draw_heat(accuracy_heat(history), alt="Accuracy of each task after each step"))
     rows = (
@@ -87,13 +87,13 @@ def flips_table(history: History) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of numbers, its first column of names."""
+    """Return a table of numbers, its first column of names."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def picture(svg: str | None) -> str | None:
-    """A figure of the page as an image that stands alone: on white, in the colours of the light page."""
+    """Return a figure of the page as an image that stands alone: on white, in the colours of the light page."""
     if svg is None:
         return None
     css = COLOURS.read_text(encoding="utf-8")

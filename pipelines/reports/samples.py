@@ -34,7 +34,7 @@ class Album:
         self._tables: dict[int, pa.Table] = {}
 
     def picture(self, step: int, row: int) -> Record:
-        """One test image, and what the model of a step says of it."""
+        """Return one test image, and what the model of a step says of it."""
         history, found = self._history, self._history.predictions[step]
         answer = int(found.prediction[row])
         return {
@@ -82,7 +82,7 @@ def sample_images(album: Album, history: History) -> list[Record]:
 
 
 def flipped_images(album: Album, history: History) -> dict[str, list[Record]]:
-    """Step → images that it names wrong and the step before named right, the surest first; the last step first.
+    """Step → images that it names wrong and the step before named right, the surest first. The last step first.
 
     The pictures of earlier steps end where the page has enough of them.
     """
@@ -102,12 +102,12 @@ def flipped_images(album: Album, history: History) -> dict[str, list[Record]]:
 
 
 def surest(confidence: np.ndarray, rows: np.ndarray) -> list[int]:
-    """Reorder rows by confidence, highest first; equally sure ones stay in order."""
+    """Reorder rows by confidence, highest first. Equally sure ones stay in order."""
     return rows[np.argsort(-confidence[rows], kind="stable")].tolist()
 
 
 def one_of_each(rows: list[int], label: np.ndarray) -> list[int]:
-    """Reorder rows so that every class comes once before any comes twice; the order is kept otherwise."""
+    """Reorder rows so that every class comes once before any comes twice. The order is kept otherwise."""
     seen: Counter[int] = Counter()
     turns = []
     for row in rows:

@@ -15,7 +15,7 @@ from sdlora import metrics as measure
 
 
 def headline(history: History) -> Record:
-    """The content of metrics.json: fractions, rounded; null where there is no old task to speak of.
+    """Return the content of metrics.json: fractions, rounded. Null where there is no old task to speak of.
 
     Only with validation images it has their accuracy, the one number that may be selected on.
     """
@@ -23,7 +23,7 @@ def headline(history: History) -> Record:
 
 
 def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record]) -> Record:
-    """The same from the metrics of every step's evaluation, in order."""
+    """Return the same from the metrics of every step's evaluation, in order."""
     accuracy, samples = accuracies(evaluations), evaluations[-1]["samples"]
     numbers: Record = {"steps": len(tasks), "classes": classes}
     for suffix, weights in (("", samples), ("_per_task", None)):
@@ -41,7 +41,7 @@ def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record
 
 
 def curves_over_steps(history: History) -> dict[str, list[float | None]]:
-    """Each metric after every step, per sample and per task."""
+    """Return each metric after every step, per sample and per task."""
     curves = {}
     for suffix, samples in (("", history.samples), ("_per_task", None)):
         curves[f"accuracy{suffix}"] = measure.accuracy_curve(history.accuracy, samples)
@@ -57,12 +57,14 @@ def rounded(value: float, decimals: int = 6) -> float | None:
 
 
 def shown(value: float | None) -> str | float:
-    """A number for a table, in which nothing is a dash."""
+    """Return a number for a table, in which nothing is a dash."""
     return "-" if value is None else value
 
 
 def task_rows(history: History) -> list[Record]:
-    """One record per task: its accuracy when it was learned, at its best and now, and what it lost since its best."""
+    """Return one record per task: its accuracy when it was learned, at its best and now, and what it lost since its
+    best.
+    """
     best = np.nanmax(history.accuracy, axis=0)
     return [
         {
@@ -87,7 +89,9 @@ class Shares(NamedTuple):
 
 
 def prediction_shares(history: History) -> Shares:
-    """How often each step names each task's classes, and how often it should: without a head bias both are equal."""
+    """Return how often each step names each task's classes, and how often it should: without a head bias both are
+    equal.
+    """
     place = {task: index for index, task in enumerate(history.tasks)}
     task_of = np.array([place[entry["task"]] for entry in history.classes])
     shares = Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
@@ -98,13 +102,13 @@ def prediction_shares(history: History) -> Shares:
 
 
 def head_bias(history: History) -> np.ndarray:
-    """(steps, tasks): share of the predictions minus share of the images; above 0 a task is favoured."""
+    """(steps, tasks): share of the predictions minus share of the images. Above 0 a task is favoured."""
     shares = prediction_shares(history)
     return shares.predicted - shares.actual
 
 
 def worst_confusions(history: History, *, rows: int = 10) -> list[Record]:
-    """The pairs of classes that the last step confuses most often."""
+    """Return the pairs of classes that the last step confuses most often."""
     found = history.predictions[-1]
     labels = found.label.tolist()
     images = Counter(labels)
@@ -117,7 +121,7 @@ def worst_confusions(history: History, *, rows: int = 10) -> list[Record]:
 
 
 def flip_rows(history: History) -> list[Record]:
-    """One record per step but the first: what it changed on the test images of the tasks before it.
+    """Return one record per step but the first: what it changed on the test images of the tasks before it.
 
     `p` is McNemar's exact p-value of as many flips one way and the other from a step that changed nothing.
     """
@@ -141,18 +145,18 @@ def flip_rows(history: History) -> list[Record]:
 
 
 def calibration_errors(history: History) -> list[float]:
-    """Of each step: the expected calibration error on the test images of all tasks so far."""
+    """Return of each step: the expected calibration error on the test images of all tasks so far."""
     return [comparison.calibration_error(found.confidence, found.right) for found in history.predictions]
 
 
 def reliability(history: History) -> list[comparison.Bin]:
-    """The test images of the last step by its confidence."""
+    """Return the test images of the last step by its confidence."""
     found = history.predictions[-1]
     return comparison.calibration_bins(found.confidence, found.right)
 
 
 def step_rows(history: History) -> list[Record]:
-    """One record per step: what it learned from, and how well."""
+    """Return one record per step: what it learned from, and how well."""
     over = curves_over_steps(history)
     return [
         {
@@ -170,7 +174,7 @@ def step_rows(history: History) -> list[Record]:
 
 
 def ledger_rows(history: History) -> list[Record]:
-    """One row per step from t00 on: hashes of its record and its verdict, and whether both follow those before."""
+    """Return one row per step from t00 on: the hashes of record and verdict, and whether they follow those before."""
     rows = []
     records = [history.origin, *history.records]
     for i, (step, record) in enumerate(zip(("t00", *history.tasks), records, strict=True)):
@@ -190,7 +194,9 @@ def ledger_rows(history: History) -> list[Record]:
 
 
 def follows(history: History, i: int) -> bool:
-    """Whether the record and the verdict of step i hold the hashes of those before, and the verdict the record's."""
+    """Return whether the record and the verdict of step i hold the hashes of those before, and the verdict the
+    record's.
+    """
     record, verdict = (history.origin, *history.records)[i], history.verdicts[i]
     if not i:
         return record.get("previous") is None and verdict.get("previous") is None
@@ -202,7 +208,9 @@ def follows(history: History, i: int) -> bool:
 
 
 def gate_rows(history: History) -> list[Record]:
-    """One row per step: what its gate measured, each with its limit, and who let it through although it broke one."""
+    """Return one row per step: what its gate measured, each with its limit, and who let it through although it broke
+    one.
+    """
     return [
         {
             "step": step,
@@ -222,14 +230,14 @@ GATE = ("fall", "negative_flips", "calibration_error", "new_task")
 
 
 class Span(NamedTuple):
-    """A value that so many steps in a row share; `steps` is empty where all of them do."""
+    """A value that so many steps in a row share. `steps` is empty where all of them do."""
 
     steps: str
     value: str
 
 
 def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Span]]]:
-    """Of each dotted name in one tree per step: its values over the steps; an en dash where a step has none."""
+    """Return of each dotted name in one tree per step: its values over the steps. An en dash where a step has none."""
     flat = [
         {name: "null" if value is None else str(value) for name, value in flattened(tree).items()}
         for tree in trees
@@ -248,7 +256,7 @@ def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[st
 
 
 def steps_text(history: History, first: int, last: int) -> str:
-    """A run of steps as a text."""
+    """Return a run of steps as a text."""
     if last - first + 1 == len(history.tasks):
         return ""
     ends = history.tasks[first], history.tasks[last]
@@ -256,12 +264,12 @@ def steps_text(history: History, first: int, last: int) -> str:
 
 
 def parameter_spans(history: History) -> list[tuple[str, list[Span]]]:
-    """Every parameter over the steps, as the records have it."""
+    """Return every parameter over the steps, as the records have it."""
     return spans(history, [record.get("parameters", {}) for record in history.records])
 
 
 def version_spans(history: History) -> list[tuple[str, list[Span]]]:
-    """Every library's version over the steps, and how far the results are determined, as the records have it."""
+    """Return every library's version over the steps, and how far the results are determined, as the records have it."""
     return spans(
         history,
         [

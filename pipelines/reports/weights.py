@@ -16,7 +16,7 @@ from sdlora.change import Pair, inner_products, overlaps
 
 @dataclass(frozen=True, kw_only=True)
 class Movement:
-    """What all steps did to the weights; the axis of targets is in the model's order."""
+    """What all steps did to the weights. The axis of targets is in the model's order."""
 
     targets: list[str]
     steps: np.ndarray
@@ -49,20 +49,20 @@ class Movement:
 
 
 class Version(NamedTuple):
-    """One file of a direction; a frozen one is the same at every later step."""
+    """One file of a direction. A frozen one is the same at every later step."""
 
     task: str
     path: Path
 
 
 def block_of(target: str) -> str:
-    """The block that a target is in: `blocks.3.attn.q` → `blocks.3`."""
+    """Return the block that a target is in: `blocks.3.attn.q` → `blocks.3`."""
     found = re.match(r"(?:.*\.)?\d+(?=\.)", target)
     return found[0] if found else target
 
 
 def read_movement(artifacts: Path, history: History) -> Movement | None:
-    """Compare the directions of all steps; None where no step has one, or t00 has no norms to measure against."""
+    """Compare the directions of all steps. None where no step has one, or t00 has no norms to measure against."""
     norms = history.origin.get("norms", {})
     targets = list(
         dict.fromkeys(target for record in history.records for target in record.get("targets", []))
@@ -101,7 +101,8 @@ def read_movement(artifacts: Path, history: History) -> Movement | None:
 
 
 def find_versions(models: Path, history: History) -> list[dict[str, Version]]:
-    """Of each step: task → the file of its direction, under the first step that has it; empty if no step has any.
+    """Return of each step: task → the file of its direction, under the first step that has it. Empty if no step has
+    any.
 
     Records name the hash of every file, so what is frozen is recognised, and read once.
     """
@@ -153,7 +154,7 @@ def chance(pairs: Sequence[Pair]) -> tuple[float, float]:
 
 
 def mean_of_known(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over matrices, cell by cell, of what is not NaN; NaN where all are."""
+    """Mean over matrices, cell by cell, of what is not NaN. NaN where all are."""
     stacked = np.array(matrices)
     known = (~np.isnan(stacked)).sum(axis=0)
     summed = np.nansum(stacked, axis=0)

@@ -38,7 +38,7 @@ PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
 
 
 def input_key(values: Mapping[str, Any], files: Iterable[Path]) -> str:
-    """The hash of a stage's inputs: its settings, and the names and bytes of its files (code among them)."""
+    """Return the hash of a stage's inputs: its settings, and the names and bytes of its files (code among them)."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in files:
         digest.update(f"\n{path.name}\n".encode())
@@ -55,7 +55,7 @@ class CheckpointStore:
     """
 
     def __init__(self, url: str | None, key: str) -> None:
-        """Find the store; nothing is read or written yet.
+        """Find the store. Nothing is read or written yet.
 
         Raises:
             InputError: no file system of this kind is known or installed.
@@ -100,7 +100,7 @@ class CheckpointStore:
         return True
 
     def newest(self) -> Iterator["Snapshot"]:
-        """Whole snapshots, the newest first; a damaged one, or one that vanishes, is passed over with a warning.
+        """Whole snapshots, the newest first. A damaged one, or one that vanishes, is passed over with a warning.
 
         Raises:
             InputError: the store cannot be read. Starting over might throw away hours, so that is left to the user.
@@ -185,7 +185,7 @@ class CheckpointStore:
         return [name for name in self._listed(self._folder) if NAME.fullmatch(_last(name))]
 
     def _listed(self, folder: str) -> list[str]:
-        """What a folder holds, sorted: a name begins with a step padded with zeros, so that is the steps' order."""
+        """Return what a folder holds, in the order of the steps: a name begins with its step, padded with zeros."""
         try:
             return sorted(name.rstrip("/") for name in self._fs.ls(folder, detail=False, refresh=True))
         except (FileNotFoundError, NotADirectoryError):

@@ -32,7 +32,7 @@ STAGE_ENTRY = "pipelines.cli.preloaded"
 
 @contextlib.contextmanager
 def fork_server(entry: str, variable: str, arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Keep a fork server for commands that are started meanwhile; an environment variable says where it listens.
+    """Keep a fork server for commands that are started meanwhile. An environment variable says where it listens.
 
     Where there is none, on a system that cannot have one, commands do their own work.
     """
@@ -59,7 +59,7 @@ def start_server(
     arguments: Sequence[str] = (),
     **options: Any,  # noqa: ANN401 - of a Popen
 ) -> subprocess.Popen[bytes]:
-    """Start a fork server that serves a socket; once the process of the handle `until` has ended, it ends too."""
+    """Start a fork server that serves a socket. Once the process of the handle `until` has ended, it ends too."""
     handles = [listener.fileno(), *([] if until is None else [until])]
     numbers = [str(handles[0]), "" if until is None else str(until)]
     return subprocess.Popen(
@@ -73,7 +73,7 @@ def start_server(
 
 
 def listening(path: str) -> socket.socket:
-    """A socket that whoever comes can wait at while the process that it is for starts."""
+    """Return a socket that whoever comes can wait at while the process that it is for starts."""
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(path)
@@ -90,7 +90,7 @@ class ForkedProcess:
     def __init__(
         self, path: str, arguments: Sequence[str], settings: Mapping[str, str], streams: Sequence[int]
     ) -> None:
-        """Have it begin in this folder, with this environment and these streams; an `OSError` where nobody listens."""
+        """Have it begin in this folder, with this environment and these streams. An `OSError` where nobody listens."""
         request = {"arguments": [*arguments], "folder": os.getcwd(), "environment": dict(settings)}
         data = json.dumps(request).encode()
         self._link = socket.socket(socket.AF_UNIX)
@@ -106,7 +106,7 @@ class ForkedProcess:
         """0 where the server had ended before it could fork."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; the status is a `Popen`'s, and -SIGTERM where the server ended, and so it too."""
+        """Wait for its end. The status is a `Popen`'s, and -SIGTERM where the server ended, and so it too."""
         if self._status is None:
             self._link.settimeout(timeout)
             try:
@@ -127,7 +127,7 @@ _ANSWER = 8
 
 
 def delegate(path: str, arguments: Sequence[str]) -> int:
-    """Have a fork server run a command in place of this process; return its status as a shell has it.
+    """Have a fork server run a command in place of this process. Return its status as a shell has it.
 
     Raises:
         OSError: nobody listens at the path.
@@ -141,7 +141,7 @@ def delegate(path: str, arguments: Sequence[str]) -> int:
 def receive(
     arguments: Sequence[str], libraries: Sequence[str], *, prepare: Callable[[], object] | None = None
 ) -> dict[str, Any]:
-    """Preload libraries, and fork for each request; only a forked process returns, with its request.
+    """Preload libraries, and fork for each request. Only a forked process returns, with its request.
 
     It is in the folder, and has the environment and the streams, of who asked. A library that is not there is not
     preloaded. `prepare` is called at once, and again before each fork.
@@ -207,7 +207,7 @@ def _exit_without_freeing() -> None:
 def _fork_for_each(
     listener: socket.socket, prepare: Callable[[], object] | None, until: int | None
 ) -> dict[str, Any]:
-    """Fork for each request; only a forked process returns, with its request and the asker's streams."""
+    """Fork for each request. Only a forked process returns, with its request and the asker's streams."""
     this = os.getpid()
     at_work: dict[int, _Worker] = {}
     while True:
@@ -261,7 +261,7 @@ class _Worker:
         """Whether it was told to end, because the asker is gone."""
 
     def end(self) -> None:
-        """Tell it to end; one that was stopped takes no other signal than the one that wakes it."""
+        """Tell it to end. One that was stopped takes no other signal than the one that wakes it."""
         self.told = True
         os.kill(self.child, signal.SIGTERM)
         os.kill(self.child, signal.SIGCONT)

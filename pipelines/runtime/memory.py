@@ -16,7 +16,7 @@ ANY_SIZE = sys.maxsize // 2
 
 
 def device_room() -> int | None:
-    """Bytes that decoded images may take on the device; None where `IMAGES_GIB` is not set."""
+    """Bytes that decoded images may take on the device. None where `IMAGES_GIB` is not set."""
     text = os.environ.get(IMAGES_GIB, "").strip()
     return gibibytes(text, f"{IMAGES_GIB}: {text!r} is no number of GiB; set one, or none") if text else None
 
@@ -28,7 +28,7 @@ def memory_room() -> int:
 
 
 def free_memory() -> int:
-    """Main memory that this process may still take, in bytes; without limit where the system does not say."""
+    """Main memory that this process may still take, in bytes. Without limit where the system does not say."""
     found = [ANY_SIZE]
     with contextlib.suppress(OSError):
         known = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
@@ -45,7 +45,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def gibibytes(text: str, complaint: str) -> int:
-    """A number of GiB in bytes; what is none is an `InputError` of these words."""
+    """Return a number of GiB in bytes. What is none is an `InputError` of these words."""
     try:
         return max(int(float(text) * 2**30), 0)
     except (ValueError, OverflowError):

@@ -53,7 +53,7 @@ def die_with_starter() -> None:
 
 
 def starter() -> int | None:
-    """Return the process that started this one, also behind a shell between the two; None where it is not known."""
+    """Return the process that started this one, also behind a shell between the two. None where it is not known."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
@@ -126,7 +126,7 @@ def end_group(process: Leader) -> None:
 
 
 def signal_group(process: Leader, sign: signal.Signals) -> None:
-    """Signal a process that leads a group, and all that it started; those that were stopped are woken for it."""
+    """Signal a process that leads a group, and all that it started. Those that were stopped are woken for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, sign)
         os.killpg(process.pid, signal.SIGCONT)
@@ -162,7 +162,7 @@ _COMMANDS = {("sdlora", stage) for stage in (CODE_STAGE, *STAGES)}
 
 
 def _leader_lives(process: int) -> bool:
-    """Return whether the leader of a process's session is at work; one of another namespace is not known, so it is."""
+    """Return whether the leader of a process's session is at work. One of another namespace is not known, so it is."""
     leader = os.getsid(process)
     if not leader:
         return True
@@ -174,7 +174,7 @@ def _leader_lives(process: int) -> bool:
 
 @contextlib.contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for a while; what was there before comes back."""
+    """Set environment variables for a while. What was there before comes back."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

@@ -74,7 +74,7 @@ class ProgressBar:
                 self._also(100.0 * done / max(self.total, 1), line)
 
     def _describe(self, facts: dict[str, str | int | float]) -> str:
-        """Put facts, rate and time left into one text; work that was resumed counts from where it was."""
+        """Put facts, rate and time left into one text. Work that was resumed counts from where it was."""
         parts = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in facts.items()

@@ -21,7 +21,7 @@ MEETING = "meeting"
 
 @contextlib.contextmanager
 def members(count: int, command: Sequence[str]) -> Iterator[Path]:
-    """Start `count` − 1 processes beside this one, and end them; give the folder that all share while they work.
+    """Start `count` − 1 processes beside this one, and end them. Give the folder that all share while they work.
 
     Each is called with `command`, its number and the folder. Where one of them ends badly this process is sent SIGTERM:
     it would wait for ever, and the same again may go well.
@@ -55,7 +55,7 @@ def members(count: int, command: Sequence[str]) -> Iterator[Path]:
 
 
 def _has_failed(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has ended badly; its connections are closed a moment before it has."""
+    """Return whether it has ended badly. Its connections are closed a moment before it has."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(timeout=2) != 0
     return False

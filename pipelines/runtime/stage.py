@@ -34,5 +34,5 @@ class Stage:
 
 
 def stage(fn: Callable[..., StageResult]) -> Stage:
-    """Make a stage of a function; its module's name is the stage's name."""
+    """Make a stage of a function. Its module's name is the stage's name."""
     return Stage(fn.__name__, fn)

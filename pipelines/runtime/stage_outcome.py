@@ -29,7 +29,7 @@ class StageOutcome(NamedTuple):
 
 
 def leave_outcome(outcome: StageOutcome) -> bool:
-    """Leave the outcome for whoever runs this stage; return whether somebody asked for it."""
+    """Leave the outcome for whoever runs this stage. Return whether somebody asked for it."""
     path = os.environ.get(OUTCOME_FILE)
     if path:
         Path(path).write_text(json.dumps(outcome._asdict()) + "\n", encoding="utf-8")
@@ -37,7 +37,7 @@ def leave_outcome(outcome: StageOutcome) -> bool:
 
 
 def read_outcome(path: Path) -> StageOutcome | None:
-    """Read what a stage left; None where it left nothing, because it was killed or never started."""
+    """Read what a stage left. None where it left nothing, because it was killed or never started."""
     try:
         return StageOutcome(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError):

@@ -77,7 +77,7 @@ class Difference(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether it is rounding; a logit that is no number never is."""
+        """Whether it is rounding. A logit that is no number never is."""
         return self.largest <= self.limit
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Difference(NamedTuple):
 def export(
     name: str, out: Path, *, model: Path, backbone: Path | None, images: Path | None, count: int
 ) -> list[str]:
-    """Export the model folder to `out` in the format `name`; returns lines that say what was done.
+    """Export the model folder to `out` in the format `name`. Returns lines that say what was done.
 
     Args:
         backbone: the folder of step t00; None for the one beside `model`.
@@ -190,7 +190,7 @@ def _check_out(out: Path) -> None:
 
 
 def run(name: str, out: Path, *, model: Path, backbone: Path | None, images: Path | None, count: int) -> int:
-    """Export and say so; the exit status is 1 where the check failed."""
+    """Export and say so. The exit status is 1 where the check failed."""
     try:
         lines = export(name, out, model=model, backbone=backbone, images=images, count=count)
     except UnequalError as error:

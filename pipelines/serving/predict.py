@@ -45,7 +45,7 @@ class Settings:
 
 
 def predict(model: Path, backbone: Path | None, images: Sequence[str], settings: Settings) -> int:
-    """Predict and write one line for each image; returns 0, or 1 where an image could not be read.
+    """Predict and write one line for each image. Returns 0, or 1 where an image could not be read.
 
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.
     """
@@ -104,7 +104,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
 
 
 def files(images: Iterable[str]) -> Iterator[str]:
-    """The names of all images: a folder stands for those in it, `-` for a list on standard input, one a line."""
+    """Yield the names of all images: a folder stands for those in it, `-` for a list on standard input, one a line."""
     for name in images:
         if name == "-":
             yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
@@ -115,7 +115,10 @@ def files(images: Iterable[str]) -> Iterator[str]:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """The images of a folder and of the folders in it, by name, `img2` before `img10`; hidden ones are left out."""
+    """Yield the images of a folder and of the folders in it, by name, `img2` before `img10`.
+
+    Hidden ones are left out.
+    """
     from PIL import Image
 
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}

@@ -77,7 +77,7 @@ WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], Write]] = {
 
 @contextmanager
 def opened(path: Path | None) -> Iterator[TextIO]:
-    """A text file that is whole or absent, or standard output; a name that is no text keeps its bytes."""
+    """Open a text file that is whole or absent, or standard output. A name that is no text keeps its bytes."""
     if path is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")

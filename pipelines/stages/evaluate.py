@@ -198,7 +198,7 @@ class _Tested(NamedTuple):
 
 
 def validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
-    """Accuracy, images and right answers by task of the validation images; nothing where there are none.
+    """Accuracy, images and right answers by task of the validation images. Nothing where there are none.
 
     A task whose classes have one training image each can spare none: its accuracy is null.
     """

@@ -71,7 +71,7 @@ def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
 
 
 def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str | int | float]]:
-    """One row for train, one for test, and one for what was left out, if anything was."""
+    """Return one row for train, one for test, and one for what was left out, if anything was."""
     summary: list[dict[str, str | int | float]] = []
     for part in ("train", "test"):
         classes = [path.parts[1] for path in paths if path.parts[0] == part]
@@ -82,7 +82,7 @@ def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str |
 
 
 def digits(options: Digits) -> DataSet:
-    """scikit-learn's handwritten digits, 8x8 in 16 grey levels, white ink; numbered as in the data set.
+    """scikit-learn's handwritten digits, 8x8 in 16 grey levels, white ink. Numbered as in the data set.
 
     Each class is divided by itself: a seeded permutation, at least one image on either side.
     """
@@ -119,7 +119,7 @@ def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def glyphs100(options: Glyphs100) -> DataSet:
-    """The embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
+    """Return the embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
     import pyarrow as pa
 
     packed = resources.files("pipelines.data") / "embedded" / "glyphs100" / "glyphs100.arrow"
@@ -141,7 +141,7 @@ def glyphs100(options: Glyphs100) -> DataSet:
 
 
 def published(name: str, options: Section) -> DataSet:
-    """A data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
+    """Return a data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
     chosen = options.model_dump()
     archive = Path(chosen["archive"]) if chosen.get("archive") else None
     return DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))

@@ -179,7 +179,9 @@ def take_part(
 
 
 def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
-    """The processes for the devices beyond the first; a folder that all share, which a fit by itself does not need."""
+    """Return the processes for the devices beyond the first. A folder that all share, which a fit by itself does not
+    need.
+    """
     if devices == 1:
         return contextlib.nullcontext(Path())
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
@@ -220,7 +222,7 @@ def _prepare(
     device: "torch.device",
     team: "Team",
 ) -> "Fit":
-    """A fit of `task` that has not begun."""
+    """Return a fit of `task` that has not begun."""
     import torch
 
     from pipelines.project.method_settings import settings_of
@@ -276,7 +278,7 @@ _NOT_SCHEDULED = {"devices", "deterministic", *_OF_CHECKPOINTS}
 
 
 def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) -> Path:
-    """The training images of an earlier task, for a joint method.
+    """Return the training images of an earlier task, for a joint method.
 
     They are no declared input of the stage, but the step before is, and its ledger holds their hash: images that are
     not those are refused, so what DVC stores under the declared inputs was made of these images alone.
@@ -293,7 +295,7 @@ def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) 
 
 
 def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
-    """The entries of the class map that arrive with `task`, in label order."""
+    """Return the entries of the class map that arrive with `task`, in label order."""
     return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
 
 
@@ -316,7 +318,7 @@ def _check_continues(record: dict[str, Any], adapter: Adapter, before: Path, tar
 
 
 def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
-    """Train to the end, saving a checkpoint every so many seconds, and on SIGTERM; returns the images seen."""
+    """Train to the end, saving a checkpoint every so many seconds, and on SIGTERM. Returns the images seen."""
     import torch
 
     schedule, images, before = learner.schedule, learner.images, learner.images_seen
@@ -364,7 +366,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
 
 
 def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
-    """The hash of all that decides the fit's result; a checkpoint of anything else is never picked up."""
+    """Return the hash of all that decides the fit's result. A checkpoint of anything else is never picked up."""
     settings = {
         "code": code_hash(fit.fn),
         "task": task,

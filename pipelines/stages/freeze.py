@@ -189,7 +189,7 @@ def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
 
 
 def remembered(learned: "Learned") -> dict[str, Any]:
-    """What the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
+    """Return what the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
     numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
     if learned.statistics:
         kept = next(iter(learned.statistics.values()))
@@ -199,7 +199,7 @@ def remembered(learned: "Learned") -> dict[str, Any]:
 
 
 class TrainingFeatures:
-    """The features of the task's training images under any model of the chain; images are read at the first use."""
+    """The features of the task's training images under any model of the chain. Images are read at the first use."""
 
     def __init__(self, train: Path, images: Path, backbone: Path) -> None:
         self._train, self._images, self._backbone = train, images, backbone

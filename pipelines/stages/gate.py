@@ -1,4 +1,4 @@
-"""Stage `gate`: let the next task be learned if this step keeps the limits of `params.yaml`; sign off the step."""
+"""Stage `gate`: let the next task be learned if this step keeps the limits of `params.yaml`. Sign off the step."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,5 +70,5 @@ def gate(
 
 
 def covers(approval: Approval, faults: Iterable[str], evaluation: Path) -> bool:
-    """Whether a person has approved of just these results, and of every limit that they break."""
+    """Return whether a person has approved of just these results, and of every limit that they break."""
     return approval.evaluation == results_of(evaluation) and set(faults) <= set(approval.limits)

@@ -71,18 +71,18 @@ class Picture(NamedTuple):
         return self.found.part
 
     def sample(self) -> SampleRow:
-        """The picture without its bytes."""
+        """Return the picture without its bytes."""
         row = self.row
         return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
 
     def print(self) -> Print:
-        """Return what the picture is compared by; messages show the path of its file."""
+        """Return what the picture is compared by. Messages show the path of its file."""
         return print_of(self.sample(), shown=str(self.found.path))
 
 
 @stage
 def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> StageResult:
-    """Pack a task's images; hand on tests and classes so far.
+    """Pack a task's images. Hand on tests and classes so far.
 
     The images of each class are divided into train, test and, if asked for, validation. Refused, with the files named:
     a class of an earlier task, what is wrong with the source, a file that cannot be decoded.
@@ -205,7 +205,7 @@ def list_validation(folder: Path) -> None:
 
 
 def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:
-    """The rows but for those at some positions."""
+    """Return the rows but for those at some positions."""
     out = set(positions)
     return [row for index, row in enumerate(rows) if index not in out]
 
@@ -213,7 +213,7 @@ def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:
 def refuse_emptied(
     task: str, names: Sequence[str], pictures: Iterable[Picture], left_out: Sequence[int]
 ) -> None:
-    """Say what was left out; refuse a class of which nothing to train on, or to test, is left."""
+    """Say what was left out. Refuse a class of which nothing to train on, or to test, is left."""
     held = {(picture.found.name, picture.part) for picture in pictures}
     for name in names:
         for part in ("train", "test"):
@@ -228,7 +228,7 @@ def refuse_emptied(
 
 
 def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:
-    """A class has one label, given by the first task that brings it."""
+    """Refuse a class that an earlier task has brought: a class has one label."""
     owner = {entry["name"]: entry["task"] for entry in known}
     for name in names:
         if name in owner:
@@ -241,7 +241,7 @@ def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[s
 def read_task(
     task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int
 ) -> list[Picture]:
-    """Read and fully decode every file; all that cannot be read are refused in one error."""
+    """Read and fully decode every file. All that cannot be read are refused in one error."""
     pictures: dict[int, Picture] = {}
 
     def keep(index: int, data: bytes, picture: Image) -> None:
@@ -268,5 +268,5 @@ def earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
 
 
 def print_of(sample: SampleRow, *, shown: str) -> Print:
-    """What a sample's picture is compared by."""
+    """Return what a sample's picture is compared by."""
     return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)

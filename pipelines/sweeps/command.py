@@ -14,7 +14,7 @@ from pipelines.sweeps.results import as_json, shown, write_table
 
 
 def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes: bool) -> int:
-    """Compute all combinations of the values, and leave a table of them in `out`; return the exit status.
+    """Compute all combinations of the values, and leave a table of them in `out`. Return the exit status.
 
     With `local`, or where PREFECT_API_URL is not set, here, that many at a time; else on the workers of the pool.
     """

@@ -36,7 +36,7 @@ def sweep(name: str, chain: str, params: str, code: str) -> EndState:
 
 
 def run_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
-    """Do what `sweep` says; return what came of it in one line, and leave the numbers for who sweeps."""
+    """Do what `sweep` says. Return what came of it in one line, and leave the numbers for who sweeps."""
     os.chdir(project_folder())
     shared = read_project()
     if shared.code != code:

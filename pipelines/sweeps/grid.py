@@ -66,7 +66,7 @@ def short_hash(value: object) -> str:
 
 
 def read_axes(arguments: Sequence[str]) -> dict[str, list[Any]]:
-    """Read `key=value,value` arguments, values being YAML; an `InputError` says what cannot be swept.
+    """Read `key=value,value` arguments, values being YAML. An `InputError` says what cannot be swept.
 
     Keys and values come in an order of their own, `seed` last, so that the same sweep is the same however it was
     typed.
@@ -104,7 +104,7 @@ def _order(value: object) -> tuple[bool, float, str]:
 
 
 def make_chains(axes: Mapping[str, Sequence[Any]], *, path: Path = PARAMS) -> list[Chain]:
-    """Return all combinations of the values; an `InputError` names the first that is not valid as a whole."""
+    """Return all combinations of the values. An `InputError` names the first that is not valid as a whole."""
     text = read_text(path)
     present = Params.parse(text, origin=str(path))
     for key, task in present.tasks.items():
@@ -135,7 +135,7 @@ def default_name(axes: Mapping[str, Sequence[Any]]) -> str:
 
 
 def checked_name(name: str) -> str:
-    """Return a name that can be a folder's; an `InputError` for any other."""
+    """Return a name that can be a folder's. An `InputError` for any other."""
     if not re.fullmatch(NAME, name):
         raise InputError(f"sweep: the name {name!r} is not one for a folder; use letters, digits and . _ -")
     return name

@@ -32,7 +32,7 @@ class Work:
 
 
 def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result]:
-    """Bring all chains up to date on this machine; one that fails stops no other."""
+    """Bring all chains up to date on this machine. One that fails stops no other."""
     with only_sweep(name):
         project = read_project()
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
@@ -42,7 +42,7 @@ def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result
 
 
 def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: int) -> list[Result]:
-    """Run the chains in their workspaces, `at_once` at a time; return what came of each, in order."""
+    """Run the chains in their workspaces, `at_once` at a time. Return what came of each, in order."""
     working: dict[int, Work] = {}
     results: dict[int, Result] = {}
     try:

@@ -22,7 +22,7 @@ POLL_SECONDS = 2.0
 
 
 def run_on_pool(name: str, chains: Sequence[Chain]) -> list[Result]:
-    """Have the workers bring all chains up to date; return what came of each, in order.
+    """Have the workers bring all chains up to date. Return what came of each, in order.
 
     Where this process ends the runs go on. Called again, it waits for those that are at work, and has the others
     begin again, which costs little: what is done comes from the DVC remote.
@@ -64,7 +64,7 @@ class Pool:
         self._results: dict[int, Result] = {}
 
     def wait(self) -> list[Result]:
-        """Schedule what may begin and look at what is at work, until all have ended; a server may be gone meanwhile."""
+        """Schedule what may begin and look at what is at work, until all have ended. A server may be gone meanwhile."""
         import httpx
 
         well = True

@@ -77,7 +77,9 @@ def read_project() -> Project:
 
 
 def code_of(stages: Iterable[DeclaredStage], params: Params) -> list[Path]:
-    """What stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other files."""
+    """Return what stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other
+    files.
+    """
     outs = [PurePath(out) for stage in stages for out in stage.outs]
     sources = [PurePath(task.source) for task in params.tasks.values()]
     found = {DVC_YAML}
@@ -102,7 +104,7 @@ def _hash_of_files(paths: list[Path]) -> str:
 
 
 def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Workspace:
-    """Make the workspace of a chain, or bring it to what it should be; what it has computed stays.
+    """Make the workspace of a chain, or bring it to what it should be. What it has computed stays.
 
     Args:
         project: What the chains of the sweep share.
@@ -168,7 +170,7 @@ def stage_keys(stages: Iterable[DeclaredStage]) -> dict[str, str]:
 
 
 def _read_from_project(params: Params) -> set[PurePath]:
-    """The paths inside the project that params.yaml names: images, weights, archives."""
+    """Return the paths inside the project that params.yaml names: images, weights, archives."""
     named = {task.source for task in params.tasks.values()} | {params.backbone.weights or ""}
     named |= {getattr(params.fetch.entry(name), "archive", None) or "" for name in params.fetch.names()}
     found = {PurePath(path) for path in named if path and not os.path.isabs(path)}

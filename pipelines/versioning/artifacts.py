@@ -31,7 +31,7 @@ class Lock:
 
 
 def read_lock(params: Params) -> Lock:
-    """Read what dvc.lock says of the stages that there are; an `InputError` where there is none."""
+    """Read what dvc.lock says of the stages that there are. An `InputError` where there is none."""
     if not LOCK.is_file():
         raise InputError(f"{LOCK}: the file is missing; run `sdlora run`, or restore it from version control")
     items = {*params.tasks, *(name for name in Fetch.names() if params.fetch.entry(name) is not None)}
@@ -60,7 +60,7 @@ class Objects:
 
     @cached_property
     def _stores(self) -> tuple[Path, Any]:
-        """The folder of the cache, and the remote; asked for at first use, because loading DVC takes a while."""
+        """The folder of the cache, and the remote. Asked for at first use, because loading DVC takes a while."""
         from dvc.repo import Repo
 
         with contextlib.closing(Repo()) as repo:
@@ -68,7 +68,7 @@ class Objects:
             return Path(repo.cache.local.path), remote
 
     def find(self, md5: str) -> Path | None:
-        """Where the file of a hash can be read; None where neither the cache nor the remote has it."""
+        """Return where the file of a hash can be read. None where neither the cache nor the remote has it."""
         cache, remote = self._stores
         path = cache / md5[:2] / md5[2:]
         if path.is_file():
@@ -91,15 +91,15 @@ class Place:
         self._checked: dict[str, Mapping[str, str]] = {}
 
     def checked(self, path: str) -> bool:
-        """Whether an output has been compared with dvc.lock."""
+        """Return whether an output has been compared with dvc.lock."""
         return path in self._checked
 
     def mark(self, path: str, hashes: Mapping[str, str]) -> None:
-        """An output has been compared; the md5 of its files by name."""
+        """Note that an output has been compared. The md5 of its files by name."""
         self._checked[path] = hashes
 
     def md5(self, path: str) -> str | None:
-        """The md5 of a file or folder within a compared output; None for what is in none."""
+        """Return the md5 of a file or folder within a compared output. None for what is in none."""
         for out, hashes in self._checked.items():
             if path.startswith(f"{out}/"):
                 part = path.removeprefix(f"{out}/")
@@ -112,7 +112,10 @@ class Place:
         return self.lock.outs.get(path) or self._md5_of_parts(path)
 
     def _md5_of_parts(self, path: str) -> str | None:
-        """The md5 of a folder of outputs, with what else lies in it; None where not all of them were compared."""
+        """Return the md5 of a folder of outputs, with what else lies in it.
+
+        None where not all of them were compared.
+        """
         outs = [out for out in self.lock.outs if out.startswith(f"{path}/")]
         if not outs or not all(self.checked(out) for out in outs):
             return None
@@ -123,7 +126,7 @@ class Place:
         return folder_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in hashes.items()})
 
     def find(self, path: Path) -> Path:
-        """Where an output can be read."""
+        """Return where an output can be read."""
         if path.exists():
             return path
         md5 = self.lock.outs.get(path.as_posix())
@@ -138,7 +141,9 @@ class Place:
         return copy
 
     def changed_file(self, path: str, hashes: Mapping[str, str]) -> str:
-        """The first file of an output that is not the one it was, as far as DVC's cache can say; else the output."""
+        """Return the first file of an output that is not the one it was, as far as DVC's cache can say. Else the
+        output.
+        """
         md5 = self.lock.outs[path]
         listing = self._objects.find(md5)
         if listing is None or not md5.endswith(".dir") or md5_of_listing(listing) != md5:
@@ -148,7 +153,7 @@ class Place:
         return f"{path}/{differing[0]}"
 
     def _cached(self, path: Path, md5: str) -> dict[str, Path]:
-        """The files of an output in the cache by name; one without a name if it is a file."""
+        """Return the files of an output in the cache by name. One without a name if it is a file."""
         whole = self._objects.find(md5)
         if whole is None:
             raise FaultError(f"{path}: it is neither here nor in DVC's cache or remote; run `sdlora run`")
@@ -170,7 +175,7 @@ class Place:
 
 
 def md5_of_listing(path: Path) -> str:
-    """What DVC names its listing of a folder by; empty where there is none."""
+    """Return what DVC names its listing of a folder by. Empty where there is none."""
     return f"{md5_of(path)}.dir" if path.is_file() else ""
 
 
@@ -188,6 +193,6 @@ def folder_md5(hashes: Mapping[str, str]) -> str:
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file's bytes, which is what DVC names files by."""
+    """Return the MD5 of a file's bytes, which is what DVC names files by."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

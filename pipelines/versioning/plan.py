@@ -89,7 +89,7 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
 
 
 def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
-    """What `dvc status` finds changed about each stage."""
+    """Return what `dvc status` finds changed about each stage."""
     if "lookup" in apply_patches():
         from pipelines.versioning.patches import lookup
 
@@ -159,7 +159,7 @@ def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
 
 
 def reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
-    """Say in words why DVC would run a stage; what is missing here and held elsewhere is no reason."""
+    """Say in words why DVC would run a stage. What is missing here and held elsewhere is no reason."""
     words = {
         "modified": "changed",
         "deleted": "is missing",
@@ -217,7 +217,7 @@ def _code_reasons(made_by: Mapping[str, str | None]) -> Iterator[tuple[str, str]
 
 
 def code_is_written() -> bool:
-    """Whether what stands in `artifacts/code` is of the code that runs."""
+    """Return whether what stands in `artifacts/code` is of the code that runs."""
     try:
         return all((CODE / name).read_text(encoding="utf-8") == text for name, text in code_files().items())
     except OSError:

@@ -17,7 +17,7 @@ from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dv
 
 
 def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
-    """Fetch what a stage reads and this machine does not hold; what the remote has lost is made again.
+    """Fetch what a stage reads and this machine does not hold. What the remote has lost is made again.
 
     Training images are fetched only where the stage will really look at them.
     """
@@ -56,7 +56,7 @@ def images_read(name: str, params: Params) -> list[str]:
 
 
 def restore_from_run_cache(name: str) -> bool:
-    """Restore what a stage leaves from DVC's run-cache, here or in the remote; False where it has to be computed."""
+    """Restore what a stage leaves from DVC's run-cache, here or in the remote. False where it has to be computed."""
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
         from dvc.stage.cache import RunCacheNotFoundError, RunCacheNotSupported
@@ -91,7 +91,7 @@ def mark_unpushed(name: str) -> None:
 
 
 def push(name: str) -> None:
-    """Push what a stage has left; what the remote does not take stays recorded, for `push_pending`."""
+    """Push what a stage has left. What the remote does not take stays recorded, for `push_pending`."""
     mark_unpushed(name)
     if run_dvc(["push", "--run-cache", name]):
         echo(f"{name} could not be pushed to the DVC remote; it is kept here, and pushed by the next run")

@@ -39,7 +39,7 @@ CHATTER = (
 
 
 class StageFailedError(Exception):
-    """A stage ended badly; it said why in one line, and `status` is what the whole run ends with.
+    """A stage ended badly. It said why in one line, and `status` is what the whole run ends with.
 
     One that was `interrupted` said nothing: it, or DVC, was killed, or DVC failed; the same again may go well.
     """
@@ -54,7 +54,7 @@ class StageFailedError(Exception):
 
     @property
     def closed_gate(self) -> str | None:
-        """Return the step whose gate is closed, which a person may open; None if something else went wrong."""
+        """Return the step whose gate is closed, which a person may open. None if something else went wrong."""
         return StageName.parse(self.stage).item if self._gate_closed else None
 
 
@@ -73,7 +73,7 @@ class ConcurrentOptions:
 
 
 def reproduce_stage(name: str, *, pull: bool, concurrent: ConcurrentOptions | None = None) -> bool:
-    """Bring one stage up to date through DVC; return whether its outputs came from the cache.
+    """Bring one stage up to date through DVC. Return whether its outputs came from the cache.
 
     They did, or were there, where DVC ends well and the stage has left no outcome. With `pull` the remote's cache is
     asked too.
@@ -92,7 +92,7 @@ def run_dvc(
     settings: Mapping[str, str] = MappingProxyType({}),
     concurrent: ConcurrentOptions | None = None,
 ) -> int:
-    """Run DVC in a group of its own; return its exit status."""
+    """Run DVC in a group of its own. Return its exit status."""
     settings = {**settings, **concurrent.settings} if concurrent else settings
     process, output = _start_dvc(["--wait-for-lock", *arguments], settings, errors_too=concurrent is not None)
     show = concurrent.show if concurrent else echo
@@ -125,7 +125,7 @@ def _failure_of(name: str, status: int, path: Path) -> StageFailedError:
 def _start_dvc(
     arguments: list[str], settings: Mapping[str, str], *, errors_too: bool
 ) -> tuple[Process, TextIO]:
-    """Start DVC, forked from its fork server where there is one; also return what it prints."""
+    """Start DVC, forked from its fork server where there is one. Also return what it prints."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **settings}
     reading, writing = os.pipe()

@@ -13,7 +13,7 @@ from pipelines.runtime.file_lock import held
 
 @contextlib.contextmanager
 def stage_lock(stage: str) -> Iterator[None]:
-    """Wait while another chain computes the same stage; outside of a sweep there is nobody to wait for."""
+    """Wait while another chain computes the same stage. Outside of a sweep there is nobody to wait for."""
     turns = read_json(TURNS) if TURNS.is_file() else {"stages": {}}
     if stage not in turns["stages"]:
         yield

@@ -101,7 +101,7 @@ class TrackedOutput:
 
 @dataclass(frozen=True)
 class RemoteStore:
-    """A remote of the project; where it cannot be reached, methods raise whatever its kind of storage raises."""
+    """A remote of the project. Where it cannot be reached, methods raise whatever its kind of storage raises."""
 
     name: str
     protocol: str

@@ -20,7 +20,7 @@ SEED = 0
 
 @functools.cache
 def orthonormal(rows: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random matrix (rows, k) with orthonormal columns; its values depend on name and shape alone."""
+    """Return a random matrix (rows, k) with orthonormal columns. Its values depend on name and shape alone."""
     columns = round(SHARE * rows)
     generator = generator_for(SEED, "clora", name, rows, columns)
     drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)

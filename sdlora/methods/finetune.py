@@ -15,7 +15,7 @@ def begin(
     batches: Batches,
     generator: torch.Generator,
 ) -> None:
-    """Train the factors that the last step left (new ones, with B = 0, in the first); their magnitude is 1."""
+    """Train the factors that the last step left (new ones, with B = 0, in the first). Their magnitude is 1."""
     model.set_directions({}, torch.ones(1, 1), trained=False)
     left = list(before.directions.values())
     model.train_direction(left[-1] if left else new_direction(model, rank=settings.rank, generator=generator))

@@ -25,7 +25,7 @@ NEGLIGIBLE = 1e-6
 
 
 def inputs_of(model: IncrementalClassifier) -> dict[str, list[str]]:
-    """The modules whose input is that of targets, and those targets: query, key and value share the attention's.
+    """Return the modules whose input is that of targets, and those targets: query, key and value share the attention's.
 
     The attention itself and not its projection, which some models (EVA) never call: they use its weight.
     """
@@ -60,7 +60,7 @@ def second_moments(model: IncrementalClassifier, batches: Batches) -> dict[str, 
 
 
 def designed_down(moment: Tensor, basis: Tensor | None, *, rank: int) -> Tensor:
-    """A (rank, in): the leading left singular vectors of M without the span of `basis` (in, m), divided by √3.
+    """Return a (rank, in): the leading left singular vectors of M without the span of `basis` (in, m), divided by √3.
 
     Where fewer than `rank` directions are left the other rows are 0: the released code takes null vectors there, which
     lie in the very span that is to be avoided.
@@ -72,7 +72,9 @@ def designed_down(moment: Tensor, basis: Tensor | None, *, rank: int) -> Tensor:
 
 
 def widened(moment: Tensor, basis: Tensor | None, *, energy: float) -> Tensor:
-    """The basis (in, m) with the leading directions of M outside it, until it holds a share `energy` of M's energy."""
+    """Return the basis (in, m) with the leading directions of M outside it, until it holds a share `energy` of M's
+    energy.
+    """
     inside = basis if basis is not None else moment.new_zeros(len(moment), 0)
     rest = moment - inside @ (inside.T @ moment)
     total = torch.linalg.svdvals(moment).square().sum()
@@ -109,7 +111,7 @@ def begin(
 
 
 def _basis(before: Learned, path: str, moment: Tensor) -> Tensor | None:
-    """The remembered span at a module, None in the first step."""
+    """Return the remembered span at a module, None in the first step."""
     if not before.directions:
         return None
     if path not in before.memory:
@@ -122,7 +124,9 @@ def _basis(before: Learned, path: str, moment: Tensor) -> Tensor | None:
 def remember(
     model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
 ) -> Mapping[str, Tensor]:
-    """The span of all inputs so far, (in, m) for every adapted module: statistics, from which no image comes back."""
+    """Return the span of all inputs so far, (in, m) for every adapted module: statistics, from which no image comes
+    back.
+    """
     return {
         path: widened(moment, _basis(before, path, moment), energy=ENERGY).float()
         for path, moment in second_moments(model, batches).items()

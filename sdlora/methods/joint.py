@@ -16,7 +16,7 @@ def begin(
     batches: Batches,
     generator: torch.Generator,
 ) -> None:
-    """Train one new LoRA, with a magnitude of 1, and every row of the head; what came before is left out."""
+    """Train one new LoRA, with a magnitude of 1, and every row of the head. What came before is left out."""
     model.set_directions({}, torch.ones(1, 1), trained=False)
     model.train_direction(new_direction(model, rank=settings.rank, generator=generator))
 

@@ -18,7 +18,7 @@ Batches = Callable[[], Iterator[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The choices that methods read; each reads those it knows."""
+    """The choices that methods read. Each reads those it knows."""
 
     formulation: Formulation
     rank: int
@@ -79,7 +79,7 @@ class Begin(Protocol):
 
 
 class Freeze(Protocol):
-    """The directions and magnitudes after a step; the head's rows are added alike for every method."""
+    """The directions and magnitudes after a step. The head's rows are added alike for every method."""
 
     def __call__(self, before: Learned, fit: FitResult, *, settings: Settings) -> Frozen: ...
 
@@ -91,7 +91,7 @@ class Penalty(Protocol):
 
 
 class Remember(Protocol):
-    """What the method keeps for its next step, from the trained model; stored in the model folder."""
+    """What the method keeps for its next step, from the trained model. Stored in the model folder."""
 
     def __call__(
         self, model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
@@ -119,7 +119,7 @@ class Method:
 def new_direction(
     model: IncrementalClassifier, *, rank: int, generator: torch.Generator, up: str = "zero"
 ) -> dict[str, Factors]:
-    """Initial factors for every target, drawn in the order of the targets; `up` as in `initial_factors`.
+    """Initial factors for every target, drawn in the order of the targets. `up` as in `initial_factors`.
 
     Raises:
         ValueError: `rank` exceeds what a target can hold.

@@ -8,7 +8,7 @@ from sdlora.methods.method import Batches, Method, Settings
 
 
 def rank_of(task: str, settings: Settings) -> int:
-    """The rank of the last entry of the schedule that is not after `task`.
+    """Return the rank of the last entry of the schedule that is not after `task`.
 
     The paper's schedule, with its 1-based tasks, is 10 from t01, 8 from t04 and 6 from t08; the released code, whose
     tasks count from 0, changes one task later.

@@ -87,7 +87,8 @@ def show_class(name: str, *, as_json: bool) -> None:
 
 
 def class_history(project: Project, name: str) -> Record:
-    """The figures of a class: accuracy and confusions at each step, flips between steps, mistakes of the last one.
+    """Return the figures of a class: accuracy and confusions at each step, flips between steps, mistakes of the last
+    one.
 
     `hurt` is the step that lost most of its images, those that it gained taken off; None if none did.
     """
@@ -128,14 +129,14 @@ def class_history(project: Project, name: str) -> Record:
 
 
 def known_answers(step: Step) -> Answers:
-    """The answers of a step that was evaluated."""
+    """Return the answers of a step that was evaluated."""
     answers = read_answers(step)
     assert answers is not None
     return answers
 
 
 def mistakes(project: Project, step: Step, name: str, owners: Mapping[str, str]) -> list[Record]:
-    """The images of a class that a step names wrong, the surest first, and where they are."""
+    """Return the images of a class that a step names wrong, the surest first, and where they are."""
     answers = known_answers(step)
     wrong = answers.take((answers.truths == name) & ~answers.right)
     order = sorted(

@@ -60,7 +60,7 @@ def show_image(which: str, *, as_json: bool) -> None:
 
 
 def image_history(project: Project, which: str) -> Record:
-    """The best guesses of every step for a file, or for a test image by its id; whether the first one is right.
+    """Return the best guesses of every step for a file, or for a test image by its id. Whether the first one is right.
 
     `known` are the images of the chain that show the very same picture, whatever file it is in.
     """
@@ -115,7 +115,7 @@ def image_history(project: Project, which: str) -> Record:
 
 
 def image_bytes(last: Step, which: str) -> bytes:
-    """The bytes of a file, or of the test image of that id; an `InputError` says that it is neither."""
+    """Return the bytes of a file, or of the test image of that id. An `InputError` says that it is neither."""
     if Path(which).is_file():
         return Path(which).read_bytes()
     task = which.partition("/")[0]
@@ -131,7 +131,7 @@ def image_bytes(last: Step, which: str) -> bytes:
 
 
 def known_as(step: Step, picture: str) -> list[Record]:
-    """The images of the chain that show a picture, by its `picture_hash`."""
+    """Return the images of the chain that show a picture, by its `picture_hash`."""
     found = []
     for row in samples_of(step):
         if row["pixels"] == picture:

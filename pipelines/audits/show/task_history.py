@@ -59,7 +59,7 @@ def show_task(which: str, *, as_json: bool) -> None:
 
 
 def task_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """A task in sentences."""
+    """Yield a task in sentences."""
     yield f"{found['task']}: {count(len(found['classes']), 'class')}, learned after {found['after']}"
     rank = f", rank {found['rank']}" if found["rank"] else ""
     yield f"method {found['method']}, formulation {found['formulation']}, head {found['head']}{rank}"
@@ -76,7 +76,7 @@ def task_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def task_history(project: Project, which: str) -> Record:
-    """What a task's step was, and its accuracy, magnitudes and share of the predictions at each step since."""
+    """Return what a task's step was, and its accuracy, magnitudes and share of the predictions at each step since."""
     from sdlora.change import read_update
 
     step = project.step(which)

@@ -16,7 +16,7 @@ SHOWN = 10
 
 
 def doctor(source: Path | None, *, as_json: bool, quick: bool) -> int:
-    """Examine a source as the next task, or all tasks and the machine; print it; return 2 if there is an error."""
+    """Examine a source as the next task, or all tasks and the machine. Print it. Return 2 if there is an error."""
     findings = examine(source, quick=quick)
     if as_json:
         levels = Counter(finding.level for finding in findings)
@@ -32,7 +32,7 @@ def doctor(source: Path | None, *, as_json: bool, quick: bool) -> int:
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Print findings as a table, then the places of each; all of them where files cannot be read."""
+    """Print findings as a table, then the places of each. All of them where files cannot be read."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

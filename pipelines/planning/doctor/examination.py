@@ -22,7 +22,7 @@ from pipelines.project.yaml_text import read_text
 
 
 def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
-    """All findings: of the machine if no source is given, then of each task; `quick` leaves the backbone out."""
+    """Return all findings: of the machine if no source is given, then of each task. `quick` leaves the backbone out."""
     findings: list[Finding] = []
     if source is None:
         params = Params.load()
@@ -59,7 +59,7 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
 
 
 def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str]] | None:
-    """The parameters with the source as next task, and the tasks to examine; None if it can be none.
+    """Return the parameters with the source as next task, and the tasks to examine. None if it can be none.
 
     Where all its classes are tasks already, those tasks are examined.
     """

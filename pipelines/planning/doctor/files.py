@@ -46,7 +46,7 @@ class Seen:
 def look_at(
     key: str, task: Task, data: Data, findings: list[Finding], *, fetched: frozenset[str] = frozenset()
 ) -> Seen:
-    """Read every image of a task; what is wrong with the files joins the findings.
+    """Read every image of a task. What is wrong with the files joins the findings.
 
     A source that `sdlora run` would fetch, by its name among `fetched`, may be missing.
     """
@@ -92,7 +92,7 @@ def look_at(
 
 
 def print_of(found: Found, picture: Image) -> Print:
-    """What a picture is compared by; its class's name is its label, since every class has one task."""
+    """Return what a picture is compared by. Its class's name is its label, since every class has one task."""
     assert found.part is not None
     return Print(str(found.path), found.part, found.name, picture_hash(picture), perceptual_hash(picture))
 
@@ -110,7 +110,7 @@ def left_out(folder: Path) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """The text, or its escape sequences where a terminal could not show it."""
+    """Return the text, or its escape sequences where a terminal could not show it."""
     return text if text.isprintable() else ascii(text)
 
 
@@ -141,7 +141,7 @@ def packed_names(key: str) -> dict[int, str]:
 
 
 def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> list[Print]:
-    """What the pictures of a task that is not examined are compared by: as it was packed, else from its source."""
+    """Return what the pictures of another task are compared by: from its packed images, else from its source."""
     packed = SPLITS / key / "samples" / f"{key}.arrow"
     if packed.is_file():
         rows = read_images(packed).to_pylist()

@@ -22,6 +22,6 @@ class Finding(NamedTuple):
 
 
 def count(things: Sequence[Any] | Mapping[Any, Any], word: str) -> str:
-    """A number of things in words."""
+    """Return a number of things in words."""
     plural = {"class": "classes", "copy": "copies"}.get(word, f"{word}s")
     return f"{len(things)} {word if len(things) == 1 else plural}"

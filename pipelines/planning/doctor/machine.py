@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def machine_findings(params: Params) -> Iterator[Finding]:
-    """What a run needs of the machine: packages, a device, git, a DVC project."""
+    """Yield what a run needs of the machine: packages, a device, git, a DVC project."""
     import torch
 
     from sdlora.devices import best_device
@@ -40,7 +40,9 @@ def machine_findings(params: Params) -> Iterator[Finding]:
 
 
 def load_backbone(params: Params, findings: list[Finding]) -> Backbone | None:
-    """The frozen base of the chain if there is one, else the one that params.yaml names; None if neither is here."""
+    """Return the frozen base of the chain if there is one, else the one that params.yaml names. None if neither is
+    here.
+    """
     from sdlora.backbones import create_backbone, read_backbone
 
     choice = params.backbone

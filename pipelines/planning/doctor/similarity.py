@@ -64,7 +64,7 @@ class Features(NamedTuple):
 def backbone_findings(
     tasks: Mapping[str, Task], seen: Mapping[str, Seen], base: Backbone, data: Data
 ) -> Iterator[Finding]:
-    """Sizes, brightness and contrast against what the backbone expects; classes that look alike to it."""
+    """Sizes, brightness and contrast against what the backbone expects. Classes that look alike to it."""
     _, height, width = base.input_size
     for key, its in seen.items():
         if its.sides and min(height, width) > SMALL * statistics.median(its.sides):
@@ -86,7 +86,7 @@ def backbone_findings(
 
 
 def pixel_findings(key: str, pixels: Sequence[tuple[float, float]]) -> Iterator[Finding]:
-    """Whether normalised pixels are about where the backbone's normalisation is meant to put them."""
+    """Yield whether normalised pixels are about where the backbone's normalisation is meant to put them."""
     mean = statistics.fmean(its[0] for its in pixels)
     spread = max(statistics.fmean(its[1] for its in pixels) - mean**2, 0.0) ** 0.5
     if abs(mean) > FAR_MEAN or not LOW_SPREAD <= spread <= HIGH_SPREAD:
@@ -152,12 +152,12 @@ def sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, 
 
 
 def packed_image(table: pa.Table, row: int) -> bytes:
-    """The bytes of a packed image."""
+    """Return the bytes of a packed image."""
     return table["image"][row].as_py()
 
 
 def known_images(task: Task, data: Data) -> list[Found]:
-    """The images of a task that is not examined, as far as its source has them."""
+    """Return the images of a task that is not examined, as far as its source has them."""
     try:
         return divide(
             read_source(Path(task.source), task.classes, manifest=task.manifest).images, data

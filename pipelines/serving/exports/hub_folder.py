@@ -35,7 +35,7 @@ def evaluations(subject: Subject) -> dict[str, dict[str, Any]]:
 
 
 def card(folder: Path, subject: Subject, step: Step, metrics: dict[str, dict[str, Any]]) -> str:
-    """The model card: front matter for the hub, then what the model is, how well it does, how to check it."""
+    """Return the model card: front matter for the hub, then what the model is, how well it does, how to check it."""
     record, description = step.record, step.backbone.description
     own: dict[str, Any] = step.backbone.model.pretrained_cfg  # type: ignore[assignment]
     licence = own.get("license")
@@ -118,7 +118,7 @@ def front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str,
 
 
 def accuracy_table(record: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
-    """A row for each task: its classes, and its accuracy after each step that was evaluated."""
+    """Return a row for each task: its classes, and its accuracy after each step that was evaluated."""
     lines = ["| task | classes | " + "".join(f"{step} | " for step in metrics)]
     lines += ["| --- | --- | " + "--- | " * len(metrics)]
     for task in record["tasks"]:
@@ -146,5 +146,5 @@ def _adapted(record: dict[str, Any]) -> str:
 
 
 def usage(out: Path, subject: Subject) -> str:
-    """How the export is loaded, in one line."""
+    """Return how the export is loaded, in one line."""
     return timm_folder.usage(out, subject)

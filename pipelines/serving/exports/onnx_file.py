@@ -47,7 +47,7 @@ def write(folder: Path, subject: Subject) -> None:
 
 
 def convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelProto:
-    """The graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes).
+    """Return the graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes).
 
     Nothing of the machine stays in it: torch writes the paths of its sources beside every node.
     """
@@ -109,5 +109,5 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
 
 
 def usage(out: Path, subject: Subject) -> str:
-    """How the export is loaded, in one line."""
+    """Return how the export is loaded, in one line."""
     return f'onnxruntime.InferenceSession("{out / FILE}").run(["logits"], {{"images": images}})'

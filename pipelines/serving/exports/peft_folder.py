@@ -48,7 +48,7 @@ def write(folder: Path, subject: Subject) -> None:
 
 
 def config(step: Step, layers: dict[str, Factors], heads: list[str]) -> dict[str, Any]:
-    """PEFT's description of a LoRA; the magnitudes are within B, so every scale alpha / r is 1."""
+    """PEFT's description of a LoRA. The magnitudes are within B, so every scale alpha / r is 1."""
     ranks = {name: factors.down.shape[0] for name, factors in layers.items()}
     most = max(ranks.values())
     differing = {name: rank for name, rank in ranks.items() if rank != most}
@@ -70,7 +70,7 @@ def config(step: Step, layers: dict[str, Factors], heads: list[str]) -> dict[str
 
 
 def base_model(subject: Subject) -> nn.Module:
-    """The base as timm builds it, with the chain's own weights and a new classifier."""
+    """Return the base as timm builds it, with the chain's own weights and a new classifier."""
     import timm
 
     from sdlora.backbones import WEIGHTS
@@ -100,12 +100,12 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
 
 
 def usage(out: Path, subject: Subject) -> str:
-    """How the export is loaded, in one line."""
+    """Return how the export is loaded, in one line."""
     return f'peft.PeftModel.from_pretrained(base, "{out}").merge_and_unload(); {out}/README.md makes the base'
 
 
 def readme(step: Step, layers: dict[str, Factors]) -> str:
-    """How the adapter is loaded, and onto what."""
+    """Return how the adapter is loaded, and onto what."""
     from sdlora.loading import timm_architecture
 
     name = step.backbone.description["name"]

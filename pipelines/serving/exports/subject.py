@@ -36,7 +36,7 @@ class Subject:
     backbone: Path
 
     def step(self) -> Step:
-        """The step anew, because building a model of it changes its backbone."""
+        """Return the step anew, because building a model of it changes its backbone."""
         from sdlora.loading import read_step
 
         return read_step(self.model, backbone=self.backbone)
@@ -51,7 +51,7 @@ class Subject:
         return Preprocessing.of(read_json(self.backbone / DESCRIPTION))
 
     def chain(self) -> list[Link]:
-        """The records from this step back to t00, as far as their folders lie beside it.
+        """Return the records from this step back to t00, as far as their folders lie beside it.
 
         Each is checked to be the one that its successor names.
         """
@@ -79,7 +79,7 @@ class Subject:
         write_json(folder / "ledger.json", self.described_ledger(step))
 
     def described_preprocessing(self) -> dict[str, Any]:
-        """All that a server must know of the pictures."""
+        """Return all that a server must know of the pictures."""
         own = self.preprocessing
         return {
             **asdict(own),
@@ -89,7 +89,7 @@ class Subject:
         }
 
     def described_ledger(self, step: Step) -> dict[str, Any]:
-        """Which step this is, and what it came from."""
+        """Return which step this is, and what it came from."""
         head, *earlier = self.chain()
         return {
             "step": head.step,

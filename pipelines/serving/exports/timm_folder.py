@@ -68,5 +68,5 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
 
 
 def usage(out: Path, subject: Subject) -> str:
-    """How the export is loaded, in one line."""
+    """Return how the export is loaded, in one line."""
     return f'timm.create_model("local-dir:{out}", pretrained=True)'

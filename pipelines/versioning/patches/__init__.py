@@ -17,7 +17,7 @@ def plain_dvc() -> bool:
 
 @functools.cache
 def apply_patches() -> frozenset[str]:
-    """Change DVC in this process; return the names of the patches that are in place.
+    """Change DVC in this process. Return the names of the patches that are in place.
 
     A patch stays away where DVC has another version than those that it was tested with, or where something that it
     replaces or relies on is not as it was there (`known.py`). Then one line says so, once in a command, and DVC does

@@ -10,7 +10,7 @@ from pipelines.versioning.patches import apply_patches
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command of DVC; return its status."""
+    """Run a command of DVC. Return its status."""
     apply_patches()
     status: int = run(arguments)
     return status

@@ -35,7 +35,7 @@ class Hashes:
         self._folders: dict[str, Files] = {}
 
     def of(self, part: Output) -> Built:
-        """Hash what a dep or an out is now; nothing goes into the cache."""
+        """Hash what a dep or an out is now. Nothing goes into the cache."""
         key = (part.fs_path, part.hash_name)
         if key not in self._built:
             self._built[key] = self._tree(part) or _build(
@@ -50,7 +50,10 @@ class Hashes:
         return self._built[key]
 
     def _tree(self, part: Output) -> Built | None:
-        """A folder put together from its folders; None for what is none, or none that DVC takes without a word."""
+        """Return a folder put together from its folders.
+
+        None for what is none, or none that DVC takes without a word.
+        """
         local = part.fs.protocol == "local" and part.hash_name == "md5" and part.dvcignore
         if not local or not os.path.isdir(part.fs_path):
             return None

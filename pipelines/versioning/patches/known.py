@@ -115,7 +115,7 @@ def _is_known(name: str) -> bool:
 
 
 def _attribute(owner: Any, name: str) -> Any:  # noqa: ANN401 - any object of DVC's
-    """Return an attribute; of a constructor, whether it sets one is all that can be seen."""
+    """Return an attribute. Of a constructor, whether it sets one is all that can be seen."""
     if inspect.isfunction(owner) and name in owner.__code__.co_names:
         return name
     return getattr(owner, name)

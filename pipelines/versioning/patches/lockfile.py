@@ -70,7 +70,7 @@ def use() -> None:
 
 
 def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
-    """Text of each entry → name and content, in order; None where the file is none that DVC has written.
+    """Text of each entry → name and content, in order. None where the file is none that DVC has written.
 
     Only what was not there the last time is parsed.
     """
@@ -118,7 +118,7 @@ def keep(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
 
 
 def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
-    """What an earlier process, of the same DVC, has read in these texts; nothing where there is no telling."""
+    """Return what an earlier process, of the same DVC, has read in these texts. Nothing where there is no telling."""
     found = {}
     try:
         known = json.loads(memory.read_bytes())
@@ -135,5 +135,5 @@ def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
 
 
 def digest(text: str) -> str:
-    """The SHA-256 of a text."""
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

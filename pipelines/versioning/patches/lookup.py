@@ -34,7 +34,7 @@ def use() -> None:
 
 
 def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
-    """What `dvc status` finds changed about each stage."""
+    """Return what `dvc status` finds changed about each stage."""
     with _each_once(), _locked_for_reading(repo, stages):
         return {s.addressing: type(s).status.__wrapped__(s).get(s.addressing, []) for s in stages}
 

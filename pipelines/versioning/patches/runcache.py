@@ -38,7 +38,7 @@ def use() -> None:
 
 
 def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML can hold
-    """Whether an entry says what its name is the hash of."""
+    """Return whether an entry says what its name is the hash of."""
     try:
         return bool(_get_cache_hash(content) == name)
     except Exception:  # what is cut off may have any form
@@ -46,7 +46,7 @@ def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML c
 
 
 def read_whole(path: Path, name: str) -> dict[str, Any] | None:
-    """What an entry says; None if it is broken."""
+    """Return what an entry says. None if it is broken."""
     try:
         content = load_yaml(path)
     except ParseError:  # no YAML, or no text
@@ -55,7 +55,7 @@ def read_whole(path: Path, name: str) -> dict[str, Any] | None:
 
 
 def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
-    """An entry; None if there is none, and what is broken is deleted."""
+    """Return an entry. None if there is none, and what is broken is deleted."""
     path = Path(cache._get_cache_path(key, name))
     try:
         entry = read_whole(path, name)
@@ -67,7 +67,9 @@ def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
 
 
 def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
-    """The newest whole entry of a stage; what is broken is passed over, where DVC would take it for all there is."""
+    """Return the newest whole entry of a stage. What is broken is passed over, where DVC would take it for all there
+    is.
+    """
     key = _get_stage_hash(stage)
     folder = Path(cache._get_cache_dir(key)) if key else None
     if folder is None or not folder.is_dir():
@@ -84,7 +86,7 @@ def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
 
 
 def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) -> list[tuple[str, str]]:  # noqa: ANN401 - DVC's own signature
-    """Copy the entries that the other side does not have in this size; return the key and the name of each.
+    """Copy the entries that the other side does not have in this size. Return the key and the name of each.
 
     Raises:
         RunCacheError: one could not be copied.
@@ -134,7 +136,7 @@ def entry_of(path: str) -> tuple[str, str] | None:
 
 
 def copy(from_fs: Any, source: str, to_fs: Any, target: str, name: str) -> bool:  # noqa: ANN401
-    """Copy an entry, if it is whole; it appears at once, or not at all. Return whether it was."""
+    """Copy an entry, if it is whole. It appears at once, or not at all. Return whether it was."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         held = str(Path(folder) / name)
         generic.copy(from_fs, source, LocalFileSystem(), held)
