@@ -36,7 +36,7 @@ def factor_norms(factors: Factors) -> Tensor:
 def initial_factors(
     rows: int, columns: int, rank: int, *, generator: torch.Generator, up: str = "zero"
 ) -> Factors:
-    """Return a (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts it, and B (rows, rank).
+    """Return A (rank, columns) ~ U(−1/√columns, 1/√columns), as the released code starts it, and B (rows, rank).
 
     Args:
         up: `zero`, as the released code, which leaves the model's output as it is; or `uniform`, with the bound

@@ -52,7 +52,7 @@ class Head:
 def class_means(
     head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
-    """Return the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance, less a term all classes share.
+    """Return rows of the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance.
 
     It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ².
     """

@@ -64,7 +64,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> Self:
-        """Return that of a backbone's description (backbone.json).
+        """Return the preprocessing of a backbone, from its description (backbone.json).
 
         Raises:
             ValueError: the backbone wants pictures of a kind that is not known here.

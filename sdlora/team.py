@@ -31,7 +31,7 @@ class Team:
         return batch.tensor_split(self.size)[self.member] if self.size > 1 else batch
 
     def wait(self) -> None:
-        """Until all members have come here."""
+        """Wait until all members have come here."""
         if self.size > 1:
             distributed.barrier()
 

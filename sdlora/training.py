@@ -248,7 +248,7 @@ class Fit:
                 torch.cuda.empty_cache()
 
     def _accumulate(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
-        """Return as `_backward`, from parts of at most `micro_batch` images, each weighted by how many it has.
+        """Do as `_backward` does, in parts of at most `micro_batch` images, each weighted by how many it has.
 
         No image's logits depend on the images beside it (no layer here has statistics of a batch), so the gradients
         are those of the whole batch within rounding; in one part they are those to the bit.

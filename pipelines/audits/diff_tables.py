@@ -56,7 +56,7 @@ def heading(found: Record) -> Iterator[str]:
 
 
 def frozen_line(found: Record) -> str:
-    """Return whether what was frozen by then is the same now."""
+    """Say whether what was frozen by then is the same now."""
     kept = found["kept"]
     if not kept["frozen"]:
         return ""
@@ -66,7 +66,7 @@ def frozen_line(found: Record) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Return whether the flips of all images are more than chance."""
+    """Say whether the flips of all images are more than chance."""
     if not row["lost"] + row["gained"]:
         return "no image flipped"
     more = "more than chance" if row["p_value"] < 0.05 else "no more than chance would do"
@@ -147,7 +147,7 @@ def error_table(found: Record) -> Group:
 
 
 def calibration_table(found: Record) -> Group:
-    """Return how sure then and now."""
+    """Make a table of how sure the model was, then and now."""
     rows = [
         [side, *(percent(found["calibration"][side][key]) for key in ("error", "confidence", "accuracy"))]
         for side in ("then", "now")

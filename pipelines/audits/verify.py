@@ -210,7 +210,7 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
 
 
 def check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:
-    """No picture of the step, and none of an earlier task, is both trained on and tested."""
+    """Check that no picture of the step, and none of an earlier task, is both trained on and tested."""
     tables = [read_images(split / f"samples/{task}.arrow").select(["split", "pixels"]) for task in earlier]
     known = [
         pair
@@ -271,7 +271,7 @@ def of_others(name: str, step: str) -> bool:
 
 
 def check_receipt(place: Place, step: str, *, retired: bool) -> str:
-    """Return the training images are there, or a receipt names just these. Return its hash.
+    """Check that the training images are there, or that a receipt names just these. Return its hash, if any.
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
     """
@@ -364,7 +364,7 @@ def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
 
 
 def check_metrics(place: Place, params: Params) -> None:
-    """metrics.json follows from the evaluations."""
+    """Check that metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 
     evaluations = [read_json(place.find(EVALUATIONS / task) / "metrics.json") for task in params.tasks]

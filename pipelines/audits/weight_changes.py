@@ -38,7 +38,7 @@ def compared_weights(then: Step, now: Step, notes: list[str]) -> Record | None:
 
 
 def compared_magnitudes(before: Update, after: Update) -> list[Record]:
-    """Return of each task's direction: mean and range of its magnitudes over the targets, then and now."""
+    """Return mean and range of each direction's magnitudes over the targets, then and now."""
     rows = []
     for task in dict.fromkeys([*before.magnitudes, *after.magnitudes]):
         sides = {

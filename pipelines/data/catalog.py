@@ -282,7 +282,7 @@ def is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool
 def by_lists(
     benchmark: Benchmark, archives: list[Path], parts: Lists
 ) -> Generator[Image, None, set[PurePosixPath]]:
-    """Yield of some archives, the files that `parts` names. Return those that are in none."""
+    """Yield those files of some archives that `parts` names. Return those that are in none."""
     known = {**benchmark.folders, **{name: name for name in benchmark.classes}}
     missing = set(parts)
     with progress(f"unpack {benchmark.name}", total=len(parts), unit="images") as bar:

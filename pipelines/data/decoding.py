@@ -169,7 +169,7 @@ def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator
 
 
 def decoding_threads() -> int:
-    """Return the processors that this process may use, or fewer where OMP_NUM_THREADS says so, as torch does."""
+    """Return how many processors this process may use, or fewer where OMP_NUM_THREADS says so, as torch does."""
     # Not os.cpu_count(): a container or `taskset` leaves a process fewer than the machine has.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()

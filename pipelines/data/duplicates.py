@@ -80,7 +80,7 @@ def refuse_unreadable(task: str, images: Sequence[Found], faults: dict[int, str]
 
 
 def perceptual_hash(picture: Image) -> str:
-    """256 bits of a picture's coarse structure in grey, on white, as hexadecimal digits. None of a flat picture."""
+    """Return 256 bits of a picture's coarse structure in grey, on white, in hexadecimal. None for a flat picture."""
     import imagehash
     import numpy as np
     from PIL import Image
@@ -94,7 +94,7 @@ def perceptual_hash(picture: Image) -> str:
 
 
 def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolerated: bool) -> Iterator[Fault]:
-    """Yield what is wrong with equal pictures: one in two parts. And, unless tolerated, one in two tasks or classes."""
+    """Yield what is wrong with equal pictures: one in two parts or, unless tolerated, in two tasks or classes."""
     owners: dict[str, dict[tuple[str, int | str], Print]] = {}
     for known in earlier:
         owners.setdefault(known.pixels, {}).setdefault((known.part, known.label), known)
@@ -134,7 +134,7 @@ def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> lis
 
 
 def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
-    """For each picture of `left` that nearly is one of `right`, in order, one such. Equal pictures are left out.
+    """Return, for each picture of `left` that nearly is one of `right`, one such. Equal pictures are left out.
 
     Hashes that differ in fewer bits than there are chunks agree in one chunk at least, so only those that do are
     compared, until one is found: the time grows with the number of pictures that share one of 65,536 values, not with

@@ -97,7 +97,7 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
 
 
 def _by_place(rows: list[tuple[Found, Row]]) -> Iterator[tuple[Found, Row]]:
-    """Yield where no row says its part and every path begins with a folder of a part's name, that is the part."""
+    """Yield the rows, each with the part that its path's first folder names, where no row says its part."""
     heads = {found.file.split("/")[0] if "/" in found.file else "" for found, _ in rows}
     by_place = heads and all(found.part is None for found, _ in rows) and heads <= set(WORDS)
     for found, row in rows:

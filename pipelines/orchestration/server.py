@@ -34,7 +34,7 @@ PREFECT_SETTINGS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
-"""Settings of every process that talks to Prefect; what the user has set in the environment goes first."""
+"""Settings of every process that talks to Prefect. What the user has set goes first, but for a server of our own."""
 
 
 def server_missing() -> str | None:

@@ -151,7 +151,7 @@ def shuffled(names: Sequence[str], seed: int) -> list[str]:
 
 
 def refuse_computed(tasks: Mapping[Any, Any], path: Path) -> None:
-    """Steps that exist were computed from the block that is there."""
+    """Refuse to replace a block of tasks from which steps were computed."""
     done = [str(key) for key in tasks if (path.parent / "artifacts" / "model" / str(key)).exists()]
     if done:
         raise InputError(

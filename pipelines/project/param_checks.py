@@ -65,7 +65,7 @@ def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
 
 
 def fetch_faults(fetch: Fetch) -> Iterator[str]:
-    """Yield a divided archive of one's own, and its hash, go with the split `archive` and with no other."""
+    """Yield a fault where an archive of one's own stands without the split `archive`, or that without it."""
     for name in Fetch.names():
         entry = fetch.entry(name)
         if not isinstance(entry, ImageNetR | ImageNetA | Cub200):
@@ -85,7 +85,7 @@ def fetch_faults(fetch: Fetch) -> Iterator[str]:
 
 
 def backbone_faults(backbone: Backbone) -> Iterator[str]:
-    """Yield a local file and its hash come together: DVC cannot watch a file that only some choices name."""
+    """Yield a fault where a local file and its hash do not come together: DVC cannot watch the file."""
     if backbone.weights and not backbone.sha256:
         yield (
             f"backbone.sha256: found null, expected the hash of {backbone.weights};"
@@ -96,7 +96,7 @@ def backbone_faults(backbone: Backbone) -> Iterator[str]:
 
 
 def adapter_faults(adapter: Adapter) -> Iterator[str]:
-    """Choices that exclude each other."""
+    """Yield choices that exclude each other."""
     heads = HEADS_OF.get(adapter.method, (adapter.head,))
     if adapter.head not in heads:
         expected = " or ".join(heads)
@@ -176,7 +176,7 @@ def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]
 
 
 def worker_faults(workers: Workers) -> Iterator[str]:
-    """Yield an inbox inside the project, and times and places that go together."""
+    """Yield faults of the inbox, and of times and places that do not go together."""
     if fault := _source_fault(workers.inbox):
         yield f"workers.inbox: {show_value(workers.inbox)} {fault}"
     if workers.push and not workers.branch:

@@ -15,7 +15,7 @@ from pipelines.project.yaml_text import show_key, show_value
 
 
 def wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[str]:
-    """Keys that are not text: DVC drops them without a word, and their stages with them."""
+    """Yield keys that are not text: DVC drops them without a word, and their stages with them."""
     for key, value in block.items():
         if not isinstance(key, str):
             of_tasks = where in (("tasks",), ("adapter", "rank_schedule"))
@@ -27,7 +27,7 @@ def wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[s
 
 
 def type_faults(error: ValidationError, model: type[Section]) -> list[str]:
-    """Return one line per fault of what is no `model`.
+    """Return one line for each fault that pydantic found.
 
     Unknown keys come first, because a misspelt key is also a missing one.
     """

@@ -172,7 +172,7 @@ def heat_map(
 
 
 def bias_rows(history: History) -> list[Record]:
-    """Return of each task: its share of the test images, and of the predictions of the last step."""
+    """Return for each task its share of the test images, and of the predictions of the last step."""
     shares = prediction_shares(history)
     return [
         {"task": task, "actual": actual, "predicted": predicted}
@@ -183,7 +183,7 @@ def bias_rows(history: History) -> list[Record]:
 
 
 def target_rows(history: History, movement: Movement) -> list[Record]:
-    """Return of each target: its change at the last step, at the step that changed it most, and by all steps."""
+    """Return for each target its change at the last step, at the step that changed it most, and by all steps."""
     return [
         {
             "target": target,

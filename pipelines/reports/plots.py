@@ -132,7 +132,7 @@ def flips_table(history: History) -> Table:
 
 
 def reliability_table(history: History) -> Table:
-    """Return the test images of the last step by its confidence."""
+    """Sort the test images of the last step into ranges of its confidence."""
     return (
         ["lowest", "highest", "images", "confidence", "accuracy"],
         (

@@ -145,12 +145,12 @@ def flip_rows(history: History) -> list[Record]:
 
 
 def calibration_errors(history: History) -> list[float]:
-    """Return of each step: the expected calibration error on the test images of all tasks so far."""
+    """Return the expected calibration error of each step on the test images of all tasks so far."""
     return [comparison.calibration_error(found.confidence, found.right) for found in history.predictions]
 
 
 def reliability(history: History) -> list[comparison.Bin]:
-    """Return the test images of the last step by its confidence."""
+    """Sort the test images of the last step into ranges of its confidence."""
     found = history.predictions[-1]
     return comparison.calibration_bins(found.confidence, found.right)
 
@@ -237,7 +237,7 @@ class Span(NamedTuple):
 
 
 def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Span]]]:
-    """Return of each dotted name in one tree per step: its values over the steps. An en dash where a step has none."""
+    """Return the values of each dotted name over the steps, of one tree per step. An en dash where a step has none."""
     flat = [
         {name: "null" if value is None else str(value) for name, value in flattened(tree).items()}
         for tree in trees

@@ -101,7 +101,7 @@ def read_movement(artifacts: Path, history: History) -> Movement | None:
 
 
 def find_versions(models: Path, history: History) -> list[dict[str, Version]]:
-    """Return of each step: task → the file of its direction, under the first step that has it. Empty if no step has
+    """Return for each step task → the file of its direction, under the first step that has it. Empty if no step has
     any.
 
     Records name the hash of every file, so what is frozen is recognised, and read once.

@@ -179,7 +179,7 @@ def take_part(
 
 
 def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
-    """Return the processes for the devices beyond the first. A folder that all share, which a fit by itself does not
+    """Start the processes for the devices beyond the first. Give the folder that all share, which one alone does not
     need.
     """
     if devices == 1:

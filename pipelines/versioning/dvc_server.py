@@ -58,7 +58,7 @@ _LIBRARIES = (
 
 
 def dvc_server() -> AbstractContextManager[None]:
-    """Keep such a server for the commands of `repro.dvc` that are started meanwhile. None where DVC is to be plain."""
+    """Keep a fork server for DVC's commands, or nothing where DVC is to be plain."""
     return (
         contextlib.nullcontext()
         if plain_dvc()

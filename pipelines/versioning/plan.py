@@ -206,7 +206,7 @@ def code_hashes() -> dict[str, str]:
 
 
 def _code_reasons(made_by: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    """Yield the finished stages that the code will be a reason to run, once its fingerprints are written."""
+    """Yield the finished stages that will run once the new fingerprints are written, and why."""
     hashes = code_hashes()
     for name, was in made_by.items():
         kind = StageName.parse(name).kind

@@ -60,7 +60,7 @@ def second_moments(model: IncrementalClassifier, batches: Batches) -> dict[str, 
 
 
 def designed_down(moment: Tensor, basis: Tensor | None, *, rank: int) -> Tensor:
-    """Return a (rank, in): the leading left singular vectors of M without the span of `basis` (in, m), divided by √3.
+    """Return A (rank, in): the leading left singular vectors of M without the span of `basis` (in, m), divided by √3.
 
     Where fewer than `rank` directions are left the other rows are 0: the released code takes null vectors there, which
     lie in the very span that is to be avoided.

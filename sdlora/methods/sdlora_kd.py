@@ -46,14 +46,14 @@ def products(
 
 
 def shared_coefficients(found: Products) -> Tensor:
-    """Return the least squares with one coefficient per task for all targets (tasks, targets): the sum of the Grams."""
+    """Solve the least squares with one coefficient per task for all targets (tasks, targets): the sum of the Grams."""
     # lstsq and not solve: two earlier directions may be the same, and the Gram matrix then is singular.
     solved = torch.linalg.lstsq(found.gram.sum(0), found.inner.sum(0)[:, None], driver="gelsd").solution
     return solved.expand(-1, len(found.energy)).contiguous()
 
 
 def own_coefficients(found: Products) -> Tensor:
-    """Return the least squares with a coefficient of its own for every task and target (tasks, targets)."""
+    """Solve the least squares with a coefficient of its own for every task and target (tasks, targets)."""
     solved = torch.linalg.lstsq(found.gram, found.inner[:, :, None], driver="gelsd").solution
     return solved[:, :, 0].T.contiguous()
 

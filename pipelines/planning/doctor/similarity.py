@@ -86,7 +86,7 @@ def backbone_findings(
 
 
 def pixel_findings(key: str, pixels: Sequence[tuple[float, float]]) -> Iterator[Finding]:
-    """Yield whether normalised pixels are about where the backbone's normalisation is meant to put them."""
+    """Warn where normalised pixels are far from where the backbone's normalisation is meant to put them."""
     mean = statistics.fmean(its[0] for its in pixels)
     spread = max(statistics.fmean(its[1] for its in pixels) - mean**2, 0.0) ** 0.5
     if abs(mean) > FAR_MEAN or not LOW_SPREAD <= spread <= HIGH_SPREAD:

@@ -50,7 +50,7 @@ class Hashes:
         return self._built[key]
 
     def _tree(self, part: Output) -> Built | None:
-        """Return a folder put together from its folders.
+        """Build the tree of a folder from those of its folders.
 
         None for what is none, or none that DVC takes without a word.
         """
