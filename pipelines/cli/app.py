@@ -249,7 +249,7 @@ def retire(
     stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
     """
     require_project()
-    from pipelines.audits.retire import retire as work
+    from pipelines.audits.retire.command import retire as work
 
     raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
 

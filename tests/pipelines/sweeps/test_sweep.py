@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines.audits.retire import retire
+from pipelines.audits.retire.command import retire
 from pipelines.cli.app import app
 from pipelines.orchestration.attempts import Attempts
 from pipelines.project.errors import InputError
