@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.data.packed import PACKED, TRAINING, SampleRow, digest_of, read_images
+from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, samples_digest
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.kept import read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Finding(NamedTuple):
+class StepVerification(NamedTuple):
     """What was verified of one step."""
 
     step: str
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
     """The hash of the receipt of its deleted images; empty where they are there."""
 
 
-def verify() -> Iterator[Finding]:
+def verify() -> Iterator[StepVerification]:
     """Verify step after step, from the files, until something does not hold.
 
     Of every step: all outputs of its stages are those of dvc.lock, by their bytes; its model folder is what its record
@@ -70,22 +70,22 @@ def verify() -> Iterator[Finding]:
                 files, model = verify_step(place, step, before)
                 receipt = check_receipt(place, step, retired=retired)
             except FaultError as fault:
-                yield Finding(step, 0, "", str(fault))
+                yield StepVerification(step, 0, "", str(fault))
                 return
             except InputError as fault:  # a file that is damaged names itself
-                yield Finding(step, 0, "", str(fault))
+                yield StepVerification(step, 0, "", str(fault))
                 return
             head = sha256_of(place.find(GATES / step) / "verdict.json")
-            yield Finding(step, files, head, None, receipt)
+            yield StepVerification(step, files, head, None, receipt)
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             check_metrics(place, params)
             check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
         except FaultError as fault:
-            yield Finding("report", 0, "", str(fault))
+            yield StepVerification("report", 0, "", str(fault))
             return
-        yield Finding("report", files, "", None)
+        yield StepVerification("report", files, "", None)
 
 
 def check_bytes(place: Place, path: str) -> int:
@@ -185,7 +185,7 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     split, train = place.find(folder), place.find(TRAINED / step) / PACKED
     rows = [SampleRow(**row) for row in read_images(split / f"samples/{step}.arrow").to_pylist()]
     described = read_json(split / "split.json")
-    if (digest_of(rows), digest_of(row for row in rows if row.split == "train")) != (
+    if (samples_digest(rows), samples_digest(row for row in rows if row.split == "train")) != (
         described["digest"],
         record["split"]["digest"],
     ):

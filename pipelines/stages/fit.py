@@ -19,7 +19,7 @@ from pipelines.runtime.console import log_line
 from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
-from pipelines.runtime.ranks import MEETING, members
+from pipelines.runtime.ranks import MEETING, other_ranks
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.A
     if devices == 1:
         return contextlib.nullcontext(Path())
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    return members(devices, [take_part.__name__.replace("_", "-"), task, *options])
+    return other_ranks(devices, [take_part.__name__.replace("_", "-"), task, *options])
 
 
 def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["Team", "Fit"]:

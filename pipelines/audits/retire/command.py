@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.audits.retire.deletion import finish, to_run
+from pipelines.audits.retire.deletion import delete_everywhere, to_run
 from pipelines.audits.retire.stored_images import Left, fetched, left_of
 from pipelines.audits.retire.survey import survey
 from pipelines.ledger.receipts import Receipt, read_receipt, receipt_of
@@ -59,7 +59,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
         if not params.tasks[task].retired:
             write_json(receipt_of(task), receipt.model_dump(mode="json"))
         try:
-            finish(receipt)
+            delete_everywhere(receipt)
         except StageFailedError as failure:
             sys.stderr.write(f"{failure}\n")
             return failure.status

@@ -19,7 +19,7 @@ from pipelines.versioning.remote import push
 from pipelines.versioning.repro import reproduce_stage, run_dvc
 
 
-def finish(receipt: Receipt) -> None:
+def delete_everywhere(receipt: Receipt) -> None:
     """Do what is left to do."""
     name_receipt(receipt)
     delete_raw(receipt)

@@ -170,7 +170,7 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
 
 def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
     from pipelines.audits.verify import check_bytes, check_split
-    from pipelines.data.packed import SampleRow, digest_of, read_images, write_samples
+    from pipelines.data.packed import SampleRow, read_images, samples_digest, write_samples
     from pipelines.versioning.artifacts import Place, read_lock
 
     (project / "scratch").mkdir()
@@ -188,7 +188,7 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
         file.chmod(0o644)
     write_samples(split / "samples/t02.arrow", forged)
     described = json.loads((split / "split.json").read_text())
-    (split / "split.json").write_text(json.dumps({**described, "digest": digest_of(forged)}))
+    (split / "split.json").write_text(json.dumps({**described, "digest": samples_digest(forged)}))
     table = read_images(split / "test/t02.arrow").to_pylist()
     from pipelines.data.packed import ImageRow, write_images
 
