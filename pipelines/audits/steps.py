@@ -20,7 +20,7 @@ from pipelines.data.packed import read_images
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import ARTIFACTS, EVALUATIONS, LOCK
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import Lock, Place, read_lock
+from pipelines.versioning.artifacts import ArtifactStore, Lock, read_lock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,8 +105,8 @@ class AuditedProject:
         return read_lock(self.params)
 
     @cached_property
-    def _place(self) -> Place:
-        return Place(self._lock, self._scratch)
+    def _place(self) -> ArtifactStore:
+        return ArtifactStore(self._lock, self._scratch)
 
     def find(self, kind: str, step: str) -> Path:
         """Return where an output of a step can be read. An `InputError` where it is nowhere."""
@@ -321,11 +321,11 @@ def classifier_of(step: AuditedStep, base: Backbone) -> nn.Module:
     """Return the merged model of a step, on the device of this process. Its chain's backbone stays as it is."""
     import copy
 
-    from sdlora.classifier import Learned, merged_classifier
+    from sdlora.classifier import ModelState, merged_classifier
     from sdlora.devices import best_device
     from sdlora.model_folder import read_model
 
-    learned = Learned() if step.name == "t00" else read_model(step.model)[0]
+    learned = ModelState() if step.name == "t00" else read_model(step.model)[0]
     if step.record["backbone"] != base.description["sha256"]:
         raise InputError(
             f"{step.shown}: it began from another backbone (sha256 {step.record['backbone'][:12]}) than the one "
