@@ -29,11 +29,11 @@ from pipelines.project.param_checks import HEADS_OF
 from pipelines.project.settings import Digits, Glyphs100
 from pipelines.stages.fetch import KNOWN
 from sdlora.backbones import Backbone, create_backbone
-from sdlora.classifier import Learned, merged_classifier
+from sdlora.classifier import ModelState, merged_classifier
 from sdlora.devices import best_device, set_deterministic
 from sdlora.evaluation import feature_batches
 from sdlora.formulations import FORMULATIONS
-from sdlora.freezing import freeze, measured, settle_head
+from sdlora.freezing import freeze, measured, recompute_head
 from sdlora.heads import HEADS
 from sdlora.methods import METHODS, Settings
 from sdlora.metrics import average_accuracy, forgetting, last_accuracy
@@ -148,7 +148,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
         penalty=run["penalty"],
     )
     base = create_backbone(run["backbone"])
-    learned = Learned()
+    learned = ModelState()
     settled = dict.fromkeys(variant.heads, learned)
     accuracy = {head: np.full((run["tasks"], run["tasks"]), np.nan) for head in variant.heads}
     samples, facts, trained, seconds = [0] * run["tasks"], [], 0, defaultdict(float)
@@ -179,7 +179,10 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
         training = {id(learned): learned, id(frozen.learned): frozen.learned}
 
         def training_features(
-            which: Learned, pixels: Tensor = pixels, known: dict[int, Tensor] = known, all_: dict = training
+            which: ModelState,
+            pixels: Tensor = pixels,
+            known: dict[int, Tensor] = known,
+            all_: dict = training,
         ) -> Tensor:
             # The heads share the network: what differs between them is not in the features.
             key = next(k for k, held in all_.items() if held.magnitudes is which.magnitudes)
@@ -199,7 +202,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
         for name in variant.heads:
             started = time.monotonic()
             before = settled[name]
-            settled[name] = settle_head(
+            settled[name] = recompute_head(
                 before,
                 frozen.learned,
                 task=task,
@@ -245,7 +248,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
     }
 
 
-def features(base: Backbone, name: str, learned: Learned, pixels: Tensor) -> Tensor:
+def features(base: Backbone, name: str, learned: ModelState, pixels: Tensor) -> Tensor:
     """Features (n, d) of images under the model of what has been learned."""
     device = best_device()
     model = merged_classifier(create_backbone(name).model, learned).to(device)
@@ -256,7 +259,7 @@ def features(base: Backbone, name: str, learned: Learned, pixels: Tensor) -> Ten
     return torch.cat(list(batches))
 
 
-def stored_numbers(learned: Learned) -> int:
+def stored_numbers(learned: ModelState) -> int:
     """How many numbers a chain has to keep to go on: directions, magnitudes, head, statistics, memory."""
     tensors = [part for d in learned.directions.values() for pair in d.values() for part in pair]
     tensors += [part for rows in (learned.head, learned.settled) for block in rows.values() for part in block]

@@ -45,7 +45,7 @@ from pipelines.stages.start import start
 from sdlora import load
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.backbones import create_backbone, write_backbone
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
@@ -222,14 +222,14 @@ def chain(names: Sequence[str], model: str, tag: str) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return 0.02 * torch.randn(*shape, generator=generator)
 
-    learned, classes = Learned(), []
+    learned, classes = ModelState(), []
     for before, task in zip(["t00", *names], names, strict=False):
         split(
             task, source=Path("raw") / task, before=artifacts / "split" / before, out=artifacts / "split" / task,
             images=artifacts / "train" / task,
         )  # fmt: skip
         classes = json.loads((artifacts / "split" / task / "classes.json").read_bytes())["classes"]
-        learned = Learned(
+        learned = ModelState(
             directions={
                 **learned.directions,
                 task: {

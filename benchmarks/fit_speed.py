@@ -39,7 +39,7 @@ from training_cost import CLASSES, RANK, backbone, cpu_name, our_fit, reference_
 
 from pipelines.__main__ import SPIN
 from sdlora.backbones import spell_out_attention
-from sdlora.classifier import Learned, merged_classifier
+from sdlora.classifier import ModelState, merged_classifier
 from sdlora.devices import best_device
 from sdlora.evaluation import predict_batches
 from sdlora.head import HeadBlock
@@ -167,7 +167,7 @@ def evaluation(arguments: argparse.Namespace) -> dict[str, float]:
     model, device, bf16 = backbone(arguments.backbone), best_device(), arguments.precision == "bf16"
     size = timm.data.resolve_model_data_config(model)["input_size"]
     rows = HeadBlock(torch.zeros(CLASSES, model.num_features), torch.zeros(CLASSES))
-    classifier = merged_classifier(model, Learned(head={"t01": rows})).to(device)
+    classifier = merged_classifier(model, ModelState(head={"t01": rows})).to(device)
     if bf16 and device.type == "cpu":
         spell_out_attention(model)
     images = torch.randint(0, 255, (arguments.batch, *size), dtype=torch.uint8)

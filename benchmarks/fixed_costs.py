@@ -235,7 +235,7 @@ def make(number: int) -> None:
     from pipelines.cli.app import app
     from pipelines.ledger import journal
 
-    journal.commit = lambda: None  # git is asked once a stage otherwise
+    journal.current_commit = lambda: None  # git is asked once a stage otherwise
     from dvc.repo import Repo, lock_repo
 
     from pipelines.project.params import Params

@@ -31,7 +31,7 @@ from torch import nn
 
 import sdlora.backbones  # noqa: F401 - registers the packaged glyph_vit
 from sdlora.adapters import Factors, inject_adapters
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.devices import best_device
 from sdlora.formulations import FORMULATIONS
 from sdlora.head import HeadBlock
@@ -78,7 +78,7 @@ def our_fit(
 
     tasks = [f"t{i + 1:02}" for i in range(earlier)]
     rows = HeadBlock(torch.zeros(CLASSES, model.num_features), torch.zeros(CLASSES))
-    learned = Learned(
+    learned = ModelState(
         directions={task: direction() for task in tasks},
         magnitudes={task: torch.ones(len(names)) for task in tasks},
         head=dict.fromkeys(tasks, rows),

@@ -12,7 +12,7 @@ from sdlora.statistics import ClassStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned:
+class ModelState:
     """What the steps so far have learned, as plain tensors: all that a model folder holds besides its record.
 
     The adapted weight of a target is `W₀ + Σ_task magnitudes[task][target] · up · down`.
@@ -46,7 +46,9 @@ class Learned:
 class IncrementalClassifier(nn.Module):
     """A frozen timm vision transformer (`num_classes=0`), directions at its targets, and a growing head."""
 
-    def __init__(self, backbone: nn.Module, learned: Learned, *, targets: Sequence[str] = ("q", "v")) -> None:
+    def __init__(
+        self, backbone: nn.Module, learned: ModelState, *, targets: Sequence[str] = ("q", "v")
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.feature_size: int = backbone.num_features  # type: ignore[assignment]
@@ -121,7 +123,7 @@ class IncrementalClassifier(nn.Module):
             return self.head(features.to(self.head.weights[0].dtype))
 
 
-def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClassifier:
+def adapted_classifier(backbone: nn.Module, learned: ModelState) -> IncrementalClassifier:
     """Return the step's model with its directions still apart from the weights, nothing trainable.
 
     Changes `backbone`.
@@ -136,7 +138,7 @@ def adapted_classifier(backbone: nn.Module, learned: Learned) -> IncrementalClas
     return model.eval()
 
 
-def merged_classifier(backbone: nn.Module, learned: Learned) -> nn.Module:
+def merged_classifier(backbone: nn.Module, learned: ModelState) -> nn.Module:
     """Return the step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
 
     It costs what the plain timm model costs. `backbone` is changed in place.

@@ -12,7 +12,7 @@ from sdlora.ledger import record_bytes
 from sdlora.methods import FitResult
 from sdlora.tensors import read_tensors, write_tensors
 
-FACTORS, MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
+FACTORS, FIT_MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
 HEAD, MEMORY = "head.safetensors", "memory.safetensors"
 CURVE, DESCRIPTION = "curve.csv", "fit.json"
 
@@ -35,7 +35,7 @@ def write_fit(
     for target, factors in fit.factors.items():
         tensors[f"{target}.up"], tensors[f"{target}.down"] = factors
     write_tensors(folder / FACTORS, tensors)
-    write_tensors(folder / MAGNITUDES, fit.magnitudes)
+    write_tensors(folder / FIT_MAGNITUDES, fit.magnitudes)
     rows = {
         f"{task}.{part}": tensor
         for task, block in fit.head.items()
@@ -75,7 +75,7 @@ def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence
         FileNotFoundError: a file is missing.
         ValueError: a file is not whole.
     """
-    tensors, magnitudes = read_tensors(folder / FACTORS), read_tensors(folder / MAGNITUDES)
+    tensors, magnitudes = read_tensors(folder / FACTORS), read_tensors(folder / FIT_MAGNITUDES)
     rows = read_tensors(folder / HEAD)
     return FitResult(
         task=task,

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.statistics import class_statistics, drifted
 
-Features = Callable[[Learned], Tensor]
+Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
 
 
@@ -19,8 +19,8 @@ Features = Callable[[Learned], Tensor]
 class FrozenStep:
     """What has been learned after a step."""
 
-    learned: Learned
-    trained: Learned
+    learned: ModelState
+    trained: ModelState
     """The function that was trained: another one only where freezing absorbed or truncated something."""
     facts: Mapping[str, float | int | str] = field(default_factory=dict)
     """What happened, for the ledger."""
@@ -31,7 +31,7 @@ class FrozenStep:
         return self.trained is not self.learned
 
 
-def freeze(before: Learned, fit: FitResult, *, method: Method, settings: Settings) -> FrozenStep:
+def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Settings) -> FrozenStep:
     """Return what has been learned after the step: the method's directions and magnitudes, and the trained rows of the
     head.
 
@@ -39,8 +39,8 @@ def freeze(before: Learned, fit: FitResult, *, method: Method, settings: Setting
     """
     frozen = method.freeze(before, fit, settings=settings)
 
-    def whole(kept: Frozen) -> Learned:
-        return Learned(
+    def whole(kept: Frozen) -> ModelState:
+        return ModelState(
             directions=kept.directions,
             magnitudes=kept.magnitudes,
             head={**before.head, **fit.head},
@@ -63,9 +63,9 @@ def measured(step: FrozenStep, *, features: Features) -> FrozenStep:
     return replace(step, facts={**step.facts, "output_change": round(float(change), 6)})
 
 
-def settle_head(
-    before: Learned,
-    learned: Learned,
+def recompute_head(
+    before: ModelState,
+    learned: ModelState,
     *,
     task: str,
     labels: Tensor,
@@ -73,7 +73,7 @@ def settle_head(
     head: Head,
     covariance_rank: int,
     generator: torch.Generator,
-) -> Learned:
+) -> ModelState:
     """Return what has been learned, with all rows of the head settled from the statistics of the classes.
 
     The trained rows stay beside them, frozen as ever. The statistics of earlier classes are moved along with the

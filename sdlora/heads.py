@@ -54,7 +54,8 @@ def class_means(
 ) -> dict[str, HeadBlock]:
     """Return rows of the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance.
 
-    It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ².
+    It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ². A term that all
+    classes share is left out.
     """
     variance = torch.cat([_variances(s) * s.images.double() for s in statistics.values()]).sum()
     variance = variance / torch.cat([s.images for s in statistics.values()]).sum()

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
-from sdlora.classifier import Learned, adapted_classifier, merged_classifier
+from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
 from sdlora.ledger import RECORD
 from sdlora.model_folder import read_model
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     """A step as its files hold it, hashes checked."""
 
     backbone: Backbone
-    learned: Learned
+    learned: ModelState
     record: dict[str, Any]
 
     @property
@@ -98,7 +98,7 @@ def timm_classifier(step: Step) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def head_rows(learned: Learned) -> dict[str, Tensor]:
+def head_rows(learned: ModelState) -> dict[str, Tensor]:
     """Return all rows of the head: `weight` (classes, d), `bias` (classes,)."""
     blocks = learned.rows.values()
     return {

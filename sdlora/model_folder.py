@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sdlora.adapters import Factors
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
 from sdlora.ledger import RECORD, read_record, record_bytes
 from sdlora.statistics import ClassStatistics
@@ -18,7 +18,7 @@ MAGNITUDES, MEMORY = "magnitudes.safetensors", "memory.safetensors"
 
 
 def write_model(
-    folder: Path, learned: Learned, record: Mapping[str, Any], *, before: Path | None = None
+    folder: Path, learned: ModelState, record: Mapping[str, Any], *, before: Path | None = None
 ) -> dict[str, Any]:
     """Write `learned` and its ledger record into the existing `folder`. Returns the record as written.
 
@@ -60,7 +60,7 @@ def _write_or_copy(folder: Path, name: str, tensors: Mapping[str, torch.Tensor],
     write_tensors(folder / name, tensors)
 
 
-def read_model(folder: Path) -> tuple[Learned, dict[str, Any]]:
+def read_model(folder: Path) -> tuple[ModelState, dict[str, Any]]:
     """Return what the steps up to this one have learned, and the step's record.
 
     Raises:
@@ -91,7 +91,7 @@ def read_model(folder: Path) -> tuple[Learned, dict[str, Any]]:
     memory = read_tensors(folder / MEMORY) if MEMORY in record["files"] else {}
     magnitudes = read_tensors(folder / MAGNITUDES) if (folder / MAGNITUDES).is_file() else {}
     ordered = {task: magnitudes[task] for task in directions if task in magnitudes}
-    learned = Learned(
+    learned = ModelState(
         directions=directions,
         magnitudes=ordered,
         head=head,

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from sdlora.adapters import Factors
 from sdlora.augmentation import DRAWS, crop_and_flip
 from sdlora.backbones import spell_out_attention
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
 from sdlora.image_store import ImageStore
 from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
+from sdlora.process_group import SINGLE, ProcessGroup
 from sdlora.products import by_onednn
 from sdlora.seeding import generator_for
-from sdlora.team import ALONE, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Fit:
     def __init__(
         self,
         backbone: nn.Module,
-        before: Learned,
+        before: ModelState,
         *,
         tasks: Mapping[str, TaskImages],
         mean: Sequence[float],
@@ -85,7 +85,7 @@ class Fit:
         seed: int,
         device: torch.device,
         targets: Sequence[str] | None = None,
-        team: Team = ALONE,
+        group: ProcessGroup = SINGLE,
         image_room: int | None = None,
     ) -> None:
         """Prepare to learn a task.
@@ -94,7 +94,7 @@ class Fit:
             before: what the steps before have learned; not changed.
             tasks: task id → its images: the one task to learn; for a joint method all tasks so far, in order.
             targets: what is adapted in every block; None for the method's own.
-            team: the processes that do this together, each with a fit of the same arguments on a device of its own.
+            group: the processes that do this together, each with a fit of the same arguments on a device of its own.
             image_room: bytes that the images may take on the device; more stay in main memory (`ImageStore`).
 
         Raises:
@@ -103,9 +103,9 @@ class Fit:
         _require_images(tasks, method)
         self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
-        self._before, self._method, self._settings, self._team = before, method, settings, team
+        self._before, self._method, self._settings, self._group = before, method, settings, group
         self._images = ImageStore([images for images, _ in tasks.values()], device, room=image_room)
-        earlier = Learned() if method.joint else before
+        earlier = ModelState() if method.joint else before
         model = IncrementalClassifier(
             backbone, earlier, targets=method.targets if targets is None else targets
         )
@@ -123,7 +123,7 @@ class Fit:
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
-        self._whole_share = len(team.share(torch.arange(min(schedule.batch_size, len(self._images)))))
+        self._whole_share = len(group.share(torch.arange(min(schedule.batch_size, len(self._images)))))
         self.micro_batch = schedule.batch_size
         """Images that go through the model at once; fewer than `schedule.batch_size` once memory has run out."""
         self.step = 0
@@ -169,7 +169,7 @@ class Fit:
 
     @property
     def device(self) -> torch.device:
-        """Where it is trained. One of several in a team."""
+        """Where it is trained. One of several in a group."""
         return self._device
 
     @property
@@ -215,7 +215,7 @@ class Fit:
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        own = self._team.share(torch.arange(len(batch)))
+        own = self._group.share(torch.arange(len(batch)))
         chosen = batch[own]
         there = chosen.to(self._device)
         inputs = self._augmented(chosen, own) if self._constant is None else self._constant[there]
@@ -266,7 +266,7 @@ class Fit:
             if len(own) < of:
                 loss = loss * (len(own) / of)
             # Of the parameters alone, so once; the first share is never empty.
-            if self._method.penalty is not None and not losses and self._team.member == 0:
+            if self._method.penalty is not None and not losses and self._group.rank == 0:
                 loss = loss + self._method.penalty(self.model, settings=self._settings)
             loss.backward()
             losses.append(loss.detach().double())
@@ -274,14 +274,14 @@ class Fit:
         return torch.stack([torch.stack(losses).sum() * of, torch.stack(rights).sum()])
 
     def _add_up(self, facts: Tensor) -> None:
-        """Put the sums over the team in place of this share's gradients and facts: those of the whole batch."""
-        if self._team.size == 1:
+        """Put the sums over the group in place of this share's gradients and facts: those of the whole batch."""
+        if self._group.size == 1:
             return
         for parameter in self._trained.values():
             if parameter.grad is None:  # the share was empty
                 parameter.grad = torch.zeros_like(parameter)
-        self._team.add([p.grad for p in self._trained.values() if p.grad is not None])
-        self._team.add([facts])
+        self._group.add([p.grad for p in self._trained.values() if p.grad is not None])
+        self._group.add([facts])
 
     def _augmented(self, chosen: Tensor, places: Tensor) -> Tensor:
         """Return the images at these indices, normalised, and augmented for the current step by their places in its

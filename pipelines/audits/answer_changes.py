@@ -9,8 +9,8 @@ import numpy as np
 
 from pipelines.audits.steps import (
     Answers,
-    Record,
-    Step,
+    AuditedStep,
+    Figures,
     correct_for_looks,
     flip_facts,
     read_answers,
@@ -21,7 +21,7 @@ from pipelines.audits.steps import (
 from pipelines.project.errors import InputError
 
 
-def compared_answers(then: Step, now: Step, same: Sequence[str], notes: list[str]) -> Record:
+def compared_answers(then: AuditedStep, now: AuditedStep, same: Sequence[str], notes: list[str]) -> Figures:
     """Accuracy, flips, where errors went, and calibration. On the images of `same` wherever both are compared."""
     before, after = read_answers(then), read_answers(now)
     for step, answers in ((then, before), (now, after)):
@@ -49,7 +49,7 @@ def compared_answers(then: Step, now: Step, same: Sequence[str], notes: list[str
 
 def accuracies(
     old: Answers, new: Answers, before: Answers, after: Answers, owners: Mapping[str, str]
-) -> Record:
+) -> Figures:
     """Accuracies then and now with the flips between, of all images, by task and by class.
 
     Of the images that both were tested on; a task or class without any has the accuracy of the one that knows it, on
@@ -61,7 +61,7 @@ def accuracies(
         owners: class → task.
     """
 
-    def row(column: str, value: str) -> Record:
+    def row(column: str, value: str) -> Figures:
         sides = (old, new, before, after)
         return compared_row(*(answers.right[getattr(answers, column) == value] for answers in sides))
 
@@ -76,7 +76,7 @@ def accuracies(
     }
 
 
-def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np.ndarray) -> Record:
+def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figures:
     """Accuracy then and now with the flips between. The arguments are those of `accuracies`, as (n,) booleans."""
     if len(new):
         return {"images": len(new), "then": score(old), "now": score(new), **flip_facts(old, new)}
@@ -85,7 +85,7 @@ def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np
     return {"images": 0, **scores, "lost": None, "gained": None, "p_value": None}
 
 
-def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> list[Record]:
+def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> list[Figures]:
     """Return the images that were lost or gained: in the order of `classes`, the surest wrong answer first."""
     lost = kind == "lost"
     rows = np.flatnonzero(old.right & ~new.right if lost else ~old.right & new.right)
@@ -107,7 +107,7 @@ def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> li
     return facts
 
 
-def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[str]) -> Record:
+def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[str]) -> Figures:
     """Return what the images that were lost are taken for now: by the task of that class, and class by class.
 
     Args:
@@ -136,7 +136,7 @@ def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[st
     }
 
 
-def calibration(answers: Answers) -> Record:
+def calibration(answers: Answers) -> Figures:
     """Return how sure a model is, against how often it is right."""
     from sdlora.comparison import calibration_error
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pipelines.audits.answer_changes import compared_answers
 from pipelines.audits.feature_changes import compared_features
-from pipelines.audits.steps import Record, Step, ancestors, same_images, test_pictures
+from pipelines.audits.steps import AuditedStep, Figures, ancestors, same_images, test_pictures
 from pipelines.audits.weight_changes import compared_weights
 from pipelines.reports.format import flattened
 
 
-def compare(then: Step, now: Step, *, features: bool) -> Record:
+def compare(then: AuditedStep, now: AuditedStep, *, features: bool) -> Figures:
     """Return all figures, as JSON can hold them but for NaN. What is null could not be known, as `notes` says."""
     notes: list[str] = []
     pictures = test_pictures(then), test_pictures(now)
@@ -33,7 +33,7 @@ def compare(then: Step, now: Step, *, features: bool) -> Record:
     }
 
 
-def facts_of(step: Step) -> Record:
+def facts_of(step: AuditedStep) -> Figures:
     """Return which step this is."""
     return {
         "step": step.name,
@@ -45,7 +45,7 @@ def facts_of(step: Step) -> Record:
     }
 
 
-def relation(then: Step, now: Step) -> str:
+def relation(then: AuditedStep, now: AuditedStep) -> str:
     """Return what the ledger says of two steps."""
     if then.hash == now.hash:
         return "the same step"
@@ -56,7 +56,7 @@ def relation(then: Step, now: Step) -> str:
     return f"two runs of {now.name}" if then.name == now.name else "steps of two chains"
 
 
-def kept_files(then: Step, now: Step) -> Record:
+def kept_files(then: AuditedStep, now: AuditedStep) -> Figures:
     """Return the frozen files of `then` (directions, trained head rows): their number, and those that `now` has
     otherwise.
     """
@@ -69,7 +69,7 @@ def kept_files(then: Step, now: Step) -> Record:
     return {"frozen": len(frozen), "differing": differing}
 
 
-def changed_parameters(then: Step, now: Step) -> list[Record]:
+def changed_parameters(then: AuditedStep, now: AuditedStep) -> list[Figures]:
     """Return the parameters in which two records differ."""
     before, after = (flattened(step.record.get("parameters", {})) for step in (then, now))
     if then.name == "t00" or now.name == "t00":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pipelines.audits.changes import compare
-from pipelines.audits.diff_page import flipped_pictures, refuse_other_files, render_page
+from pipelines.audits.diff_page import flipped_pictures, refuse_other_files, render_diff
 from pipelines.audits.diff_tables import show
 from pipelines.audits.steps import opened_project
 from pipelines.audits.tables import print_json, significant
@@ -21,7 +21,7 @@ def diff(then: str, now: str, *, features: bool, as_json: bool, page: Path | Non
         before, after = project.step(then), project.step(now)
         found = significant(compare(before, after, features=features))
         if page is not None:
-            write_whole(page, render_page(found, flipped_pictures(found, before, after)).encode())
+            write_whole(page, render_diff(found, flipped_pictures(found, before, after)).encode())
     if as_json:
         print_json(found)
         return

@@ -14,7 +14,7 @@ from pipelines.audits.diff_tables import (
     ranged,
     verdict,
 )
-from pipelines.audits.steps import Record, Step
+from pipelines.audits.steps import AuditedStep, Figures
 from pipelines.audits.tables import plain
 from pipelines.data.packed import read_images
 from pipelines.data.thumbnails import data_uri
@@ -40,7 +40,7 @@ def refuse_other_files(page: Path) -> None:
                 )
 
 
-def flipped_pictures(found: Record, then: Step, now: Step) -> Record:
+def flipped_pictures(found: Figures, then: AuditedStep, now: AuditedStep) -> Figures:
     """Lost and gained images with their pictures, so many of each class that all classes get some of the room."""
     if found["flips"] is None:
         return {"lost": [], "gained": []}
@@ -57,7 +57,7 @@ def flipped_pictures(found: Record, then: Step, now: Step) -> Record:
     return {kind: [{**fact, "uri": uris.get(fact["id"])} for fact in facts] for kind, facts in chosen.items()}
 
 
-def share_out(facts: Sequence[Record], room: int) -> list[Record]:
+def share_out(facts: Sequence[Figures], room: int) -> list[Figures]:
     """At most so many of the images, in their order. Each class gets one before any gets two."""
     seen: dict[str, int] = {}
     turns = []
@@ -67,7 +67,7 @@ def share_out(facts: Sequence[Record], room: int) -> list[Record]:
     return [facts[index] for index in sorted(index for _, index in sorted(turns)[:room])]
 
 
-def render_page(found: Record, pictures: Record) -> str:
+def render_diff(found: Figures, pictures: Figures) -> str:
     """Fill the template. Everything that a user could have named is escaped there."""
     environment = page_templates(TEMPLATES)
     environment.filters |= {
@@ -98,13 +98,13 @@ def render_page(found: Record, pictures: Record) -> str:
     )
 
 
-def heading_of(found: Record) -> str:
+def heading_of(found: Figures) -> str:
     """Return what is compared, in a few words. A path would fill the line."""
     then, now = found["then"]["step"], found["now"]["step"]
     return f"Two runs of {now}" if then == now else f"{then} → {now}"
 
 
-def axis_floor(accuracy: Record | None) -> float:
+def axis_floor(accuracy: Figures | None) -> float:
     """Return where the bars of accuracies begin: the lowest bound of any interval, rounded down to a tenth."""
     rows = [*accuracy["tasks"], *accuracy["classes"]] if accuracy else []
     lows = [row[side]["low"] for row in rows for side in ("then", "now") if row[side]]

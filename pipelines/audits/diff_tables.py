@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipelines.audits.steps import Record
+from pipelines.audits.steps import Figures
 from pipelines.audits.tables import console, interval, plain, table
 from pipelines.reports.format import DASH, chance, count, number, p_equals, percent
 
@@ -17,7 +17,7 @@ ROWS = 12
 """Classes on the terminal; the page and JSON have all."""
 
 
-def show(found: Record) -> None:
+def show(found: Figures) -> None:
     """Print the figures as tables."""
     from rich.text import Text
 
@@ -31,7 +31,7 @@ def show(found: Record) -> None:
         out.print(Text(f"\nnot compared: {note}"), soft_wrap=True)
 
 
-def heading(found: Record) -> Iterator[str]:
+def heading(found: Figures) -> Iterator[str]:
     """Yield which steps these are, and in a sentence or two what happened to the answers."""
     for side in ("then", "now"):
         step = found[side]
@@ -55,7 +55,7 @@ def heading(found: Record) -> Iterator[str]:
         yield f"{row['lost']} lost, {row['gained']} gained: {verdict(row)}"
 
 
-def frozen_line(found: Record) -> str:
+def frozen_line(found: Figures) -> str:
     """Say whether what was frozen by then is the same now."""
     kept = found["kept"]
     if not kept["frozen"]:
@@ -73,7 +73,7 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"{more} (McNemar, exact: {p_equals(row['p_value'])})"
 
 
-def tables(found: Record) -> Iterator[Group]:
+def tables(found: Figures) -> Iterator[Group]:
     """Yield all tables that have something to say."""
     if found["accuracy"] is not None:
         yield task_table(found)
@@ -100,7 +100,7 @@ def score_cells(row: Mapping[str, Any], *, p: str) -> list[object]:
     return [images, interval(row["then"]), interval(row["now"]), lost, gained, chance(row[p])]
 
 
-def task_table(found: Record) -> Group:
+def task_table(found: Figures) -> Group:
     """Accuracy by task. A task that one of the two does not know has no flips."""
     rows = [["all compared", *score_cells(found["accuracy"]["all"], p="p_value")]]
     rows += [[row["task"], *score_cells(row, p="p_holm")] for row in found["accuracy"]["tasks"]]
@@ -111,7 +111,7 @@ def task_table(found: Record) -> Group:
     )
 
 
-def class_table(found: Record) -> Group:
+def class_table(found: Figures) -> Group:
     """Return the classes in which something flipped, the greatest loss first."""
     flipped = [row for row in found["accuracy"]["classes"] if row["lost"] or row["gained"]]
     flipped.sort(key=greatest_loss_first)
@@ -124,7 +124,7 @@ def class_table(found: Record) -> Group:
     )
 
 
-def error_table(found: Record) -> Group:
+def error_table(found: Figures) -> Group:
     """Return what lost images are taken for."""
     errors = found["errors"]
     to = ", ".join(
@@ -146,7 +146,7 @@ def error_table(found: Record) -> Group:
     )
 
 
-def calibration_table(found: Record) -> Group:
+def calibration_table(found: Figures) -> Group:
     """Make a table of how sure the model was, then and now."""
     rows = [
         [side, *(percent(found["calibration"][side][key]) for key in ("error", "confidence", "accuracy"))]
@@ -155,7 +155,7 @@ def calibration_table(found: Record) -> Group:
     return table("Calibration, %", ["", "expected calibration error", "mean confidence", "accuracy"], rows)
 
 
-def feature_table(features: Record) -> Group:
+def feature_table(features: Figures) -> Group:
     """Alignment by task."""
     rows = [["all", features["images"], number(features["all"], ".4f")]]
     rows += [[row["task"], row["images"], number(row["alignment"], ".4f")] for row in features["tasks"]]
@@ -166,7 +166,7 @@ def feature_table(features: Record) -> Group:
     )
 
 
-def magnitude_table(magnitudes: Sequence[Record]) -> Group:
+def magnitude_table(magnitudes: Sequence[Figures]) -> Group:
     """Magnitudes by task."""
     return table(
         "Magnitudes, mean (range) over the targets",
@@ -196,7 +196,7 @@ def change_table(changes: Mapping[str, float]) -> Group:
     )
 
 
-def block_grid(changes: Mapping[str, float]) -> Record:
+def block_grid(changes: Mapping[str, float]) -> Figures:
     """Changes by target name as a table: one row for each block, a column for each target, None where there is none."""
     places = {name: place_of(name) for name in changes}
     targets = list(dict.fromkeys(target for _, target in places.values()))
@@ -218,7 +218,7 @@ def place_of(name: str) -> tuple[str, str]:
     return (found[1], found[3]) if found else ("", name)
 
 
-def overlap_table(overlaps: Sequence[Record]) -> Group:
+def overlap_table(overlaps: Sequence[Figures]) -> Group:
     """Overlap of subspaces. The range is over the targets."""
     rows = []
     for row in overlaps:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipelines.audits.steps import BATCH, Record, Step, classifier_of, read_base, same_images
+from pipelines.audits.steps import BATCH, AuditedStep, Figures, classifier_of, read_base, same_images
 from pipelines.data.decoding import decode
 from pipelines.data.packed import read_images
 from pipelines.runtime.progress import progress
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 
 def compared_features(
-    then: Step, now: Step, pictures: tuple[Mapping[str, str], Mapping[str, str]], notes: list[str]
-) -> Record | None:
+    then: AuditedStep,
+    now: AuditedStep,
+    pictures: tuple[Mapping[str, str], Mapping[str, str]],
+    notes: list[str],
+) -> Figures | None:
     """Linear CKA of the features of test images, by task and of all together.
 
     On the images that both were tested on; where one is the backbone, on those of the other.

@@ -18,7 +18,7 @@ from pipelines.project.layout import DVC_YAML, FITS, LOCK, MODELS, PARAMS, SPLIT
 from pipelines.project.params import Params
 from pipelines.project.provenance import library_versions
 from pipelines.project.yaml_text import read_text, read_yaml
-from pipelines.versioning.artifacts import Lock, Place, read_lock
+from pipelines.versioning.artifacts import ArtifactStore, Lock, read_lock
 
 
 def retrain(step: str) -> float:
@@ -45,7 +45,7 @@ def retrain(step: str) -> float:
     started = time.monotonic()
     with TemporaryDirectory(prefix="sdlora-retrain-") as scratch:
         (Path(scratch) / "found").mkdir()
-        place = Place(read_lock(params), Path(scratch) / "found")
+        place = ArtifactStore(read_lock(params), Path(scratch) / "found")
         project = Path(scratch) / "project"
         before = params.tasks[step].after
         for path in {
@@ -90,7 +90,7 @@ def _run(project: Path, arguments: list[str]) -> None:
         raise InputError(f"{arguments[0]} {arguments[1]} could not be run again; its reason stands above")
 
 
-def _compare(project: Path, place: Place, path: Path) -> None:
+def _compare(project: Path, place: ArtifactStore, path: Path) -> None:
     """Compare a folder that was made again with the one that was there."""
     was, now = place.find(path), project / path
     names = sorted(

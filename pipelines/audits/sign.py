@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.audits.verify import Finding, verify
+from pipelines.audits.verify import StepVerification, verify
 from pipelines.ledger.receipts import read_receipts, receipt_of
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import sha256_of, write_whole
@@ -59,7 +59,7 @@ def sign(key: Path) -> list[str]:
     ]
 
 
-def head_of(findings: list[Finding]) -> Finding:
+def head_of(findings: list[StepVerification]) -> StepVerification:
     """Return the last step that was verified: its hash is the head of the chain."""
     return [finding for finding in findings if finding.record][-1]
 

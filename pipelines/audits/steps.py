@@ -20,21 +20,21 @@ from pipelines.data.packed import read_images
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import ARTIFACTS, EVALUATIONS, LOCK
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import Lock, Place, read_lock
+from pipelines.versioning.artifacts import ArtifactStore, Lock, read_lock
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sdlora.backbones import Backbone
 
-Record = dict[str, Any]
+Figures = dict[str, Any]
 
 BATCH = 64
 """Images in one forward pass; no choice of the user, because it may change the last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class AuditedStep:
     """A step, of this project or of another: where its files can be read, and its ledger record."""
 
     name: str
@@ -46,7 +46,7 @@ class Step:
     split: Path | None
     """None where there is no such folder, and for t00, which knows no class; so with `evaluation`"""
     evaluation: Path | None
-    record: Record
+    record: Figures
 
     @property
     def tasks(self) -> list[str]:
@@ -54,7 +54,7 @@ class Step:
         return list(self.record["tasks"])
 
     @property
-    def classes(self) -> list[Record]:
+    def classes(self) -> list[Figures]:
         """All classes so far, each its `label`, `name` and `task`. The index is the label."""
         return list(self.record["classes"])
 
@@ -93,7 +93,7 @@ class Answers(NamedTuple):
         return type(self)(*(column[rows] for column in self))
 
 
-class Project:
+class AuditedProject:
     """The steps of the project in the working directory. What is not in the workspace comes from DVC's cache."""
 
     def __init__(self, scratch: Path) -> None:
@@ -105,8 +105,8 @@ class Project:
         return read_lock(self.params)
 
     @cached_property
-    def _place(self) -> Place:
-        return Place(self._lock, self._scratch)
+    def _place(self) -> ArtifactStore:
+        return ArtifactStore(self._lock, self._scratch)
 
     def find(self, kind: str, step: str) -> Path:
         """Return where an output of a step can be read. An `InputError` where it is nowhere."""
@@ -127,7 +127,7 @@ class Project:
         path = ARTIFACTS / kind / step
         return path.exists() or (LOCK.is_file() and path.as_posix() in self._lock.outs)
 
-    def step(self, which: str) -> Step:
+    def step(self, which: str) -> AuditedStep:
         """Return a step of this project by name or number, or of any project by its model folder."""
         if Path(which).is_dir():
             return step_of_folder(Path(which), which)
@@ -140,7 +140,7 @@ class Project:
                 )
             raise InputError(f"there is no step {which!r}; there are t00, {', '.join(self.params.tasks)}")
         model = self.find("model", name)
-        return Step(
+        return AuditedStep(
             name=name,
             shown=name,
             model=model,
@@ -161,13 +161,13 @@ class Project:
 
 
 @contextmanager
-def opened_project() -> Iterator[Project]:
+def opened_project() -> Iterator[AuditedProject]:
     """Open the project in the working directory, for as long as links into DVC's cache are needed."""
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
-        yield Project(Path(scratch))
+        yield AuditedProject(Path(scratch))
 
 
-def step_of_folder(model: Path, shown: str) -> Step:
+def step_of_folder(model: Path, shown: str) -> AuditedStep:
     """Return the step whose model folder this is. Its evaluation and split are looked for beside it."""
     if not (model / "step.json").is_file():
         raise InputError(f"{shown}: no model folder (no step.json in it); name one, or a step such as t03")
@@ -183,7 +183,7 @@ def step_of_folder(model: Path, shown: str) -> Step:
         return home / other
 
     split, evaluation = (home.parent / kind / name for kind in ("split", "evaluation"))
-    return Step(
+    return AuditedStep(
         name=name,
         shown=shown,
         model=model,
@@ -194,7 +194,7 @@ def step_of_folder(model: Path, shown: str) -> Step:
     )
 
 
-def read_step_record(model: Path) -> Record:
+def read_step_record(model: Path) -> Figures:
     """Return the ledger record of a model folder. An `InputError` where it is none."""
     from sdlora.ledger import read_record
 
@@ -204,7 +204,7 @@ def read_step_record(model: Path) -> Record:
     return record
 
 
-def read_answers(step: Step) -> Answers | None:
+def read_answers(step: AuditedStep) -> Answers | None:
     """Return what a step's model said of its test images. None where it was not evaluated."""
     if step.evaluation is None:
         return None
@@ -230,12 +230,12 @@ def texts(values: Iterable[str]) -> np.ndarray:
     return np.array(list(values), dtype=object)
 
 
-def test_pictures(step: Step) -> dict[str, str]:
+def test_pictures(step: AuditedStep) -> dict[str, str]:
     """Test image → `picture_hash`, of all tasks so far. Nothing of a step without a split."""
     return {row["id"]: row["pixels"] for row in samples_of(step) if row["split"] == "test"}
 
 
-def samples_of(step: Step) -> Iterator[Record]:
+def samples_of(step: AuditedStep) -> Iterator[Figures]:
     """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`."""
     for task in step.tasks if step.split else ():
         table = read_images(step.split / "samples" / f"{task}.arrow")  # type: ignore[operator]
@@ -253,7 +253,7 @@ def rows_of(answers: Answers, ids: Sequence[str]) -> Answers:
     return answers.take(np.array([row[name] for name in ids], dtype=np.int64))
 
 
-def score(right: np.ndarray) -> Record:
+def score(right: np.ndarray) -> Figures:
     """Return an accuracy with its Wilson 95 % interval, of (n,) booleans."""
     from sdlora.comparison import wilson_interval
 
@@ -263,7 +263,7 @@ def score(right: np.ndarray) -> Record:
     return {"right": hits, "images": images, "accuracy": accuracy, "low": low, "high": high}
 
 
-def flip_facts(before: np.ndarray, now: np.ndarray) -> Record:
+def flip_facts(before: np.ndarray, now: np.ndarray) -> Figures:
     """Flips between two answers to the same images, (n,) booleans each, and McNemar's exact p-value."""
     from sdlora.comparison import flips
 
@@ -271,7 +271,7 @@ def flip_facts(before: np.ndarray, now: np.ndarray) -> Record:
     return {"lost": found.lost, "gained": found.gained, "p_value": found.p_value}
 
 
-def correct_for_looks(rows: Sequence[Record]) -> None:
+def correct_for_looks(rows: Sequence[Figures]) -> None:
     """Give every row that has a `p_value` its `p_holm`: adjusted for all of these having been looked at."""
     from sdlora.comparison import holm
 
@@ -282,7 +282,7 @@ def correct_for_looks(rows: Sequence[Record]) -> None:
         row["p_holm"] = adjusted
 
 
-def taken_for(guesses: np.ndarray, owners: Mapping[str, str]) -> list[Record]:
+def taken_for(guesses: np.ndarray, owners: Mapping[str, str]) -> list[Figures]:
     """Return what images were taken for, the most frequent class first, with the task that it is of.
 
     Args:
@@ -293,7 +293,7 @@ def taken_for(guesses: np.ndarray, owners: Mapping[str, str]) -> list[Record]:
     return [{"class": name, "task": owners[name], "images": images} for name, images in ordered]
 
 
-def spread(values: Iterable[float]) -> Record:
+def spread(values: Iterable[float]) -> Figures:
     """Mean and range of some numbers. NaN of none."""
     found = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not found.size:
@@ -310,22 +310,22 @@ def near(name: str, known: Sequence[str]) -> str:
     return f"; there are {some}" if known else "; there are none"
 
 
-def read_base(step: Step) -> Backbone:
+def read_base(step: AuditedStep) -> Backbone:
     """Return the backbone of a step's chain."""
     from sdlora.backbones import read_backbone
 
     return read_backbone(step.beside("t00"))
 
 
-def classifier_of(step: Step, base: Backbone) -> nn.Module:
+def classifier_of(step: AuditedStep, base: Backbone) -> nn.Module:
     """Return the merged model of a step, on the device of this process. Its chain's backbone stays as it is."""
     import copy
 
-    from sdlora.classifier import Learned, merged_classifier
+    from sdlora.classifier import ModelState, merged_classifier
     from sdlora.devices import best_device
     from sdlora.model_folder import read_model
 
-    learned = Learned() if step.name == "t00" else read_model(step.model)[0]
+    learned = ModelState() if step.name == "t00" else read_model(step.model)[0]
     if step.record["backbone"] != base.description["sha256"]:
         raise InputError(
             f"{step.shown}: it began from another backbone (sha256 {step.record['backbone'][:12]}) than the one "
@@ -334,7 +334,7 @@ def classifier_of(step: Step, base: Backbone) -> nn.Module:
     return merged_classifier(copy.deepcopy(base.model), learned).to(best_device())
 
 
-def ancestors(step: Step) -> list[str]:
+def ancestors(step: AuditedStep) -> list[str]:
     """Hashes of the records before a step, the last one first, as far back as each is the one that is named."""
     from sdlora.ledger import read_record, record_hash
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.data.packed import PACKED, TRAINING, SampleRow, digest_of, read_images
+from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, samples_digest
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.kept import read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
@@ -32,13 +32,13 @@ from pipelines.project.layout import (
 )
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
-from pipelines.versioning.artifacts import Place, folder_md5, md5_of, read_lock
+from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Finding(NamedTuple):
+class StepVerification(NamedTuple):
     """What was verified of one step."""
 
     step: str
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
     """The hash of the receipt of its deleted images; empty where they are there."""
 
 
-def verify() -> Iterator[Finding]:
+def verify() -> Iterator[StepVerification]:
     """Verify step after step, from the files, until something does not hold.
 
     Of every step: all outputs of its stages are those of dvc.lock, by their bytes; its model folder is what its record
@@ -62,7 +62,7 @@ def verify() -> Iterator[Finding]:
     params = Params.load()
     lock = read_lock(params)
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
-        place = Place(lock, Path(scratch))
+        place = ArtifactStore(lock, Path(scratch))
         before: Path | None = None
         for step in ("t00", *params.tasks):
             retired = step in params.tasks and params.tasks[step].retired
@@ -70,25 +70,25 @@ def verify() -> Iterator[Finding]:
                 files, model = verify_step(place, step, before)
                 receipt = check_receipt(place, step, retired=retired)
             except FaultError as fault:
-                yield Finding(step, 0, "", str(fault))
+                yield StepVerification(step, 0, "", str(fault))
                 return
             except InputError as fault:  # a file that is damaged names itself
-                yield Finding(step, 0, "", str(fault))
+                yield StepVerification(step, 0, "", str(fault))
                 return
             head = sha256_of(place.find(GATES / step) / "verdict.json")
-            yield Finding(step, files, head, None, receipt)
+            yield StepVerification(step, files, head, None, receipt)
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             check_metrics(place, params)
             check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
         except FaultError as fault:
-            yield Finding("report", 0, "", str(fault))
+            yield StepVerification("report", 0, "", str(fault))
             return
-        yield Finding("report", files, "", None)
+        yield StepVerification("report", files, "", None)
 
 
-def check_bytes(place: Place, path: str) -> int:
+def check_bytes(place: ArtifactStore, path: str) -> int:
     """Compare an output with dvc.lock by all its bytes. Return the number of its files."""
     if path not in place.lock.outs:
         raise FaultError(
@@ -110,7 +110,7 @@ def check_bytes(place: Place, path: str) -> int:
     return len(names)
 
 
-def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path]:
+def verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[int, Path]:
     """Verify all outputs of one step. Return how many files were read, and its model folder."""
     from sdlora.verification import faults_of_step
 
@@ -132,7 +132,7 @@ def verify_step(place: Place, step: str, before: Path | None) -> tuple[int, Path
     return files, model
 
 
-def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
+def check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the fit and the training images are those that the ledger names."""
     fit = place.find(FITS / step)
     for name, expected in record["fit"].items():
@@ -153,7 +153,7 @@ def check_origins(place: Place, step: str, record: dict[str, Any]) -> None:
     check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
 
 
-def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
+def check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the code that made the step is the one that dvc.lock names, or a note says that the step was kept."""
     if str(CODE) not in place.lock.outs or receipt_of(step).exists():
         return  # a chain of before fingerprints; a step that is given back as the code of then made it
@@ -168,7 +168,7 @@ def check_code(place: Place, step: str, record: dict[str, Any]) -> None:
             )
 
 
-def check_inputs(place: Place, stages: Iterable[str]) -> None:
+def check_inputs(place: ArtifactStore, stages: Iterable[str]) -> None:
     """Check that what a stage read is what another one made, by the hashes of both in dvc.lock."""
     for stage in stages:
         for path, md5 in place.lock.deps[stage].items():
@@ -176,7 +176,7 @@ def check_inputs(place: Place, stages: Iterable[str]) -> None:
                 raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
 
 
-def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
+def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the packed pictures are the samples of the ledger, bytes and all.
 
     Nothing that was ever trained on is tested.
@@ -185,7 +185,7 @@ def check_split(place: Place, step: str, record: dict[str, Any]) -> None:
     split, train = place.find(folder), place.find(TRAINED / step) / PACKED
     rows = [SampleRow(**row) for row in read_images(split / f"samples/{step}.arrow").to_pylist()]
     described = read_json(split / "split.json")
-    if (digest_of(rows), digest_of(row for row in rows if row.split == "train")) != (
+    if (samples_digest(rows), samples_digest(row for row in rows if row.split == "train")) != (
         described["digest"],
         record["split"]["digest"],
     ):
@@ -237,7 +237,7 @@ def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
             raise FaultError(f"{name}: {row.id} is not the picture of its hash")
 
 
-def check_handed_on(place: Place, folder: Path, split: Path, tasks: list[str]) -> None:
+def check_handed_on(place: ArtifactStore, folder: Path, split: Path, tasks: list[str]) -> None:
     """Check that what a split holds of earlier tasks is, byte for byte, what the split before holds."""
     if len(tasks) < 2:
         return
@@ -270,7 +270,7 @@ def of_others(name: str, step: str) -> bool:
     return kind in ("samples", "test", "validation") and file != f"{step}.arrow"
 
 
-def check_receipt(place: Place, step: str, *, retired: bool) -> str:
+def check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     """Check that the training images are there, or that a receipt names just these. Return its hash, if any.
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
@@ -319,7 +319,7 @@ def check_receipt(place: Place, step: str, *, retired: bool) -> str:
     return sha256_of(path)
 
 
-def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
+def check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the predictions are of the test images in their order, and the metrics follow from them."""
     split = place.find(SPLITS / step)
     folder = EVALUATIONS / step
@@ -339,7 +339,7 @@ def check_evaluation(place: Place, step: str, record: dict[str, Any]) -> None:
         raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
 
 
-def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
+def check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the verdict holds the hash of the one before, of the record, the samples and the results.
 
     Its numbers follow.
@@ -363,7 +363,7 @@ def check_verdict(place: Place, step: str, record: dict[str, Any]) -> None:
         raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
 
 
-def check_metrics(place: Place, params: Params) -> None:
+def check_metrics(place: ArtifactStore, params: Params) -> None:
     """Check that metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 

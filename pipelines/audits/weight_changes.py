@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipelines.audits.steps import Record, Step, spread
+from pipelines.audits.steps import AuditedStep, Figures, spread
 from pipelines.project.errors import InputError
 
 if TYPE_CHECKING:
     from sdlora.change import Pair, Update
 
 
-def compared_weights(then: Step, now: Step, notes: list[str]) -> Record | None:
+def compared_weights(then: AuditedStep, now: AuditedStep, notes: list[str]) -> Figures | None:
     """Magnitudes, sizes of changes, overlaps of directions. None where the weights cannot be compared."""
     from sdlora.change import read_update, relative_changes
     from sdlora.ledger import read_record
@@ -37,7 +37,7 @@ def compared_weights(then: Step, now: Step, notes: list[str]) -> Record | None:
     }
 
 
-def compared_magnitudes(before: Update, after: Update) -> list[Record]:
+def compared_magnitudes(before: Update, after: Update) -> list[Figures]:
     """Return mean and range of each direction's magnitudes over the targets, then and now."""
     rows = []
     for task in dict.fromkeys([*before.magnitudes, *after.magnitudes]):
@@ -51,7 +51,7 @@ def compared_magnitudes(before: Update, after: Update) -> list[Record]:
     return rows
 
 
-def overlaps(before: Update, after: Update) -> list[Record]:
+def overlaps(before: Update, after: Update) -> list[Figures]:
     """Return how far the directions that only one of the two has lie in the space of all that the other has.
 
     A direction that both have under one name, but not the same one (two runs of a step), is compared with its
@@ -112,7 +112,7 @@ def column_space(pair: Pair) -> np.ndarray:
     return pair.up
 
 
-def overlap_of(spaces: Sequence[np.ndarray], space: np.ndarray) -> Record:
+def overlap_of(spaces: Sequence[np.ndarray], space: np.ndarray) -> Figures:
     """Overlap, largest angle in degrees and chance level of a space (d, r) with the sum of some others (d, s)."""
     from sdlora.change import principal_cosines
 
@@ -127,7 +127,7 @@ def overlap_of(spaces: Sequence[np.ndarray], space: np.ndarray) -> Record:
     }
 
 
-def over_targets(at: Sequence[Record]) -> Record:
+def over_targets(at: Sequence[Figures]) -> Figures:
     """Mean and range over the targets, of overlaps and angles. The mean of the chance levels."""
     return {
         "overlap": spread(each["overlap"] for each in at),

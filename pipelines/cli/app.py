@@ -249,7 +249,7 @@ def retire(
     stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
     """
     require_project()
-    from pipelines.audits.retire import retire as work
+    from pipelines.audits.retire.command import retire as work
 
     raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
 
@@ -294,7 +294,7 @@ def sweep(
     Killed at any moment, the same command goes on. Exit status 1 says that some chain failed.
     """
     require_project()
-    from pipelines.sweeps.command import sweep as work
+    from pipelines.sweeps.command import run_sweep as work
 
     raise SystemExit(work(values, out=out, local=local, yes=yes))
 
@@ -428,10 +428,10 @@ def predict(
     Exit status 1 says that some image could not be read (named, the others are done), 2 that nothing was done.
     """
     from pipelines.ledger.find_step import find_model
-    from pipelines.serving.predict import Settings
+    from pipelines.serving.predict import PredictionSettings
     from pipelines.serving.predict import predict as work
 
-    settings = Settings(
+    settings = PredictionSettings(
         top=top, batch_size=batch_size, device=device, precision=precision, format=format, out=out
     )
     raise SystemExit(work(find_model(model), backbone, images, settings))

@@ -33,7 +33,7 @@ class _Source(NamedTuple):
 
 _COMMANDS = {
     **{kind: _Source(kind, kind) for kind in (CODE_STAGE, *STAGES)},
-    "take-part": _Source("fit", "take_part"),
+    "run-rank": _Source("fit", "run_rank"),
 }
 _VISIBLE = {"fetch"}
 """The commands that people type; the others are called by dvc.yaml, and by a fit on several devices."""

@@ -26,11 +26,11 @@ Wanted = Callable[[PurePosixPath], bool]
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether the name is one of a kind that `members` reads."""
+    """Return whether the name is one of a kind that `archive_members` reads."""
     return path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
-def members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
+def archive_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield path and bytes of the files for which `wanted` says so, in the archive's order.
 
     Every member is checked, wanted or not: an absolute path, one that leads out of its folder, a link, a
@@ -47,14 +47,14 @@ def members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]
 
 
 def names(path: Path) -> list[PurePosixPath]:
-    """Return the paths of all files of an archive, checked like those of `members`. No bytes are kept."""
+    """Return the paths of all files of an archive, checked like those of `archive_members`. No bytes are kept."""
     found: list[PurePosixPath] = []
 
     def note(name: PurePosixPath) -> bool:
         found.append(name)
         return False
 
-    for _ in members(path, note):
+    for _ in archive_members(path, note):
         pass
     return found
 

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pipelines.data.archives import gunzip, is_archive, members, names
+from pipelines.data.archives import archive_members, gunzip, is_archive, names
 from pipelines.data.downloads import Remote, obtain
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
@@ -75,7 +75,7 @@ class Benchmark:
         return {name: self.obtain(name) for name in sorted(needed, key=lambda n: (n.endswith(".zip"), n))}
 
 
-def load(name: str) -> Benchmark:
+def load_benchmark(name: str) -> Benchmark:
     """Read what is known of a data set."""
     folder = resources.files("pipelines.data") / "embedded" / name
     try:
@@ -105,7 +105,7 @@ def images(name: str, split: str, archive: Path | None = None, sha256: str | Non
 
     `archive` is the user's own for the split `archive`.
     """
-    benchmark = load(name)
+    benchmark = load_benchmark(name)
     if split in benchmark.notes:
         log_line(f"{name}: split {split}: {benchmark.notes[split]}")
     found = (
@@ -132,7 +132,7 @@ def cifar(benchmark: Benchmark, split: str) -> Iterator[Image]:
 
     archive = benchmark.obtain_all(split)["cifar-100-binary.tar.gz"]
     wanted = {"train.bin", "test.bin", "fine_label_names.txt"}
-    files = {path.name: data for path, data in members(archive, lambda path: path.name in wanted)}
+    files = {path.name: data for path, data in archive_members(archive, lambda path: path.name in wanted)}
     for name in wanted - set(files):
         raise InputError(f"{archive}: {name} is missing; delete the file and run the same again")
     if files["fine_label_names.txt"].decode().split() != benchmark.classes:
@@ -200,7 +200,7 @@ def cub(benchmark: Benchmark, split: str) -> Iterator[Image]:
         wanted = (root / "images.txt", root / "train_test_split.txt")
         tables = {
             path.name: dict(line.split() for line in data.decode().splitlines())
-            for path, data in members(archive, wanted.__contains__)
+            for path, data in archive_members(archive, wanted.__contains__)
         }
         for path in wanted:
             if path.name not in tables:
@@ -287,7 +287,7 @@ def by_lists(
     missing = set(parts)
     with progress(f"unpack {benchmark.name}", total=len(parts), unit="images") as bar:
         for archive in archives:
-            for path, data in members(archive, parts.__contains__):
+            for path, data in archive_members(archive, parts.__contains__):
                 if path.parent.name not in known:
                     raise InputError(
                         f"{archive}: {path.parent} is not a class of {benchmark.title}; delete the file"

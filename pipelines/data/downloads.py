@@ -94,11 +94,11 @@ def mismatch(path: Path, remote: Remote) -> str | None:
     if remote.digest is None:
         return None
     kind, _, expected = remote.digest.partition(":")
-    found = digest_of(path, kind)
+    found = file_digest(path, kind)
     return None if found == expected else f"found {kind} {found}, expected {expected}"
 
 
-def digest_of(path: Path, kind: str) -> str:
+def file_digest(path: Path, kind: str) -> str:
     """Return the hash of a file's bytes in hexadecimal: sha256, md5, or the id that git gives a file (git-blob)."""
     if kind == "git-blob":
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)

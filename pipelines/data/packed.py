@@ -65,7 +65,7 @@ def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     write_rows(path, rows, {**types, "perceptual": pa.string()})
 
 
-def digest_of(samples: Iterable[SampleRow]) -> str:
+def samples_digest(samples: Iterable[SampleRow]) -> str:
     """Return one hash for all samples in order."""
     digest = hashlib.sha256()
     for sample in samples:

@@ -13,10 +13,10 @@ def last_epoch(fit: Path) -> dict[str, float]:
 
 def learned_magnitudes(fit: Path) -> dict[str, list[float]]:
     """Task → its magnitudes as the fit left them, to six decimals."""
-    from sdlora.fit_folder import MAGNITUDES
+    from sdlora.fit_folder import FIT_MAGNITUDES
     from sdlora.tensors import read_tensors
 
     return {
         name: [round(value, 6) for value in alpha.tolist()]
-        for name, alpha in read_tensors(fit / MAGNITUDES).items()
+        for name, alpha in read_tensors(fit / FIT_MAGNITUDES).items()
     }

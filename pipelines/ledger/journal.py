@@ -21,7 +21,9 @@ RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json"
 """The one file of a stage's output that stands for all of it."""
 
 
-def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *, seconds: float) -> None:
+def keep_cost(
+    label: str, arguments: Mapping[str, str | Path], result: StageResult, *, seconds: float
+) -> None:
     """Write `ledger/journal/LABEL.json` for a stage that has just ended. A stage never fails for it.
 
     It tells of the last time that the stage was computed here: what came from a cache was computed elsewhere, and a
@@ -40,7 +42,7 @@ def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *
                 "images": sum(int(row["images"]) for row in result.rows if "images" in row),
                 "host": platform.node(),
                 "machine": platform.machine(),
-                "commit": commit(),
+                "commit": current_commit(),
                 "output": {name: sha256_of(out / name) for name in RECORDS if (out / name).is_file()},
                 **memory(),
             },
@@ -51,7 +53,7 @@ def keep(label: str, arguments: Mapping[str, str | Path], result: StageResult, *
         )
 
 
-def commit() -> str | None:
+def current_commit() -> str | None:
     """Return the commit that is checked out, with a + where tracked files differ from it. None outside of git."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(

@@ -20,7 +20,7 @@ from pipelines.project.settings import Section, Task, Text
 from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
-from pipelines.versioning.artifacts import Objects, md5_of
+from pipelines.versioning.artifacts import ObjectStore, md5_of
 
 RECEIPT = "receipt.json"
 IN_PLACE = "retired.json"
@@ -238,7 +238,7 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
 def give_back(kept: Kept, folder: Path) -> None:
     """Copy what was kept of an output from DVC's cache or remote to a folder. An `InputError` says what is missing."""
     with TemporaryDirectory(prefix="sdlora-retired-") as scratch:
-        objects = Objects(Path(scratch))
+        objects = ObjectStore(Path(scratch))
         for name, md5 in kept.files.items():
             source = objects.find(md5)
             if source is None or md5_of(source) != md5:

@@ -52,7 +52,7 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     else:
         result = run_linked(stage, label, arguments)
     if stage.name in STAGES:
-        journal.keep(label, arguments, result, seconds=time.monotonic() - started)
+        journal.keep_cost(label, arguments, result, seconds=time.monotonic() - started)
     leave_outcome(StageOutcome(0, DONE))
 
 

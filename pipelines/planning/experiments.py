@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.catalog import LAYOUTS, Benchmark, load
+from pipelines.data.catalog import LAYOUTS, Benchmark, load_benchmark
 from pipelines.planning.tasks import chained, refuse_computed, replace_file, shuffled, task_sizes
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
@@ -142,7 +142,7 @@ def benchmark_tasks(
             f"plan: {name!r} is not a known benchmark; known are {', '.join(LAYOUTS)};"
             " for images of your own give their folder"
         )
-    benchmark = load(name)
+    benchmark = load_benchmark(name)
     classes = own_classes(benchmark, root) if is_own(name, raw, root) else benchmark.classes
     sizes = task_sizes(len(classes), tasks=tasks, classes_per_task=classes_per_task)
     return chained(shuffled(classes, seed), sizes, source=(RAW / name).as_posix())

@@ -10,7 +10,7 @@ from pipelines.project.settings import (
     MANIFEST,
     Adapter,
     Approval,
-    Backbone,
+    BackboneChoice,
     Cub200,
     Fetch,
     ImageNetA,
@@ -84,7 +84,7 @@ def fetch_faults(fetch: Fetch) -> Iterator[str]:
                 )
 
 
-def backbone_faults(backbone: Backbone) -> Iterator[str]:
+def backbone_faults(backbone: BackboneChoice) -> Iterator[str]:
     """Yield a fault where a local file and its hash do not come together: DVC cannot watch the file."""
     if backbone.weights and not backbone.sha256:
         yield (

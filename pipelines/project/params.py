@@ -20,7 +20,7 @@ from pipelines.project.param_faults import type_faults, wrong_keys
 from pipelines.project.settings import (
     Adapter,
     Approval,
-    Backbone,
+    BackboneChoice,
     Data,
     Evaluation,
     Fetch,
@@ -33,7 +33,7 @@ from pipelines.project.settings import (
 )
 from pipelines.project.yaml_text import read_text, read_yaml
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Params(Section):
@@ -45,7 +45,7 @@ class Params(Section):
     """the data sets to bring; {} for own images only"""
     data: Data
     """how images are divided, checked and packed"""
-    backbone: Backbone
+    backbone: BackboneChoice
     """the frozen model under all tasks"""
     adapter: Adapter
     """what a task adds to it"""
@@ -92,7 +92,7 @@ class Params(Section):
         raise InputError(f"{origin}: {faults[0]}{more}")
 
 
-def read_params(key: str, kind: type[T]) -> T:
+def read_params(key: str, kind: type[_T]) -> _T:
     """Return what `params.yaml` has under a dotted key, as a stage reads it.
 
     A stage names each key that it reads, so that its fingerprint has the settings of that key and of no other. The

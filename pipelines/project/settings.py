@@ -135,7 +135,7 @@ class Data(Section):
     """width × height above which an image is refused"""
 
 
-class Backbone(Section):
+class BackboneChoice(Section):
     """The frozen model under all tasks."""
 
     name: Text

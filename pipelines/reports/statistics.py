@@ -56,7 +56,7 @@ def rounded(value: float, decimals: int = 6) -> float | None:
     return None if np.isnan(value) else round(float(value), decimals) + 0.0
 
 
-def shown(value: float | None) -> str | float:
+def table_value(value: float | None) -> str | float:
     """Return a number for a table, in which nothing is a dash."""
     return "-" if value is None else value
 

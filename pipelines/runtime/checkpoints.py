@@ -19,7 +19,7 @@ from pipelines.runtime.console import log_line
 if TYPE_CHECKING:
     from sdlora.training import Snapshot
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 KEPT = 2
 """Checkpoints of one fit that are kept: should the newest be damaged, the one before still serves."""
@@ -191,7 +191,7 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _read(self, work: Callable[[], T]) -> T:
+    def _read(self, work: Callable[[], _T]) -> _T:
         try:
             return _insist(work, READ_WAITS)
         except Exception as error:  # each file system has its own
@@ -201,7 +201,7 @@ class CheckpointStore:
             ) from error
 
 
-def _insist(work: Callable[[], T], waits: Sequence[float]) -> T:
+def _insist(work: Callable[[], _T], waits: Sequence[float]) -> _T:
     """Do `work`, again after each wait where it fails."""
     for wait in waits:
         try:

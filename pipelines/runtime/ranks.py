@@ -20,7 +20,7 @@ MEETING = "meeting"
 
 
 @contextlib.contextmanager
-def members(count: int, command: Sequence[str]) -> Iterator[Path]:
+def other_ranks(count: int, command: Sequence[str]) -> Iterator[Path]:
     """Start `count` − 1 processes beside this one, and end them. Give the folder that all share while they work.
 
     Each is called with `command`, its number and the folder. Where one of them ends badly this process is sent SIGTERM:

@@ -29,7 +29,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PredictionSettings:
     """How predictions are computed and written."""
 
     top: int
@@ -44,7 +44,7 @@ class Settings:
     """None for standard output."""
 
 
-def predict(model: Path, backbone: Path | None, images: Sequence[str], settings: Settings) -> int:
+def predict(model: Path, backbone: Path | None, images: Sequence[str], settings: PredictionSettings) -> int:
     """Predict and write one line for each image. Returns 0, or 1 where an image could not be read.
 
     Memory does not grow with the number of images: names are read, pictures decoded and lines written on the way.

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import read_params
-from pipelines.project.settings import Backbone
+from pipelines.project.settings import BackboneChoice
 from pipelines.runtime.stage import StageResult, stage
 
 
@@ -32,7 +32,7 @@ def backbone(*, out: Path) -> StageResult:
     """
     from sdlora.backbones import create_backbone, write_backbone
 
-    choice = read_params("backbone", Backbone)
+    choice = read_params("backbone", BackboneChoice)
     if choice.weights:
         _check_file(Path(choice.weights), choice.sha256)
     created = create_backbone(

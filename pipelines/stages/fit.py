@@ -19,13 +19,13 @@ from pipelines.runtime.console import log_line
 from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
-from pipelines.runtime.ranks import MEETING, members
+from pipelines.runtime.ranks import MEETING, other_ranks
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import torch
 
-    from sdlora.team import Team
+    from sdlora.process_group import ProcessGroup
     from sdlora.training import Fit, Schedule
 
 
@@ -86,14 +86,14 @@ def fit(
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
     _own_device(0, training.devices)  # before any process is started for another one
     with _others(task, training.devices, inputs) as meeting:
-        team, learner = _meet(task, 0, meeting, inputs)
+        group, learner = _join(task, 0, meeting, inputs)
         for snapshot in store.newest():
             learner.restore(snapshot)
             log_line(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
             break
-        if team.size > 1:
+        if group.size > 1:
             CheckpointStore(str(meeting / "state"), key).save(learner.snapshot())
-        team.wait()
+        group.wait()
         started, first = time.monotonic(), learner.step
         seen = _train(learner, store, every=training.checkpoint_seconds)
         seconds = time.monotonic() - started
@@ -106,7 +106,7 @@ def fit(
         )
     store.forget_old()
     if learner.step > first:
-        where = f"{team.size} × {learner.device.type}" if team.size > 1 else f"{learner.device}"
+        where = f"{group.size} × {learner.device.type}" if group.size > 1 else f"{learner.device}"
         log_line(
             f"fit {task}: {seen} images in {seconds:.1f} s on {where} ({torch.get_num_threads()} threads)"
         )
@@ -144,7 +144,7 @@ def _description(learner: "Fit", choices: Choices, train: Path, classes: Path) -
     }
 
 
-def take_part(
+def run_rank(
     task: str,
     number: int,
     meeting: Path,
@@ -170,8 +170,8 @@ def take_part(
         backbone: Model folder of step t00: the frozen backbone.
     """
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
-    team, learner = _meet(task, number, meeting, inputs)
-    team.wait()
+    group, learner = _join(task, number, meeting, inputs)
+    group.wait()
     key = _key(task, read_choices(), train, classes, before, backbone)
     learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
     for _ in learner.run():
@@ -179,25 +179,26 @@ def take_part(
 
 
 def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
-    """Start the processes for the devices beyond the first. Give the folder that all share, which one alone does not
-    need.
+    """Start the processes for the devices beyond the first. Give the folder that all share.
+
+    A fit by itself needs none.
     """
     if devices == 1:
         return contextlib.nullcontext(Path())
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    return members(devices, [take_part.__name__.replace("_", "-"), task, *options])
+    return other_ranks(devices, [run_rank.__name__.replace("_", "-"), task, *options])
 
 
-def _meet(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["Team", "Fit"]:
+def _join(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["ProcessGroup", "Fit"]:
     """Take a device, find the others, and prepare the fit."""
     from sdlora.devices import set_deterministic
-    from sdlora.team import join_team
+    from sdlora.process_group import join_group
 
     training = read_params("training", Training)
     set_deterministic(training.deterministic, tf32=training.precision == "tf32")
     device = _own_device(number, training.devices)
-    team = join_team(number, training.devices, meeting=meeting / MEETING, device=device)
-    return team, _prepare(task, **inputs, device=device, team=team)
+    group = join_group(number, training.devices, meeting=meeting / MEETING, device=device)
+    return group, _prepare(task, **inputs, device=device, group=group)
 
 
 def _own_device(number: int, count: int) -> "torch.device":
@@ -220,7 +221,7 @@ def _prepare(
     before: Path,
     backbone: Path,
     device: "torch.device",
-    team: "Team",
+    group: "ProcessGroup",
 ) -> "Fit":
     """Return a fit of `task` that has not begun."""
     import torch
@@ -260,7 +261,7 @@ def _prepare(
         schedule=_schedule_of(settings),
         seed=choices.seed,
         device=device,
-        team=team,
+        group=group,
         image_room=device_room(),
     )
 

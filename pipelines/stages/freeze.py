@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sdlora.classifier import Learned
+    from sdlora.classifier import ModelState
     from sdlora.freezing import FrozenStep
     from sdlora.methods import FitResult
 
@@ -101,7 +101,7 @@ def _require_head(adapter: Adapter, record: Mapping[str, Any], before: Path) -> 
 
 
 def _frozen(
-    before: "Learned",
+    before: "ModelState",
     result: "FitResult",
     adapter: Adapter,
     features: "TrainingFeatures",
@@ -119,7 +119,7 @@ def _frozen(
     head = HEADS[adapter.head]
     if head.settle is None:
         return step
-    learned = freezing.settle_head(
+    learned = freezing.recompute_head(
         before,
         step.learned,
         task=result.task,
@@ -188,7 +188,7 @@ def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
     }
 
 
-def remembered(learned: "Learned") -> dict[str, Any]:
+def remembered(learned: "ModelState") -> dict[str, Any]:
     """Return what the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
     numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
     if learned.statistics:
@@ -225,7 +225,7 @@ class TrainingFeatures:
         labels = torch.tensor(self._table["label"].to_pylist())
         return labels - labels.min()
 
-    def __call__(self, learned: "Learned") -> "Tensor":
+    def __call__(self, learned: "ModelState") -> "Tensor":
         """(n, d) on the CPU."""
         import torch
 

@@ -12,7 +12,7 @@ from pipelines.reports.pages import Pictures, render_page
 from pipelines.reports.plots import write_plots
 from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import Album, flipped_images, sample_images
-from pipelines.reports.statistics import headline, shown
+from pipelines.reports.statistics import headline, table_value
 from pipelines.reports.weights import read_movement
 from pipelines.runtime.stage import StageResult, stage
 
@@ -41,8 +41,8 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
         [
             {
                 "metric": name.replace("_", " "),
-                "per sample": shown(numbers[name]),
-                "per task": shown(numbers[f"{name}_per_task"]),
+                "per sample": table_value(numbers[name]),
+                "per task": table_value(numbers[f"{name}_per_task"]),
             }
             for name in ("last_accuracy", "average_accuracy", "forgetting", "backward_transfer")
         ],

@@ -36,8 +36,8 @@ from pipelines.data.packed import (
     TRAINING,
     ImageRow,
     SampleRow,
-    digest_of,
     read_images,
+    samples_digest,
     write_images,
     write_samples,
 )
@@ -54,7 +54,7 @@ from pipelines.runtime.stage import StageResult, stage
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Picture(NamedTuple):
@@ -130,7 +130,7 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
                 "task": task,
                 "after": tasks[task].after,
                 "counts": counts,
-                "digest": digest_of(samples),
+                "digest": samples_digest(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
                 "near_duplicates": near,
                 "left_out": left_out,
@@ -181,7 +181,7 @@ def _write_pictures(
             "task": task,
             "images": sha256_of(packed / PACKED),
             "counts": Counter(picture.found.name for picture in trained),
-            "digest": digest_of(picture.sample() for picture in trained),
+            "digest": samples_digest(picture.sample() for picture in trained),
         },
     )
 
@@ -204,7 +204,7 @@ def list_validation(folder: Path) -> None:
     write_json(folder / "validation" / "tasks.json", {"tasks": held})
 
 
-def without(rows: Sequence[T], positions: Iterable[int]) -> list[T]:
+def without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
     """Return the rows but for those at some positions."""
     out = set(positions)
     return [row for index, row in enumerate(rows) if index not in out]

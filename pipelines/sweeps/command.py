@@ -9,11 +9,11 @@ from pathlib import Path
 from pipelines.orchestration.server import server_missing
 from pipelines.project.errors import InputError
 from pipelines.runtime.console import echo
-from pipelines.sweeps.grid import MANY, checked_name, default_name, make_chains, read_axes
-from pipelines.sweeps.results import as_json, shown, write_table
+from pipelines.sweeps.grid import MANY_CHAINS, checked_name, default_name, make_chains, read_axes
+from pipelines.sweeps.results import as_json, result_table, write_table
 
 
-def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes: bool) -> int:
+def run_sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes: bool) -> int:
     """Compute all combinations of the values, and leave a table of them in `out`. Return the exit status.
 
     With `local`, or where PREFECT_API_URL is not set, here, that many at a time; else on the workers of the pool.
@@ -22,7 +22,7 @@ def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes:
     chains = make_chains(axes)
     out = out or Path("sweep") / default_name(axes)
     name = checked_name(out.name)
-    if len(chains) > MANY and not yes:
+    if len(chains) > MANY_CHAINS and not yes:
         raise InputError(f"sweep: these are {len(chains)} chains; if you mean it, add --yes")
     if local is None and os.environ.get("PREFECT_API_URL"):
         missing = server_missing()
@@ -41,6 +41,6 @@ def sweep(arguments: Sequence[str], *, out: Path | None, local: int | None, yes:
     write_table(out, table)
     from rich.console import Console
 
-    Console().print(shown(table))
+    Console().print(result_table(table))
     echo(f"table    {out}/table.csv, {out}/table.json")
     return int(any(result.error is not None for result in results))

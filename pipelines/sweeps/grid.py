@@ -16,7 +16,7 @@ from pipelines.project.params import Params
 from pipelines.project.params_text import flow, with_value
 from pipelines.project.yaml_text import read_text, read_yaml
 
-MANY = 20
+MANY_CHAINS = 20
 """More chains than this are trained only by somebody who has seen how many they are."""
 
 SECTIONS = ("data", "backbone", "adapter", "training", "evaluation")

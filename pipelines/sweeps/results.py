@@ -96,7 +96,7 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
     write_json(out / "table.json", table)
 
 
-def shown(table: Mapping[str, Any]) -> Table:
+def result_table(table: Mapping[str, Any]) -> Table:
     """Return the table to print: over seeds if there are several, and every chain that failed."""
     from rich.table import Table
 

@@ -52,7 +52,7 @@ def read_lock(params: Params) -> Lock:
     return Lock(outs, deps, commands)
 
 
-class Objects:
+class ObjectStore:
     """Files by their md5: those of DVC's cache, and those of its remote, each fetched into a scratch folder."""
 
     def __init__(self, scratch: Path) -> None:
@@ -80,14 +80,14 @@ class Objects:
         return copy if copy.is_file() else None
 
 
-class Place:
+class ArtifactStore:
     """Outputs by path: in the workspace, or else in DVC's cache or remote, as links in a scratch folder."""
 
     def __init__(self, lock: Lock, scratch: Path) -> None:
         self.lock = lock
         self._scratch = scratch / "outs"
         (scratch / "objects").mkdir()
-        self._objects = Objects(scratch / "objects")
+        self._objects = ObjectStore(scratch / "objects")
         self._checked: dict[str, Mapping[str, str]] = {}
 
     def checked(self, path: str) -> bool:

@@ -2,13 +2,13 @@
 
 import torch
 
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, FitResult, Frozen, Method, Settings, new_direction
 
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,
@@ -21,7 +21,7 @@ def begin(
     model.train_direction(left[-1] if left else new_direction(model, rank=settings.rank, generator=generator))
 
 
-def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     """Keep the factors as they are, in place of those before."""
     return Frozen(directions={fit.task: fit.factors}, magnitudes={fit.task: torch.ones(len(fit.factors))})
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, FitResult, Frozen, Method, Settings
 
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,
@@ -18,7 +18,7 @@ def begin(
     """Add nothing: the features stay those of the backbone."""
 
 
-def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     """There is no direction to keep."""
     return Frozen()
 

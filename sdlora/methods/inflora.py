@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Factors
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, Method, Settings, keep_as_trained, new_direction, sum_on
 
 ENERGY = 0.98
@@ -90,7 +90,7 @@ def widened(moment: Tensor, basis: Tensor | None, *, energy: float) -> Tensor:
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,
@@ -110,7 +110,7 @@ def begin(
     sum_on(model, before, factors, train_down=False)
 
 
-def _basis(before: Learned, path: str, moment: Tensor) -> Tensor | None:
+def _basis(before: ModelState, path: str, moment: Tensor) -> Tensor | None:
     """Return the remembered span at a module, None in the first step."""
     if not before.directions:
         return None
@@ -122,7 +122,7 @@ def _basis(before: Learned, path: str, moment: Tensor) -> Tensor | None:
 
 
 def remember(
-    model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
+    model: IncrementalClassifier, before: ModelState, *, settings: Settings, batches: Batches
 ) -> Mapping[str, Tensor]:
     """Return the span of all inputs so far, (in, m) for every adapted module: statistics, from which no image comes
     back.

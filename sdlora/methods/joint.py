@@ -2,14 +2,14 @@
 
 import torch
 
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.finetune import freeze
 from sdlora.methods.method import Batches, Method, Settings, new_direction
 
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,

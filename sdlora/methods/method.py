@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Factors, initial_factors
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.formulations import Formulation
 from sdlora.head import HeadBlock
 
@@ -69,7 +69,7 @@ class Begin(Protocol):
     def __call__(
         self,
         model: IncrementalClassifier,
-        before: Learned,
+        before: ModelState,
         *,
         task: str,
         settings: Settings,
@@ -81,7 +81,7 @@ class Begin(Protocol):
 class Freeze(Protocol):
     """The directions and magnitudes after a step. The head's rows are added alike for every method."""
 
-    def __call__(self, before: Learned, fit: FitResult, *, settings: Settings) -> Frozen: ...
+    def __call__(self, before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen: ...
 
 
 class Penalty(Protocol):
@@ -94,7 +94,7 @@ class Remember(Protocol):
     """What the method keeps for its next step, from the trained model. Stored in the model folder."""
 
     def __call__(
-        self, model: IncrementalClassifier, before: Learned, *, settings: Settings, batches: Batches
+        self, model: IncrementalClassifier, before: ModelState, *, settings: Settings, batches: Batches
     ) -> Mapping[str, Tensor]: ...
 
 
@@ -137,7 +137,11 @@ def new_direction(
 
 
 def sum_on(
-    model: IncrementalClassifier, before: Learned, factors: Mapping[str, Factors], *, train_down: bool = True
+    model: IncrementalClassifier,
+    before: ModelState,
+    factors: Mapping[str, Factors],
+    *,
+    train_down: bool = True,
 ) -> None:
     """Hold all earlier directions with a fixed magnitude of 1 and train `factors` beside them.
 
@@ -147,7 +151,7 @@ def sum_on(
     model.train_direction(factors, train_down=train_down)
 
 
-def keep_as_trained(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+def keep_as_trained(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     """Keep the new factors beside the earlier ones, all with a magnitude of 1."""
     directions = {**before.directions, fit.task: fit.factors}
     return Frozen(

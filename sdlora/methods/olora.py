@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, Method, Settings, keep_as_trained, new_direction, sum_on
 
 PENALTY = 0.5
@@ -12,7 +12,7 @@ PENALTY = 0.5
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 
 from sdlora.adapters import Factors, truncate
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, FitResult, Frozen, Method, Settings, new_direction
 
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,
@@ -24,7 +24,7 @@ def begin(
 
 def begin_with_rank(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     rank: int,
     settings: Settings,
@@ -44,7 +44,7 @@ def begin_with_rank(
     model.train_direction(factors, norm=formulation.norm if formulation.normalise_current else None)
 
 
-def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     """Divide the new direction by its norm, which its magnitude takes over: the function stays the trained one.
 
     The norm is shared out over the two factors (B/√n, A/√n, as the paper's Fig. 1 draws what is stored). Where
@@ -66,7 +66,7 @@ def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
 
 
 def _normalised(
-    before: Learned, fit: FitResult, factors: Mapping[str, Factors], *, settings: Settings
+    before: ModelState, fit: FitResult, factors: Mapping[str, Factors], *, settings: Settings
 ) -> Frozen:
     formulation, targets = settings.formulation, list(factors)
     norms = torch.stack([formulation.norm(factors[target]) for target in targets])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Factors
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.methods import sdlora
 from sdlora.methods.method import FitResult, Frozen, Method, Settings
 
@@ -65,7 +65,7 @@ def relative_residual(found: Products, coefficients: Tensor) -> float:
     return float((residual.clamp_min(0) / found.energy.sum()).sqrt())
 
 
-def freeze(before: Learned, fit: FitResult, *, settings: Settings) -> Frozen:
+def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     """Freeze as SD-LoRA does, then absorb the new direction where the relative residual is below the tolerance.
 
     Magnitudes have to be carried for that: where they start anew at the next step, what was absorbed is lost.

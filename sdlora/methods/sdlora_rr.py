@@ -2,7 +2,7 @@
 
 import torch
 
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods import sdlora
 from sdlora.methods.method import Batches, Method, Settings
 
@@ -24,7 +24,7 @@ def rank_of(task: str, settings: Settings) -> int:
 
 def begin(
     model: IncrementalClassifier,
-    before: Learned,
+    before: ModelState,
     *,
     task: str,
     settings: Settings,

@@ -16,7 +16,7 @@ from sdlora.adapters import (
     projection_norms,
     truncate,
 )
-from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
+from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from tests.support.tiny_model import tiny_vit
 from tests.support.vision_transformers import FAMILIES
 
@@ -50,7 +50,7 @@ def test_targets_are_query_and_value_of_every_block(make) -> None:  # noqa: ANN0
 @pytest.mark.parametrize("make", FAMILIES)
 def test_a_new_direction_leaves_the_output_unchanged(make) -> None:  # noqa: ANN001
     expected = make()(IMAGES)
-    model = IncrementalClassifier(make(), Learned())
+    model = IncrementalClassifier(make(), ModelState())
     model.set_directions({}, torch.ones(1, 1), trained=True)
     generator = torch.Generator().manual_seed(0)
     model.train_direction({name: initial_factors(16, 16, 3, generator=generator) for name in model.targets})
@@ -61,7 +61,7 @@ def test_a_new_direction_leaves_the_output_unchanged(make) -> None:  # noqa: ANN
 @pytest.mark.parametrize("make", FAMILIES)
 def test_the_adapted_weight_is_the_formula_and_the_key_rows_stay(make) -> None:  # noqa: ANN001
     plain, backbone = make(), make()
-    model = IncrementalClassifier(backbone, Learned())
+    model = IncrementalClassifier(backbone, ModelState())
     names = list(model.targets)
     frozen = {
         task: {name: random_factors(16, 16, 2, seed=10 * k + i) for i, name in enumerate(names)}
@@ -92,13 +92,13 @@ EVERYTHING = ("q", "k", "v", "proj", "fc1", "fc2")
 @pytest.mark.parametrize("targets", [("k",), ("v", "q"), ("proj", "fc2"), EVERYTHING], ids="-".join)
 def test_any_set_of_targets_is_adapted_and_nothing_else(make, targets: tuple[str, ...]) -> None:  # noqa: ANN001
     plain, backbone = make(), make()
-    model = IncrementalClassifier(backbone, Learned(), targets=targets)
+    model = IncrementalClassifier(backbone, ModelState(), targets=targets)
     names = list(model.targets)
     direction = {
         name: random_factors(target.rows, target.columns, 2, seed=i)
         for i, (name, target) in enumerate(model.targets.items())
     }
-    learned = Learned(directions={"t01": direction}, magnitudes={"t01": torch.full((len(names),), 0.1)})
+    learned = ModelState(directions={"t01": direction}, magnitudes={"t01": torch.full((len(names),), 0.1)})
     merged = merged_classifier(make(), learned).backbone
     changed = {
         name
@@ -149,9 +149,9 @@ def test_a_target_that_a_block_lacks_is_named() -> None:
 
 
 def test_merging_leaves_a_plain_timm_model_with_the_same_output() -> None:
-    learned = Learned(directions={"t01": {}}, magnitudes={"t01": torch.full((4,), 0.3)}, head={})
+    learned = ModelState(directions={"t01": {}}, magnitudes={"t01": torch.full((4,), 0.3)}, head={})
     names = list(inject_adapters(tiny_vit()))
-    learned = Learned(
+    learned = ModelState(
         directions={"t01": {name: random_factors(16, 16, 2, seed=i) for i, name in enumerate(names)}},
         magnitudes=learned.magnitudes,
     )

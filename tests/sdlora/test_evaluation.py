@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdlora.classifier import Learned, merged_classifier
+from sdlora.classifier import ModelState, merged_classifier
 from sdlora.evaluation import predict_batches
 from tests.support.tiny_model import tiny_task, tiny_vit
 
 
-def predict(learned: Learned, batch_size: int, *, bf16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(learned: ModelState, batch_size: int, *, bf16: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.cat([tiny_task(index)[0] for index in (1, 2, 3)])
     batches = list(
         predict_batches(
@@ -25,7 +25,7 @@ def predict(learned: Learned, batch_size: int, *, bf16: bool = False) -> tuple[t
     return torch.cat([b.classes for b in batches]), torch.cat([b.confidences for b in batches])
 
 
-def test_every_class_seen_so_far_is_a_candidate(three_steps: dict[str, Learned]) -> None:
+def test_every_class_seen_so_far_is_a_candidate(three_steps: dict[str, ModelState]) -> None:
     classes, confidences = predict(three_steps["continuous"], 100)
 
     assert classes.shape == (72,)
@@ -34,14 +34,14 @@ def test_every_class_seen_so_far_is_a_candidate(three_steps: dict[str, Learned])
     assert ((confidences >= 1 / 6 - 1e-6) & (confidences <= 1)).all()
 
 
-def test_predictions_do_not_depend_on_the_batch_size(three_steps: dict[str, Learned]) -> None:
+def test_predictions_do_not_depend_on_the_batch_size(three_steps: dict[str, ModelState]) -> None:
     whole, single = predict(three_steps["continuous"], 100), predict(three_steps["continuous"], 1)
 
     assert torch.equal(whole[0], single[0])
     torch.testing.assert_close(whole[1], single[1])
 
 
-def test_bf16_predicts_nearly_the_same(three_steps: dict[str, Learned]) -> None:
+def test_bf16_predicts_nearly_the_same(three_steps: dict[str, ModelState]) -> None:
     full = predict(three_steps["continuous"], 100)
     half = predict(three_steps["continuous"], 100, bf16=True)
 
@@ -50,7 +50,7 @@ def test_bf16_predicts_nearly_the_same(three_steps: dict[str, Learned]) -> None:
     torch.testing.assert_close(half[1], full[1], rtol=0, atol=0.02)
 
 
-def test_the_head_computes_in_full_precision_under_autocast(three_steps: dict[str, Learned]) -> None:
+def test_the_head_computes_in_full_precision_under_autocast(three_steps: dict[str, ModelState]) -> None:
     model = merged_classifier(tiny_vit(), three_steps["continuous"])
     images = tiny_task(1)[0].float() / 255
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):

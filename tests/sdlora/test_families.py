@@ -9,7 +9,7 @@ import torch
 
 from sdlora.adapters import TARGETS, target_of
 from sdlora.backbones import PREPROCESSING, Backbone, read_backbone, write_backbone
-from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
+from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS
 from sdlora.model_folder import read_model, write_model
@@ -91,7 +91,7 @@ def test_two_steps_are_learned_and_the_written_model_is_the_trained_one(
     pixels = torch.randint(0, 256, (6, *base.input_size), dtype=torch.uint8)
     images = torch.rand(3, *base.input_size)
     write_backbone(tmp_path, base)
-    learned = Learned()
+    learned = ModelState()
     for task in ("t01", "t02"):
         fit = Fit(
             read_backbone(tmp_path).model,
@@ -130,7 +130,7 @@ def test_every_target_of_every_block_is_found(architecture: str) -> None:
     base = tiny_backbone(architecture)
     images = torch.rand(2, *base.input_size)
     expected = base.model(images)
-    model = IncrementalClassifier(base.model, Learned(), targets=TARGETS)
+    model = IncrementalClassifier(base.model, ModelState(), targets=TARGETS)
     found = [name for name in model.targets if name.startswith("blocks.1.")]
 
     assert model.feature_size == expected.shape[1]

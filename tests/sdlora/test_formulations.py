@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import factor_norms, product_norm
-from sdlora.classifier import Learned, merged_classifier
+from sdlora.classifier import ModelState, merged_classifier
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS
@@ -96,7 +96,7 @@ def test_losses_and_logits_over_three_tasks_are_those_of_the_written_formulas(
     name: str, choices: dict[str, Any]
 ) -> None:
     written = Written(**choices)
-    learned, losses = Learned(), []
+    learned, losses = ModelState(), []
     for index in (1, 2, 3):
         fit = make_fit(
             learned,
@@ -152,7 +152,7 @@ def test_a_formulation_that_divides_by_a_norm_refuses_to_start_from_zero() -> No
 
 @pytest.mark.parametrize("name", FORMULATIONS)
 def test_carried_magnitudes_go_on_and_restarted_ones_do_not(
-    name: str, three_steps: dict[str, Learned]
+    name: str, three_steps: dict[str, ModelState]
 ) -> None:
     before = three_steps[name]
     carried = make_fit(before, 4, chosen=settings(name, carried=True)).result().magnitudes
@@ -165,8 +165,8 @@ def test_carried_magnitudes_go_on_and_restarted_ones_do_not(
 
 
 def test_a_uniform_start_is_drawn_and_moves_the_output() -> None:
-    fit = make_fit(Learned(), 1, chosen=settings("continuous", initial_up="uniform"))
-    zero = make_fit(Learned(), 1)
+    fit = make_fit(ModelState(), 1, chosen=settings("continuous", initial_up="uniform"))
+    zero = make_fit(ModelState(), 1)
 
     for name, factors in fit.result().factors.items():
         assert torch.equal(factors.down, zero.result().factors[name].down) == (name == "blocks.0.attn.q")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.classifier import Learned
-from sdlora.freezing import freeze, settle_head
+from sdlora.classifier import ModelState
+from sdlora.freezing import freeze, recompute_head
 from sdlora.head import HeadBlock
 from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
 from sdlora.methods import METHODS
@@ -171,9 +171,9 @@ def test_settling_keeps_trained_rows_and_directions(name: str) -> None:
     random = torch.Generator().manual_seed(0)
     drawn = {True: torch.randn(24, 16, generator=random), False: torch.randn(24, 16, generator=random)}
     labels = torch.arange(2).repeat_interleave(12)
-    chain = Learned()
+    chain = ModelState()
     for task, learned in (("t01", before), ("t02", step)):
-        chain = settle_head(
+        chain = recompute_head(
             chain,
             learned,
             task=task,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Factors, product_norm
-from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
+from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.freezing import freeze, measured
 from sdlora.methods import METHODS, FitResult, inflora, sdlora_kd
 from sdlora.methods.clora import orthonormal
@@ -22,14 +22,14 @@ from tests.support.vision_transformers import FAMILIES
 PAPER = {"t01": 10, "t04": 8, "t08": 6}
 
 
-def trained(method: str, before: Learned, index: int, **options: object) -> FitResult:
+def trained(method: str, before: ModelState, index: int, **options: object) -> FitResult:
     fit = make_fit(before, index, method=method, **options)
     for _ in fit.run():
         pass
     return fit.result()
 
 
-def features(learned: Learned) -> Tensor:
+def features(learned: ModelState) -> Tensor:
     images = normalise(tiny_task(3)[0], mean=[0.5], std=[0.5])
     with torch.no_grad():
         return merged_classifier(tiny_vit(), learned).features(images)
@@ -55,13 +55,13 @@ def test_a_reduced_rank_is_that_of_the_direction_which_is_stored() -> None:
 
 def test_a_schedule_without_a_first_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="has no rank for t01; let its first entry be t01"):
-        make_fit(Learned(), 1, method="sdlora-rr", chosen=settings(rank_schedule={"t02": 2}))
+        make_fit(ModelState(), 1, method="sdlora-rr", chosen=settings(rank_schedule={"t02": 2}))
 
 
 # ---- SD-LoRA-KD
 
 
-def explained_fit(before: Learned, *, shared: bool, extra: float = 0.0) -> FitResult:
+def explained_fit(before: ModelState, *, shared: bool, extra: float = 0.0) -> FitResult:
     """A fit whose direction is a combination of two earlier ones, but for a part `extra` that is new."""
     random = torch.Generator().manual_seed(5)
     factors = {}
@@ -205,7 +205,7 @@ def test_an_olora_direction_ends_nearly_orthogonal_to_the_earlier_ones() -> None
 
 def test_an_nlora_update_is_smaller_in_most_of_its_entries() -> None:
     def share_of_small(penalty: float) -> float:
-        fit = trained("nlora", Learned(), 1, chosen=settings(penalty=penalty), epochs=10)
+        fit = trained("nlora", ModelState(), 1, chosen=settings(penalty=penalty), epochs=10)
         update = torch.stack([dense(f).abs() for f in fit.factors.values()])
         return (update < 0.1 * update.max()).double().mean().item()
 
@@ -214,7 +214,7 @@ def test_an_nlora_update_is_smaller_in_most_of_its_entries() -> None:
 
 def test_a_clora_direction_avoids_the_fixed_subspaces_of_its_target() -> None:
     def inside(penalty: float) -> float:
-        fit = trained("clora", Learned(), 1, chosen=settings(penalty=penalty), epochs=20)
+        fit = trained("clora", ModelState(), 1, chosen=settings(penalty=penalty), epochs=20)
         shares = [
             (f.down @ orthonormal(16, f"{name}.in", torch.float32, torch.device("cpu"))).norm()
             / f.down.norm()
@@ -235,7 +235,7 @@ def test_clora_subspaces_are_orthonormal_and_the_same_in_every_process() -> None
 
 @pytest.mark.parametrize("method", ["olora", "nlora", "clora", "inflora"])
 def test_lora_sums_keep_the_earlier_factors_as_they_were_trained(method: str) -> None:
-    first = trained(method, Learned(), 1)
+    first = trained(method, ModelState(), 1)
     learned = learn(2, method=method)
 
     for name, factors in first.factors.items():
@@ -286,7 +286,7 @@ def test_the_memory_of_inflora_holds_the_energy_of_all_inputs_so_far() -> None:
 
 @pytest.mark.parametrize("make", FAMILIES)
 def test_inflora_sees_the_inputs_of_every_family(make) -> None:  # noqa: ANN001
-    fit = make_fit(Learned(), 1, method="inflora", backbone=make())
+    fit = make_fit(ModelState(), 1, method="inflora", backbone=make())
     for _ in fit.run():
         pass
 
@@ -312,18 +312,18 @@ def test_inflora_leaves_a_rank_unused_where_no_free_direction_is_left() -> None:
 
 
 def test_joint_trains_every_row_on_all_tasks_from_the_pretrained_model() -> None:
-    after, alone = trained("joint", learn(2, method="joint"), 3), trained("joint", Learned(), 3)
+    after, alone = trained("joint", learn(2, method="joint"), 3), trained("joint", ModelState(), 3)
 
-    assert make_fit(Learned(), 3, method="joint").images == 3 * 24
+    assert make_fit(ModelState(), 3, method="joint").images == 3 * 24
     assert list(after.head) == ["t01", "t02", "t03"]
     for task in after.head:
-        start = make_fit(Learned(), 3, method="joint").result().head[task]
+        start = make_fit(ModelState(), 3, method="joint").result().head[task]
         assert torch.equal(after.head[task].weight, alone.head[task].weight)
         assert not torch.equal(after.head[task].weight, start.weight)
 
 
 def test_joint_learns_all_classes_at_once() -> None:
-    fit = make_fit(Learned(), 3, method="joint", epochs=30)
+    fit = make_fit(ModelState(), 3, method="joint", epochs=30)
     for _ in fit.run():
         pass
 
@@ -332,18 +332,18 @@ def test_joint_learns_all_classes_at_once() -> None:
 
 
 def test_a_method_other_than_joint_is_given_one_task_only() -> None:
-    joint = make_fit(Learned(), 2, method="joint")
+    joint = make_fit(ModelState(), 2, method="joint")
 
     with pytest.raises(ValueError, match="2 tasks for a method that learns one at a time"):
         type(joint)(
-            tiny_vit(), Learned(), tasks={"t01": tiny_task(1), "t02": tiny_task(2)}, mean=[0.5], std=[0.5],
+            tiny_vit(), ModelState(), tasks={"t01": tiny_task(1), "t02": tiny_task(2)}, mean=[0.5], std=[0.5],
             method=METHODS["sdlora"], settings=settings(), schedule=joint.schedule, seed=0,
             device=torch.device("cpu"),
         )  # fmt: skip
 
 
 def test_ncm_trains_nothing() -> None:
-    fit = make_fit(Learned(), 1, method="ncm")
+    fit = make_fit(ModelState(), 1, method="ncm")
 
     assert (fit.total_steps, fit.trained_parameters, list(fit.run())) == (0, 0, [])
     assert isinstance(fit.model, IncrementalClassifier)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import read_model, write_model
@@ -14,7 +14,7 @@ from sdlora.statistics import class_statistics
 from tests.support.tiny_model import learn
 
 
-def record(learned: Learned, step: str) -> dict[str, object]:
+def record(learned: ModelState, step: str) -> dict[str, object]:
     targets = list(next(iter(learned.directions.values()))) if learned.directions else []
     return {
         "step": step,
@@ -26,7 +26,7 @@ def record(learned: Learned, step: str) -> dict[str, object]:
     }
 
 
-def write(folder: Path, learned: Learned, step: str, before: Path | None = None) -> Path:
+def write(folder: Path, learned: ModelState, step: str, before: Path | None = None) -> Path:
     folder.mkdir()
     write_model(folder, learned, record(learned, step), before=before)
     return folder
@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, three_steps: dict[str, Learned]) -> None:
+def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
     learned = three_steps["continuous"]
     found, _ = read_model(write(tmp_path / "t03", learned, "t03"))
 
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, three_steps: di
 
 
 def test_the_folder_holds_one_direction_and_one_head_block_per_task(
-    tmp_path: Path, three_steps: dict[str, Learned]
+    tmp_path: Path, three_steps: dict[str, ModelState]
 ) -> None:
     folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
 
@@ -67,7 +67,7 @@ def test_the_folder_holds_one_direction_and_one_head_block_per_task(
     }
 
 
-def test_writing_twice_gives_the_same_bytes(tmp_path: Path, three_steps: dict[str, Learned]) -> None:
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
     first = write(tmp_path / "a", three_steps["reference"], "t03")
     second = write(tmp_path / "b", three_steps["reference"], "t03")
 
@@ -89,7 +89,7 @@ def test_files_of_earlier_tasks_keep_their_bytes(tmp_path: Path) -> None:
     "name", ["directions/t02.safetensors", "head/t01.safetensors", "magnitudes.safetensors"]
 )
 def test_one_flipped_bit_is_noticed_and_named(
-    name: str, tmp_path: Path, three_steps: dict[str, Learned]
+    name: str, tmp_path: Path, three_steps: dict[str, ModelState]
 ) -> None:
     folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
     data = bytearray((folder / name).read_bytes())
@@ -100,7 +100,7 @@ def test_one_flipped_bit_is_noticed_and_named(
         read_model(folder)
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, three_steps: dict[str, Learned]) -> None:
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
     folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
     (folder / "head/t02.safetensors").unlink()
 

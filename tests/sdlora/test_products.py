@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sdlora import products
-from sdlora.classifier import IncrementalClassifier, Learned
+from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.evaluation import feature_batches, predict_batches
 from sdlora.head import HeadBlock
 from sdlora.products import by_onednn
@@ -113,7 +113,7 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
 @pytest.mark.parametrize(("bf16", "used"), [(False, True), (True, False)])
 def test_predictions_take_it_where_they_are_in_fp32(bf16: bool, used: bool, taken: list[int]) -> None:
     model = IncrementalClassifier(
-        tiny_vit(), Learned(head={"t01": HeadBlock(torch.zeros(2, 16), torch.zeros(2))})
+        tiny_vit(), ModelState(head={"t01": HeadBlock(torch.zeros(2, 16), torch.zeros(2))})
     )
     images = [tiny_task(1)[0]]
     list(predict_batches(model, images, mean=[0.5], std=[0.5], device=CPU, bf16=bf16))
@@ -123,7 +123,7 @@ def test_predictions_take_it_where_they_are_in_fp32(bf16: bool, used: bool, take
 
 @only_here
 def test_features_take_it(taken: list[int]) -> None:
-    model = IncrementalClassifier(tiny_vit(), Learned())
+    model = IncrementalClassifier(tiny_vit(), ModelState())
     list(feature_batches(model, tiny_task(1)[0], mean=[0.5], std=[0.5], batch_size=7, device=CPU))
 
     assert taken
@@ -132,7 +132,7 @@ def test_features_take_it(taken: list[int]) -> None:
 @only_here
 @pytest.mark.parametrize(("precision", "used"), [("fp32", True), ("bf16", False)])
 def test_a_fit_in_fp32_takes_it_forward_and_back(precision: str, used: bool, taken: list[int]) -> None:
-    fit = make_fit(Learned(), 1, precision=precision)
+    fit = make_fit(ModelState(), 1, precision=precision)
     next(fit.run())
     layers = sum(isinstance(module, nn.Linear) for module in tiny_vit().modules())
 
@@ -141,9 +141,9 @@ def test_a_fit_in_fp32_takes_it_forward_and_back(precision: str, used: bool, tak
 
 
 def test_a_fit_is_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_it = finish(make_fit(Learned(), 1))
+    by_it = finish(make_fit(ModelState(), 1))
     monkeypatch.setattr("sdlora.training.by_onednn", lambda device: nullcontext())
-    without = finish(make_fit(Learned(), 1))
+    without = finish(make_fit(ModelState(), 1))
 
     for name, factors in without.factors.items():
         for theirs, ours in zip(factors, by_it.factors[name], strict=True):

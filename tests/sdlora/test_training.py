@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.classifier import IncrementalClassifier, Learned, merged_classifier
+from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS, FitResult
@@ -24,7 +24,7 @@ def assert_identical(left: FitResult, right: FitResult) -> None:
 
 @pytest.mark.parametrize(("formulation", "magnitudes"), [("paper", 1), ("reference", 1), ("continuous", 4)])
 def test_only_the_newest_direction_all_magnitudes_and_the_new_rows_train(
-    formulation: str, magnitudes: int, three_steps: dict[str, Learned]
+    formulation: str, magnitudes: int, three_steps: dict[str, ModelState]
 ) -> None:
     fit = make_fit(three_steps[formulation], 4, chosen=settings(formulation))
     trained = {name.rsplit(".", 1)[-1]: 0 for name, p in fit.model.named_parameters() if p.requires_grad}
@@ -72,7 +72,7 @@ def test_a_step_moves_no_frozen_tensor(method: str) -> None:
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 def test_every_magnitude_of_an_earlier_direction_moves(
-    formulation: str, three_steps: dict[str, Learned]
+    formulation: str, three_steps: dict[str, ModelState]
 ) -> None:
     fit = make_fit(three_steps[formulation], 4, chosen=settings(formulation))
     start = fit.result().magnitudes
@@ -82,7 +82,7 @@ def test_every_magnitude_of_an_earlier_direction_moves(
     assert all((end[task] != start[task]).all() for task in end)
 
 
-def test_reference_magnitudes_are_shared_and_all_start_anew(three_steps: dict[str, Learned]) -> None:
+def test_reference_magnitudes_are_shared_and_all_start_anew(three_steps: dict[str, ModelState]) -> None:
     start = make_fit(three_steps["reference"], 4, chosen=settings("reference")).result().magnitudes
 
     assert {task: alpha.tolist() for task, alpha in start.items()} == {
@@ -90,7 +90,7 @@ def test_reference_magnitudes_are_shared_and_all_start_anew(three_steps: dict[st
     }
 
 
-def test_continuous_magnitudes_are_carried_per_target(three_steps: dict[str, Learned]) -> None:
+def test_continuous_magnitudes_are_carried_per_target(three_steps: dict[str, ModelState]) -> None:
     before = three_steps["continuous"]
     start = make_fit(before, 4).result().magnitudes
 
@@ -98,7 +98,7 @@ def test_continuous_magnitudes_are_carried_per_target(three_steps: dict[str, Lea
     assert torch.equal(start["t04"], torch.ones(4))
 
 
-def test_the_start_of_the_magnitudes_can_be_chosen(three_steps: dict[str, Learned]) -> None:
+def test_the_start_of_the_magnitudes_can_be_chosen(three_steps: dict[str, ModelState]) -> None:
     start = settings("continuous", magnitude_start=0.5)
     carried = make_fit(three_steps["continuous"], 4, chosen=start).result().magnitudes
     start = settings("reference", magnitude_start=0.5)
@@ -122,7 +122,7 @@ def test_freezing_changes_no_output(method: str, formulation: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_next_step_begins_where_a_continuous_step_ended(three_steps: dict[str, Learned]) -> None:
+def test_the_next_step_begins_where_a_continuous_step_ended(three_steps: dict[str, ModelState]) -> None:
     before = three_steps["continuous"]
     images = normalise(tiny_task(1)[0], mean=[0.5], std=[0.5])
     expected = merged_classifier(tiny_vit(), before)(images)
@@ -131,7 +131,7 @@ def test_the_next_step_begins_where_a_continuous_step_ended(three_steps: dict[st
     torch.testing.assert_close(next_step[:, :6], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_next_step_of_the_reference_jumps(three_steps: dict[str, Learned]) -> None:
+def test_the_next_step_of_the_reference_jumps(three_steps: dict[str, ModelState]) -> None:
     before = three_steps["reference"]
     images = normalise(tiny_task(1)[0], mean=[0.5], std=[0.5])
     expected = merged_classifier(tiny_vit(), before)(images)
@@ -141,10 +141,10 @@ def test_the_next_step_of_the_reference_jumps(three_steps: dict[str, Learned]) -
 
 
 def test_freezing_an_untrained_direction_is_refused_by_name() -> None:
-    result = make_fit(Learned(), 1).result()
+    result = make_fit(ModelState(), 1).result()
 
     with pytest.raises(ValueError, match=r"t01: the direction at blocks\.0\.attn\.q has norm 0\.0"):
-        freeze(Learned(), result, method=METHODS["sdlora"], settings=settings())
+        freeze(ModelState(), result, method=METHODS["sdlora"], settings=settings())
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 8, 11], ids=lambda stop: f"after-step-{stop}")
@@ -195,8 +195,8 @@ def test_a_snapshot_holds_the_factors_that_are_not_trained_too() -> None:
 
 
 def test_taking_a_snapshot_disturbs_nothing() -> None:
-    expected = finish(make_fit(Learned(), 1))
-    watched = make_fit(Learned(), 1)
+    expected = finish(make_fit(ModelState(), 1))
+    watched = make_fit(ModelState(), 1)
     for _ in watched.run():
         watched.snapshot()
 
@@ -204,22 +204,22 @@ def test_taking_a_snapshot_disturbs_nothing() -> None:
 
 
 def test_a_snapshot_of_another_fit_is_refused() -> None:
-    snapshot = make_fit(Learned(), 1, method="frozen").snapshot()
+    snapshot = make_fit(ModelState(), 1, method="frozen").snapshot()
 
     with pytest.raises(ValueError, match="other parameters than this fit"):
-        make_fit(Learned(), 1).restore(snapshot)
+        make_fit(ModelState(), 1).restore(snapshot)
 
 
 def test_the_result_depends_on_the_seed_and_the_task_but_on_no_global_generator() -> None:
     torch.manual_seed(1)
-    first = finish(make_fit(Learned(), 1))
+    first = finish(make_fit(ModelState(), 1))
     torch.manual_seed(2)
-    second = finish(make_fit(Learned(), 1))
+    second = finish(make_fit(ModelState(), 1))
 
     assert_identical(first, second)
 
 
-def test_the_loss_is_over_the_classes_of_the_current_task_only(three_steps: dict[str, Learned]) -> None:
+def test_the_loss_is_over_the_classes_of_the_current_task_only(three_steps: dict[str, ModelState]) -> None:
     fit = make_fit(three_steps["continuous"], 4, learning_rate=1e-12, epochs=1)
     finish(fit)
 
@@ -232,26 +232,26 @@ def test_a_diverging_loss_is_an_error_that_names_the_rate() -> None:
     with pytest.raises(
         FloatingPointError, match=r"t01: the loss became .* lower the learning rate \(1e\+30\)"
     ):
-        finish(make_fit(Learned(), 1, learning_rate=1e30))
+        finish(make_fit(ModelState(), 1, learning_rate=1e30))
 
 
 def test_a_rank_beyond_the_projection_is_refused() -> None:
     with pytest.raises(ValueError, match=r"adapter\.rank 17 is more than blocks\.0\.attn\.q can hold"):
-        make_fit(Learned(), 1, chosen=settings(rank=17))
+        make_fit(ModelState(), 1, chosen=settings(rank=17))
 
 
 def test_a_task_without_images_is_refused() -> None:
     with pytest.raises(ValueError, match="t09: no training image"):
         Fit(
-            tiny_vit(), Learned(),
+            tiny_vit(), ModelState(),
             tasks={"t09": TaskImages(torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0))},
             mean=[0.5], std=[0.5], method=METHODS["sdlora"], settings=settings(),
-            schedule=make_fit(Learned(), 1).schedule, seed=0, device=torch.device("cpu"),
+            schedule=make_fit(ModelState(), 1).schedule, seed=0, device=torch.device("cpu"),
         )  # fmt: skip
 
 
 def test_bf16_trains_nearly_the_same_and_keeps_its_parameters_in_fp32() -> None:
-    full, half = finish(make_fit(Learned(), 1)), finish(make_fit(Learned(), 1, precision="bf16"))
+    full, half = finish(make_fit(ModelState(), 1)), finish(make_fit(ModelState(), 1, precision="bf16"))
 
     assert {t.dtype for t in everything(half).values()} == {torch.float32}
     torch.testing.assert_close(half.head["t01"].weight, full.head["t01"].weight, rtol=0.1, atol=0.05)
@@ -304,9 +304,9 @@ class SmallMemory:
 
 
 def test_a_fit_that_runs_out_of_memory_takes_the_same_steps_with_fewer_images_at_once() -> None:
-    expected = make_fit(Learned(), 1, crop_scale=0.5)
+    expected = make_fit(ModelState(), 1, crop_scale=0.5)
     finish(expected)
-    poor = make_fit(Learned(), 1, crop_scale=0.5)
+    poor = make_fit(ModelState(), 1, crop_scale=0.5)
     memory = SmallMemory(poor, 2)
     finish(poor)
 
@@ -322,7 +322,7 @@ def test_a_fit_that_runs_out_of_memory_takes_the_same_steps_with_fewer_images_at
 
 def test_memory_that_fails_in_the_middle_of_a_batch_repeats_no_update() -> None:
     """The parts before have left gradients, which must not be counted again."""
-    whole, poor = make_fit(Learned(), 1), make_fit(Learned(), 1)
+    whole, poor = make_fit(ModelState(), 1), make_fit(ModelState(), 1)
     poor.micro_batch = 4
     memory = SmallMemory(poor, 4)
     forward = memory._forward
@@ -341,7 +341,7 @@ def test_memory_that_fails_in_the_middle_of_a_batch_repeats_no_update() -> None:
 
 
 def test_an_image_that_does_not_fit_by_itself_is_an_error() -> None:
-    fit = make_fit(Learned(), 1)
+    fit = make_fit(ModelState(), 1)
     SmallMemory(fit, 0)
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -349,7 +349,7 @@ def test_an_image_that_does_not_fit_by_itself_is_an_error() -> None:
     assert fit.step == 0
 
 
-def test_growing_the_head_keeps_the_old_logits(three_steps: dict[str, Learned]) -> None:
+def test_growing_the_head_keeps_the_old_logits(three_steps: dict[str, ModelState]) -> None:
     features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     model = IncrementalClassifier(tiny_vit(), three_steps["continuous"])
     expected = model.head(features)

@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.data.packed import ImageRow, write_images
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.backbones import create_backbone, write_backbone
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
@@ -30,7 +30,7 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
         weights = root / "random.safetensors"
         write_tensors(weights, FAMILIES[name]().state_dict())
     write_backbone(models / "t00", create_backbone(name, weights=weights))
-    found, learned = inject_adapters(create_backbone(name, weights=weights).model), Learned()
+    found, learned = inject_adapters(create_backbone(name, weights=weights).model), ModelState()
     features = create_backbone(name, weights=weights).description["features"]
     generator = torch.Generator().manual_seed(1)
 
@@ -44,7 +44,7 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             target: Factors(draw(at.rows, ranks[target]), draw(ranks[target], at.columns))
             for target, at in found.items()
         }
-        learned = Learned(
+        learned = ModelState(
             directions={**learned.directions, task: direction} if directions else {},
             magnitudes={**learned.magnitudes, task: 1 + draw(len(found))} if directions else {},
             head={**learned.head, task: HeadBlock(draw(2, features), draw(2))},

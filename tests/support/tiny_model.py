@@ -9,11 +9,11 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from sdlora.classifier import Learned
+from sdlora.classifier import ModelState
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS, FitResult, Settings
-from sdlora.team import ALONE, Team
+from sdlora.process_group import SINGLE, ProcessGroup
 from sdlora.training import Fit, Schedule, TaskImages
 
 
@@ -69,14 +69,14 @@ def settings(formulation: str = "continuous", **changes: Any) -> Settings:  # no
 
 
 def make_fit(
-    before: Learned,
+    before: ModelState,
     index: int,
     *,
     method: str = "sdlora",
     chosen: Settings | None = None,
     backbone: nn.Module | None = None,
     targets: tuple[str, ...] | None = None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE,
     **changes: str | float | bool,
 ) -> Fit:
     """The fit of task `t{index}` on the tiny model; a joint method gets all tasks up to it."""
@@ -93,7 +93,7 @@ def make_fit(
         seed=7,
         device=torch.device("cpu"),
         targets=targets,
-        team=team,
+        group=group,
     )
 
 
@@ -104,9 +104,9 @@ def finish(fit: Fit) -> FitResult:
     return fit.result()
 
 
-def learn(tasks: int, *, method: str = "sdlora", chosen: Settings | None = None) -> Learned:
+def learn(tasks: int, *, method: str = "sdlora", chosen: Settings | None = None) -> ModelState:
     """What a chain of `tasks` steps has learned."""
-    learned = Learned()
+    learned = ModelState()
     for index in range(1, tasks + 1):
         fit = make_fit(learned, index, method=method, chosen=chosen)
         for _ in fit.run():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pipelines.audits.steps import (
     Answers,
-    Project,
-    Record,
-    Step,
+    AuditedProject,
+    AuditedStep,
+    Figures,
     correct_for_looks,
     flip_facts,
     near,
@@ -86,7 +86,7 @@ def show_class(name: str, *, as_json: bool) -> None:
             out.print(printable(f"{guess}  {row['id']}  {where}"), markup=False, soft_wrap=True)
 
 
-def class_history(project: Project, name: str) -> Record:
+def class_history(project: AuditedProject, name: str) -> Figures:
     """Return the figures of a class: accuracy and confusions at each step, flips between steps, mistakes of the last
     one.
 
@@ -97,7 +97,7 @@ def class_history(project: Project, name: str) -> Record:
     owners = {entry["name"]: entry["task"] for entry in last.classes}
     if name not in owners:
         raise InputError(f"{last.name} knows no class {name!r}{near(name, list(owners))}")
-    rows: list[Record] = []
+    rows: list[Figures] = []
     before: tuple[Answers, Mapping[str, str]] | None = None
     for task in evaluated[evaluated.index(owners[name]) :] if owners[name] in evaluated else evaluated:
         step = project.step(task)
@@ -105,7 +105,7 @@ def class_history(project: Project, name: str) -> Record:
             continue
         answers, pictures = known_answers(step), test_pictures(step)
         mine = answers.take(answers.truths == name)
-        flips: Record = {"before": None, "lost": None, "gained": None, "p_value": None}
+        flips: Figures = {"before": None, "lost": None, "gained": None, "p_value": None}
         if before is not None:
             own = {image: pictures[image] for image in mine.ids}
             both = same_images(before[1], own)
@@ -128,14 +128,16 @@ def class_history(project: Project, name: str) -> Record:
     }
 
 
-def known_answers(step: Step) -> Answers:
+def known_answers(step: AuditedStep) -> Answers:
     """Return the answers of a step that was evaluated."""
     answers = read_answers(step)
     assert answers is not None
     return answers
 
 
-def mistakes(project: Project, step: Step, name: str, owners: Mapping[str, str]) -> list[Record]:
+def mistakes(
+    project: AuditedProject, step: AuditedStep, name: str, owners: Mapping[str, str]
+) -> list[Figures]:
     """Return the images of a class that a step names wrong, the surest first, and where they are."""
     answers = known_answers(step)
     wrong = answers.take((answers.truths == name) & ~answers.right)
@@ -162,7 +164,7 @@ def mistakes(project: Project, step: Step, name: str, owners: Mapping[str, str])
     return found
 
 
-def source_files(project: Project, task: str, name: str) -> dict[str, Path]:
+def source_files(project: AuditedProject, task: str, name: str) -> dict[str, Path]:
     """Test image → the file that it was packed from, as far as the task's source still lists it."""
     entry = project.params.tasks.get(task)
     if entry is None or not Path(entry.source).is_dir():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipelines.audits.show.class_history import TOP
 from pipelines.audits.steps import (
-    Project,
-    Record,
-    Step,
+    AuditedProject,
+    AuditedStep,
+    Figures,
     classifier_of,
     near,
     opened_project,
@@ -59,7 +59,7 @@ def show_image(which: str, *, as_json: bool) -> None:
     )
 
 
-def image_history(project: Project, which: str) -> Record:
+def image_history(project: AuditedProject, which: str) -> Figures:
     """Return the best guesses of every step for a file, or for a test image by its id. Whether the first one is right.
 
     `known` are the images of the chain that show the very same picture, whatever file it is in.
@@ -114,7 +114,7 @@ def image_history(project: Project, which: str) -> Record:
     return {"image": which, "known": known, "steps": rows}
 
 
-def image_bytes(last: Step, which: str) -> bytes:
+def image_bytes(last: AuditedStep, which: str) -> bytes:
     """Return the bytes of a file, or of the test image of that id. An `InputError` says that it is neither."""
     if Path(which).is_file():
         return Path(which).read_bytes()
@@ -130,7 +130,7 @@ def image_bytes(last: Step, which: str) -> bytes:
     raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
 
 
-def known_as(step: Step, picture: str) -> list[Record]:
+def known_as(step: AuditedStep, picture: str) -> list[Figures]:
     """Return the images of the chain that show a picture, by its `picture_hash`."""
     found = []
     for row in samples_of(step):

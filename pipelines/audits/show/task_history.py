@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.audits.show.class_history import known_answers
-from pipelines.audits.steps import Project, Record, opened_project, score, spread
+from pipelines.audits.steps import AuditedProject, Figures, opened_project, score, spread
 from pipelines.audits.tables import console, interval, plain, print_json, significant, table
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
@@ -75,7 +75,7 @@ def task_lines(found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def task_history(project: Project, which: str) -> Record:
+def task_history(project: AuditedProject, which: str) -> Figures:
     """Return what a task's step was, and its accuracy, magnitudes and share of the predictions at each step since."""
     from sdlora.change import read_update
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pipelines.data.duplicates import Print, leaking_pictures, near_across_parts, near_pictures
 from pipelines.data.duplicates import same_pictures as find_same
-from pipelines.planning.doctor.findings import Finding, count
+from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.settings import Data, Task
 
 
@@ -21,7 +21,7 @@ def duplicate_findings(
     if data.duplicates == "leave_out":
         left_out = dict.fromkeys(leaking_pictures(prints, earlier))
         if left_out:
-            what = f"{count(left_out, 'picture')} left out, because others in another part are the same"
+            what = f"{counted(left_out, 'picture')} left out, because others in another part are the same"
             yield Finding(
                 "warning", "same picture", key, what, [prints[i].shown for i in left_out], "nothing"
             )
@@ -32,11 +32,11 @@ def duplicate_findings(
         kept = set(refused)
         allowed = [fault for fault in strict if fault not in kept]
         if allowed:
-            what = f"{count(allowed, 'picture')} under two classes, as data.duplicates allows"
+            what = f"{counted(allowed, 'picture')} under two classes, as data.duplicates allows"
             where = [f"{fault.where}: {fault.what}" for fault in allowed]
             yield Finding("warning", "same picture", key, what, where, "no model can tell such classes apart")
     if refused:
-        what = f"{count(refused, 'picture')} in two parts or under two classes"
+        what = f"{counted(refused, 'picture')} in two parts or under two classes"
         where = [f"{fault.where}: {fault.what}" for fault in refused]
         yield Finding("error", "same picture", key, what, where, refused[0].remedy)
     first: dict[tuple[str, int | str, str], Print] = {}
@@ -46,11 +46,13 @@ def duplicate_findings(
         if other is not one:
             copies.append(f"{one.shown} = {other.shown}")
     if copies:
-        what = f"{count(copies, 'copy')} of pictures of the same class and part"
+        what = f"{counted(copies, 'copy')} of pictures of the same class and part"
         yield Finding("warning", "copies", key, what, copies, "they weigh more than others; remove them")
     near = near_across_parts(prints, earlier)
     if near:
-        what = f"{count(near, 'picture')} nearly the same in train and in test or validation: a test too easy"
+        what = (
+            f"{counted(near, 'picture')} nearly the same in train and in test or validation: a test too easy"
+        )
         yield Finding("warning", "near duplicates", key, what, pairs(near), "keep each group in one part")
     same_part = [
         pair
@@ -60,7 +62,9 @@ def duplicate_findings(
         )
     ]
     if same_part:
-        what = f"{count(same_part, 'picture')} nearly the same as one of an earlier task, under another class"
+        what = (
+            f"{counted(same_part, 'picture')} nearly the same as one of an earlier task, under another class"
+        )
         yield Finding("warning", "near duplicates", key, what, pairs(same_part), "check their labels")
 
 

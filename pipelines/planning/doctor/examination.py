@@ -9,7 +9,7 @@ from pipelines.data.duplicates import Print
 from pipelines.data.sources import class_names
 from pipelines.planning.doctor.duplicates import duplicate_findings, name_findings
 from pipelines.planning.doctor.files import Seen, known_prints, look_at
-from pipelines.planning.doctor.findings import Finding, count
+from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.planning.doctor.machine import load_backbone, machine_findings
 from pipelines.planning.doctor.similarity import backbone_findings
 from pipelines.planning.tasks import inside_project, known_tasks, next_task
@@ -52,7 +52,10 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
         findings += backbone_findings(params.tasks, seen, base, params.data)
     for key in seen:
         if not any(finding.task == key and finding.level != "ok" for finding in findings):
-            what = f"{count(seen[key].images, 'image')} of {count(params.tasks[key].classes, 'class')}, nothing amiss"
+            what = (
+                f"{counted(seen[key].images, 'image')} of "
+                f"{counted(params.tasks[key].classes, 'class')}, nothing amiss"
+            )
             findings.append(Finding("ok", "images", key, what, [], ""))
     order = {key: position for position, key in enumerate(["", *params.tasks])}
     return sorted(findings, key=lambda finding: order[finding.task])
@@ -81,7 +84,7 @@ def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str
         ]
         findings.append(
             Finding(
-                "error", "class names", "", f"{count(bad, 'class')} cannot have its name", where, "rename"
+                "error", "class names", "", f"{counted(bad, 'class')} cannot have its name", where, "rename"
             )
         )
     if not new:
@@ -90,6 +93,6 @@ def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str
         return None
     key, _, _, with_it = next_task(source, classes=new)
     if old:
-        what = f"{count(old, 'class')} of it learned already, left out here and by `sdlora add-task`"
+        what = f"{counted(old, 'class')} of it learned already, left out here and by `sdlora add-task`"
         findings.append(Finding("warning", "classes", key, what, [f"{n} ({owner[n]})" for n in old], ""))
     return Params.parse(with_it, origin=str(PARAMS)), {key}

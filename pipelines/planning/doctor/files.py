@@ -16,7 +16,7 @@ from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
 from pipelines.data.packed import read_images
 from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
 from pipelines.data.sources import read_source
-from pipelines.planning.doctor.findings import Finding, count
+from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import RAW, SPLITS
@@ -79,7 +79,7 @@ def look_at(
     unreadable = read_pictures(f"read {key}", divided.images, look, max_pixels=data.max_pixels)
     if unreadable:
         where = [f"{divided.images[index].path} ({fault})" for index, fault in unreadable.items()]
-        what = f"{count(where, 'image')} cannot be read"
+        what = f"{counted(where, 'image')} cannot be read"
         findings.append(Finding("error", "unreadable", key, what, where, "replace or remove each"))
     whole = sorted(looks)
     seen = Seen(
@@ -123,7 +123,7 @@ def balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:
     for part, reason in (("train", "to learn from"), ("test", "for an accuracy that means something")):
         few = {name: number for name, number in counts[part].items() if number < FEW}
         if few:
-            what = f"{count(few, 'class')} with fewer than {FEW} {part} images {reason}"
+            what = f"{counted(few, 'class')} with fewer than {FEW} {part} images {reason}"
             where = [f"{name}: {number}" for name, number in sorted(few.items(), key=lambda item: item[1])]
             yield Finding("warning", "few images", key, what, where, "add images")
     train = counts["train"]

@@ -21,7 +21,7 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def count(things: Sequence[Any] | Mapping[Any, Any], word: str) -> str:
+def counted(things: Sequence[Any] | Mapping[Any, Any], word: str) -> str:
     """Return a number of things in words."""
     plural = {"class": "classes", "copy": "copies"}.get(word, f"{word}s")
     return f"{len(things)} {word if len(things) == 1 else plural}"

@@ -15,7 +15,7 @@ from pipelines.data.packed import PACKED, read_images
 from pipelines.data.source_files import Found
 from pipelines.data.sources import read_source
 from pipelines.planning.doctor.files import Seen, packed_names
-from pipelines.planning.doctor.findings import Finding, count
+from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.errors import InputError
 from pipelines.project.layout import TRAINED
 from pipelines.project.settings import Data, Task
@@ -121,7 +121,7 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
             text = f"{name} ~ {other} of {features[other].task} ({ratio[nearest]:.2f})"
             found[features[name].task].append((float(ratio[nearest]), text))
     for key, texts in found.items():
-        what = f"{count(texts, 'class')} that look like one before (distance ÷ spread below {ALIKE})"
+        what = f"{counted(texts, 'class')} that look like one before (distance ÷ spread below {ALIKE})"
         remedy = "one class under two names? else expect confusions, or a backbone that tells them apart"
         yield Finding("warning", "similar classes", key, what, [text for _, text in sorted(texts)], remedy)
 

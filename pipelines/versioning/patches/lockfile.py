@@ -29,7 +29,7 @@ from pipelines.project.layout import LOCK_MEMORY
 HEAD = "schema: '2.0'\nstages:\n"
 """How the text begins; stages follow, each a key indented by two spaces with its entry below it."""
 
-MANY = 20
+MANY_ENTRIES = 20
 """Entries that are new to a process, from which on it looks there, and leaves there what it has read."""
 
 _entries: dict[str, tuple[str, Any]] = {}
@@ -83,7 +83,7 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
     texts = [part for part in re.split(r"^(?=  [^ ])", text.removeprefix(HEAD), flags=re.MULTILINE) if part]
     unknown = [part for part in texts if part not in _entries]
     memory = path.parent / LOCK_MEMORY
-    if len(unknown) >= MANY:
+    if len(unknown) >= MANY_ENTRIES:
         _entries.update(recalled(memory, unknown))
         unknown = [part for part in unknown if part not in _entries]
     if unknown:
@@ -100,12 +100,12 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
         return None
     _entries.clear()
     _entries.update(found)
-    if len(unknown) >= MANY:
-        keep(memory, found)
+    if len(unknown) >= MANY_ENTRIES:
+        keep_entries(memory, found)
     return found
 
 
-def keep(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
+def keep_entries(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
     """Leave entries for the next process, where JSON says what YAML said."""
     known = {"dvc": VERSION, **{digest(text): list(entry) for text, entry in entries.items()}}
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.audits import retire as retiring
-from pipelines.audits.retire import retire
+from pipelines.audits.retire import command, deletion, survey
+from pipelines.audits.retire.command import retire
 from pipelines.data.packed import read_images
 from pipelines.ledger.receipts import read_receipts
 from pipelines.project.errors import InputError
@@ -206,8 +206,9 @@ def test_ended_before_any_of_its_operations_the_same_command_finishes(
     packed = sha256_of(project / "artifacts/train/t01/train.arrow")
     for owner, name in ((FileSystem, "remove"), (Path, "unlink"), (Path, "rmdir")):
         limited(owner, name)
-    for name in ("write_json", "replace_file", "reproduce_stage"):
-        limited(retiring, name)
+    limited(command, "write_json")
+    limited(deletion, "replace_file")
+    limited(deletion, "reproduce_stage")
     total: list[str] = []
     for attempt in range(40):
         done.clear()
@@ -366,7 +367,7 @@ def test_a_file_that_two_tasks_list_is_not_taken_from_one(
     text += '  t01: {after: t00, source: both, manifest: "t01.csv", classes: [a]}\n'
     text += '  t02: {after: t01, source: both, manifest: "t02.csv", classes: [c]}\n'
     with pytest.raises(InputError, match=r"both/0\.png is an image of t02 too; give t01 files of its own"):
-        list(retiring.raw_files("t01", Params.parse(text, origin="params.yaml")))
+        list(survey.raw_files("t01", Params.parse(text, origin="params.yaml")))
 
 
 def test_a_remote_that_cannot_delete_is_no_reason_to_begin(project: Path) -> None:
@@ -393,7 +394,7 @@ def test_one_that_was_begun_is_ended_before_another_begins(
     def killed(*_: object, **__: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(retiring, "finish", killed)
+    monkeypatch.setattr(command, "finish", killed)
     with pytest.raises(Killed):
         retire("t01", by="me", why="x", dry=False, yes=True)
     monkeypatch.undo()

@@ -147,7 +147,7 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
 
     from pipelines.audits.verify import check_bytes, check_split
     from pipelines.data.packed import ImageRow, read_images, write_images
-    from pipelines.versioning.artifacts import Place, read_lock
+    from pipelines.versioning.artifacts import ArtifactStore, read_lock
 
     path = project / "artifacts/split/t02/test/t02.arrow"
     rows = [ImageRow(**row) for row in read_images(path).to_pylist()]
@@ -159,7 +159,7 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
     }
     record = json.loads((project / "artifacts/model/t02/step.json").read_text())
     (project / "scratch").mkdir()
-    place = Place(read_lock(Params.load()), project / "scratch")
+    place = ArtifactStore(read_lock(Params.load()), project / "scratch")
     check_bytes(place, "artifacts/split/t01")
     check_split(place, "t02", record)
     path.chmod(0o644)
@@ -170,11 +170,11 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
 
 def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
     from pipelines.audits.verify import check_bytes, check_split
-    from pipelines.data.packed import SampleRow, digest_of, read_images, write_samples
-    from pipelines.versioning.artifacts import Place, read_lock
+    from pipelines.data.packed import SampleRow, read_images, samples_digest, write_samples
+    from pipelines.versioning.artifacts import ArtifactStore, read_lock
 
     (project / "scratch").mkdir()
-    place = Place(read_lock(Params.load()), project / "scratch")
+    place = ArtifactStore(read_lock(Params.load()), project / "scratch")
     check_bytes(place, "artifacts/split/t01")
     split = project / "artifacts/split/t02"
     record = json.loads((project / "artifacts/model/t02/step.json").read_text())
@@ -188,7 +188,7 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
         file.chmod(0o644)
     write_samples(split / "samples/t02.arrow", forged)
     described = json.loads((split / "split.json").read_text())
-    (split / "split.json").write_text(json.dumps({**described, "digest": digest_of(forged)}))
+    (split / "split.json").write_text(json.dumps({**described, "digest": samples_digest(forged)}))
     table = read_images(split / "test/t02.arrow").to_pylist()
     from pipelines.data.packed import ImageRow, write_images
 

@@ -18,7 +18,7 @@ from tests.support.repository import REPOSITORY
 
 FUNCTIONS = {
     **{kind: (f"pipelines.stages.{kind}", kind) for kind in (CODE_STAGE, *STAGES)},
-    "take-part": ("pipelines.stages.fit", "take_part"),
+    "run-rank": ("pipelines.stages.fit", "run_rank"),
 }
 
 

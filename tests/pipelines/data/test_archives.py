@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from pipelines.data import archives
-from pipelines.data.archives import gunzip, members, names
+from pipelines.data.archives import archive_members, gunzip, names
 from pipelines.project.errors import InputError
 
 FILES = {"set/b/2.jpg": b"two", "set/a/1.jpg": b"one", "set/readme.txt": b"read"}
@@ -52,7 +52,7 @@ KINDS = ["a.tar", "a.tar.gz", "a.tgz", "a.zip"]
 def test_members_come_in_the_order_of_the_archive_and_only_if_wanted(tmp_path: Path, kind: str) -> None:
     path = pack(tmp_path / kind, FILES)
 
-    found = list(members(path, lambda name: name.suffix == ".jpg"))
+    found = list(archive_members(path, lambda name: name.suffix == ".jpg"))
 
     assert found == [(PurePosixPath("set/b/2.jpg"), b"two"), (PurePosixPath("set/a/1.jpg"), b"one")]
     assert names(path) == [PurePosixPath(name) for name in FILES]
@@ -68,7 +68,7 @@ def test_a_path_that_leads_out_is_refused_even_if_nobody_wants_it(
     path = pack(tmp_path / kind, {**FILES, name: b"bad"})
 
     with pytest.raises(InputError, match="would be written outside of its folder"):
-        list(members(path, lambda _: False))
+        list(archive_members(path, lambda _: False))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_bomb_is_refused_before_it_unpacks(
     path = pack(tmp_path / kind, {"set/a/1.jpg": bytes(3_000_000)})
 
     with pytest.raises(InputError, match=r"'set/a/1\.jpg' would unpack to 3,000,000 bytes, more than such"):
-        list(members(path, everything))
+        list(archive_members(path, everything))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +139,7 @@ def test_a_damaged_archive_is_one_line_that_names_it(
     with pytest.raises(
         InputError, match=rf"{kind}: a damaged archive \(.*\); delete it and run the same again"
     ):
-        list(members(path, everything))
+        list(archive_members(path, everything))
 
 
 def test_a_changed_byte_in_a_zip_is_noticed(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_changed_byte_in_a_zip_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"the image's", b"the imagE's"))
 
     with pytest.raises(InputError, match="a damaged archive"):
-        list(members(path, everything))
+        list(archive_members(path, everything))
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data import catalog
-from pipelines.data.catalog import LAYOUTS, load, stratified
+from pipelines.data.catalog import LAYOUTS, load_benchmark, stratified
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
 from pipelines.project.param_checks import class_name_fault
@@ -109,7 +109,7 @@ def test_every_known_data_set_has_a_folder_of_its_own() -> None:
 @pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_file_has_an_address_and_a_hash(name: str) -> None:
-    for remote in load(name).remotes.values():
+    for remote in load_benchmark(name).remotes.values():
         assert remote.urls
         assert all(
             url.startswith(("https://", "http://")) and url.endswith(remote.name) for url in remote.urls
@@ -132,7 +132,7 @@ def test_every_file_has_an_address_and_a_hash(name: str) -> None:
     ],
 )
 def test_the_classes_of_every_data_set_are_known(name: str, number: int, first: str, last: str) -> None:
-    classes = load(name).classes
+    classes = load_benchmark(name).classes
 
     assert len(set(classes)) == number
     assert (classes[0], classes[-1]) == (first, last)
@@ -143,7 +143,7 @@ def test_the_classes_of_every_data_set_are_known(name: str, number: int, first: 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a", "cub200", "cifar100"])
 def test_labels_are_in_the_order_in_which_image_folder_sorts(name: str) -> None:
     """torchvision sorts the names of class folders as plain text, and the papers' code numbers them so."""
-    folders = list(load(name).folders)
+    folders = list(load_benchmark(name).folders)
     assert folders == sorted(folders)
 
 

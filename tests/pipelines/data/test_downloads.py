@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pipelines.data import downloads
-from pipelines.data.downloads import Remote, digest_of, obtain
+from pipelines.data.downloads import Remote, file_digest, obtain
 from pipelines.project.errors import InputError
 from tests.support.repository import REPOSITORY
 
@@ -313,5 +313,5 @@ def test_progress_is_shown_in_lines_where_there_is_no_terminal(
 def test_the_id_that_git_gives_a_file_is_a_hash_too(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"hello\n")
 
-    assert digest_of(tmp_path / "a", "git-blob") == "ce013625030ba8dba906f756967f9e9ca394464a"
-    assert digest_of(tmp_path / "a", "md5") == hashlib.md5(b"hello\n").hexdigest()
+    assert file_digest(tmp_path / "a", "git-blob") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert file_digest(tmp_path / "a", "md5") == hashlib.md5(b"hello\n").hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ledger.journal import keep
+from pipelines.ledger.journal import keep_cost
 from pipelines.orchestration.stage_runs import launch
 from pipelines.project.files import read_json, sha256_of
 from pipelines.runtime.stage import Stage, StageResult
@@ -47,7 +47,7 @@ def test_a_commit_is_named_with_whether_files_differ_from_it(
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     for content, expected in (("1", head), ("2", f"{head}+")):
         Path("a").write_text(content)
-        keep("fit@t01", {"out": Path("out")}, StageResult([]), seconds=1.0)
+        keep_cost("fit@t01", {"out": Path("out")}, StageResult([]), seconds=1.0)
         assert read_json(Path("ledger/journal/fit@t01.json"))["commit"] == expected
 
 
@@ -56,7 +56,7 @@ def test_a_journal_that_cannot_be_written_costs_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ledger").write_text("a file, where a folder should be")
-    keep("fit@t01", {"out": Path("out")}, StageResult([]), seconds=1.0)
+    keep_cost("fit@t01", {"out": Path("out")}, StageResult([]), seconds=1.0)
     assert capsys.readouterr().err == (
         "warning: fit@t01 is done, but its cost could not be written to ledger/journal (Not a directory)\n"
     )

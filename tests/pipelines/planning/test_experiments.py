@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.catalog import LAYOUTS, load
+from pipelines.data.catalog import LAYOUTS, load_benchmark
 from pipelines.planning.experiments import lay_over, plan_benchmark
 from pipelines.planning.tasks import shuffled
 from pipelines.project.errors import InputError
@@ -79,7 +79,7 @@ def test_a_benchmark_is_planned_before_its_images_are_here() -> None:
     lines = plan_benchmark("imagenet-r", tasks=10, seed=1996)
 
     params = Params.load()
-    labels = load("imagenet-r").classes
+    labels = load_benchmark("imagenet-r").classes
     assert [len(task.classes) for task in params.tasks.values()] == [20] * 10
     assert (
         classes()[:3]
@@ -100,7 +100,7 @@ def test_every_benchmark_can_be_planned_and_is_fetched_then(name: str) -> None:
     params = Params.load()
     assert params.fetch.entry(name) is not None
     assert params.fetch.digits is not None
-    assert sorted(classes()) == sorted(load(name).classes)
+    assert sorted(classes()) == sorted(load_benchmark(name).classes)
 
 
 def test_planning_changes_only_the_tasks_and_one_line_of_fetch() -> None:
@@ -119,8 +119,8 @@ def test_planning_changes_only_the_tasks_and_one_line_of_fetch() -> None:
 def test_labels_of_domainnet_are_those_of_its_lists_and_not_of_a_sort() -> None:
     plan_benchmark("domainnet", tasks=5, seed=1993)
 
-    assert classes()[:3] == [load("domainnet").classes[i] for i in numpy_order(345, 1993)[:3]]
-    assert load("domainnet").classes.index("The_Mona_Lisa") == 310
+    assert classes()[:3] == [load_benchmark("domainnet").classes[i] for i in numpy_order(345, 1993)[:3]]
+    assert load_benchmark("domainnet").classes.index("The_Mona_Lisa") == 310
 
 
 def numpy_order(number: int, seed: int) -> list[int]:
@@ -135,16 +135,16 @@ def own_folder(*names: str) -> None:
 
 
 def test_images_that_are_here_already_are_not_fetched() -> None:
-    own_folder(*load("cifar100").classes)
+    own_folder(*load_benchmark("cifar100").classes)
 
     plan_benchmark("cifar100", tasks=10, seed=1994)
 
     assert Params.load().fetch.entry("cifar100") is None
-    assert classes()[0] == load("cifar100").classes[72]
+    assert classes()[0] == load_benchmark("cifar100").classes[72]
 
 
 def test_folders_that_are_named_as_in_the_archive_keep_their_names() -> None:
-    folders = list(load("imagenet-a").folders)
+    folders = list(load_benchmark("imagenet-a").folders)
     for name in folders:
         Path("data/raw/imagenet-a/train", name).mkdir(parents=True)
 
@@ -251,7 +251,7 @@ def test_another_seed_is_of_the_class_order_and_of_the_run() -> None:
     lay_over(overlay("plan: {benchmark: cifar100, tasks: 10, seed: 1993}\nseed: 1993\n"), seed=1994)
 
     assert Params.load().seed == 1994
-    assert classes()[0] == load("cifar100").classes[72]
+    assert classes()[0] == load_benchmark("cifar100").classes[72]
 
 
 @pytest.mark.parametrize(

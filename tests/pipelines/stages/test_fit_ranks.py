@@ -70,7 +70,7 @@ def test_two_devices_learn_what_one_learns_and_one_that_dies_ends_the_fit_which_
         time.sleep(0.001)
     killed.send_signal(signal.SIGSTOP)  # it would be done before the other is found
     family = psutil.Process(killed.pid).children(recursive=True)
-    next(child for child in family if "take-part" in child.cmdline()).send_signal(signal.SIGKILL)
+    next(child for child in family if "run-rank" in child.cmdline()).send_signal(signal.SIGKILL)
     killed.send_signal(signal.SIGCONT)
     said = killed.communicate(timeout=60)[1]
     # By its own handler, or before or after that by the signal itself.

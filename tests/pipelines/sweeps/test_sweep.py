@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipelines.audits.retire import retire
+from pipelines.audits.retire.command import retire
 from pipelines.cli.app import app
 from pipelines.orchestration.attempts import Attempts
 from pipelines.project.errors import InputError
@@ -27,7 +27,7 @@ from pipelines.project.layout import TURNS
 from pipelines.project.params import Params
 from pipelines.sweeps.grid import default_name, make_chains, read_axes
 from pipelines.sweeps.here import may_begin, only_sweep
-from pipelines.sweeps.results import Result, as_json, shown, write_table
+from pipelines.sweeps.results import Result, as_json, result_table, write_table
 from pipelines.sweeps.workspace import Workspace, make_workspace, read_project
 from pipelines.versioning.plan import read_plan
 from tests.support.commands import call, environment
@@ -183,7 +183,7 @@ def printed(table: dict[str, object]) -> list[list[str]]:
     """The cells of the printed table."""
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(shown(table))
+        console.print(result_table(table))
     lines = [line for line in capture.get().splitlines() if "│" in line]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 

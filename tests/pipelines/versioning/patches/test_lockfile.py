@@ -165,7 +165,7 @@ def test_a_lock_that_changed_since_is_read_again(project: Path) -> None:
 def many(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project's dvc.lock, of few entries, treated as one of many; and nothing that this process has read."""
     (project / ".sdlora").mkdir()
-    monkeypatch.setattr(lockfile, "MANY", 2)
+    monkeypatch.setattr(lockfile, "MANY_ENTRIES", 2)
     monkeypatch.setattr(lockfile, "_entries", {})
     return project / "dvc.lock"
 
@@ -199,7 +199,7 @@ def test_an_entry_that_changed_since_is_not_taken_from_what_was_read(
     monkeypatch.setattr(lockfile, "_entries", {})
     after = lockfile.read_entries(many)
     monkeypatch.setattr(lockfile, "_entries", {})
-    monkeypatch.setattr(lockfile, "MANY", 1000)
+    monkeypatch.setattr(lockfile, "MANY_ENTRIES", 1000)
 
     assert after != before
     assert after == lockfile.read_entries(many)
@@ -247,6 +247,6 @@ def test_a_memory_that_cannot_be_right_is_read_anew(
 
 def test_what_json_cannot_say_is_not_kept(many: Path) -> None:
     for content in ({"day": date(2026, 1, 1)}, {1: "a whole number as a key"}, {"share": float("nan")}):
-        lockfile.keep(many.parent / LOCK_MEMORY, {"text": ("name", content)})
+        lockfile.keep_entries(many.parent / LOCK_MEMORY, {"text": ("name", content)})
 
         assert not (many.parent / LOCK_MEMORY).exists()

@@ -1,4 +1,4 @@
-"""A fit whose batches two processes share learns what one process learns, and both members hold the same bits."""
+"""A fit whose batches two processes share learns what one process learns, and both ranks hold the same bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlora.team import ALONE, Team, join_team
+from sdlora.process_group import SINGLE, ProcessGroup, join_group
 from sdlora.tensors import read_tensors, write_tensors
 from tests.support.repository import REPOSITORY
 from tests.support.tiny_model import everything, finish, learn, make_fit
@@ -19,22 +19,22 @@ OPTIONS = {"crop_scale": 0.5, "flip": True, "epochs": 2}
 
 
 def test_the_shares_of_a_batch_are_the_batch() -> None:
-    """Also where there are more members than images; the first share is never empty."""
+    """Also where there are more ranks than images; the first share is never empty."""
     for images in range(1, 6):
         batch = torch.arange(images)
-        shares = [Team(member, 3).share(batch) for member in range(3)]
+        shares = [ProcessGroup(rank, 3).share(batch) for rank in range(3)]
         assert torch.equal(torch.cat(shares), batch)
         assert len(shares[0]) == -(-images // 3)
-    assert torch.equal(ALONE.share(batch), batch)
+    assert torch.equal(SINGLE.share(batch), batch)
 
 
-def member(rank: int, folder: Path, methods: list[str]) -> None:
+def rank(rank: int, folder: Path, methods: list[str]) -> None:
     """What each of two processes does: fit after fit, each result into a file."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    team = join_team(rank, 2, meeting=folder / "meeting", device=device)
+    group = join_group(rank, 2, meeting=folder / "meeting", device=device)
     for method in methods:
-        fit = make_fit(learn(1, method=method), 2, method=method, team=team, **OPTIONS)
+        fit = make_fit(learn(1, method=method), 2, method=method, group=group, **OPTIONS)
         write_tensors(folder / f"{method}-{rank}.safetensors", everything(finish(fit)))
         (folder / f"{method}-{rank}.json").write_text(json.dumps(fit.curve))
 
@@ -43,9 +43,7 @@ def member(rank: int, folder: Path, methods: list[str]) -> None:
 def test_two_members_learn_what_one_learns_and_hold_the_same_bits(tmp_path: Path) -> None:
     """Batches of seven images and a rest of three, so that shares differ; methods with and without a penalty."""
     methods = ["sdlora", "olora"]
-    command = (
-        f"from tests.sdlora.test_team import member, Path; member({{}}, Path({str(tmp_path)!r}), {methods})"
-    )
+    command = f"from tests.sdlora.test_team import rank, Path; rank({{}}, Path({str(tmp_path)!r}), {methods})"
     started = [
         subprocess.Popen([sys.executable, "-c", command.format(rank)], cwd=REPOSITORY, stderr=subprocess.PIPE)
         for rank in range(2)
