@@ -28,7 +28,7 @@ def test_the_shares_of_a_batch_are_the_batch() -> None:
     assert torch.equal(SINGLE.share(batch), batch)
 
 
-def rank(rank: int, folder: Path, methods: list[str]) -> None:
+def learn_as_rank(rank: int, folder: Path, methods: list[str]) -> None:
     """What each of two processes does: fit after fit, each result into a file."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -40,10 +40,10 @@ def rank(rank: int, folder: Path, methods: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_members_learn_what_one_learns_and_hold_the_same_bits(tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_learns_and_hold_the_same_bits(tmp_path: Path) -> None:
     """Batches of seven images and a rest of three, so that shares differ; methods with and without a penalty."""
     methods = ["sdlora", "olora"]
-    command = f"from tests.sdlora.test_team import rank, Path; rank({{}}, Path({str(tmp_path)!r}), {methods})"
+    command = f"from tests.sdlora.test_process_group import learn_as_rank, Path; learn_as_rank({{}}, Path({str(tmp_path)!r}), {methods})"
     started = [
         subprocess.Popen([sys.executable, "-c", command.format(rank)], cwd=REPOSITORY, stderr=subprocess.PIPE)
         for rank in range(2)
