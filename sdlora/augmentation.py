@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)
-TRIES = 10
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_TRIES = 10
 """How often a box that does not fit into the image is drawn anew before the whole image is taken."""
-DRAWS = 2 * TRIES + 3
+DRAWS = 2 * _TRIES + 3
 """Uniform numbers that an image takes: areas and aspect ratios of all tries, two places, and the flip."""
 
 
@@ -53,23 +53,23 @@ def random_boxes(height: int, width: int, *, crop_scale: float, draws: Tensor) -
     The area is uniform in [crop_scale, 1] of the image's and the aspect ratio log-uniform in [3/4, 4/3]; a box that
     does not fit is drawn anew, ten times at most, and then it is the largest in the middle with an allowed ratio.
     """
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    area = height * width * (crop_scale + (1 - crop_scale) * draws[:, :TRIES].double())
-    ratio = torch.exp(low + (high - low) * draws[:, TRIES : 2 * TRIES].double())
+    low, high = (math.log(ratio) for ratio in _ASPECT_RATIOS)
+    area = height * width * (crop_scale + (1 - crop_scale) * draws[:, :_TRIES].double())
+    ratio = torch.exp(low + (high - low) * draws[:, _TRIES : 2 * _TRIES].double())
     widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
-    widest = min(width, round(height * ASPECT_RATIOS[1]))
-    highest = min(height, round(width / ASPECT_RATIOS[0]))
+    widest = min(width, round(height * _ASPECT_RATIOS[1]))
+    highest = min(height, round(width / _ASPECT_RATIOS[0]))
     chosen_width = torch.where(found, widths.gather(1, first)[:, 0], float(widest))
     chosen_height = torch.where(found, heights.gather(1, first)[:, 0], float(highest))
     room_below, room_right = height - chosen_height, width - chosen_width
     top = torch.where(
-        found, (draws[:, 2 * TRIES].double() * (room_below + 1)).floor(), (room_below / 2).floor()
+        found, (draws[:, 2 * _TRIES].double() * (room_below + 1)).floor(), (room_below / 2).floor()
     )
     left = torch.where(
-        found, (draws[:, 2 * TRIES + 1].double() * (room_right + 1)).floor(), (room_right / 2).floor()
+        found, (draws[:, 2 * _TRIES + 1].double() * (room_right + 1)).floor(), (room_right / 2).floor()
     )
     return torch.stack([top, left, chosen_height, chosen_width], dim=1)
 

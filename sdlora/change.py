@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 
 from sdlora.ledger import read_record
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 
 
 class Pair(NamedTuple):
     """A low-rank matrix B·A: `up` is B (rows, r), `down` is A (r, columns)."""
 
-    up: Array
-    down: Array
+    up: _Array
+    down: _Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Update:
     """Names of the adapted projections (`blocks.0.attn.q`), in the model's order; none where nothing is adapted."""
     directions: Mapping[str, Mapping[str, Pair]]
     """Task id → target → the frozen direction."""
-    magnitudes: Mapping[str, Array]
+    magnitudes: Mapping[str, _Array]
     """Task id → (targets,)."""
 
     def scale(self, task: str, target: str) -> float:
@@ -86,7 +86,7 @@ def norm(pair: Pair) -> float:
     return max(squared, 0.0) ** 0.5
 
 
-def inner_products(pairs: Sequence[Pair]) -> Array:
+def inner_products(pairs: Sequence[Pair]) -> _Array:
     """⟨BᵢAᵢ, BⱼAⱼ⟩_F of every two of n pairs of one shape, (n, n). ‖Σ cᵢBᵢAᵢ‖² is cᵀGc for any coefficients c.
 
     Two products of all stacked factors, so that a chain of hundreds of steps is compared in one go.
@@ -126,7 +126,7 @@ def relative_changes(now: Update, then: Update, base_norms: Mapping[str, float])
     return changes
 
 
-def principal_cosines(left: Array, right: Array) -> Array:
+def principal_cosines(left: _Array, right: _Array) -> _Array:
     """Cosines of the principal angles between two column spaces, largest first: (min(r, s),) for (d, r) and (d, s).
 
     From the QR decompositions and the SVD of an r×s matrix (Björck & Golub, 1973). A space that is a part of the
@@ -138,13 +138,13 @@ def principal_cosines(left: Array, right: Array) -> Array:
     return np.clip(np.linalg.svd(left.T @ right, compute_uv=False), 0.0, 1.0)
 
 
-def overlap(left: Array, right: Array) -> float:
+def overlap(left: _Array, right: _Array) -> float:
     """Mean squared cosine of the principal angles: 0 perpendicular, 1 one space within the other. NaN of nothing."""
     cosines = principal_cosines(left, right)
     return float(np.square(cosines).mean()) if cosines.size else float("nan")
 
 
-def overlaps(spaces: Sequence[Array]) -> Array:
+def overlaps(spaces: Sequence[_Array]) -> _Array:
     """`overlap` of every two of n column spaces of one height, (n, n).
 
     In one product: the sum of squared cosines is ‖QᵢᵀQⱼ‖²_F of orthonormal bases Q.
@@ -172,7 +172,7 @@ def linear_cka(left: ArrayLike, right: ArrayLike) -> float:
     return float(np.square(np.linalg.norm(y.T @ x)) / scale) if scale > 0 else float("nan")
 
 
-def _orthonormal(columns: Array) -> Array:
+def _orthonormal(columns: _Array) -> _Array:
     """Return an orthonormal basis of a column space."""
     if not columns.size:
         return columns[:, :0]
@@ -181,10 +181,10 @@ def _orthonormal(columns: Array) -> Array:
     return u[:, kept]
 
 
-def _membership(ranks: Sequence[int]) -> Array:
+def _membership(ranks: Sequence[int]) -> _Array:
     """(Σr, n): which of n matrices each stacked column is of."""
     return np.repeat(np.eye(len(ranks)), ranks, axis=0)
 
 
-def _double(array: NDArray[Any]) -> Array:
+def _double(array: NDArray[Any]) -> _Array:
     return array.astype(np.float64)

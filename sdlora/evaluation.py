@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from sdlora.preprocessing import normalise
 from sdlora.products import by_onednn
 
-AHEAD = 2
+_AHEAD = 2
 """Batches that a GPU may have before it when the host waits for the result of the first."""
 
 
-class Predictions(NamedTuple):
+class _Predictions(NamedTuple):
     """For each image the predicted class index (n,) int64 and its softmax probability (n,) float32."""
 
     classes: Tensor
@@ -29,7 +29,7 @@ def predict_batches(
     std: Sequence[float],
     device: torch.device,
     bf16: bool = False,
-) -> Iterator[Predictions]:
+) -> Iterator[_Predictions]:
     """Predict batches of uint8 images (n, channels, height, width) in order, on the CPU. No task id is used.
 
     Args:
@@ -44,7 +44,7 @@ def predict_batches(
         return classes, confidences
 
     for classes, confidences in _results(predict, batches, device):
-        yield Predictions(classes, confidences)
+        yield _Predictions(classes, confidences)
 
 
 def feature_batches(
@@ -84,7 +84,7 @@ def _results(
         found = tuple(result.to("cpu", non_blocking=True) for result in results)
         on_gpu = results[0].is_cuda
         waiting.append((found, torch.cuda.current_stream(device).record_event() if on_gpu else None))
-        if len(waiting) > (AHEAD if on_gpu else 0):
+        if len(waiting) > (_AHEAD if on_gpu else 0):
             yield _arrived(*waiting.popleft())
     while waiting:
         yield _arrived(*waiting.popleft())

@@ -12,9 +12,9 @@ from sdlora.ledger import record_bytes
 from sdlora.methods import FitResult
 from sdlora.tensors import read_tensors, write_tensors
 
-FACTORS, FIT_MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
-HEAD, MEMORY = "head.safetensors", "memory.safetensors"
-CURVE, DESCRIPTION = "curve.csv", "fit.json"
+_FACTORS, FIT_MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
+_HEAD, _MEMORY = "head.safetensors", "memory.safetensors"
+_CURVE, _DESCRIPTION = "curve.csv", "fit.json"
 
 
 class EpochRecord(NamedTuple):
@@ -34,27 +34,27 @@ def write_fit(
     tensors = {}
     for target, factors in fit.factors.items():
         tensors[f"{target}.up"], tensors[f"{target}.down"] = factors
-    write_tensors(folder / FACTORS, tensors)
+    write_tensors(folder / _FACTORS, tensors)
     write_tensors(folder / FIT_MAGNITUDES, fit.magnitudes)
     rows = {
         f"{task}.{part}": tensor
         for task, block in fit.head.items()
         for part, tensor in block._asdict().items()
     }
-    write_tensors(folder / HEAD, rows)
-    write_tensors(folder / MEMORY, fit.memory)
+    write_tensors(folder / _HEAD, rows)
+    write_tensors(folder / _MEMORY, fit.memory)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(EpochRecord._fields)
     for row in curve:
         writer.writerow([row.step, row.epoch, *(f"{value:.6g}" for value in row[2:])])
-    (folder / CURVE).write_text(text.getvalue())
-    (folder / DESCRIPTION).write_bytes(record_bytes({**description, "targets": list(fit.factors)}))
+    (folder / _CURVE).write_text(text.getvalue())
+    (folder / _DESCRIPTION).write_bytes(record_bytes({**description, "targets": list(fit.factors)}))
 
 
 def read_curve(folder: Path) -> list[EpochRecord]:
     """Return the training curve of a fit folder, one record per epoch."""
-    with (folder / CURVE).open(encoding="utf-8", newline="") as file:
+    with (folder / _CURVE).open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         return [
             EpochRecord(
@@ -75,8 +75,8 @@ def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence
         FileNotFoundError: a file is missing.
         ValueError: a file is not whole.
     """
-    tensors, magnitudes = read_tensors(folder / FACTORS), read_tensors(folder / FIT_MAGNITUDES)
-    rows = read_tensors(folder / HEAD)
+    tensors, magnitudes = read_tensors(folder / _FACTORS), read_tensors(folder / FIT_MAGNITUDES)
+    rows = read_tensors(folder / _HEAD)
     return FitResult(
         task=task,
         factors={target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets},
@@ -86,5 +86,5 @@ def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence
             for name in tasks
             if f"{name}.weight" in rows
         },
-        memory=read_tensors(folder / MEMORY),
+        memory=read_tensors(folder / _MEMORY),
     )

@@ -38,7 +38,7 @@ class Formulation:
             )
 
 
-PAPER = Formulation(
+_PAPER = Formulation(
     norm=product_norm,
     normalise_current=True,
     per_target=False,
@@ -54,7 +54,7 @@ the bound of A) nor whether αₖ of earlier tasks is carried (line 1 of Algorit
 they start anew): `initial_up` and `carried` choose. Freezing changes no output.
 """
 
-REFERENCE = Formulation(
+_REFERENCE = Formulation(
     norm=factor_norms,
     normalise_current=False,
     per_target=False,
@@ -70,7 +70,7 @@ boundary of two steps. Within a step, and in its evaluation, the function is the
 folder therefore holds the magnitudes that reproduce it (α_t‖B_t‖‖A_t‖ at each target for the newest).
 """
 
-CONTINUOUS = Formulation(
+_CONTINUOUS = Formulation(
     norm=product_norm,
     normalise_current=False,
     per_target=True,
@@ -85,4 +85,4 @@ B = 0 could not be normalised), one αₖ per task and target. At freezing the n
 direction's norm, α ← α‖BA‖_F, and all of them are carried into the next step.
 """
 
-FORMULATIONS = {"paper": PAPER, "reference": REFERENCE, "continuous": CONTINUOUS}
+FORMULATIONS = {"paper": _PAPER, "reference": _REFERENCE, "continuous": _CONTINUOUS}

@@ -11,7 +11,7 @@ from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.statistics import class_statistics, drifted
 
-Features = Callable[[ModelState], Tensor]
+_Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
 
 
@@ -53,7 +53,7 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
     return FrozenStep(learned=learned, trained=trained, facts=frozen.facts)
 
 
-def measured(step: FrozenStep, *, features: Features) -> FrozenStep:
+def measured(step: FrozenStep, *, features: _Features) -> FrozenStep:
     """Return the step with what freezing changed of its output among the facts, on the task's own training images.
 
     `output_change` is √(Σ‖f' − f‖² / Σ‖f‖²) of the features f as trained and f' as frozen.
@@ -69,7 +69,7 @@ def recompute_head(
     *,
     task: str,
     labels: Tensor,
-    features: Features,
+    features: _Features,
     head: Head,
     covariance_rank: int,
     generator: torch.Generator,

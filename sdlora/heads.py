@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from sdlora.head import HeadBlock
 from sdlora.statistics import ClassStatistics
 
-SAMPLES, EPOCHS, BATCH = 256, 10, 256
+_SAMPLES, _EPOCHS, _BATCH = 256, 10, 256
 """Of `aligned`: drawn per class and epoch, passes, samples in a step (SLCA, GengDavid/SLCA@169d4e6, with 5 passes)."""
-STEPS = 500
+_STEPS = 500
 """Of `aligned`: at least so many steps, because ten passes over a few classes are too few."""
-RATE, DECAY = 0.005, 5e-4
+_RATE, _DECAY = 0.005, 5e-4
 """Of `aligned`: Adam's rate, cosine to 0, and its decoupled weight decay. SLCA's SGD is too slow for so few passes: it
 leaves accuracy behind on held-out images (docs/explanation/method.md)."""
-SHRINKAGE = 0.05
+_SHRINKAGE = 0.05
 """Of `lda`: the part of the pooled covariance that is spread evenly, against classes with few images."""
 
 
-class Settle(Protocol):
+class _Settle(Protocol):
     """All rows anew, task id → block, from the trained ones and the statistics of every class so far."""
 
     def __call__(
@@ -43,7 +43,7 @@ class Settle(Protocol):
 class Head:
     """A kind of head."""
 
-    settle: Settle | None
+    settle: _Settle | None
     """None where the rows stay as they were trained."""
     covariance: bool = False
     """Whether it reads more of the classes than their means and one variance."""
@@ -85,7 +85,7 @@ def discriminant(
         images += float(count.sum())
     pooled = total / images
     even = torch.eye(size, dtype=torch.float64) * (pooled.trace() / size).clamp_min(1e-12)
-    inverse = torch.linalg.inv((1 - SHRINKAGE) * pooled + SHRINKAGE * even)
+    inverse = torch.linalg.inv((1 - _SHRINKAGE) * pooled + _SHRINKAGE * even)
     blocks = {}
     for task, (_, mean, _, _) in statistics.items():
         weight = mean.double() @ inverse
@@ -108,16 +108,16 @@ def aligned(
     with torch.enable_grad():
         weight = torch.cat([block.weight for block in head.values()]).clone().requires_grad_()
         bias = torch.cat([block.bias for block in head.values()]).clone().requires_grad_()
-        optimizer = torch.optim.AdamW([weight, bias], lr=RATE, weight_decay=DECAY)
-        labels = torch.arange(classes).repeat_interleave(SAMPLES)
-        each = math.ceil(len(labels) / BATCH)
-        epochs = max(EPOCHS, math.ceil(STEPS / each))
+        optimizer = torch.optim.AdamW([weight, bias], lr=_RATE, weight_decay=_DECAY)
+        labels = torch.arange(classes).repeat_interleave(_SAMPLES)
+        each = math.ceil(len(labels) / _BATCH)
+        epochs = max(_EPOCHS, math.ceil(_STEPS / each))
         steps, step = epochs * each, 0
         for _ in range(epochs):
             drawn = torch.cat([samples(s, generator=generator) for s in statistics.values()])
-            for chosen in torch.randperm(len(labels), generator=generator).split(BATCH):
+            for chosen in torch.randperm(len(labels), generator=generator).split(_BATCH):
                 for group in optimizer.param_groups:
-                    group["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
+                    group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
                 batch = drawn[chosen].to(weight.dtype)
                 loss = nn.functional.cross_entropy(batch @ weight.T + bias, labels[chosen])
                 optimizer.zero_grad(set_to_none=True)
@@ -132,10 +132,10 @@ def aligned(
 
 
 def samples(statistics: ClassStatistics, *, generator: torch.Generator) -> Tensor:
-    """`SAMPLES` features of every class (classes · SAMPLES, d), class by class, from its Gaussian."""
+    """`_SAMPLES` features of every class (classes · SAMPLES, d), class by class, from its Gaussian."""
     classes, size, rank = statistics.factors.shape
-    inside = torch.randn(classes, SAMPLES, rank, generator=generator)
-    around = torch.randn(classes, SAMPLES, size, generator=generator)
+    inside = torch.randn(classes, _SAMPLES, rank, generator=generator)
+    around = torch.randn(classes, _SAMPLES, size, generator=generator)
     drawn = statistics.mean[:, None] + inside @ statistics.factors.transpose(1, 2)
     return (drawn + around * statistics.spread.sqrt()[:, None, None]).reshape(-1, size)
 

@@ -17,7 +17,7 @@ from sdlora.model_folder import read_model
 from sdlora.preprocessing import Preprocessing
 
 
-class Model(NamedTuple):
+class _Model(NamedTuple):
     """The model of a step, in evaluation mode: `module(transform(picture)[None])` are logits (1, classes)."""
 
     module: nn.Module
@@ -43,7 +43,7 @@ class Step(NamedTuple):
         return [entry["name"] for entry in self.record["classes"]]
 
 
-def load(folder: Path | str, *, backbone: Path | str | None = None, device: str | None = None) -> Model:
+def load(folder: Path | str, *, backbone: Path | str | None = None, device: str | None = None) -> _Model:
     """Return the model of the step in `folder` (artifacts/model/t05).
 
     Args:
@@ -55,7 +55,7 @@ def load(folder: Path | str, *, backbone: Path | str | None = None, device: str 
         ValueError: a file is not the one that its record names, or the step has no classes.
     """
     step = read_step(Path(folder), backbone=None if backbone is None else Path(backbone))
-    return Model(
+    return _Model(
         module=timm_classifier(step).to(torch.device(device) if device else best_device()),
         transform=Preprocessing.of(step.backbone.description),
         classes=step.classes,

@@ -13,23 +13,23 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Matrix = NDArray[np.float64]
-Curve = NDArray[np.float64]
+_Matrix = NDArray[np.float64]
+_Curve = NDArray[np.float64]
 
 
-def accuracy_matrix(rows: Sequence[Sequence[float]]) -> Matrix:
+def accuracy_matrix(rows: Sequence[Sequence[float]]) -> _Matrix:
     """Build the matrix from one row per step: row i holds the accuracies on tasks 0 … i, in numeric order."""
     matrix = np.full((len(rows), len(rows)), np.nan)
     for i, row in enumerate(rows):
         if len(row) != i + 1:
             raise ValueError(f"after step {i + 1} there are {i + 1} tasks, got {len(row)} accuracies")
         matrix[i, : i + 1] = row
-    return checked(matrix)
+    return _checked(matrix)
 
 
-def accuracy_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
+def accuracy_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> _Curve:
     """Accuracy after each step on all tasks so far: mean of the row, or pooled over all images."""
-    return mean_over_tasks(checked(accuracy), samples)
+    return _mean_over_tasks(_checked(accuracy), samples)
 
 
 def last_accuracy(accuracy: ArrayLike, samples: ArrayLike | None = None) -> float:
@@ -37,7 +37,7 @@ def last_accuracy(accuracy: ArrayLike, samples: ArrayLike | None = None) -> floa
     return float(accuracy_curve(accuracy, samples)[-1])
 
 
-def average_accuracy_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
+def average_accuracy_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> _Curve:
     """Mean of the accuracy curve up to each step. The steps count the same in both weightings."""
     curve = accuracy_curve(accuracy, samples)
     return np.cumsum(curve) / np.arange(1, len(curve) + 1)
@@ -51,11 +51,11 @@ def average_accuracy(accuracy: ArrayLike, samples: ArrayLike | None = None) -> f
     return float(average_accuracy_curve(accuracy, samples)[-1])
 
 
-def forgetting_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
+def forgetting_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> _Curve:
     """Forgetting after each step. NaN at the first."""
-    matrix = checked(accuracy)
+    matrix = _checked(accuracy)
     best_before = np.vstack([np.full(len(matrix), np.nan), np.fmax.accumulate(matrix)[:-1]])
-    return mean_over_tasks(best_before - matrix, samples)
+    return _mean_over_tasks(best_before - matrix, samples)
 
 
 def forgetting(accuracy: ArrayLike, samples: ArrayLike | None = None) -> float:
@@ -68,12 +68,12 @@ def forgetting(accuracy: ArrayLike, samples: ArrayLike | None = None) -> float:
     return float(forgetting_curve(accuracy, samples)[-1])
 
 
-def backward_transfer_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> Curve:
+def backward_transfer_curve(accuracy: ArrayLike, samples: ArrayLike | None = None) -> _Curve:
     """Backward transfer after each step. NaN at the first."""
-    matrix = checked(accuracy)
+    matrix = _checked(accuracy)
     change = matrix - np.diag(matrix)
     np.fill_diagonal(change, np.nan)
-    return mean_over_tasks(change, samples)
+    return _mean_over_tasks(change, samples)
 
 
 def backward_transfer(accuracy: ArrayLike, samples: ArrayLike | None = None) -> float:
@@ -84,7 +84,7 @@ def backward_transfer(accuracy: ArrayLike, samples: ArrayLike | None = None) -> 
     return float(backward_transfer_curve(accuracy, samples)[-1])
 
 
-def mean_over_tasks(values: Matrix, samples: ArrayLike | None) -> Curve:
+def _mean_over_tasks(values: _Matrix, samples: ArrayLike | None) -> _Curve:
     """Mean of each row over its known (not NaN) tasks, weighted by `samples` if given. NaN where none is."""
     weights = np.ones(len(values)) if samples is None else np.asarray(samples, dtype=np.float64)
     if weights.shape != (len(values),) or not np.all(weights > 0):
@@ -95,7 +95,7 @@ def mean_over_tasks(values: Matrix, samples: ArrayLike | None) -> Curve:
     return np.divide(summed, total, out=np.full(len(values), np.nan), where=total > 0)
 
 
-def checked(accuracy: ArrayLike) -> Matrix:
+def _checked(accuracy: ArrayLike) -> _Matrix:
     """Return the matrix as float64, or raise ValueError where it is not an accuracy matrix."""
     matrix = np.asarray(accuracy, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:

@@ -14,7 +14,7 @@ from sdlora.ledger import RECORD, read_record, record_bytes
 from sdlora.statistics import ClassStatistics
 from sdlora.tensors import file_sha256, read_tensors, write_tensors
 
-MAGNITUDES, MEMORY = "magnitudes.safetensors", "memory.safetensors"
+MAGNITUDES, _MEMORY = "magnitudes.safetensors", "memory.safetensors"
 
 
 def write_model(
@@ -42,7 +42,7 @@ def write_model(
         _write_or_copy(folder, f"statistics/{task}.safetensors", statistics._asdict(), before)
     write_tensors(folder / MAGNITUDES, learned.magnitudes)
     if learned.memory:
-        write_tensors(folder / MEMORY, learned.memory)
+        write_tensors(folder / _MEMORY, learned.memory)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
     written = {**record, "files": {name: file_sha256(folder / name) for name in names}}
     (folder / RECORD).write_bytes(record_bytes(written))
@@ -88,7 +88,7 @@ def read_model(folder: Path) -> tuple[ModelState, dict[str, Any]]:
             settled[task] = HeadBlock(**read_tensors(folder / f"settled/{task}.safetensors"))
         if f"statistics/{task}.safetensors" in record["files"]:
             statistics[task] = ClassStatistics(**read_tensors(folder / f"statistics/{task}.safetensors"))
-    memory = read_tensors(folder / MEMORY) if MEMORY in record["files"] else {}
+    memory = read_tensors(folder / _MEMORY) if _MEMORY in record["files"] else {}
     magnitudes = read_tensors(folder / MAGNITUDES) if (folder / MAGNITUDES).is_file() else {}
     ordered = {task: magnitudes[task] for task in directions if task in magnitudes}
     learned = ModelState(

@@ -11,14 +11,14 @@ from torch import Tensor
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 """timm's names of interpolations → Pillow's `Image.Resampling`."""
-CROP_MODES = ("center", "squash", "border")
-ORIENTATION = 0x0112
+_CROP_MODES = ("center", "squash", "border")
+_ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
 TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """Its values → Pillow's `Image.Transpose`; 1 is upright."""
 
 
-class Picture(Protocol):
+class _Picture(Protocol):
     """What is used of a `PIL.Image.Image`: this library handles pictures, but opens no files."""
 
     @property
@@ -39,7 +39,7 @@ class Picture(Protocol):
     def alpha_composite(self, im: Any) -> None: ...  # noqa: ANN401
 
 
-P = TypeVar("P", bound=Picture)
+P = TypeVar("P", bound=_Picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Preprocessing:
             raise ValueError(
                 f"backbone: it takes images of {channels} channels; choose one that takes 1 or 3"
             )
-        for key, known in (("interpolation", RESAMPLING), ("crop_mode", CROP_MODES)):
+        for key, known in (("interpolation", RESAMPLING), ("crop_mode", _CROP_MODES)):
             if config[key] not in known:
                 raise ValueError(f"backbone: its {key} is {config[key]!r}; known are {', '.join(known)}")
         return cls(
@@ -87,13 +87,13 @@ class Preprocessing:
             crop_mode=config["crop_mode"],
         )
 
-    def pixels(self, picture: Picture) -> np.ndarray:
+    def pixels(self, picture: _Picture) -> np.ndarray:
         """uint8 (channels, height, width) of an upright picture of 8 bits."""
         channels, height, width = self.input_size
         fitted = self._cut(self._scale(on_white(picture).convert("L" if channels == 1 else "RGB")))
         return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
-    def __call__(self, picture: Picture) -> Tensor:
+    def __call__(self, picture: _Picture) -> Tensor:
         """Return the normalised picture, float32 (channels, height, width): turned upright, on white, scaled, cut.
 
         Raises:
@@ -106,7 +106,7 @@ class Preprocessing:
         pixels = torch.from_numpy(self.pixels(upright(picture)).copy())
         return normalise(pixels[None], mean=self.mean, std=self.std)[0]
 
-    def _scale(self, picture: Picture) -> Picture:
+    def _scale(self, picture: _Picture) -> _Picture:
         _, *target = self.input_size
         # Rounded down, as timm does.
         height, width = (math.floor(side / self.crop_pct) for side in target)
@@ -126,7 +126,7 @@ class Preprocessing:
             return picture
         return picture.resize((scaled[1], scaled[0]), RESAMPLING[self.interpolation])
 
-    def _cut(self, picture: Picture) -> Picture:
+    def _cut(self, picture: _Picture) -> _Picture:
         """Return the centre of the target's size. What lies outside of the picture is black, or the mean in mode
         `border`.
         """
@@ -152,7 +152,7 @@ def _offset(found: int, wanted: int) -> int:
 
 def upright(picture: P) -> P:
     """Return the picture as it was seen, whichever way the camera was held."""
-    method = TRANSPOSITIONS.get(picture.getexif().get(ORIENTATION, 1))
+    method = TRANSPOSITIONS.get(picture.getexif().get(_ORIENTATION, 1))
     return picture if method is None else picture.transpose(method)
 
 

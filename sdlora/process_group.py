@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others: for the slowest to have read its images, at most."""
 
 
@@ -61,6 +61,6 @@ def join_group(rank: int, size: int, *, meeting: Path, device: torch.device) -> 
         init_method=meeting.resolve().as_uri(),
         rank=rank,
         world_size=size,
-        timeout=TIMEOUT,
+        timeout=_TIMEOUT,
     )
     return ProcessGroup(rank, size)

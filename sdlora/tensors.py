@@ -8,13 +8,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-METADATA = {"format": "pt"}
+_METADATA = {"format": "pt"}
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the file's bytes. They depend on names and values only."""
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    return safetensors.torch.save(ordered, metadata=METADATA)
+    return safetensors.torch.save(ordered, metadata=_METADATA)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from sdlora.model_folder import MAGNITUDES
 from sdlora.tensors import file_sha256, read_tensors
 
 
-class Fault(NamedTuple):
+class _Fault(NamedTuple):
     """One thing that does not hold."""
 
     file: str
@@ -20,7 +20,7 @@ class Fault(NamedTuple):
     what: str
 
 
-def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[Fault]:
+def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[_Fault]:
     """Yield what in a model folder does not hold. Nothing if all does.
 
     Held are: the record is of `step` and holds the hash of the record before; the files are those of the record, with
@@ -34,22 +34,22 @@ def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[Fau
     try:
         record = read_record(folder)
     except FileNotFoundError:
-        yield Fault(RECORD, "the file is missing")
+        yield _Fault(RECORD, "the file is missing")
         return
     except ValueError:
-        yield Fault(RECORD, "it is not JSON")
+        yield _Fault(RECORD, "it is not JSON")
         return
     if record.get("step") != step:
-        yield Fault(RECORD, f"it is the record of {record.get('step')}, expected {step}")
+        yield _Fault(RECORD, f"it is the record of {record.get('step')}, expected {step}")
     earlier: dict[str, Any] | None = None
     if before is None:
         if record.get("previous") is not None:
-            yield Fault(RECORD, "it names a step before, but the chain begins here")
+            yield _Fault(RECORD, "it names a step before, but the chain begins here")
     else:
         earlier, expected = read_record(before), record_hash(before)
         if record.get("previous") != expected:
             found = str(record.get("previous"))[:12]
-            yield Fault(RECORD, f"its step before is {found}, but that record's hash is {expected[:12]}")
+            yield _Fault(RECORD, f"its step before is {found}, but that record's hash is {expected[:12]}")
         yield from _broken_continuity(record, earlier, step)
     yield from _changed_files(folder, record, before)
     if earlier is not None:
@@ -57,29 +57,29 @@ def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[Fau
         yield from _wrong_magnitudes(folder, record)
 
 
-def _broken_continuity(record: dict[str, Any], earlier: dict[str, Any], step: str) -> Iterator[Fault]:
+def _broken_continuity(record: dict[str, Any], earlier: dict[str, Any], step: str) -> Iterator[_Fault]:
     """Facts that only ever grow, or never change."""
     if record.get("backbone") != earlier["backbone"]:
-        yield Fault(RECORD, "its backbone is not that of the step before")
+        yield _Fault(RECORD, "its backbone is not that of the step before")
     if record.get("tasks") != [*earlier["tasks"], step]:
-        yield Fault(RECORD, f"its tasks are not those of the step before and {step}")
+        yield _Fault(RECORD, f"its tasks are not those of the step before and {step}")
     if record.get("classes", [])[: len(earlier["classes"])] != earlier["classes"]:
-        yield Fault(RECORD, "the classes of the step before are not its first ones")
+        yield _Fault(RECORD, "the classes of the step before are not its first ones")
 
 
-def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) -> Iterator[Fault]:
+def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) -> Iterator[_Fault]:
     """Files that are missing, too many, or not those whose hashes the record holds."""
     recorded = record.get("files", {})
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
-    yield from (Fault(name, "the file is missing") for name in sorted(recorded.keys() - present))
+    yield from (_Fault(name, "the file is missing") for name in sorted(recorded.keys() - present))
     yield from (
-        Fault(name, "the record does not name this file") for name in sorted(present - recorded.keys())
+        _Fault(name, "the record does not name this file") for name in sorted(present - recorded.keys())
     )
     for name in sorted(recorded.keys() & present):
         found = file_sha256(folder / name)
         if found != recorded[name]:
             where = _changed_tensor(folder / name, before / name if before else None)
-            yield Fault(name, f"{where}; its sha256 is {found[:12]}, the record says {recorded[name][:12]}")
+            yield _Fault(name, f"{where}; its sha256 is {found[:12]}, the record says {recorded[name][:12]}")
 
 
 def _changed_tensor(path: Path, earlier: Path | None) -> str:
@@ -100,11 +100,11 @@ def _changed_tensor(path: Path, earlier: Path | None) -> str:
     return f"the tensor {differing[0]}{more} was changed" if differing else "the file was changed"
 
 
-def _moved(record: dict[str, Any], earlier: dict[str, Any]) -> Iterator[Fault]:
+def _moved(record: dict[str, Any], earlier: dict[str, Any]) -> Iterator[_Fault]:
     """Files of earlier tasks that had to stay what they were, by the hashes of both records."""
     method = METHODS.get(record.get("method", ""))
     if method is None:
-        yield Fault(RECORD, f"its method {record.get('method')!r} is unknown")
+        yield _Fault(RECORD, f"its method {record.get('method')!r} is unknown")
         return
     kept = [] if method.replaces else [f"directions/{task}.safetensors" for task in earlier["directions"]]
     kept += [] if method.joint else [f"head/{task}.safetensors" for task in earlier["tasks"]]
@@ -112,10 +112,10 @@ def _moved(record: dict[str, Any], earlier: dict[str, Any]) -> Iterator[Fault]:
         was, now = earlier["files"].get(name), record.get("files", {}).get(name)
         if was is not None and now != was:
             found = "is gone" if now is None else f"was {was[:12]} and is {now[:12]}"
-            yield Fault(name, f"it was frozen at an earlier step, and {found}")
+            yield _Fault(name, f"it was frozen at an earlier step, and {found}")
 
 
-def _wrong_magnitudes(folder: Path, record: dict[str, Any]) -> Iterator[Fault]:
+def _wrong_magnitudes(folder: Path, record: dict[str, Any]) -> Iterator[_Fault]:
     """Magnitudes that are not those of the record, or not one for each direction and target."""
     path = folder / MAGNITUDES
     if not path.is_file():  # named as missing already, if the record has it
@@ -126,12 +126,12 @@ def _wrong_magnitudes(folder: Path, record: dict[str, Any]) -> Iterator[Fault]:
         return
     directions, targets = record.get("directions", []), record.get("targets", [])
     if sorted(found) != sorted(directions):
-        yield Fault(
+        yield _Fault(
             MAGNITUDES, f"it is of {', '.join(sorted(found))}, the directions are {', '.join(directions)}"
         )
     means = {task: round(alpha.mean().item(), 6) for task, alpha in found.items()}
     for task, alpha in found.items():
         if alpha.shape != (len(targets),):
-            yield Fault(MAGNITUDES, f"{task} has {alpha.numel()} magnitudes for {len(targets)} targets")
+            yield _Fault(MAGNITUDES, f"{task} has {alpha.numel()} magnitudes for {len(targets)} targets")
         elif means[task] != record.get("magnitudes", {}).get(task):
-            yield Fault(MAGNITUDES, f"{task} has the mean {means[task]}, the record says otherwise")
+            yield _Fault(MAGNITUDES, f"{task} has the mean {means[task]}, the record says otherwise")

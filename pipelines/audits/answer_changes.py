@@ -40,14 +40,14 @@ def compared_answers(then: AuditedStep, now: AuditedStep, same: Sequence[str], n
     old, new = rows_of(before, same), rows_of(after, same)
     owners = {entry["name"]: entry["task"] for step in (then, now) for entry in step.classes}
     return {
-        "accuracy": accuracies(old, new, before, after, owners),
-        "flips": {kind: flipped(old, new, kind, list(owners)) for kind in ("lost", "gained")},
-        "errors": lost_to(old, new, owners, {entry["name"] for entry in then.classes}),
-        "calibration": {"then": calibration(old), "now": calibration(new)} if same else None,
+        "accuracy": _accuracies(old, new, before, after, owners),
+        "flips": {kind: _flipped(old, new, kind, list(owners)) for kind in ("lost", "gained")},
+        "errors": _lost_to(old, new, owners, {entry["name"] for entry in then.classes}),
+        "calibration": {"then": _calibration(old), "now": _calibration(new)} if same else None,
     }
 
 
-def accuracies(
+def _accuracies(
     old: Answers, new: Answers, before: Answers, after: Answers, owners: Mapping[str, str]
 ) -> Figures:
     """Accuracies then and now with the flips between, of all images, by task and by class.
@@ -63,21 +63,21 @@ def accuracies(
 
     def row(column: str, value: str) -> Figures:
         sides = (old, new, before, after)
-        return compared_row(*(answers.right[getattr(answers, column) == value] for answers in sides))
+        return _compared_row(*(answers.right[getattr(answers, column) == value] for answers in sides))
 
     tasks = [{"task": task, **row("tasks", task)} for task in dict.fromkeys([*before.tasks, *after.tasks])]
     classes = [{"class": name, "task": task, **row("truths", name)} for name, task in owners.items()]
     correct_for_looks(tasks)
     correct_for_looks(classes)
     return {
-        "all": compared_row(old.right, new.right, old.right, new.right),
+        "all": _compared_row(old.right, new.right, old.right, new.right),
         "tasks": tasks,
         "classes": classes,
     }
 
 
-def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figures:
-    """Accuracy then and now with the flips between. The arguments are those of `accuracies`, as (n,) booleans."""
+def _compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figures:
+    """Accuracy then and now with the flips between. The arguments are those of `_accuracies`, as (n,) booleans."""
     if len(new):
         return {"images": len(new), "then": score(old), "now": score(new), **flip_facts(old, new)}
     alone = {"then": before, "now": after}
@@ -85,7 +85,7 @@ def compared_row(old: np.ndarray, new: np.ndarray, before: np.ndarray, after: np
     return {"images": 0, **scores, "lost": None, "gained": None, "p_value": None}
 
 
-def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> list[Figures]:
+def _flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> list[Figures]:
     """Return the images that were lost or gained: in the order of `classes`, the surest wrong answer first."""
     lost = kind == "lost"
     rows = np.flatnonzero(old.right & ~new.right if lost else ~old.right & new.right)
@@ -107,7 +107,7 @@ def flipped(old: Answers, new: Answers, kind: str, classes: Sequence[str]) -> li
     return facts
 
 
-def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[str]) -> Figures:
+def _lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[str]) -> Figures:
     """Return what the images that were lost are taken for now: by the task of that class, and class by class.
 
     Args:
@@ -136,7 +136,7 @@ def lost_to(old: Answers, new: Answers, owners: Mapping[str, str], known: set[st
     }
 
 
-def calibration(answers: Answers) -> Figures:
+def _calibration(answers: Answers) -> Figures:
     """Return how sure a model is, against how often it is right."""
     from sdlora.comparison import calibration_error
 

@@ -15,11 +15,11 @@ def compare(then: AuditedStep, now: AuditedStep, *, features: bool) -> Figures:
     pictures = test_pictures(then), test_pictures(now)
     same = same_images(*pictures)
     return {
-        "then": facts_of(then),
-        "now": facts_of(now),
-        "relation": relation(then, now),
-        "kept": kept_files(then, now),
-        "parameters": changed_parameters(then, now),
+        "then": _facts_of(then),
+        "now": _facts_of(now),
+        "relation": _relation(then, now),
+        "kept": _kept_files(then, now),
+        "parameters": _changed_parameters(then, now),
         "images": {
             "compared": len(same),
             "then": len(pictures[0]),
@@ -33,7 +33,7 @@ def compare(then: AuditedStep, now: AuditedStep, *, features: bool) -> Figures:
     }
 
 
-def facts_of(step: AuditedStep) -> Figures:
+def _facts_of(step: AuditedStep) -> Figures:
     """Return which step this is."""
     return {
         "step": step.name,
@@ -45,7 +45,7 @@ def facts_of(step: AuditedStep) -> Figures:
     }
 
 
-def relation(then: AuditedStep, now: AuditedStep) -> str:
+def _relation(then: AuditedStep, now: AuditedStep) -> str:
     """Return what the ledger says of two steps."""
     if then.hash == now.hash:
         return "the same step"
@@ -56,7 +56,7 @@ def relation(then: AuditedStep, now: AuditedStep) -> str:
     return f"two runs of {now.name}" if then.name == now.name else "steps of two chains"
 
 
-def kept_files(then: AuditedStep, now: AuditedStep) -> Figures:
+def _kept_files(then: AuditedStep, now: AuditedStep) -> Figures:
     """Return the frozen files of `then` (directions, trained head rows): their number, and those that `now` has
     otherwise.
     """
@@ -69,7 +69,7 @@ def kept_files(then: AuditedStep, now: AuditedStep) -> Figures:
     return {"frozen": len(frozen), "differing": differing}
 
 
-def changed_parameters(then: AuditedStep, now: AuditedStep) -> list[Figures]:
+def _changed_parameters(then: AuditedStep, now: AuditedStep) -> list[Figures]:
     """Return the parameters in which two records differ."""
     before, after = (flattened(step.record.get("parameters", {})) for step in (then, now))
     if then.name == "t00" or now.name == "t00":

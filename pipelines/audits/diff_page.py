@@ -21,10 +21,10 @@ from pipelines.data.thumbnails import data_uri
 from pipelines.project.errors import InputError
 from pipelines.reports.format import chance, count, number, p_equals, page_templates, percent
 
-TEMPLATES = Path(__file__).parent / "templates"
-MARK = b'<meta name="generator" content="sdlora audit diff">'
+_TEMPLATES = Path(__file__).parent / "templates"
+_MARK = b'<meta name="generator" content="sdlora audit diff">'
 """What tells a page of this command from other files."""
-PICTURES = {"lost": 96, "gained": 48}
+_PICTURES = {"lost": 96, "gained": 48}
 """Flipped images on the page, at most."""
 
 
@@ -34,7 +34,7 @@ def refuse_other_files(page: Path) -> None:
         raise InputError(f"{page}: a folder; give the name of a file to write")
     if page.exists():
         with page.open("rb") as file:
-            if MARK not in file.read(2000):
+            if _MARK not in file.read(2000):
                 raise InputError(
                     f"{page}: it exists and is no page of `sdlora audit diff`; delete it or choose another name"
                 )
@@ -44,7 +44,7 @@ def flipped_pictures(found: Figures, then: AuditedStep, now: AuditedStep) -> Fig
     """Lost and gained images with their pictures, so many of each class that all classes get some of the room."""
     if found["flips"] is None:
         return {"lost": [], "gained": []}
-    chosen = {kind: share_out(found["flips"][kind], PICTURES[kind]) for kind in PICTURES}
+    chosen = {kind: share_out(found["flips"][kind], _PICTURES[kind]) for kind in _PICTURES}
     wanted = {fact["id"] for facts in chosen.values() for fact in facts}
     uris = {}
     for task in dict.fromkeys(fact["task"] for facts in chosen.values() for fact in facts):
@@ -69,7 +69,7 @@ def share_out(facts: Sequence[Figures], room: int) -> list[Figures]:
 
 def render_diff(found: Figures, pictures: Figures) -> str:
     """Fill the template. Everything that a user could have named is escaped there."""
-    environment = page_templates(TEMPLATES)
+    environment = page_templates(_TEMPLATES)
     environment.filters |= {
         "percent": percent,
         "chance": chance,
@@ -82,10 +82,10 @@ def render_diff(found: Figures, pictures: Figures) -> str:
     }
     weights, accuracy = found["weights"], found["accuracy"]
     grid = block_grid(weights["changes"]) if weights and weights["changes"] else None
-    floor = axis_floor(accuracy)
+    floor = _axis_floor(accuracy)
     return environment.get_template("audit_diff.html.j2").render(
         found=found,
-        title=heading_of(found),
+        title=_heading_of(found),
         pictures=pictures,
         classes=sorted(accuracy["classes"], key=greatest_loss_first) if accuracy else [],
         floor=floor,
@@ -98,13 +98,13 @@ def render_diff(found: Figures, pictures: Figures) -> str:
     )
 
 
-def heading_of(found: Figures) -> str:
+def _heading_of(found: Figures) -> str:
     """Return what is compared, in a few words. A path would fill the line."""
     then, now = found["then"]["step"], found["now"]["step"]
     return f"Two runs of {now}" if then == now else f"{then} → {now}"
 
 
-def axis_floor(accuracy: Figures | None) -> float:
+def _axis_floor(accuracy: Figures | None) -> float:
     """Return where the bars of accuracies begin: the lowest bound of any interval, rounded down to a tenth."""
     rows = [*accuracy["tasks"], *accuracy["classes"]] if accuracy else []
     lows = [row[side]["low"] for row in rows for side in ("then", "now") if row[side]]

@@ -13,7 +13,7 @@ from pipelines.reports.format import DASH, chance, count, number, p_equals, perc
 if TYPE_CHECKING:
     from rich.console import Group
 
-ROWS = 12
+_ROWS = 12
 """Classes on the terminal; the page and JSON have all."""
 
 
@@ -22,16 +22,16 @@ def show(found: Figures) -> None:
     from rich.text import Text
 
     out = console()
-    for line in heading(found):
+    for line in _heading(found):
         out.print(Text(line), soft_wrap=True)
-    for made in tables(found):
+    for made in _tables(found):
         out.print()
         out.print(made)
     for note in found["notes"]:
         out.print(Text(f"\nnot compared: {note}"), soft_wrap=True)
 
 
-def heading(found: Figures) -> Iterator[str]:
+def _heading(found: Figures) -> Iterator[str]:
     """Yield which steps these are, and in a sentence or two what happened to the answers."""
     for side in ("then", "now"):
         step = found[side]
@@ -73,37 +73,37 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f"{more} (McNemar, exact: {p_equals(row['p_value'])})"
 
 
-def tables(found: Figures) -> Iterator[Group]:
+def _tables(found: Figures) -> Iterator[Group]:
     """Yield all tables that have something to say."""
     if found["accuracy"] is not None:
-        yield task_table(found)
+        yield _task_table(found)
         if found["accuracy"]["all"]["lost"] or found["accuracy"]["all"]["gained"]:
-            yield class_table(found)
+            yield _class_table(found)
         if found["errors"]["lost"]:
-            yield error_table(found)
+            yield _error_table(found)
     if found["calibration"] is not None:
-        yield calibration_table(found)
+        yield _calibration_table(found)
     if found["features"] is not None:
-        yield feature_table(found["features"])
+        yield _feature_table(found["features"])
     weights = found["weights"]
     if weights is not None and weights["changes"]:
-        yield magnitude_table(weights["magnitudes"])
-        yield change_table(weights["changes"])
+        yield _magnitude_table(weights["magnitudes"])
+        yield _change_table(weights["changes"])
         if weights["overlaps"]:
-            yield overlap_table(weights["overlaps"])
+            yield _overlap_table(weights["overlaps"])
 
 
-def score_cells(row: Mapping[str, Any], *, p: str) -> list[object]:
+def _score_cells(row: Mapping[str, Any], *, p: str) -> list[object]:
     """Accuracies and flips of one row."""
     lost, gained = (DASH if row[kind] is None else row[kind] for kind in ("lost", "gained"))
     images = row["images"] or sum(row[side]["images"] for side in ("then", "now") if row[side])
     return [images, interval(row["then"]), interval(row["now"]), lost, gained, chance(row[p])]
 
 
-def task_table(found: Figures) -> Group:
+def _task_table(found: Figures) -> Group:
     """Accuracy by task. A task that one of the two does not know has no flips."""
-    rows = [["all compared", *score_cells(found["accuracy"]["all"], p="p_value")]]
-    rows += [[row["task"], *score_cells(row, p="p_holm")] for row in found["accuracy"]["tasks"]]
+    rows = [["all compared", *_score_cells(found["accuracy"]["all"], p="p_value")]]
+    rows += [[row["task"], *_score_cells(row, p="p_holm")] for row in found["accuracy"]["tasks"]]
     return table(
         "Accuracy, % (Wilson 95 % interval), and flips (p of the tasks: after Holm)",
         ["task", "images", "then", "now", "lost", "gained", "p"],
@@ -111,20 +111,20 @@ def task_table(found: Figures) -> Group:
     )
 
 
-def class_table(found: Figures) -> Group:
+def _class_table(found: Figures) -> Group:
     """Return the classes in which something flipped, the greatest loss first."""
     flipped = [row for row in found["accuracy"]["classes"] if row["lost"] or row["gained"]]
     flipped.sort(key=greatest_loss_first)
-    more = f"; {len(flipped) - ROWS} more in --json and --html" if len(flipped) > ROWS else ""
+    more = f"; {len(flipped) - _ROWS} more in --json and --html" if len(flipped) > _ROWS else ""
     return table(
         f"Classes with flips (p of all classes, after Holm){more}",
         ["class", "task", "images", "then", "now", "lost", "gained", "p"],
-        [[row["class"], row["task"], *score_cells(row, p="p_holm")] for row in flipped[:ROWS]],
+        [[row["class"], row["task"], *_score_cells(row, p="p_holm")] for row in flipped[:_ROWS]],
         texts=range(2),
     )
 
 
-def error_table(found: Figures) -> Group:
+def _error_table(found: Figures) -> Group:
     """Return what lost images are taken for."""
     errors = found["errors"]
     to = ", ".join(
@@ -140,13 +140,13 @@ def error_table(found: Figures) -> Group:
                 row["lost"],
                 ", ".join(f"{to['class']} ({to['task']}) ×{to['images']}" for to in row["taken_for"][:3]),
             ]
-            for row in errors["classes"][:ROWS]
+            for row in errors["classes"][:_ROWS]
         ],
         texts=(0, 1, 3),
     )
 
 
-def calibration_table(found: Figures) -> Group:
+def _calibration_table(found: Figures) -> Group:
     """Make a table of how sure the model was, then and now."""
     rows = [
         [side, *(percent(found["calibration"][side][key]) for key in ("error", "confidence", "accuracy"))]
@@ -155,7 +155,7 @@ def calibration_table(found: Figures) -> Group:
     return table("Calibration, %", ["", "expected calibration error", "mean confidence", "accuracy"], rows)
 
 
-def feature_table(features: Figures) -> Group:
+def _feature_table(features: Figures) -> Group:
     """Alignment by task."""
     rows = [["all", features["images"], number(features["all"], ".4f")]]
     rows += [[row["task"], row["images"], number(row["alignment"], ".4f")] for row in features["tasks"]]
@@ -166,7 +166,7 @@ def feature_table(features: Figures) -> Group:
     )
 
 
-def magnitude_table(magnitudes: Sequence[Figures]) -> Group:
+def _magnitude_table(magnitudes: Sequence[Figures]) -> Group:
     """Magnitudes by task."""
     return table(
         "Magnitudes, mean (range) over the targets",
@@ -186,7 +186,7 @@ def ranged(values: Mapping[str, float] | None, form: str = ".3f") -> str:
     return f"{mean} ({lowest} … {highest})"
 
 
-def change_table(changes: Mapping[str, float]) -> Group:
+def _change_table(changes: Mapping[str, float]) -> Group:
     """Size of the change of every block and target."""
     grid = block_grid(changes)
     return table(
@@ -198,7 +198,7 @@ def change_table(changes: Mapping[str, float]) -> Group:
 
 def block_grid(changes: Mapping[str, float]) -> Figures:
     """Changes by target name as a table: one row for each block, a column for each target, None where there is none."""
-    places = {name: place_of(name) for name in changes}
+    places = {name: _place_of(name) for name in changes}
     targets = list(dict.fromkeys(target for _, target in places.values()))
     blocks: dict[str, dict[str, float]] = {}
     for name, (block, target) in places.items():
@@ -212,13 +212,13 @@ def block_grid(changes: Mapping[str, float]) -> Figures:
     }
 
 
-def place_of(name: str) -> tuple[str, str]:
+def _place_of(name: str) -> tuple[str, str]:
     """Return the block and the target of a layer: `blocks.0.attn.q` is `0` and `q`."""
     found = re.fullmatch(r"(?:blocks\.)?(.*\d)\.(.*\.)?([^.]+)", name)
     return (found[1], found[3]) if found else ("", name)
 
 
-def overlap_table(overlaps: Sequence[Figures]) -> Group:
+def _overlap_table(overlaps: Sequence[Figures]) -> Group:
     """Overlap of subspaces. The range is over the targets."""
     rows = []
     for row in overlaps:

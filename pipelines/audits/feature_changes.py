@@ -61,7 +61,7 @@ def compared_features(
             for side, (model, way) in enumerate(zip(models, ways, strict=True)):
                 if way != ways[0]:
                     pixels = decode(images, way)
-                features[side].append(features_of(model, pixels, way))
+                features[side].append(_features_of(model, pixels, way))
                 done += len(images)
                 bar.update(done, task=task)
     alone = zip(tables, *features, strict=True)
@@ -75,7 +75,7 @@ def compared_features(
     }
 
 
-def features_of(model: nn.Module, pixels: np.ndarray, way: Preprocessing) -> np.ndarray:
+def _features_of(model: nn.Module, pixels: np.ndarray, way: Preprocessing) -> np.ndarray:
     """Features (n, d) of uint8 images (n, channels, height, width) under a merged classifier."""
     import torch
 

@@ -56,14 +56,14 @@ def retrain(step: str) -> float:
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).symlink_to(place.find(path).resolve())
         shutil.copy(DVC_YAML, project)
-        write_params(project / PARAMS)
+        _write_params(project / PARAMS)
         for kind, made in (("fit", FITS / step), ("freeze", MODELS / step)):
             _run(project, _arguments(place.lock, StageName(kind, step)))
             _compare(project, place, made)
     return time.monotonic() - started
 
 
-def write_params(path: Path) -> None:
+def _write_params(path: Path) -> None:
     """Write the parameters as they are, but for the store of checkpoints: from one nothing would be learned again."""
     from ruamel.yaml import YAML
 

@@ -17,10 +17,10 @@ from pipelines.project.layout import SIGNATURES
 
 NAMESPACE = "sdlora-ledger"
 """What a signature is for: one of another namespace, such as git's, is none of the ledger."""
-STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\nreceipts ([0-9a-f]{64}|none)\n"
+_STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\nreceipts ([0-9a-f]{64}|none)\n"
 
 
-class Signature(NamedTuple):
+class _Signature(NamedTuple):
     """A signature that holds."""
 
     step: str
@@ -44,13 +44,13 @@ def sign(key: Path) -> list[str]:
         raise InputError(
             f"{findings[-1].step}: {findings[-1].fault}; a chain that does not hold is not signed"
         )
-    last = head_of(findings)
+    last = _head_of(findings)
     statement = SIGNATURES / last.step
     text = f"sdlora ledger\nstep {last.step}\nhead {last.record}\nreceipts {newest_receipt()}\n".encode()
     # Signed on the way through, so that nothing is there until all of it is.
-    done = ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], text=text)
+    done = _ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], text=text)
     if done.returncode:
-        raise InputError(f"{key}: ssh-keygen does not sign with it ({last_line(done)}); nothing was written")
+        raise InputError(f"{key}: ssh-keygen does not sign with it ({_last_line(done)}); nothing was written")
     write_whole(statement, text)
     write_whole(statement.with_suffix(".sig"), done.stdout)
     return [
@@ -59,7 +59,7 @@ def sign(key: Path) -> list[str]:
     ]
 
 
-def head_of(findings: list[StepVerification]) -> StepVerification:
+def _head_of(findings: list[StepVerification]) -> StepVerification:
     """Return the last step that was verified: its hash is the head of the chain."""
     return [finding for finding in findings if finding.record][-1]
 
@@ -70,7 +70,7 @@ def newest_receipt() -> str:
     return sha256_of(receipt_of(receipts[-1])) if receipts else "none"
 
 
-def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator[Signature]:
+def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator[_Signature]:
     """Check every signature that there is against the chain. A `FaultError` at the first that does not hold.
 
     Args:
@@ -85,7 +85,7 @@ def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator
     newest, signed = newest_receipt(), False
     for path in sorted(SIGNATURES.glob("*.sig")):
         statement = path.with_suffix("")
-        found = re.fullmatch(STATEMENT, statement.read_text() if statement.is_file() else "")
+        found = re.fullmatch(_STATEMENT, statement.read_text() if statement.is_file() else "")
         if found is None:
             raise FaultError(f"{statement}: not the statement that {path.name} signs")
         step, head, receipts = found.groups()
@@ -93,7 +93,7 @@ def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator
             raise FaultError(
                 f"{path}: it signs another ledger (head {head[:12]} at {step}); sign anew, or remove it"
             )
-        signature = check(path, statement.read_bytes(), step, signers)
+        signature = _check(path, statement.read_bytes(), step, signers)
         if step == list(heads)[-1]:
             if receipts != newest:
                 raise FaultError(
@@ -107,24 +107,24 @@ def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator
         )
 
 
-def check(path: Path, text: bytes, step: str, signers: Path | None) -> Signature:
+def _check(path: Path, text: bytes, step: str, signers: Path | None) -> _Signature:
     """Check one signature of a statement."""
-    checked = ssh_keygen(["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(path)], text=text)
+    checked = _ssh_keygen(["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(path)], text=text)
     if checked.returncode:
-        raise FaultError(f"{path}: the signature does not hold ({last_line(checked)})")
+        raise FaultError(f"{path}: the signature does not hold ({_last_line(checked)})")
     key = re.search(r"SHA256:\S+", checked.stdout.decode())
     fingerprint = key[0] if key else "unknown key"
     if signers is None:
-        return Signature(step, fingerprint, known=False)
-    found = ssh_keygen(["-Y", "find-principals", "-f", str(signers), "-s", str(path)], text=b"")
+        return _Signature(step, fingerprint, known=False)
+    found = _ssh_keygen(["-Y", "find-principals", "-f", str(signers), "-s", str(path)], text=b"")
     for name in found.stdout.decode().split("\n") if found.returncode == 0 else []:
         asked = ["-Y", "verify", "-f", str(signers), "-I", name.strip(), "-n", NAMESPACE, "-s", str(path)]
-        if name.strip() and ssh_keygen(asked, text=text).returncode == 0:
-            return Signature(step, name.strip(), known=True)
+        if name.strip() and _ssh_keygen(asked, text=text).returncode == 0:
+            return _Signature(step, name.strip(), known=True)
     raise FaultError(f"{path}: {signers} knows nobody who signs with {fingerprint}")
 
 
-def ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProcess[bytes]:
+def _ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProcess[bytes]:
     """Run OpenSSH's ssh-keygen on a text. An `InputError` where there is none."""
     try:
         # A passphrase is asked for on the terminal, which is not the standard input.
@@ -135,7 +135,7 @@ def ssh_keygen(arguments: list[str], *, text: bytes) -> subprocess.CompletedProc
         raise InputError("ssh-keygen is not installed; install OpenSSH's client (openssh-client)") from None
 
 
-def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
+def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:
     """Return what ssh-keygen said at the end."""
     lines = (done.stderr or done.stdout).decode(errors="replace").split("\n")
     return " ".join([line.strip() for line in lines if line.strip()][-1:]) or f"status {done.returncode}"

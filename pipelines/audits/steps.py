@@ -130,7 +130,7 @@ class AuditedProject:
     def step(self, which: str) -> AuditedStep:
         """Return a step of this project by name or number, or of any project by its model folder."""
         if Path(which).is_dir():
-            return step_of_folder(Path(which), which)
+            return _step_of_folder(Path(which), which)
         number = re.fullmatch(r"t?([0-9]+)", which)
         name = f"t{int(number[1]):02}" if number else which
         if name != "t00" and name not in self.params.tasks:
@@ -147,7 +147,7 @@ class AuditedProject:
             beside=partial(self.find, "model"),
             split=None if name == "t00" else self.find("split", name),
             evaluation=None if name == "t00" else self.find("evaluation", name),
-            record=read_step_record(model),
+            record=_read_step_record(model),
         )
 
     def evaluated(self) -> list[str]:
@@ -167,11 +167,11 @@ def opened_project() -> Iterator[AuditedProject]:
         yield AuditedProject(Path(scratch))
 
 
-def step_of_folder(model: Path, shown: str) -> AuditedStep:
+def _step_of_folder(model: Path, shown: str) -> AuditedStep:
     """Return the step whose model folder this is. Its evaluation and split are looked for beside it."""
     if not (model / "step.json").is_file():
         raise InputError(f"{shown}: no model folder (no step.json in it); name one, or a step such as t03")
-    record = read_step_record(model)
+    record = _read_step_record(model)
     home = model.resolve().parent
     name = record["step"]
 
@@ -194,7 +194,7 @@ def step_of_folder(model: Path, shown: str) -> AuditedStep:
     )
 
 
-def read_step_record(model: Path) -> Figures:
+def _read_step_record(model: Path) -> Figures:
     """Return the ledger record of a model folder. An `InputError` where it is none."""
     from sdlora.ledger import read_record
 
@@ -215,17 +215,17 @@ def read_answers(step: AuditedStep) -> Answers | None:
         raise InputError(
             f"{path}: it has labels beyond the {len(step.classes)} classes of {step.shown}; run `sdlora run`"
         )
-    names = texts(entry["name"] for entry in step.classes)
+    names = _texts(entry["name"] for entry in step.classes)
     return Answers(
-        ids=texts(table["id"].to_pylist()),
-        tasks=texts(table["task"].to_pylist()),
+        ids=_texts(table["id"].to_pylist()),
+        tasks=_texts(table["task"].to_pylist()),
         truths=names[labels],
         guesses=names[guesses],
         confidences=table["confidence"].to_numpy().astype(np.float64),
     )
 
 
-def texts(values: Iterable[str]) -> np.ndarray:
+def _texts(values: Iterable[str]) -> np.ndarray:
     """Texts as a column, compared as texts."""
     return np.array(list(values), dtype=object)
 

@@ -14,8 +14,8 @@ from pipelines.runtime.console import printable
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-WIDTH = 80
-SHORT = 10
+_WIDTH = 80
+_SHORT = 10
 """A name of this width or less is never cut."""
 
 
@@ -39,7 +39,7 @@ def console() -> Console:
     """Return where tables are printed: as wide as the terminal, or 80 columns without one."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def table(
@@ -61,7 +61,7 @@ def table(
 
     lines = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *lines, strict=True)]
-    long = [index for index in texts if widths[index] > SHORT]
+    long = [index for index in texts if widths[index] > _SHORT]
     # Left to itself, rich takes from all columns alike, and a number without its last digit is another number.
     room = console().width - sum(widths) - 2 * len(columns) + sum(widths[index] for index in long)
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
@@ -71,7 +71,7 @@ def table(
             justify="left" if index in texts else "right",
             overflow="ellipsis",
             no_wrap=True,
-            max_width=max(SHORT, room // len(long)) if index in long else None,
+            max_width=max(_SHORT, room // len(long)) if index in long else None,
         )
     for line in lines:
         made.add_row(*map(Text, line))

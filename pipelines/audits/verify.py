@@ -67,8 +67,8 @@ def verify() -> Iterator[StepVerification]:
         for step in ("t00", *params.tasks):
             retired = step in params.tasks and params.tasks[step].retired
             try:
-                files, model = verify_step(place, step, before)
-                receipt = check_receipt(place, step, retired=retired)
+                files, model = _verify_step(place, step, before)
+                receipt = _check_receipt(place, step, retired=retired)
             except FaultError as fault:
                 yield StepVerification(step, 0, "", str(fault))
                 return
@@ -80,8 +80,8 @@ def verify() -> Iterator[StepVerification]:
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
-            check_metrics(place, params)
-            check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
+            _check_metrics(place, params)
+            _check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
         except FaultError as fault:
             yield StepVerification("report", 0, "", str(fault))
             return
@@ -110,7 +110,7 @@ def check_bytes(place: ArtifactStore, path: str) -> int:
     return len(names)
 
 
-def verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[int, Path]:
+def _verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[int, Path]:
     """Verify all outputs of one step. Return how many files were read, and its model folder."""
     from sdlora.verification import faults_of_step
 
@@ -125,14 +125,14 @@ def verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[i
     files = sum(check_bytes(place, (ARTIFACTS / kind / step).as_posix()) for kind in kinds)
     if step != "t00":
         record = read_json(model / "step.json")
-        check_origins(place, step, record)
+        _check_origins(place, step, record)
         check_split(place, step, record)
-        check_evaluation(place, step, record)
-        check_verdict(place, step, record)
+        _check_evaluation(place, step, record)
+        _check_verdict(place, step, record)
     return files, model
 
 
-def check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
+def _check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the fit and the training images are those that the ledger names."""
     fit = place.find(FITS / step)
     for name, expected in record["fit"].items():
@@ -145,15 +145,15 @@ def check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> No
     found = place.find(train.parent) / PACKED
     if found.exists() and sha256_of(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
-    check_code(place, step, record)
+    _check_code(place, step, record)
     told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{MODELS / step}/step.json: its {name} do not follow from the fit")
-    check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
+    _check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
 
 
-def check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
+def _check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the code that made the step is the one that dvc.lock names, or a note says that the step was kept."""
     if str(CODE) not in place.lock.outs or receipt_of(step).exists():
         return  # a chain of before fingerprints; a step that is given back as the code of then made it
@@ -168,7 +168,7 @@ def check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
             )
 
 
-def check_inputs(place: ArtifactStore, stages: Iterable[str]) -> None:
+def _check_inputs(place: ArtifactStore, stages: Iterable[str]) -> None:
     """Check that what a stage read is what another one made, by the hashes of both in dvc.lock."""
     for stage in stages:
         for path, md5 in place.lock.deps[stage].items():
@@ -190,7 +190,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
         record["split"]["digest"],
     ):
         raise FaultError(f"{folder}/samples/{step}.arrow: not the samples of the ledger")
-    if described["counts"] != counts_of(rows, record["classes"], described["counts"]):
+    if described["counts"] != _counts_of(rows, record["classes"], described["counts"]):
         raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
     if read_json(split / "classes.json")["classes"] != record["classes"]:
         raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
@@ -202,14 +202,14 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
     for part, (name, path) in packed.items():
         mine = [row for row in rows if row.split == part]
         if path.exists():
-            check_pictures(name, read_images(path), mine)
+            _check_pictures(name, read_images(path), mine)
         elif mine and part != "train":  # of the training images `check_receipt` asks why
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
-    check_handed_on(place, folder, split, record["tasks"])
-    check_apart(folder, split, rows, record["tasks"][:-1])
+    _check_handed_on(place, folder, split, record["tasks"])
+    _check_apart(folder, split, rows, record["tasks"][:-1])
 
 
-def check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:
+def _check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:
     """Check that no picture of the step, and none of an earlier task, is both trained on and tested."""
     tables = [read_images(split / f"samples/{task}.arrow").select(["split", "pixels"]) for task in earlier]
     known = [
@@ -227,7 +227,7 @@ def check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[
             )
 
 
-def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
+def _check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
     """Check that a file of images holds just these samples in their order, each with the bytes of its hash."""
     columns = [table[column].to_pylist() for column in ("id", "label", "sha256", "pixels")]
     if list(zip(*columns, strict=True)) != [(row.id, row.label, row.sha256, row.pixels) for row in rows]:
@@ -237,7 +237,7 @@ def check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
             raise FaultError(f"{name}: {row.id} is not the picture of its hash")
 
 
-def check_handed_on(place: ArtifactStore, folder: Path, split: Path, tasks: list[str]) -> None:
+def _check_handed_on(place: ArtifactStore, folder: Path, split: Path, tasks: list[str]) -> None:
     """Check that what a split holds of earlier tasks is, byte for byte, what the split before holds."""
     if len(tasks) < 2:
         return
@@ -252,7 +252,7 @@ def check_handed_on(place: ArtifactStore, folder: Path, split: Path, tasks: list
                 raise FaultError(f"{folder / name}: not that of the step before")
 
 
-def counts_of(
+def _counts_of(
     rows: Iterable[SampleRow], classes: Iterable[dict[str, Any]], like: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, int]]:
     """Samples by class and part, for the classes and parts of `like`."""
@@ -264,13 +264,13 @@ def counts_of(
     return counts
 
 
-def of_others(name: str, step: str) -> bool:
+def _of_others(name: str, step: str) -> bool:
     """Return whether a file of a split is what it holds of other tasks, which may have been made anew."""
     kind, _, file = name.partition("/")
     return kind in ("samples", "test", "validation") and file != f"{step}.arrow"
 
 
-def check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
+def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     """Check that the training images are there, or that a receipt names just these. Return its hash, if any.
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
@@ -304,7 +304,7 @@ def check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
             place.md5(f"{kept.out}/{name}") == md5
             for kept in receipt.stages.values()
             for name, md5 in kept.files.items()
-            if not of_others(name, step)
+            if not _of_others(name, step)
         ),
     }
     for name, holds in expected.items():
@@ -319,7 +319,7 @@ def check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     return sha256_of(path)
 
 
-def check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
+def _check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the predictions are of the test images in their order, and the metrics follow from them."""
     split = place.find(SPLITS / step)
     folder = EVALUATIONS / step
@@ -333,13 +333,13 @@ def check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) ->
                 f"{folder}/predictions.arrow: its column {column} is not that of the test images"
             )
     counts = [len(table) for table in tests.values()]
-    correct = correct_of(predictions, counts)
+    correct = _correct_of(predictions, counts)
     accuracy = [round(right / count, 6) for right, count in zip(correct, counts, strict=True)]
     if (metrics["accuracy"], metrics["samples"], metrics["correct"]) != (accuracy, counts, correct):
         raise FaultError(f"{folder}/metrics.json: its accuracies do not follow from predictions.arrow")
 
 
-def check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
+def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the verdict holds the hash of the one before, of the record, the samples and the results.
 
     Its numbers follow.
@@ -363,7 +363,7 @@ def check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> No
         raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
 
 
-def check_metrics(place: ArtifactStore, params: Params) -> None:
+def _check_metrics(place: ArtifactStore, params: Params) -> None:
     """Check that metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 
@@ -374,7 +374,7 @@ def check_metrics(place: ArtifactStore, params: Params) -> None:
         raise FaultError("metrics.json: it does not follow from the evaluations")
 
 
-def correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
+def _correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
     """Return how many predictions of each task are right, tasks having so many images in a row."""
     labels = predictions["label"].to_pylist()
     right = [

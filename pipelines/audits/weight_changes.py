@@ -31,13 +31,13 @@ def compared_weights(then: AuditedStep, now: AuditedStep, notes: list[str]) -> F
             f"{now.beside('t00')}/step.json: it has no norm of {missing[0]}; run `sdlora run` to make t00 anew"
         )
     return {
-        "magnitudes": compared_magnitudes(before, after),
+        "magnitudes": _compared_magnitudes(before, after),
         "changes": relative_changes(after, before, base["norms"]),
-        "overlaps": overlaps(before, after),
+        "overlaps": _overlaps(before, after),
     }
 
 
-def compared_magnitudes(before: Update, after: Update) -> list[Figures]:
+def _compared_magnitudes(before: Update, after: Update) -> list[Figures]:
     """Return mean and range of each direction's magnitudes over the targets, then and now."""
     rows = []
     for task in dict.fromkeys([*before.magnitudes, *after.magnitudes]):
@@ -51,7 +51,7 @@ def compared_magnitudes(before: Update, after: Update) -> list[Figures]:
     return rows
 
 
-def overlaps(before: Update, after: Update) -> list[Figures]:
+def _overlaps(before: Update, after: Update) -> list[Figures]:
     """Return how far the directions that only one of the two has lie in the space of all that the other has.
 
     A direction that both have under one name, but not the same one (two runs of a step), is compared with its
@@ -64,7 +64,7 @@ def overlaps(before: Update, after: Update) -> list[Figures]:
         mine, other = after.directions.get(task), before.directions.get(task)
         left: Mapping[str, Mapping[str, Pair]]
         if mine is not None and other is not None:
-            if same_direction(mine, other):
+            if _same_direction(mine, other):
                 continue
             kind, against, left, right = "both", [task], {task: other}, mine
         elif mine is not None:
@@ -78,7 +78,7 @@ def overlaps(before: Update, after: Update) -> list[Figures]:
         targets = {
             name: {
                 side: overlap_of([matrix(pairs[name]) for pairs in left.values()], matrix(right[name]))
-                for side, matrix in (("rows", row_space), ("columns", column_space))
+                for side, matrix in (("rows", _row_space), ("columns", _column_space))
             }
             for name in common
         }
@@ -88,26 +88,28 @@ def overlaps(before: Update, after: Update) -> list[Figures]:
                 "only": kind,
                 "against": against,
                 "rank": int(right[common[0]].down.shape[0]),
-                **{side: over_targets([at[side] for at in targets.values()]) for side in ("rows", "columns")},
+                **{
+                    side: _over_targets([at[side] for at in targets.values()]) for side in ("rows", "columns")
+                },
                 "targets": targets,
             }
         )
     return found
 
 
-def same_direction(left: Mapping[str, Pair], right: Mapping[str, Pair]) -> bool:
+def _same_direction(left: Mapping[str, Pair], right: Mapping[str, Pair]) -> bool:
     """Return whether two directions are the same to the bit."""
     return left.keys() == right.keys() and all(
         np.array_equal(a, b) for name in left for a, b in zip(left[name], right[name], strict=True)
     )
 
 
-def row_space(pair: Pair) -> np.ndarray:
+def _row_space(pair: Pair) -> np.ndarray:
     """(columns, r): what a direction reads."""
     return pair.down.T
 
 
-def column_space(pair: Pair) -> np.ndarray:
+def _column_space(pair: Pair) -> np.ndarray:
     """(rows, r): what a direction writes."""
     return pair.up
 
@@ -127,7 +129,7 @@ def overlap_of(spaces: Sequence[np.ndarray], space: np.ndarray) -> Figures:
     }
 
 
-def over_targets(at: Sequence[Figures]) -> Figures:
+def _over_targets(at: Sequence[Figures]) -> Figures:
     """Mean and range over the targets, of overlaps and angles. The mean of the chance levels."""
     return {
         "overlap": spread(each["overlap"] for each in at),

@@ -16,13 +16,13 @@ from pipelines.project.errors import InputError
 MEMBER_BYTES = 512 * 2**20
 """No member that is read may be larger, unpacked; the largest of the known ones has 154 MB."""
 
-TOTAL_RATIO = 100
+_TOTAL_RATIO = 100
 """An archive may not hold more than so many times its own size: images hardly shrink, a bomb shrinks a thousandfold."""
 
 SLACK_BYTES = 16 * 2**20
 """What an archive may hold beyond that ratio, for small ones full of text."""
 
-Wanted = Callable[[PurePosixPath], bool]
+_Wanted = Callable[[PurePosixPath], bool]
 
 
 def is_archive(path: Path) -> bool:
@@ -30,7 +30,7 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
 
 
-def archive_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
+def archive_members(path: Path, wanted: _Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Yield path and bytes of the files for which `wanted` says so, in the archive's order.
 
     Every member is checked, wanted or not: an absolute path, one that leads out of its folder, a link, a
@@ -40,7 +40,7 @@ def archive_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath,
         raise InputError(
             f"{path}: not an archive that is read; give a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz"
         )
-    with damage_named(path):
+    with _damage_named(path):
         yield from (
             _zip_members(path, wanted) if path.name.lower().endswith(".zip") else _tar_members(path, wanted)
         )
@@ -61,8 +61,8 @@ def names(path: Path) -> list[PurePosixPath]:
 
 def gunzip(path: Path) -> bytes:
     """Return the content of a single .gz file, within the limits of a member."""
-    limit = min(MEMBER_BYTES, TOTAL_RATIO * path.stat().st_size + SLACK_BYTES)
-    with damage_named(path), gzip.open(path) as file:
+    limit = min(MEMBER_BYTES, _TOTAL_RATIO * path.stat().st_size + SLACK_BYTES)
+    with _damage_named(path), gzip.open(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise InputError(f"{path}: unpacks to more than {limit:,} bytes, as no such file should; delete it")
@@ -70,7 +70,7 @@ def gunzip(path: Path) -> bytes:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Path) -> Iterator[None]:
     """Turn what a damaged archive raises into one line that names it."""
     try:
         yield
@@ -89,11 +89,11 @@ def damage_named(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: a damaged archive ({fault}); delete it and run the same again") from None
 
 
-def _tar_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _tar_members(path: Path, wanted: _Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
     room = _Room(path)
     with tarfile.open(path, "r:*") as archive:  # not as a stream: one that is cut off would just end
         for member in archive:
-            name = safe_path(member.name, path)
+            name = _safe_path(member.name, path)
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -120,11 +120,11 @@ def _tar_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, by
             pass
 
 
-def _zip_members(path: Path, wanted: Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _zip_members(path: Path, wanted: _Wanted) -> Iterator[tuple[PurePosixPath, bytes]]:
     room = _Room(path)
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            name = safe_path(member.filename, path)
+            name = _safe_path(member.filename, path)
             if member.is_dir():
                 continue
             # The upper half holds Unix' mode where the archive was made there: 0o10 is a plain file, 0 unknown.
@@ -146,7 +146,7 @@ class _Room:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._left = TOTAL_RATIO * path.stat().st_size + SLACK_BYTES
+        self._left = _TOTAL_RATIO * path.stat().st_size + SLACK_BYTES
 
     def take(self, name: str, size: int) -> None:
         self._left -= size
@@ -157,7 +157,7 @@ class _Room:
             )
 
 
-def safe_path(name: str, archive: Path) -> PurePosixPath:
+def _safe_path(name: str, archive: Path) -> PurePosixPath:
     """Return a member's path, which must stay in the folder that it is unpacked to."""
     path = PurePosixPath(name)
     parts = name.replace("\\", "/").split("/")

@@ -26,19 +26,19 @@ from pipelines.runtime.progress import progress
 if TYPE_CHECKING:
     import numpy as np
 
-Image = tuple[PurePosixPath, bytes]
+_Image = tuple[PurePosixPath, bytes]
 """`{train,test}/<class>/<file>` and the file's bytes"""
 
-Lists = dict[PurePosixPath, str]
+_Lists = dict[PurePosixPath, str]
 """A path in an archive and the part, train or test, that it belongs to."""
 
-PARTS = ("train", "test")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+_PARTS = ("train", "test")
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 
-STRATIFIED_SEED = 1993
+_STRATIFIED_SEED = 1993
 """Chooses the test images of the split `stratified`; fixed, because a split by that name is one split."""
 
-STRATIFIED_SHARE = 0.2
+_STRATIFIED_SHARE = 0.2
 """Share of each class that the split `stratified` tests on."""
 
 
@@ -100,7 +100,7 @@ def load_benchmark(name: str) -> Benchmark:
     )
 
 
-def images(name: str, split: str, archive: Path | None = None, sha256: str | None = None) -> Iterator[Image]:
+def images(name: str, split: str, archive: Path | None = None, sha256: str | None = None) -> Iterator[_Image]:
     """Yield the images of a data set, as its split divides them.
 
     `archive` is the user's own for the split `archive`.
@@ -109,11 +109,11 @@ def images(name: str, split: str, archive: Path | None = None, sha256: str | Non
     if split in benchmark.notes:
         log_line(f"{name}: split {split}: {benchmark.notes[split]}")
     found = (
-        divided_archive(benchmark, archive, sha256)
+        _divided_archive(benchmark, archive, sha256)
         if archive is not None
         else LAYOUTS[name](benchmark, split)
     )
-    counts = dict.fromkeys(PARTS, 0)
+    counts = dict.fromkeys(_PARTS, 0)
     for path, data in found:
         counts[path.parts[0]] += 1
         yield path, data
@@ -126,7 +126,7 @@ def images(name: str, split: str, archive: Path | None = None, sha256: str | Non
             )
 
 
-def cifar(benchmark: Benchmark, split: str) -> Iterator[Image]:
+def _cifar(benchmark: Benchmark, split: str) -> Iterator[_Image]:
     """CIFAR-100's binary version (the other one is a pickle): coarse label, fine label, 3 planes of 32x32."""
     import numpy as np
 
@@ -140,30 +140,30 @@ def cifar(benchmark: Benchmark, split: str) -> Iterator[Image]:
             f"{archive}: its class names are not the known ones; delete it and run the same again"
         )
     rows = {}
-    for part in PARTS:
+    for part in _PARTS:
         if len(files[f"{part}.bin"]) % 3074:
             raise InputError(f"{archive}: {part}.bin is cut off; delete the file and run the same again")
         rows[part] = np.frombuffer(files[f"{part}.bin"], np.uint8).reshape(-1, 3074)
     planes = {part: table[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for part, table in rows.items()}
-    yield from numbered(benchmark, planes, {part: table[:, 1] for part, table in rows.items()})
+    yield from _numbered(benchmark, planes, {part: table[:, 1] for part, table in rows.items()})
 
 
-def mnist(benchmark: Benchmark, split: str) -> Iterator[Image]:
+def _mnist(benchmark: Benchmark, split: str) -> Iterator[_Image]:
     """MNIST's four files, and Fashion-MNIST's in the same format."""
     files = benchmark.obtain_all(split)
     stems = {"train": "train", "test": "t10k"}
-    pictures = {p: idx(files[f"{stem}-images-idx3-ubyte.gz"], dimensions=3) for p, stem in stems.items()}
-    labels = {p: idx(files[f"{stem}-labels-idx1-ubyte.gz"], dimensions=1) for p, stem in stems.items()}
-    yield from numbered(benchmark, pictures, labels)
+    pictures = {p: _idx(files[f"{stem}-images-idx3-ubyte.gz"], dimensions=3) for p, stem in stems.items()}
+    labels = {p: _idx(files[f"{stem}-labels-idx1-ubyte.gz"], dimensions=1) for p, stem in stems.items()}
+    yield from _numbered(benchmark, pictures, labels)
 
 
-def numbered(
+def _numbered(
     benchmark: Benchmark, pictures: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-) -> Iterator[Image]:
+) -> Iterator[_Image]:
     """Images that come as arrays, one for each part. A file is named by its place in the data set."""
     with progress(f"unpack {benchmark.name}", total=sum(map(len, pictures.values())), unit="images") as bar:
         done = 0
-        for part in PARTS:
+        for part in _PARTS:
             if len(pictures[part]) != len(labels[part]) or (labels[part] >= len(benchmark.classes)).any():
                 raise InputError(
                     f"{DOWNLOADS / benchmark.name}: images and labels of {part} do not fit; delete the folder"
@@ -175,27 +175,27 @@ def numbered(
                 bar.update(done)
 
 
-def imagenet_variant(benchmark: Benchmark, split: str) -> Iterator[Image]:
+def _imagenet_variant(benchmark: Benchmark, split: str) -> Iterator[_Image]:
     """ImageNet-R and ImageNet-A: `<name>/<wnid>/<file>`, undivided."""
     files = benchmark.obtain_all(split)
     archive = files[f"{benchmark.name}.tar"]
     if split == "stratified":
-        parts = stratified([path for path in names(archive) if is_image(path, benchmark.folders)])
+        parts = stratified([path for path in names(archive) if _is_image(path, benchmark.folders)])
     else:
         parts = {
             PurePosixPath(*PurePosixPath(line).parts[1:]): part  # they begin with data/
-            for part in PARTS
-            for line in listed(files[f"{benchmark.name}_{part}.yaml"])
+            for part in _PARTS
+            for line in _listed(files[f"{benchmark.name}_{part}.yaml"])
         }
-    require_all(benchmark, parts, (yield from by_lists(benchmark, [archive], parts)))
+    _require_all(benchmark, parts, (yield from _by_lists(benchmark, [archive], parts)))
 
 
-def cub(benchmark: Benchmark, split: str) -> Iterator[Image]:
+def _cub(benchmark: Benchmark, split: str) -> Iterator[_Image]:
     """CUB-200-2011, divided by its authors: two text files beside the images name each by a number."""
     archive = benchmark.obtain_all(split)["CUB_200_2011.tgz"]
     root = PurePosixPath("CUB_200_2011")
     if split == "stratified":
-        parts = stratified([path for path in names(archive) if is_image(path, benchmark.folders)])
+        parts = stratified([path for path in names(archive) if _is_image(path, benchmark.folders)])
     else:
         wanted = (root / "images.txt", root / "train_test_split.txt")
         tables = {
@@ -209,10 +209,10 @@ def cub(benchmark: Benchmark, split: str) -> Iterator[Image]:
             root / "images" / path: "train" if tables["train_test_split.txt"].get(number) == "1" else "test"
             for number, path in tables["images.txt"].items()
         }
-    require_all(benchmark, parts, (yield from by_lists(benchmark, [archive], parts)))
+    _require_all(benchmark, parts, (yield from _by_lists(benchmark, [archive], parts)))
 
 
-def domainnet(benchmark: Benchmark, split: str) -> Iterator[Image]:
+def _domainnet(benchmark: Benchmark, split: str) -> Iterator[_Image]:
     """DomainNet: an archive `<domain>/<class>/<file>` for each domain. Names begin with the domain's.
 
     `official` divides by the lists beside the archives (six domains); `coda-prompt` by those of
@@ -231,20 +231,20 @@ def domainnet(benchmark: Benchmark, split: str) -> Iterator[Image]:
     else:
         parts = {
             PurePosixPath(*PurePosixPath(line).parts[-3:]): part  # they begin with data/DomainNet/
-            for part in PARTS
-            for line in listed(files[f"domainnet_{part}.yaml"])
+            for part in _PARTS
+            for line in _listed(files[f"domainnet_{part}.yaml"])
         }
     archives = [path for name, path in files.items() if name.endswith(".zip")]
-    missing = yield from by_lists(benchmark, archives, parts)
+    missing = yield from _by_lists(benchmark, archives, parts)
     if split == "official":
-        require_all(benchmark, parts, missing)
+        _require_all(benchmark, parts, missing)
     elif missing:
         log_line(
             f"{benchmark.name}: {len(missing):,} of {len(parts):,} listed images are in no archive; left out"
         )
 
 
-def divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> Iterator[Image]:
+def _divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> Iterator[_Image]:
     """Yield the images of an archive that has folders train and test already, as they are."""
     if not archive.is_file() or not is_archive(archive):
         raise InputError(
@@ -256,32 +256,32 @@ def divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) -> 
             "it is another file: correct the path or the hash"
         )
     known = {**benchmark.folders, **{name: name for name in benchmark.classes}}
-    inside = [path for path in names(archive) if len(path.parts) >= 3 and path.parts[-3] in PARTS]
+    inside = [path for path in names(archive) if len(path.parts) >= 3 and path.parts[-3] in _PARTS]
     for path in inside:
-        if is_image(path) and path.parent.name not in known:
+        if _is_image(path) and path.parent.name not in known:
             raise InputError(
                 f"{archive}: {path.parent} is not a class folder of {benchmark.title}; rename it"
             )
-    parts = {path: path.parts[-3] for path in inside if is_image(path, known)}
-    if set(parts.values()) != set(PARTS):
+    parts = {path: path.parts[-3] for path in inside if _is_image(path, known)}
+    if set(parts.values()) != set(_PARTS):
         raise InputError(
             f"{archive}: there is no train/<class>/<image> or no test/<class>/<image> in it; pack it so"
         )
-    yield from by_lists(benchmark, [archive], parts)
+    yield from _by_lists(benchmark, [archive], parts)
 
 
-def is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool:
+def _is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool:
     """Return whether a member of an archive is an image, in one of the folders if some are given. Finder's notes are
     not.
     """
-    if path.parts[0] == "__MACOSX" or path.name.startswith(".") or path.suffix.lower() not in IMAGES:
+    if path.parts[0] == "__MACOSX" or path.name.startswith(".") or path.suffix.lower() not in _IMAGES:
         return False
     return folders is None or path.parent.name in folders
 
 
-def by_lists(
-    benchmark: Benchmark, archives: list[Path], parts: Lists
-) -> Generator[Image, None, set[PurePosixPath]]:
+def _by_lists(
+    benchmark: Benchmark, archives: list[Path], parts: _Lists
+) -> Generator[_Image, None, set[PurePosixPath]]:
     """Yield those files of some archives that `parts` names. Return those that are in none."""
     known = {**benchmark.folders, **{name: name for name in benchmark.classes}}
     missing = set(parts)
@@ -298,7 +298,7 @@ def by_lists(
     return missing
 
 
-def require_all(benchmark: Benchmark, parts: Lists, missing: set[PurePosixPath]) -> None:
+def _require_all(benchmark: Benchmark, parts: _Lists, missing: set[PurePosixPath]) -> None:
     """Refuse archives that lack an image that a list names."""
     if missing:
         raise InputError(
@@ -307,24 +307,24 @@ def require_all(benchmark: Benchmark, parts: Lists, missing: set[PurePosixPath])
         )
 
 
-def stratified(paths: list[PurePosixPath]) -> Lists:
+def stratified(paths: list[PurePosixPath]) -> _Lists:
     """Our own division where none is published as a list: of each class a fifth to test on, at least one image."""
     import numpy as np
 
-    parts: Lists = {}
+    parts: _Lists = {}
     classes: dict[str, list[PurePosixPath]] = {}
     for path in sorted(paths):
         classes.setdefault(path.parent.name, []).append(path)
     for position, folder in enumerate(sorted(classes)):
         group = classes[folder]
-        tests = max(1, min(len(group) - 1, round(len(group) * STRATIFIED_SHARE)))
-        order = np.random.default_rng([STRATIFIED_SEED, position]).permutation(len(group))
+        tests = max(1, min(len(group) - 1, round(len(group) * _STRATIFIED_SHARE)))
+        order = np.random.default_rng([_STRATIFIED_SEED, position]).permutation(len(group))
         chosen = set(order[:tests].tolist())
         parts |= {path: "test" if index in chosen else "train" for index, path in enumerate(group)}
     return parts
 
 
-def listed(path: Path) -> list[str]:
+def _listed(path: Path) -> list[str]:
     """Return the entries of the list `data` of a YAML file, one a line. A parser needs minutes for these."""
     found: list[str] = []
     inside = False
@@ -338,7 +338,7 @@ def listed(path: Path) -> list[str]:
     return found
 
 
-def idx(path: Path, *, dimensions: int) -> np.ndarray:
+def _idx(path: Path, *, dimensions: int) -> np.ndarray:
     """Return an array of bytes in MNIST's own format."""
     import numpy as np
 
@@ -352,13 +352,13 @@ def idx(path: Path, *, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(numbers[1:])
 
 
-LAYOUTS: dict[str, Callable[[Benchmark, str], Iterator[Image]]] = {
-    "cifar100": cifar,
-    "cub200": cub,
-    "domainnet": domainnet,
-    "fashion-mnist": mnist,
-    "imagenet-a": imagenet_variant,
-    "imagenet-r": imagenet_variant,
-    "mnist": mnist,
+LAYOUTS: dict[str, Callable[[Benchmark, str], Iterator[_Image]]] = {
+    "cifar100": _cifar,
+    "cub200": _cub,
+    "domainnet": _domainnet,
+    "fashion-mnist": _mnist,
+    "imagenet-a": _imagenet_variant,
+    "imagenet-r": _imagenet_variant,
+    "mnist": _mnist,
 }
 """The data sets by name; each has its settings in `params.Fetch` and its folder in `pipelines/data/embedded`."""

@@ -23,18 +23,18 @@ from pipelines.project.files import natural_key
 def of_folders(folder: Path, names: Sequence[str]) -> Source:
     """Return the images of class folders, under train/ and test/ (and validation/) or without parts."""
     if not is_divided(folder):
-        return _joined(class_files(folder / name, part=None, name=name) for name in names)
+        return _joined(_class_files(folder / name, part=None, name=name) for name in names)
     linked = [folder / word for word in WORDS if (folder / word).is_symlink()]
     if linked:
         return Source([], [linked_folder(part) for part in linked])
-    listed = [_joined(class_files(folder / "train" / name, part="train", name=name) for name in names)]
+    listed = [_joined(_class_files(folder / "train" / name, part="train", name=name) for name in names)]
     for word in (word for word, part in WORDS.items() if part == "validation"):
         listed += [
-            class_files(folder / word / name, part="validation", name=name)
+            _class_files(folder / word / name, part="validation", name=name)
             for name in names
             if (folder / word / name).is_dir()
         ]
-    listed += [_joined(class_files(folder / "test" / name, part="test", name=name) for name in names)]
+    listed += [_joined(_class_files(folder / "test" / name, part="test", name=name) for name in names)]
     return _joined(listed)
 
 
@@ -46,7 +46,7 @@ def is_divided(folder: Path) -> bool:
     )
 
 
-def class_files(folder: Path, *, part: str | None, name: str) -> Source:
+def _class_files(folder: Path, *, part: str | None, name: str) -> Source:
     """Return the image files of a class, in natural order. Hidden ones are left out, anything else is a fault."""
     if not folder.is_dir():
         return Source([], [_missing_class(folder)])

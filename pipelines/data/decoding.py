@@ -69,9 +69,9 @@ def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.
     return preprocessing.pixels(picture)
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened, of all that Pillow knows: for some of the others it starts programs of the machine (Ghostscript)."""
-LONGEST = 100
+_LONGEST = 100
 """How many times its shorter side a picture may be long: scaled by the shorter one, a strip would fill the memory."""
 
 
@@ -84,7 +84,7 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
             profile = image.info.get("icc_profile")
@@ -94,9 +94,9 @@ def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow raises a dozen types on broken bytes
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    if max(upright.size) > LONGEST * min(upright.size):
+    if max(upright.size) > _LONGEST * min(upright.size):
         raise ValueError(
-            f"it is {upright.width}×{upright.height}, one side more than {LONGEST} times the other; cut it"
+            f"it is {upright.width}×{upright.height}, one side more than {_LONGEST} times the other; cut it"
         )
     if upright.mode in ("I", "F"):
         raise ValueError(

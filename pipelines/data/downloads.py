@@ -27,13 +27,13 @@ TRIES = 6
 FIRST_PAUSE = 1.0
 """Seconds before the second try; doubled for each further one."""
 
-LONGEST_PAUSE = 60.0
+_LONGEST_PAUSE = 60.0
 """Seconds; also the most that a server's Retry-After is obeyed."""
 
-TIMEOUT = 60.0
+_TIMEOUT = 60.0
 """Seconds without a byte after which a server is given up for this try."""
 
-CHUNK = 1 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def obtain(remote: Remote, folder: Path) -> Path:
     """
     path = folder / remote.name
     if path.is_file():
-        if fault := mismatch(path, remote):
+        if fault := _mismatch(path, remote):
             raise InputError(f"{path}: {fault}; delete it, and run the same again to download it")
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def obtain(remote: Remote, folder: Path) -> Path:
                 continue
             file.flush()
             os.fsync(file.fileno())
-            if fault := mismatch(part, remote):
+            if fault := _mismatch(part, remote):
                 file.truncate(0)
                 faults.append(f"{url}: {fault}; what came was thrown away")
                 continue
@@ -86,7 +86,7 @@ def obtain(remote: Remote, folder: Path) -> Path:
     )
 
 
-def mismatch(path: Path, remote: Remote) -> str | None:
+def _mismatch(path: Path, remote: Remote) -> str | None:
     """Return what is wrong with a file that should be `remote`, or nothing."""
     size = path.stat().st_size
     if remote.size is not None and size != remote.size:
@@ -105,7 +105,7 @@ def file_digest(path: Path, kind: str) -> str:
     else:
         digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -133,7 +133,7 @@ def _fetch(url: str, remote: Remote, file: IO[bytes]) -> None:
             if failures == TRIES:
                 raise RefusedError(str(trouble)) from None
             pause = trouble.pause if trouble.pause is not None else FIRST_PAUSE * 2 ** (failures - 1)
-            pause = min(pause, LONGEST_PAUSE)
+            pause = min(pause, _LONGEST_PAUSE)
             log_line(f"download {remote.name}: {trouble}; trying again in {pause:.0f} s")
             time.sleep(pause)
 
@@ -148,7 +148,7 @@ def _request(url: str, remote: Remote, file: IO[bytes]) -> None:
         headers["Range"] = f"bytes={start}-"
     try:
         with (
-            httpx.Client(follow_redirects=True, timeout=TIMEOUT) as client,
+            httpx.Client(follow_redirects=True, timeout=_TIMEOUT) as client,
             client.stream("GET", url, headers=headers) as answer,
         ):
             if not _has_body(answer, file, start):

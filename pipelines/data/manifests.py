@@ -26,10 +26,10 @@ from pipelines.project.param_checks import class_name_fault
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Manifests that are found by themselves, at the top of a source or in its train/ and test/."""
-PATH_COLUMNS = ("path", "file_name")
+_PATH_COLUMNS = ("path", "file_name")
 
 
-class Row(NamedTuple):
+class _Row(NamedTuple):
     """One line of a manifest."""
 
     where: str
@@ -56,7 +56,7 @@ def manifests(folder: Path, manifest: str | None) -> list[tuple[Path, str | None
 
 def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path, str | None]]) -> Source:
     """Return the images that manifests list for the classes `names`."""
-    rows: list[tuple[Found, Row]] = []
+    rows: list[tuple[Found, _Row]] = []
     faults = []
     wanted = set(names)
     for path, part in tables:
@@ -65,8 +65,8 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
             if isinstance(label, Fault):
                 faults.append(label)
                 continue
-            file = file_of(row, path.parent, check=label in wanted)
-            its = part_of(row, given=part)
+            file = _file_of(row, path.parent, check=label in wanted)
+            its = _part_of(row, given=part)
             if isinstance(file, Fault) or isinstance(its, Fault):
                 if label in wanted:
                     faults += [fault for fault in (file, its) if isinstance(fault, Fault)]
@@ -96,7 +96,7 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
     return Source(listed, faults)
 
 
-def _by_place(rows: list[tuple[Found, Row]]) -> Iterator[tuple[Found, Row]]:
+def _by_place(rows: list[tuple[Found, _Row]]) -> Iterator[tuple[Found, _Row]]:
     """Yield the rows, each with the part that its path's first folder names, where no row says its part."""
     heads = {found.file.split("/")[0] if "/" in found.file else "" for found, _ in rows}
     by_place = heads and all(found.part is None for found, _ in rows) and heads <= set(WORDS)
@@ -104,8 +104,8 @@ def _by_place(rows: list[tuple[Found, Row]]) -> Iterator[tuple[Found, Row]]:
         yield (found._replace(part=WORDS[found.file.split("/")[0]]) if by_place else found), row
 
 
-def _listed_twice(rows: Sequence[tuple[Found, Row]], wanted: set[str]) -> Iterator[Fault]:
-    first: dict[str, tuple[Found, Row]] = {}
+def _listed_twice(rows: Sequence[tuple[Found, _Row]], wanted: set[str]) -> Iterator[Fault]:
+    first: dict[str, tuple[Found, _Row]] = {}
     for found, row in rows:
         known, its_row = first.setdefault(found.file, (found, row))
         if its_row is row or not {found.name, known.name} & wanted:
@@ -125,7 +125,7 @@ def _in_linked_folders(folder: Path, listed: Iterable[Found]) -> Iterator[Fault]
             yield linked_folder(folder / place)
 
 
-def class_of(row: Row) -> str | Fault:
+def class_of(row: _Row) -> str | Fault:
     """Return the class of a row: text as it is, a whole number as its decimal digits."""
     label = str(row.label) if type(row.label) is int else row.label
     if not isinstance(label, str):
@@ -135,7 +135,7 @@ def class_of(row: Row) -> str | Fault:
     return Fault(row.where, f"the label {label!r} {fault}", "rename the class") if fault else label
 
 
-def part_of(row: Row, *, given: str | None) -> str | Fault | None:
+def _part_of(row: _Row, *, given: str | None) -> str | Fault | None:
     """Return the part of a row: what its manifest's place says, else its own word."""
     if given is not None or row.part is None:
         return given
@@ -145,7 +145,7 @@ def part_of(row: Row, *, given: str | None) -> str | Fault | None:
     return WORDS[word]
 
 
-def file_of(row: Row, home: Path, *, check: bool) -> str | Fault:
+def _file_of(row: _Row, home: Path, *, check: bool) -> str | Fault:
     """Return the path of a row, relative to its manifest. Whether there is such an image is asked only to `check`."""
     file = row.file
     if not isinstance(file, str) or not file:
@@ -172,7 +172,7 @@ def file_of(row: Row, home: Path, *, check: bool) -> str | Fault:
     return clean
 
 
-def read_manifest(path: Path) -> Iterator[Row]:
+def read_manifest(path: Path) -> Iterator[_Row]:
     """Yield the rows of a manifest. An `InputError` names a file that is none, or lacks a column."""
     try:
         data = path.read_bytes()
@@ -184,7 +184,7 @@ def read_manifest(path: Path) -> Iterator[Row]:
     return reader(path, data)
 
 
-def _csv_rows(path: Path, data: bytes) -> Iterator[Row]:
+def _csv_rows(path: Path, data: bytes) -> Iterator[_Row]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -192,7 +192,7 @@ def _csv_rows(path: Path, data: bytes) -> Iterator[Row]:
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [name.strip() for name in next(lines, [])]
-        columns = columns_of(path, header)
+        columns = _columns_of(path, header)
         for cells in lines:
             where = f"{path}: line {lines.line_num}"
             if not cells:
@@ -205,7 +205,7 @@ def _csv_rows(path: Path, data: bytes) -> Iterator[Row]:
         raise InputError(f"{path}: line {lines.line_num}: not valid CSV ({error}); mend that line") from None
 
 
-def _jsonl_rows(path: Path, data: bytes) -> Iterator[Row]:
+def _jsonl_rows(path: Path, data: bytes) -> Iterator[_Row]:
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
@@ -219,16 +219,16 @@ def _jsonl_rows(path: Path, data: bytes) -> Iterator[Row]:
             raise InputError(
                 f"{where}: expected an object, found {line[:40].decode(errors='replace')}; mend it"
             )
-        yield _row(where, record, columns_of(where, list(record)))
+        yield _row(where, record, _columns_of(where, list(record)))
 
 
-def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
+def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        columns = columns_of(path, file.schema_arrow.names)
+        columns = _columns_of(path, file.schema_arrow.names)
         table = file.read(columns=[name for name in columns if name is not None])
     except (pa.ArrowException, OSError) as error:
         fault = " ".join(str(error).split())
@@ -237,9 +237,9 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[Row]:
         yield _row(f"{path}: row {number}", record, columns)
 
 
-def columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
+def _columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
     """Return the columns of path, label and split (None where there is none) among those of a manifest."""
-    paths = [name for name in PATH_COLUMNS if name in names]
+    paths = [name for name in _PATH_COLUMNS if name in names]
     found = ", ".join(map(str, names)) or "none"
     if len(paths) != 1:
         what = "both path and file_name stand" if paths else "neither path nor file_name stands"
@@ -255,8 +255,8 @@ def columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str |
     return paths[0], "label", "split" if "split" in names else None
 
 
-def _row(where: str, record: Mapping[str, Any], columns: tuple[str, str, str | None]) -> Row:
+def _row(where: str, record: Mapping[str, Any], columns: tuple[str, str, str | None]) -> _Row:
     path, label, split = columns
     # A column without a word in this row is a word of its own, and not one of the known.
     part = None if split is None else record[split] if record[split] is not None else ""
-    return Row(where, record[path], record[label], part)
+    return _Row(where, record[path], record[label], part)

@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 
     from sdlora.preprocessing import Preprocessing
 
-BUDGET_GIB = 16.0
+_BUDGET_GIB = 16.0
 """What is kept at most where it is not set: 100,000 colour images of 224×224."""
-FORGOTTEN_AFTER_DAYS = 30
+_FORGOTTEN_AFTER_DAYS = 30
 """What nothing has used for so long is removed."""
-ABANDONED_AFTER_SECONDS = 3600
+_ABANDONED_AFTER_SECONDS = 3600
 """A half-written file that has not grown for so long is what a killed process has left."""
-AHEAD = 2
+_AHEAD = 2
 """Batches that are decoded while a GPU is at one; a CPU has its hands full with that one."""
-TOGETHER = 8
+_TOGETHER = 8
 """Images that a thread takes at a time: an image that is kept costs less than handing it to a thread."""
 
-NAME = re.compile(r"[0-9a-f]{32}\.pixels")
-PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
+_NAME = re.compile(r"[0-9a-f]{32}\.pixels")
+_PARTIAL = re.compile(_NAME.pattern + r"\.[0-9a-f]{32}\.partial")
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -79,15 +79,15 @@ def pixel_batches(
             stack.callback(images.close)
         pool = stack.enter_context(ThreadPoolExecutor(decoding_threads()))
         stack.callback(pool.shutdown, cancel_futures=True)
-        find_kept(files, pool)
+        _find_kept(files, pool)
         while True:
-            while len(waiting) <= (AHEAD if pinned else 0) and (span := next(spans, None)):
+            while len(waiting) <= (_AHEAD if pinned else 0) and (span := next(spans, None)):
                 images, start, stop = span
                 batch = torch.empty((stop - start, *images.shape), dtype=torch.uint8, pin_memory=pinned)
                 rows = batch.numpy()
                 futures = [
-                    pool.submit(images.read, first, rows[first - start : first - start + TOGETHER])
-                    for first in range(start, stop, TOGETHER)
+                    pool.submit(images.read, first, rows[first - start : first - start + _TOGETHER])
+                    for first in range(start, stop, _TOGETHER)
                 ]
                 waiting.append((batch, futures, images, stop == len(images)))
             if not waiting:
@@ -106,9 +106,9 @@ class PackedImages:
     def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
         self.table = read_images(path)
         self.shape = preprocessing.input_size
-        self.kept: Kept | None = None
+        self.kept: _Kept | None = None
         """Where they are read from."""
-        self.new: Kept | None = None
+        self.new: _Kept | None = None
         """Where they are written to."""
         self._path, self._preprocessing = path, preprocessing
         self._fault: OSError | None = None
@@ -116,7 +116,7 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.table)
 
-    def place(self) -> Kept:
+    def place(self) -> _Kept:
         """Return the file for these images, which may not exist. Its name is the hash of what decides them."""
         decisive = {
             "images": sha256_of(self._path),
@@ -125,7 +125,7 @@ class PackedImages:
         }
         key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
         channels, height, width = self.shape
-        return Kept(DECODED / f"{key}.pixels", count=len(self), size=channels * height * width)
+        return _Kept(DECODED / f"{key}.pixels", count=len(self), size=channels * height * width)
 
     def read(self, first: int, out: np.ndarray) -> None:
         """Put the images from `first` on into `out`, uint8 (n, channels, height, width). May be called in threads."""
@@ -152,7 +152,7 @@ class PackedImages:
             if self.new is not None:
                 self.new.finish()
         except OSError as error:
-            not_kept(error)
+            _not_kept(error)
         self.close()
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class PackedImages:
         self.kept = self.new = None
 
 
-class Kept:
+class _Kept:
     """One file: the pixels of `count` images of `size` bytes each, then a checksum of each, which holds its place."""
 
     def __init__(self, path: Path, *, count: int, size: int) -> None:
@@ -239,9 +239,9 @@ class Kept:
         return digest.digest()
 
 
-def find_kept(files: Sequence[PackedImages], pool: ThreadPoolExecutor) -> None:
+def _find_kept(files: Sequence[PackedImages], pool: ThreadPoolExecutor) -> None:
     """Open what is kept of each file's images, and begin to keep the others as far as there is room."""
-    room = budget()
+    room = _budget()
     if not room:
         return
     started, new = time.time(), []
@@ -253,16 +253,16 @@ def find_kept(files: Sequence[PackedImages], pool: ThreadPoolExecutor) -> None:
             elif kept.bytes:
                 new.append((images, kept))
         for (images, kept), fits in zip(
-            new, make_room([kept for _, kept in new], room, started), strict=True
+            new, _make_room([kept for _, kept in new], room, started), strict=True
         ):
             if fits:
                 kept.create()
                 images.new = kept
     except OSError as error:
-        not_kept(error)
+        _not_kept(error)
 
 
-def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[bool]:
+def _make_room(wanted: Iterable[_Kept], room: int, started: float) -> Iterator[bool]:
     """Remove what is old, then the longest unused, until the next file fits. Yields whether each one does.
 
     What was used since `started` stays: were it removed for what comes after it, an evaluation of more than there is
@@ -270,11 +270,11 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
     """
     held: list[tuple[float, int, Path]] = []
     for path in sorted(DECODED.iterdir()):
-        partial = PARTIAL.fullmatch(path.name)
-        if partial or NAME.fullmatch(path.name):
+        partial = _PARTIAL.fullmatch(path.name)
+        if partial or _NAME.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):  # another process may be at the same
                 facts = path.stat()
-                limit = ABANDONED_AFTER_SECONDS if partial else FORGOTTEN_AFTER_DAYS * 86400
+                limit = _ABANDONED_AFTER_SECONDS if partial else _FORGOTTEN_AFTER_DAYS * 86400
                 if facts.st_mtime < started - limit:
                     path.unlink()
                 else:
@@ -282,7 +282,7 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
     total = sum(size for _, size, _ in held)
     # Half of what is free stays free: a full disk would cost outputs, not time.
     room = min(room, total + shutil.disk_usage(DECODED).free // 2)
-    unused = deque(sorted(one for one in held if one[0] < started and NAME.fullmatch(one[2].name)))
+    unused = deque(sorted(one for one in held if one[0] < started and _NAME.fullmatch(one[2].name)))
     for file in wanted:
         if total - sum(size for _, size, _ in unused) + file.bytes <= room:
             while total + file.bytes > room:
@@ -294,7 +294,7 @@ def make_room(wanted: Iterable[Kept], room: int, started: float) -> Iterator[boo
         yield fits
 
 
-def budget() -> int:
+def _budget() -> int:
     """Return how many bytes may be kept.
 
     Raises:
@@ -302,7 +302,7 @@ def budget() -> int:
     """
     text = os.environ.get(DECODED_GIB, "").strip()
     complaint = f"{DECODED_GIB}: {text!r} is no number of GiB; set one, or 0 to keep nothing"
-    return gibibytes(text or str(BUDGET_GIB), complaint)
+    return gibibytes(text or str(_BUDGET_GIB), complaint)
 
 
 def decoder() -> dict[str, object]:
@@ -321,7 +321,7 @@ def decoder() -> dict[str, object]:
     }
 
 
-def not_kept(error: OSError) -> None:
+def _not_kept(error: OSError) -> None:
     """Go on without: nothing but time depends on what is kept."""
     log_line(f"warning: decoded images are not kept in {DECODED} ({one_line(error)})")
 

@@ -3,7 +3,7 @@
 import io
 from base64 import b64encode
 
-THUMBNAIL = 128
+_THUMBNAIL = 128
 """Longer side of a sample image on the page, at most, in pixels."""
 
 
@@ -18,9 +18,9 @@ def data_uri(image: bytes) -> str:
         picture = open_picture(image)
     if picture.mode == "RGBA":  # white shows through, as it does for the model
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     encoded = io.BytesIO()
-    if max(picture.size) <= THUMBNAIL // 2:  # pixels that one can count must not be blurred
+    if max(picture.size) <= _THUMBNAIL // 2:  # pixels that one can count must not be blurred
         kind = "png"
         picture.save(encoded, "PNG")
     else:

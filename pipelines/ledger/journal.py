@@ -44,7 +44,7 @@ def keep_cost(
                 "machine": platform.machine(),
                 "commit": current_commit(),
                 "output": {name: sha256_of(out / name) for name in RECORDS if (out / name).is_file()},
-                **memory(),
+                **_memory(),
             },
         )
     except OSError as error:
@@ -66,7 +66,7 @@ def current_commit() -> str | None:
     return None
 
 
-def memory() -> dict[str, Any]:
+def _memory() -> dict[str, Any]:
     """Return the device and the peak of memory so far, in bytes, of this process and of its accelerator."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: dict[str, Any] = {"device": "cpu", "peak_memory": kib * (1 if sys.platform == "darwin" else 1024)}

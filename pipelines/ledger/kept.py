@@ -13,7 +13,7 @@ from pipelines.project.files import sha256_of, write_json
 from pipelines.project.layout import KEPT
 from pipelines.project.settings import Section
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class KeptStage(Section):
@@ -23,22 +23,22 @@ class KeptStage(Section):
     """the md5 of the fingerprint of the code that made it; null where dvc.lock had none"""
     now: str
     """that of the code that was installed when it was kept"""
-    result: Sha256 | None
+    result: _Sha256 | None
     """the hash of the file that stands for what the stage left; null where none does"""
 
 
-class KeptNote(Section):
+class _KeptNote(Section):
     """What was kept at one time."""
 
     at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     """when, UTC"""
-    previous: Sha256 | None
+    previous: _Sha256 | None
     """the hash of the note before; null for the first"""
     stages: Mapping[str, KeptStage]
     """stage → what it was made by"""
 
 
-def read_notes() -> Iterator[KeptNote]:
+def read_notes() -> Iterator[_KeptNote]:
     """Yield all notes in their order.
 
     Raises:
@@ -47,7 +47,7 @@ def read_notes() -> Iterator[KeptNote]:
     previous = None
     for path in sorted(KEPT.glob("*.json")):
         try:
-            note = KeptNote.model_validate_json(path.read_bytes())
+            note = _KeptNote.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "JSON"
@@ -66,6 +66,6 @@ def write_note(at: str, stages: Mapping[str, KeptStage]) -> Path:
     """Append a note. Return its path."""
     known = sorted(KEPT.glob("*.json"))
     path = KEPT / f"{len(list(read_notes())) + 1:04}.json"
-    note = KeptNote(at=at, previous=sha256_of(known[-1]) if known else None, stages=stages)
+    note = _KeptNote(at=at, previous=sha256_of(known[-1]) if known else None, stages=stages)
     write_json(path, note.model_dump(mode="json"))
     return path

@@ -22,22 +22,22 @@ from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
 from pipelines.versioning.artifacts import ObjectStore, md5_of
 
-RECEIPT = "receipt.json"
+_RECEIPT = "receipt.json"
 IN_PLACE = "retired.json"
 """What is left in place of deleted training images, so that DVC finds an output there."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Listing = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Listing = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
 
 
-def inside(path: str) -> str:
+def _inside(path: str) -> str:
     """Return the path, where it is one inside a folder. A ValueError where it leads out of it."""
     if not path or path.startswith("/") or ".." in path.split("/"):
         raise ValueError(f"{path!r} is no path inside a folder")
     return path
 
 
-Part = Annotated[str, AfterValidator(inside)]
+_Part = Annotated[str, AfterValidator(_inside)]
 """A path inside a folder."""
 
 
@@ -46,16 +46,16 @@ class Picture(Section):
 
     id: Text
     """`t01/train/<class>/<file>`"""
-    sha256: Sha256
+    sha256: _Sha256
     """of the file's bytes"""
 
 
 class RawFile(Section):
     """A file of the task's source that was deleted."""
 
-    path: Part
+    path: _Part
     """inside the project"""
-    sha256: Sha256
+    sha256: _Sha256
     """of its bytes, or of those that the link led to"""
     link: bool
     """a link: it was removed, and what it led to was left alone"""
@@ -64,26 +64,26 @@ class RawFile(Section):
 class Packed(Section):
     """The packed training images."""
 
-    path: Part
+    path: _Part
     """inside the project"""
-    sha256: Sha256
+    sha256: _Sha256
     """as the ledger names them"""
-    md5: Md5
+    md5: _Md5
     """as DVC does"""
 
 
 class Kept(Section):
     """An output of a stage of the task, as it was: DVC's cache holds it."""
 
-    out: Part
+    out: _Part
     """its folder"""
-    md5: Listing
+    md5: _Listing
     """DVC's hash of the folder when the task was retired"""
-    files: Mapping[Part, Md5]
+    files: Mapping[_Part, _Md5]
     """what can be given back, by name"""
     parameters: Mapping[str, Any]
     """what dvc.lock says that the stage read of params.yaml; empty where it does not matter any more"""
-    inputs: Mapping[Part, Sha256]
+    inputs: Mapping[_Part, _Sha256]
     """files that stand for all that the stage read of other stages"""
 
 
@@ -100,11 +100,11 @@ class Receipt(Section):
     """the reason"""
     at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     """when, UTC"""
-    previous: Sha256 | None
+    previous: _Sha256 | None
     """the hash of the receipt before; null for the first"""
-    record: Sha256
+    record: _Sha256
     """the hash of the step's record"""
-    head: Sha256
+    head: _Sha256
     """the hash of the last verdict of the chain at that time"""
     source: Text
     """where the images were"""
@@ -126,7 +126,7 @@ class Receipt(Section):
 
 def receipt_of(task: str) -> Path:
     """Return where the receipt of a task is."""
-    return Path(RETIRED) / task / RECEIPT
+    return Path(RETIRED) / task / _RECEIPT
 
 
 def read_receipt(path: Path) -> Receipt:
@@ -194,12 +194,12 @@ def restore_retired_output(
     path = receipt_of(task)
     receipt = read_receipt(path)
     kept = receipt.stages[stage]
-    refuse_others(stage, task, receipt, entry.classes)
+    _refuse_others(stage, task, receipt, entry.classes)
     with contextlib.ExitStack() as stack:
         if images is not None:
             write_json(stack.enter_context(whole_folder(images)) / IN_PLACE, in_place_of(receipt))
         folder = stack.enter_context(whole_folder(out))
-        give_back(kept, folder)
+        _give_back(kept, folder)
         if then is not None:
             then(folder)
     log_line(
@@ -215,7 +215,7 @@ def in_place_of(receipt: Receipt) -> dict[str, str]:
     return {"task": receipt.task, "images": receipt.train.sha256}
 
 
-def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, ...]) -> None:
+def _refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, ...]) -> None:
     """Refuse to give back what would be another result, had the task its images."""
     gone = f"{stage} {task}: its images were deleted ({receipt_of(task)}), so it cannot be made again, but"
     if classes != receipt.classes:
@@ -235,7 +235,7 @@ def refuse_others(stage: str, task: str, receipt: Receipt, classes: tuple[str, .
             )
 
 
-def give_back(kept: Kept, folder: Path) -> None:
+def _give_back(kept: Kept, folder: Path) -> None:
     """Copy what was kept of an output from DVC's cache or remote to a folder. An `InputError` says what is missing."""
     with TemporaryDirectory(prefix="sdlora-retired-") as scratch:
         objects = ObjectStore(Path(scratch))

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from prefect import Flow, State
     from prefect.client.schemas.objects import FlowRun
 
-IDLE = "sdlora.attempts-without-progress"
-CHECKPOINTS = "sdlora.checkpoints"
-PAUSE = timedelta(seconds=10)
+_IDLE = "sdlora.attempts-without-progress"
+_CHECKPOINTS = "sdlora.checkpoints"
+_PAUSE = timedelta(seconds=10)
 
 
 BEGUN: dict[UUID, UUID] = {}
@@ -58,7 +58,7 @@ class Attempts:
         except Exception as trouble:  # a server that is away stops nothing
             log_line(f"prefect: whether this run has begun elsewhere is not known ({one_line(trouble)})")
             return
-        owner = begun_first(states)
+        owner = _begun_first(states)
         if owner != self._state and self._state in [state.id for state in states]:
             log_line("prefect: this run is at work elsewhere, or has ended: giving way")
             raise Abort
@@ -70,18 +70,18 @@ class Attempts:
         attempt before.
         """
         labels = self._labels()
-        idle = int(labels.get(IDLE, 0)) if labels.get(CHECKPOINTS, checkpoints) == checkpoints else 0
+        idle = int(labels.get(_IDLE, 0)) if labels.get(_CHECKPOINTS, checkpoints) == checkpoints else 0
         if idle >= limit:
             raise InputError(
                 f"ended {idle} times in a row without any progress; the logs of the earlier attempts say more."
                 " It is not started again by itself: mend the cause, then run it anew"
             )
-        self._write({IDLE: idle + 1, CHECKPOINTS: checkpoints})
+        self._write({_IDLE: idle + 1, _CHECKPOINTS: checkpoints})
 
     def progressed(self) -> None:
         """Note that a stage has been finished: the attempts before count no more."""
         with short_retries():
-            self._write({IDLE: 0})
+            self._write({_IDLE: 0})
 
     def schedule(self, message: str) -> State:
         """Schedule the next attempt, for any worker. Return the state that the run is then in."""
@@ -95,7 +95,7 @@ class Attempts:
 
     def pause(self) -> timedelta:
         """Return how long to wait before the next attempt: longer each time that nothing came of one."""
-        return PAUSE * 4 ** max(0, int(self._labels().get(IDLE, 0)) - 1)
+        return _PAUSE * 4 ** max(0, int(self._labels().get(_IDLE, 0)) - 1)
 
     def _labels(self) -> dict[str, str]:
         from prefect.client.orchestration import get_client
@@ -131,7 +131,7 @@ def short_retries() -> Iterator[None]:
         yield
 
 
-def begun_first(states: list[State]) -> UUID | None:
+def _begun_first(states: list[State]) -> UUID | None:
     """Return the Running state whose process owns a run, the first of the newest attempt. None if no process does.
 
     An attempt is what follows the last state in which nothing is at work on a run.
@@ -154,7 +154,7 @@ def checkpoint_mark(store: str | None) -> str:
     """
     import fsspec
 
-    fs, root = fsspec.core.url_to_fs(store or CHECKPOINTS)
+    fs, root = fsspec.core.url_to_fs(store or _CHECKPOINTS)
     found = (path.split("/")[-2:] for path in (fs.find(root) if fs.isdir(root) else []))
     names = sorted(f"{key}/{name}" for key, name in found if KEY.fullmatch(key) and NAME.fullmatch(name))
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

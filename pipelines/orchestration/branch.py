@@ -15,10 +15,10 @@ from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
 from pipelines.project.layout import BRANCH_STATE, LEDGER, LOCK, METRICS, PARAMS, WRITTEN_PARAMS
 
-FILES = (str(PARAMS), str(LOCK), str(METRICS))
-TRIES = 5
+_FILES = (str(PARAMS), str(LOCK), str(METRICS))
+_TRIES = 5
 """How often a commit is made anew, on top of what somebody else pushed meanwhile."""
-NEXT = Path("params.yaml.partial")
+_NEXT = Path("params.yaml.partial")
 """Where an edit of params.yaml is made: beside it, because it names folders that are relative to its own."""
 
 
@@ -29,15 +29,15 @@ def take(branch: str, remote: str | None) -> None:
     begins at the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
     somebody's work: refused.
     """
-    if git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
+    if _git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
         raise InputError(
             f"workers.branch: {branch} is checked out in {Path.cwd()}, and a commit would change it underneath you;"
             " check out another branch there"
         )
     if remote:
         _fetch(branch, remote)
-    base = tip(branch) or git("rev-parse", "HEAD").decode()
-    texts = {name: _content(base, name) for name in FILES}
+    base = tip(branch) or _git("rev-parse", "HEAD").decode()
+    texts = {name: _content(base, name) for name in _FILES}
     params = PARAMS.read_bytes()
     known = {texts[str(PARAMS)], _content("HEAD", str(PARAMS))}
     if params not in known and _sha256(params) not in _ours():
@@ -59,18 +59,18 @@ def edit(change: Callable[[Path], list[str]]) -> list[str]:
     are there before the new one is.
     """
     old = PARAMS.read_bytes()
-    write_whole(NEXT, old)
+    write_whole(_NEXT, old)
     try:
-        lines = change(NEXT)
-        new = NEXT.read_bytes()
+        lines = change(_NEXT)
+        new = _NEXT.read_bytes()
         if _sha256(old) in _ours():
             _mark(old, new)
         write_whole(PARAMS, new)
     except InputError as error:
-        raise InputError(str(error).replace(NEXT.name, PARAMS.name)) from None
+        raise InputError(str(error).replace(_NEXT.name, PARAMS.name)) from None
     finally:
-        NEXT.unlink(missing_ok=True)
-    return [line.replace(NEXT.name, PARAMS.name) for line in lines]
+        _NEXT.unlink(missing_ok=True)
+    return [line.replace(_NEXT.name, PARAMS.name) for line in lines]
 
 
 def commit(branch: str, message: str, remote: str | None) -> str | None:
@@ -84,9 +84,9 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
         PushError: the remote does not take the commit. What the run has computed is found again by the next one.
     """
     taken = _remembered()["taken"]
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         parent = tip(branch)
-        start = parent or git("rev-parse", "HEAD").decode()
+        start = parent or _git("rev-parse", "HEAD").decode()
         known = (_content(taken[-1], str(PARAMS)), PARAMS.read_bytes())
         if _content(start, str(PARAMS)) not in known:
             raise InputError(
@@ -96,7 +96,7 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
         made = _commit_on(start, message, taken)
         if remote and (made or parent):
             try:
-                git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
+                _git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
             except InputError as refused:
                 _fetch(branch, remote)
                 if tip(branch) == parent:
@@ -105,35 +105,35 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
                     ) from None
                 continue
         if made:
-            git("update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made))  # only if not moved
+            _git("update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made))  # only if not moved
         return made
-    raise InputError(f"workers.branch: {branch} moved {TRIES} times while it was committed to; run it anew")
+    raise InputError(f"workers.branch: {branch} moved {_TRIES} times while it was committed to; run it anew")
 
 
 def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
     """Make the commit that follows a commit, on no branch yet. None if it would change nothing."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        git("read-tree", start, settings=index)
-        for name in (*filter(os.path.isfile, FILES), *_own_ledger(taken[-1])):
-            blob = git("hash-object", "-w", "--path", name, name).decode()
-            git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
-        tree = git("write-tree", settings=index).decode()
-    if tree == git("rev-parse", f"{start}^{{tree}}").decode():
+        _git("read-tree", start, settings=index)
+        for name in (*filter(os.path.isfile, _FILES), *_own_ledger(taken[-1])):
+            blob = _git("hash-object", "-w", "--path", name, name).decode()
+            _git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
+        tree = _git("write-tree", settings=index).decode()
+    if tree == _git("rev-parse", f"{start}^{{tree}}").decode():
         return None
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    somebody = git("config", "user.email", check=False)
-    made = git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    somebody = _git("config", "user.email", check=False)
+    made = _git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
     write_json(BRANCH_STATE, {"taken": taken, "made": made})
     return made
 
 
 def tip(branch: str) -> str | None:
     """Return the commit that the branch stands at, if there is such a branch."""
-    return git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
+    return _git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
 
 
-def git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None = None) -> bytes:
+def _git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None = None) -> bytes:
     """Run Git without asking anything. Return what it printed, without the last line end."""
     done = subprocess.run(
         ["git", *arguments],
@@ -149,19 +149,19 @@ def git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None 
 
 def _fetch(branch: str, remote: str) -> None:
     """Bring the branch forward to where the remote has it."""
-    if not git("ls-remote", remote, f"refs/heads/{branch}"):
+    if not _git("ls-remote", remote, f"refs/heads/{branch}"):
         return
     theirs = f"refs/remotes/{remote}/{branch}"
-    git("fetch", "--quiet", remote, f"+refs/heads/{branch}:{theirs}")
-    mine, other = tip(branch), git("rev-parse", theirs).decode()
-    common = git("merge-base", mine, other, check=False).decode() if mine else None
+    _git("fetch", "--quiet", remote, f"+refs/heads/{branch}:{theirs}")
+    mine, other = tip(branch), _git("rev-parse", theirs).decode()
+    common = _git("merge-base", mine, other, check=False).decode() if mine else None
     if common == other:
         return
     if common != mine:
         raise InputError(
             f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
         )
-    git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+    _git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
 
 
 def _mark(*texts: bytes) -> None:
@@ -176,7 +176,7 @@ def _take_ledger(base: str) -> None:
     """Bring the ledger to that of a commit, but for what this clone itself has written."""
     state = _remembered()
     before = state["taken"]
-    if state["made"] and git("merge-base", state["made"], base, check=False).decode() == state["made"]:
+    if state["made"] and _git("merge-base", state["made"], base, check=False).decode() == state["made"]:
         before = [*before, state["made"]]
     new, here = _ledger(base), _ledger_here()
     taken = [_ledger(commit) for commit in before]
@@ -205,7 +205,7 @@ def _own_ledger(base: str) -> list[str]:
 
 def _ledger(commit: str) -> dict[str, str]:
     """Return the files of the ledger in a commit, and their hashes. None where Git has forgotten the commit."""
-    lines = git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
+    lines = _git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
     rows = [line.split(b"\t", 1) for line in lines if line]
     return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
 
@@ -215,7 +215,7 @@ def _ledger_here() -> dict[str, str]:
     names = sorted(
         path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
     )
-    blobs = git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
+    blobs = _git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
     return dict(zip(names, blobs, strict=True))
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
     from prefect.events.schemas.automations import AutomationCore
 
-    WorkerFlow = Flow[..., Any]
+    _WorkerFlow = Flow[..., Any]
 
-WATCHDOG_PERIODS = 2
+_WATCHDOG_PERIODS = 2
 """How many times `dead_after_seconds` lie between two runs of the watchdog: the automations come first."""
 
 
@@ -34,7 +34,7 @@ def require_server() -> None:
         )
 
 
-def deploy(learn: WorkerFlow, sweep: WorkerFlow, watchdog: WorkerFlow) -> list[str]:
+def deploy(learn: _WorkerFlow, sweep: _WorkerFlow, watchdog: _WorkerFlow) -> list[str]:
     """Make the work pool, the deployments and their automations, or bring them to what params.yaml says.
 
     Returns:
@@ -73,7 +73,7 @@ def _description(workers: Workers) -> list[str]:
         f"deployment sweep/{DEPLOYMENT}: runs that sdlora sweep asks for",
         f"a run without a sign of life for {workers.dead_after_seconds} s is marked crashed;"
         f" a crashed one starts again, {workers.attempts} times without progress",
-        f"deployment {WATCHDOG}/{DEPLOYMENT}: every {WATCHDOG_PERIODS * workers.dead_after_seconds} s, sees to"
+        f"deployment {WATCHDOG}/{DEPLOYMENT}: every {_WATCHDOG_PERIODS * workers.dead_after_seconds} s, sees to"
         " runs that were overlooked",
         f"in each clone, for GPU 0: CUDA_VISIBLE_DEVICES=0 prefect worker start --pool {workers.pool} --limit 1",
     ]
@@ -93,7 +93,7 @@ def _make_pool(client: SyncPrefectClient, name: str) -> None:
         raise InputError(f"workers.pool: {name} is of the type {pool.type}, not process; name another pool")
 
 
-def _learn_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
+def _learn_deployment(flow: _WorkerFlow, workers: Workers) -> RunnerDeployment:
     """Make the deployment of the project's chain.
 
     Its runs wait for each other, because each goes on where the one before ended.
@@ -122,19 +122,19 @@ def _learn_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
         raise InputError(f"workers.schedule: {workers.schedule} is not a cron line ({error})") from None
 
 
-def _sweep_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
+def _sweep_deployment(flow: _WorkerFlow, workers: Workers) -> RunnerDeployment:
     """Make the deployment for chains of sweeps. As many run at a time as there are workers."""
     return _deployment(flow, workers, tags=[WORK_TAG])
 
 
-def _watchdog_deployment(flow: WorkerFlow, workers: Workers) -> RunnerDeployment:
+def _watchdog_deployment(flow: _WorkerFlow, workers: Workers) -> RunnerDeployment:
     """Make the deployment of what the clock starts on some worker, so that nothing depends on an event alone."""
     return _deployment(
-        flow, workers, interval=timedelta(seconds=WATCHDOG_PERIODS * workers.dead_after_seconds)
+        flow, workers, interval=timedelta(seconds=_WATCHDOG_PERIODS * workers.dead_after_seconds)
     )
 
 
-def _deployment(flow: WorkerFlow, workers: Workers, **options: Any) -> RunnerDeployment:  # noqa: ANN401 - Prefect's
+def _deployment(flow: _WorkerFlow, workers: Workers, **options: Any) -> RunnerDeployment:  # noqa: ANN401 - Prefect's
     """Make a deployment of a flow on the workers' pool, described by the first line of its docstring."""
     from prefect.types.entrypoint import EntrypointType
 

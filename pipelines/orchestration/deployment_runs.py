@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 
-class RunState(NamedTuple):
+class _RunState(NamedTuple):
     """How a flow run stands."""
 
     name: str
@@ -59,12 +59,12 @@ class DeploymentRuns:
         )
         return found[0].id if found else None
 
-    def state(self, run: UUID) -> RunState | None:
+    def state(self, run: UUID) -> _RunState | None:
         """Return how a run stands. None while the server does not know."""
         state = self._client.read_flow_run(run).state
         if state is None:
             return None
-        return RunState(
+        return _RunState(
             state.name or state.type.value,
             state.message or "",
             completed=state.is_completed(),

@@ -37,9 +37,9 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
         with get_client(sync_client=True) as client:
             silent = [
                 run
-                for run in _deployed_runs(client, SILENCES * patience, "RUNNING")
+                for run in _deployed_runs(client, _SILENCES * patience, "RUNNING")
                 if str(run.id) != current_flow_run()
-                and not has_shown_life(client, f"prefect.flow-run.{run.id}", SILENCES * patience)
+                and not has_shown_life(client, f"prefect.flow-run.{run.id}", _SILENCES * patience)
             ]
             for run in (*_deployed_runs(client, patience, "PENDING"), *silent):
                 state: State[None] = Crashed(message="no sign of life, and overlooked until now")
@@ -73,7 +73,7 @@ def _has_lost_its_slot(run: FlowRun) -> bool:
     return run.state is not None and "slot lost" in (run.state.message or "")
 
 
-SILENCES = 3
+_SILENCES = 3
 """How many times as long as for an automation a run must have been silent: its heartbeats may be lost too."""
 
 

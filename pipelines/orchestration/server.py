@@ -18,8 +18,8 @@ from pathlib import Path
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import die_with, end_group, environment
 
-START_SECONDS = 60.0
-HEALTH_SECONDS = 2.0
+_START_SECONDS = 60.0
+_HEALTH_SECONDS = 2.0
 """A server that needs longer than this to say that it is well is not waited for."""
 
 PREFECT_SETTINGS = {
@@ -46,7 +46,7 @@ def server_missing() -> str | None:
 def server_trouble(url: str) -> str | None:
     """Ask a server for its health. Return what is wrong, or None if it is well."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_SECONDS) as answer:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_HEALTH_SECONDS) as answer:
             return None if answer.status == 200 else f"{url} answers {answer.status}"
     except urllib.error.HTTPError as error:
         return f"{url} answers {error.code}"
@@ -100,7 +100,7 @@ def _start(home: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def _comes_up(process: subprocess.Popen[bytes], url: str) -> bool:
-    end = time.monotonic() + START_SECONDS
+    end = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         if server_trouble(url) is None:
             return True

@@ -31,7 +31,7 @@ from pipelines.runtime.processes import die_with
 from pipelines.runtime.stage import Rows
 from pipelines.versioning.repro import StageFailedError
 
-DECISION_SECONDS = 30 * 24 * 3600
+_DECISION_SECONDS = 30 * 24 * 3600
 """How long a suspended run waits for a decision before it fails."""
 
 
@@ -58,7 +58,7 @@ def watchdog() -> EndState:
     return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
 
 
-class Decision(RunInput):
+class _Decision(RunInput):
     """What a person answers when a step has broken a limit of its gate. Not to answer leaves it closed."""
 
     by: str = Field(description="Who decides that the step may go out all the same.", min_length=1)
@@ -106,16 +106,16 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
             step = failure.closed_gate
             if step is None:
                 raise
-            question = Decision.with_initial_data(description=f"{failure}")
+            question = _Decision.with_initial_data(description=f"{failure}")
             decision = suspend_flow_run(
                 wait_for_input=question,
                 key=f"{step}-{results_of(evaluation_of(step))}",
-                timeout=DECISION_SECONDS,
+                timeout=_DECISION_SECONDS,
             )
         for line in _let_through(step, decision):
             echo(line)
 
 
-def _let_through(step: str, decision: Decision) -> list[str]:
+def _let_through(step: str, decision: _Decision) -> list[str]:
     """Write a decision into params.yaml. Return lines to print."""
     return edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))

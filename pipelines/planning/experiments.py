@@ -17,7 +17,7 @@ from pipelines.project.params_text import flow, task_line, with_block, with_valu
 from pipelines.project.settings import Task
 from pipelines.project.yaml_text import read_text, read_yaml, value_at
 
-USUAL: dict[str, dict[str, Any]] = {
+_USUAL: dict[str, dict[str, Any]] = {
     "cub200": {"split": "official"},
     "domainnet": {"split": "coda-prompt"},
     "imagenet-a": {"split": "stratified"},
@@ -25,7 +25,7 @@ USUAL: dict[str, dict[str, Any]] = {
 }
 """Settings with which `plan` adds a data set: the published division nearest to the papers' that can be had."""
 
-WHOLE = {("adapter", "rank_schedule")}
+_WHOLE = {("adapter", "rank_schedule")}
 """Blocks that a parameter set replaces as a whole, because their keys are data."""
 
 
@@ -44,14 +44,14 @@ def plan_benchmark(
     """
     text = read_text(path)
     raw = read_yaml(text, origin=str(path))
-    block = benchmark_tasks(
+    block = _benchmark_tasks(
         name, raw, tasks=tasks, classes_per_task=classes_per_task, seed=seed, root=path.parent
     )
-    if not force and not same_tasks(raw, block):
+    if not force and not _same_tasks(raw, block):
         refuse_computed(raw["tasks"] if isinstance(raw.get("tasks"), dict) else {}, path)
     lines = [f"{path}: {sum(len(t.classes) for t in block.values())} classes of {name} in {len(block)} tasks,"
              f" in the order of seed {seed}"]  # fmt: skip
-    new, added = with_fetch(with_block(text, block), name, raw, path)
+    new, added = _with_fetch(with_block(text, block), name, raw, path)
     replace_file(path, new, expected=block)
     lines += added
     return lines + [task_line(key, task) for key, task in block.items()]
@@ -74,23 +74,23 @@ def lay_over(
         wanted["seed"] = seed
     there = yaml_nodes(text)
     lines = []
-    for keys, value in leaves(wanted):
+    for keys, value in _leaves(wanted):
         present = value_at(raw, keys)
         if present != value or keys not in there:
             lines.append(f"{path}: {'.'.join(keys)}: {flow(present)} → {flow(value)}")
             new = with_value(new, keys, value)
     if plan is not None:
-        new, planned = with_plan(new, plan, overlay, seed=seed, path=path, force=force)
+        new, planned = _with_plan(new, plan, overlay, seed=seed, path=path, force=force)
         lines += planned
     if not lines:
         return [f"{path}: is as {overlay} has it already"]
     Params.parse(new, origin=f"{path} with {overlay} (not written)")
     written = read_yaml(new, origin=str(path))
-    if any(value_at(written, keys) != value for keys, value in leaves(wanted)):
+    if any(value_at(written, keys) != value for keys, value in _leaves(wanted)):
         raise InputError(
             f"{path}: is written in a way that cannot be edited safely; edit it by hand as {overlay} says"
         )
-    if not force and uncommitted(path):
+    if not force and _uncommitted(path):
         raise InputError(
             f"{path}: has changes that are not committed and that {overlay} would overwrite in part; commit them,"
             " or go on with --force"
@@ -99,7 +99,7 @@ def lay_over(
     return lines
 
 
-def with_plan(
+def _with_plan(
     text: str, plan: object, overlay: Path, *, seed: int | None, path: Path, force: bool
 ) -> tuple[str, list[str]]:
     """Return the text with the tasks that a parameter set plans, and what changed."""
@@ -109,9 +109,9 @@ def with_plan(
         raise InputError(f"{overlay}: plan: tasks and seed are whole numbers; correct them")
     raw = read_yaml(text, origin=str(path))
     chosen = plan["seed"] if seed is None else seed
-    block = benchmark_tasks(plan["benchmark"], raw, tasks=plan["tasks"], seed=chosen, root=path.parent)
-    text, lines = with_fetch(text, plan["benchmark"], raw, path)
-    if same_tasks(raw, block):
+    block = _benchmark_tasks(plan["benchmark"], raw, tasks=plan["tasks"], seed=chosen, root=path.parent)
+    text, lines = _with_fetch(text, plan["benchmark"], raw, path)
+    if _same_tasks(raw, block):
         return text, lines
     if not force:
         refuse_computed(raw["tasks"] if isinstance(raw.get("tasks"), dict) else {}, path)
@@ -119,15 +119,15 @@ def with_plan(
     return with_block(text, block), lines
 
 
-def with_fetch(text: str, name: str, raw: Mapping[str, Any], path: Path) -> tuple[str, list[str]]:
+def _with_fetch(text: str, name: str, raw: Mapping[str, Any], path: Path) -> tuple[str, list[str]]:
     """Return the text with an entry that fetches the data set, unless it has one or the images are the user's own."""
-    if name in (raw.get("fetch") or {}) or is_own(name, raw, path.parent):
+    if name in (raw.get("fetch") or {}) or _is_own(name, raw, path.parent):
         return text, []
-    settings = USUAL.get(name, {})
+    settings = _USUAL.get(name, {})
     return with_value(text, ("fetch", name), settings), [f"{path}: fetch: added {name}: {flow(settings)}"]
 
 
-def benchmark_tasks(
+def _benchmark_tasks(
     name: str,
     raw: Mapping[str, Any],
     *,
@@ -143,17 +143,17 @@ def benchmark_tasks(
             " for images of your own give their folder"
         )
     benchmark = load_benchmark(name)
-    classes = own_classes(benchmark, root) if is_own(name, raw, root) else benchmark.classes
+    classes = _own_classes(benchmark, root) if _is_own(name, raw, root) else benchmark.classes
     sizes = task_sizes(len(classes), tasks=tasks, classes_per_task=classes_per_task)
     return chained(shuffled(classes, seed), sizes, source=(RAW / name).as_posix())
 
 
-def is_own(name: str, raw: Mapping[str, Any], root: Path) -> bool:
+def _is_own(name: str, raw: Mapping[str, Any], root: Path) -> bool:
     """Return whether the user put the benchmark's images there: the folder is there, and no stage makes it."""
     return name not in (raw.get("fetch") or {}) and (root / RAW / name).is_dir()
 
 
-def own_classes(benchmark: Benchmark, root: Path) -> list[str]:
+def _own_classes(benchmark: Benchmark, root: Path) -> list[str]:
     """Return the class folders that the user has, named as in the archive or by class, in the order of the labels."""
     train = root / RAW / benchmark.name / "train"
     folders = {entry.name for entry in train.iterdir() if entry.is_dir()} if train.is_dir() else set()
@@ -167,7 +167,7 @@ def own_classes(benchmark: Benchmark, root: Path) -> list[str]:
     )
 
 
-def same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
+def _same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
     """Return whether the tasks that a params file has are those of `block`."""
     return raw.get("tasks") == {
         key: {"after": task.after, "source": task.source, "classes": list(task.classes)}
@@ -175,7 +175,7 @@ def same_tasks(raw: Mapping[str, Any], block: Mapping[str, Task]) -> bool:
     }
 
 
-def uncommitted(path: Path) -> bool:
+def _uncommitted(path: Path) -> bool:
     """Return whether git has another version of the file, or none. Without git there is nothing to compare with."""
     command = ["git", "status", "--porcelain", "--", path.name]
     try:
@@ -187,11 +187,11 @@ def uncommitted(path: Path) -> bool:
     return bool(done.stdout.strip()) if done.returncode == 0 else "not a git repository" not in done.stderr
 
 
-def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield every value of a nested block with the keys that lead to it. An entry of `fetch` is one value."""
     for key, value in block.items():
         keys = (*where, str(key))
-        if isinstance(value, dict) and keys not in WHOLE and where != ("fetch",):
-            yield from leaves(value, keys)
+        if isinstance(value, dict) and keys not in _WHOLE and where != ("fetch",):
+            yield from _leaves(value, keys)
         else:
             yield keys, value

@@ -16,11 +16,11 @@ from pipelines.project.params import Params
 from pipelines.versioning.plan import Plan, code_hashes, read_plan, record_as_it_is
 from pipelines.versioning.repro import reproduce_stage
 
-TRAINED = ("fit", "freeze")
+_TRAINED = ("fit", "freeze")
 """Kinds of stages that are not made again without a word when code changes: they cost most, and images may be gone."""
-MADE_ANEW = (CODE_STAGE, "report")
+_MADE_ANEW = (CODE_STAGE, "report")
 """Kinds of stages that are made again at no cost."""
-SHOWN = 3
+_SHOWN = 3
 """Names in one line."""
 
 
@@ -32,7 +32,7 @@ def keep() -> list[str]:
     params = Params.load()
     require_own_code()
     before = read_plan(params.tasks)
-    outdated = made_by_other_code(before)
+    outdated = _made_by_other_code(before)
     reproduce_stage(CODE_STAGE, pull=False)
     plan = read_plan(params.tasks)
     kept = {name: before.code[name] for name in outdated if _only_code(plan, name)}
@@ -51,7 +51,7 @@ def keep() -> list[str]:
     others = [name for name in outdated if name not in kept]
     reasons = [next(r for r in plan.reasons[name] if not r.startswith(f"{CODE}/")) for name in others]
     return [
-        f"kept as they are: {len(kept)} stages ({shortened(kept)}); noted in {path}",
+        f"kept as they are: {len(kept)} stages ({_shortened(kept)}); noted in {path}",
         *(f"not kept: {name}: {reason}" for name, reason in zip(others, reasons, strict=True)),
         "`sdlora run` does the rest; commit dvc.lock and ledger",
     ]
@@ -63,13 +63,13 @@ def require_decision(plan: Plan, *, retrain: bool) -> Iterator[str]:
     Raises:
         InputError: some of them are trained, and nobody has decided whether they are trained again.
     """
-    outdated = made_by_other_code(plan)
-    trained = [name for name in outdated if StageName.parse(name).kind in TRAINED]
+    outdated = _made_by_other_code(plan)
+    trained = [name for name in outdated if StageName.parse(name).kind in _TRAINED]
     if trained and not retrain:
         told = (
             "dvc.lock is of a version that knew no fingerprints of code"
             if None in (plan.code[name] for name in trained)
-            else f"the code of {shortened(trained)} changed ({_changed_definitions(trained)})"
+            else f"the code of {_shortened(trained)} changed ({_changed_definitions(trained)})"
         )
         raise InputError(
             f"{told}; `sdlora keep` keeps what was trained (as `dvc repro code` and `dvc commit -f` do) and "
@@ -77,16 +77,16 @@ def require_decision(plan: Plan, *, retrain: bool) -> Iterator[str]:
         )
     for kind in dict.fromkeys(StageName.parse(name).kind for name in outdated):
         names = [name for name in outdated if StageName.parse(name).kind == kind]
-        yield f"code of {kind} changed ({_changed_definitions(names)}): {shortened(names)} will run again"
+        yield f"code of {kind} changed ({_changed_definitions(names)}): {_shortened(names)} will run again"
 
 
-def made_by_other_code(plan: Plan) -> list[str]:
+def _made_by_other_code(plan: Plan) -> list[str]:
     """Return the finished stages, in order, whose code has another fingerprint than when they were made."""
     hashes = code_hashes()
     found = []
     for name in plan.order:
         kind = StageName.parse(name).kind
-        if name in plan.code and kind not in MADE_ANEW and plan.code[name] != hashes[kind]:
+        if name in plan.code and kind not in _MADE_ANEW and plan.code[name] != hashes[kind]:
             found.append(name)
     return found
 
@@ -119,11 +119,11 @@ def _changed_definitions(names: Iterable[str]) -> str:
             for known, texts in ((were, old), (are, new))
         )
         found |= dict.fromkeys(name for name in {**then, **now} if then.get(name) != now.get(name))
-    return shortened(found) or "in another version than artifacts/code has"
+    return _shortened(found) or "in another version than artifacts/code has"
 
 
-def shortened(names: Iterable[str]) -> str:
+def _shortened(names: Iterable[str]) -> str:
     """Return the first names and how many more there are."""
     known = list(names)
-    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
-    return ", ".join(known[:SHOWN]) + more
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return ", ".join(known[:_SHOWN]) + more

@@ -103,21 +103,21 @@ def code_files() -> dict[str, str]:
     names = {kind: [str(name) for name in fingerprint.definitions] for kind, fingerprint in found.items()}
     return {
         **{kind: fingerprint.text for kind, fingerprint in found.items()},
-        **{f"embedded/{data.name}": f"{tree_hash(data)}\n" for data in sorted(_EMBEDDED.iterdir())},
+        **{f"embedded/{data.name}": f"{_tree_hash(data)}\n" for data in sorted(_EMBEDDED.iterdir())},
         "names.json": json.dumps(names, indent=1) + "\n",
     }
 
 
 def require_own_code() -> None:
     """Refuse to work in a folder whose sources of this program, which DVC watches, are not those that run."""
-    if Path("sdlora/__init__.py").is_file() and source_hash(Path()) != source_hash():
+    if Path("sdlora/__init__.py").is_file() and _source_hash(Path()) != _source_hash():
         raise InputError(
             f"{Path.cwd()}: dvc.yaml watches the sources here, and the sdlora that runs has others, in "
             f"{_root('sdlora').parent}; run the one that was installed from here (`make repro`, or .venv/bin/sdlora)"
         )
 
 
-def source_hash(folder: Path | None = None) -> str:
+def _source_hash(folder: Path | None = None) -> str:
     """Return the SHA-256 over the names and bytes of all source files, in hexadecimal.
 
     They are those of the program that runs, or those in a folder. It is quick, and changes with every edit.
@@ -131,7 +131,7 @@ def source_hash(folder: Path | None = None) -> str:
     return digest.hexdigest()
 
 
-def tree_hash(path: Path) -> str:
+def _tree_hash(path: Path) -> str:
     """Return the SHA-256 over the names and bytes of a file, or of all files of a folder, in hexadecimal."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -329,7 +329,7 @@ class _Reader:
         path = _package_folder(names[0]).joinpath(*names[1:]) if names else Path()
         if len(names) < 2 or not path.exists():
             raise ValueError(f"{self._module.name}: {ast.unparse(node)} names no packaged file")
-        tokens = ["keyed" if keyed else tree_hash(path)]
+        tokens = ["keyed" if keyed else _tree_hash(path)]
         for part in parts[len(names) - 1 :]:
             tokens += self._tokens(part)
         return iter(["packaged", PurePosixPath(*names[1:]).as_posix(), *tokens])

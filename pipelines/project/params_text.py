@@ -28,24 +28,24 @@ def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
     """Return the text with the block called `name`, or its end if it has none, replaced by one of these lines."""
     end = "\r\n" if "\r\n" in text else "\n"
     block = end.join([f"{name}:", *(f"  {line}" for line in lines)]) + end
-    nodes = block_nodes(text, name)
+    nodes = _block_nodes(text, name)
     if nodes is None:
         return text + ("" if text.endswith(end) else end) + block
     key, value = nodes
-    return text[: key.start_mark.index] + block + text[line_end(text, last_index(key, value)) :]
+    return text[: key.start_mark.index] + block + text[_line_end(text, _last_index(key, value)) :]
 
 
 def with_line(text: str, key: str, task: Task) -> str:
     """Return the text with one task more after the last one of its block."""
-    nodes = block_nodes(text, "tasks")
+    nodes = _block_nodes(text, "tasks")
     assert nodes is not None
     _, value = nodes
     last_key, last_value = value.value[-1]
     if value.flow_style:
-        position = last_index(last_key, last_value)
+        position = _last_index(last_key, last_value)
         return text[:position] + f", {task_line(key, task)}" + text[position:]
     end = "\r\n" if "\r\n" in text else "\n"
-    position = line_end(text, last_index(last_key, last_value))
+    position = _line_end(text, _last_index(last_key, last_value))
     start = "" if text[:position].endswith(end) else end
     return (
         text[:position]
@@ -59,10 +59,10 @@ def with_line(text: str, key: str, task: Task) -> str:
 
 def with_task(text: str, key: str, task: Task) -> str:
     """Return the text with the entry of a task that it has replaced by one line."""
-    nodes = block_nodes(text, "tasks")
+    nodes = _block_nodes(text, "tasks")
     assert nodes is not None
     start, end = next(
-        (name.start_mark.index, last_index(name, value))
+        (name.start_mark.index, _last_index(name, value))
         for name, value in nodes[1].value
         if name.value == key
     )
@@ -71,7 +71,7 @@ def with_task(text: str, key: str, task: Task) -> str:
 
 def without_fetch(text: str, names: Collection[str]) -> str:
     """Return the text with data sets taken out of its `fetch` block. What is left of the block is written anew."""
-    nodes = block_nodes(text, "fetch")
+    nodes = _block_nodes(text, "fetch")
     assert nodes is not None
     key, value = nodes
     held = read_yaml(text, origin=str(PARAMS))["fetch"]
@@ -83,10 +83,12 @@ def without_fetch(text: str, names: Collection[str]) -> str:
     if lines:
         return with_lines(text, "fetch", lines)
     end = "\r\n" if "\r\n" in text else "\n"
-    return text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[line_end(text, last_index(key, value)) :]
+    return (
+        text[: key.start_mark.index] + f"fetch: {{}}{end}" + text[_line_end(text, _last_index(key, value)) :]
+    )
 
 
-def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
+def _block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
     """Return the nodes of a key at the top level and its value, which know their places in the text."""
     from ruamel.yaml import YAML
 
@@ -94,7 +96,7 @@ def block_nodes(text: str, name: str) -> tuple[Any, Any] | None:
     return next(((key, value) for key, value in root.value if key.value == name), None)
 
 
-def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
+def _last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
     """Return where the text of an entry ends. The end mark of a block, or of nothing, lies after comments below."""
     if value.start_mark.index == value.end_mark.index:
         return key.end_mark.index
@@ -104,10 +106,10 @@ def last_index(key: Any, value: Any) -> int:  # noqa: ANN401 - ruamel nodes
     if value.id == "scalar" or value.flow_style:
         return value.end_mark.index
     last = value.value[-1]
-    return last_index(*last) if isinstance(last, tuple) else last_index(last, last)
+    return _last_index(*last) if isinstance(last, tuple) else _last_index(last, last)
 
 
-def line_end(text: str, index: int) -> int:
+def _line_end(text: str, index: int) -> int:
     """Return where the line of `index` ends, its comment and line break included."""
     found = text.find("\n", index)
     return len(text) if found < 0 else found + 1
@@ -139,7 +141,7 @@ def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
     newline = "\r\n" if "\r\n" in text else "\n"
     if keys in found:
         key, node = found[keys]
-        start, end = node.start_mark.index, last_index(key, node)
+        start, end = node.start_mark.index, _last_index(key, node)
         if end <= start or (node.id != "scalar" and not node.flow_style):  # nothing, or lines of a block
             start, new = text.index(":", key.end_mark.index) + 1, f" {new}"
             end = max(start, end)
@@ -155,10 +157,10 @@ def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
     if block is None or block.id != "mapping" or not block.value:
         return with_value(text, keys[:-1], {keys[-1]: value})
     last_key, last_value = block.value[-1]
-    position = last_index(last_key, last_value)
+    position = _last_index(last_key, last_value)
     if block.flow_style:
         return f"{text[:position]}, {line}{text[position:]}"
-    position = line_end(text, position)
+    position = _line_end(text, position)
     start = "" if text[:position].endswith("\n") else newline
     return f"{text[:position]}{start}{' ' * last_key.start_mark.column}{line}{newline}{text[position:]}"
 
@@ -171,10 +173,10 @@ def flow(value: object) -> str:
         return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(flow, value)) + "]"
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in NOT_TEXT:
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _NOT_TEXT:
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
-NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+_NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 """Words that some reader of YAML takes for something else than text."""

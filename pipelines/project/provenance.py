@@ -6,7 +6,7 @@ from importlib import metadata
 
 from pipelines.project.fingerprints import fingerprint_of
 
-LIBRARIES = ("numpy", "pillow", "pyarrow", "safetensors", "timm", "torch")
+_LIBRARIES = ("numpy", "pillow", "pyarrow", "safetensors", "timm", "torch")
 """What can change the bytes of a step."""
 
 
@@ -22,5 +22,5 @@ def library_versions() -> dict[str, str]:
     """Return the versions of Python, without its patch level, and of libraries that can change the bytes of a step."""
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        **{name: metadata.version(name) for name in LIBRARIES},
+        **{name: metadata.version(name) for name in _LIBRARIES},
     }

@@ -43,7 +43,7 @@ class Published(Section):
     """A data set that its authors divided into train and test, and that has no settings."""
 
 
-class Divided(Section):
+class _Divided(Section):
     """A data set that its authors did not divide, and that the user may have divided already."""
 
     archive: Text | None = None
@@ -52,21 +52,21 @@ class Divided(Section):
     """its hash, so that another file under its name is noticed"""
 
 
-class ImageNetR(Divided):
+class ImageNetR(_Divided):
     """How ImageNet-R is divided."""
 
     split: Literal["coda-prompt", "stratified", "archive"]
     """which images are tested on"""
 
 
-class ImageNetA(Divided):
+class ImageNetA(_Divided):
     """How ImageNet-A is divided."""
 
     split: Literal["stratified", "archive"]
     """which images are tested on"""
 
 
-class Cub200(Divided):
+class Cub200(_Divided):
     """How CUB-200-2011 is divided."""
 
     split: Literal["official", "stratified", "archive"]

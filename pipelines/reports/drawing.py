@@ -19,10 +19,10 @@ MANY_TASKS = 20
 """Above this number of tasks the cells of the accuracy matrix hold no numbers."""
 PALETTE = 10
 """Up to this number of tasks each has its own colour, marker and label; above it colour tells the order."""
-INK, MUTED, GRID, GOOD, BAD = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
-ROLES = {1: "var(--ink)", 2: "var(--muted)", 3: "var(--grid)", 4: "var(--good)", 5: "var(--bad)"}
+INK, MUTED, _GRID, GOOD, BAD = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
+_ROLES = {1: "var(--ink)", 2: "var(--muted)", 3: "var(--grid)", 4: "var(--good)", 5: "var(--bad)"}
 MARKERS = "os^DvPX<>p"
-FIGURE_STYLE: dict[Any, Any] = {
+_FIGURE_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -38,7 +38,7 @@ FIGURE_STYLE: dict[Any, Any] = {
     "axes.unicode_minus": False,
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
-    "grid.color": GRID,
+    "grid.color": _GRID,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -67,12 +67,12 @@ def task_colour(index: int, count: int) -> str:
     return f"#fe00{0x10 + index:02x}" if count <= PALETTE else f"#fd00{round(100 * index / (count - 1)):02x}"
 
 
-def css_colour(sentinel: re.Match[str]) -> str:
+def _css_colour(sentinel: re.Match[str]) -> str:
     """Return the page's colour for a colour that stands for a role."""
     value = int(sentinel[2], 16)
     if sentinel[1] == "d":
         return f"color-mix(in oklab, var(--late) {value}%, var(--early))"
-    return ROLES.get(value) or f"var(--c{value - 0x10})"
+    return _ROLES.get(value) or f"var(--c{value - 0x10})"
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def blank(alt: str, width: float, height: float) -> Iterator[Figure]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(FIGURE_STYLE | {"svg.hashsalt": alt})
+        matplotlib.rcParams.update(_FIGURE_STYLE | {"svg.hashsalt": alt})
         yield Figure(figsize=(width, height))
 
 
@@ -110,7 +110,7 @@ def draw_lines(
         longest = max(len(line.label) for line in lines)
         axes = figure.add_axes((0.125, 0.16, 0.83 - 0.019 * longest, 0.8))
         for line in lines:
-            add_line(axes, line)
+            _add_line(axes, line)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(x=0.03, y=0.06)
@@ -125,11 +125,11 @@ def draw_lines(
             axes.set_xlim(0.8, len(steps) + 0.2 if len(steps) > 1 else 1.2)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label_ends(axes, lines)
+        _label_ends(axes, lines)
         return to_svg(figure, alt)
 
 
-def add_line(axes: Axes, line: Line) -> None:
+def _add_line(axes: Axes, line: Line) -> None:
     """Draw one line, and its band if it has one."""
     few = len(line.x) <= MANY_TASKS
     if line.low is not None and line.high is not None:
@@ -149,7 +149,7 @@ def add_line(axes: Axes, line: Line) -> None:
     )
 
 
-def label_ends(axes: Axes, lines: list[Line]) -> None:
+def _label_ends(axes: Axes, lines: list[Line]) -> None:
     """Write each line's label beside its end, pushed apart where they would lie on each other."""
     labelled = lines if len(lines) <= PALETTE else [lines[0], lines[-1]]
     bottom, top = axes.get_ylim()
@@ -178,7 +178,7 @@ def to_svg(figure: Figure, alt: str) -> str:
     width, height = 72 * figure.get_size_inches()
     body = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # names such as axes_1, the same in every figure
-    body = re.sub(r"#f([ed])00([0-9a-f]{2})", css_colour, body)
+    body = re.sub(r"#f([ed])00([0-9a-f]{2})", _css_colour, body)
     viewbox = f"0 0 {width:g} {height:g}"
     return f'<svg class="plot" viewBox="{viewbox}" role="img" aria-label="{escape(alt)}">{body}</svg>'
 

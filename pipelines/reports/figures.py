@@ -33,7 +33,7 @@ from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 
 
-def task_lines(
+def _task_lines(
     history: History,
     y: Mapping[str, Sequence[float]],
     *,
@@ -148,15 +148,15 @@ def accuracy_figures(history: History) -> dict[str, str]:
             together,
             percent=True,
             y_label="accuracy, %",
-            alt=f"Accuracy on all classes so far after each step: {percents(over['now'])}",
+            alt=f"Accuracy on all classes so far after each step: {_percents(over['now'])}",
         )
     }
     if 1 < count <= MANY_TASKS:
         figures["by_task"] = draw(
-            task_lines(history, {task: percent[i:, i].tolist() for i, task in enumerate(steps)}),
+            _task_lines(history, {task: percent[i:, i].tolist() for i, task in enumerate(steps)}),
             percent=True,
             y_label="accuracy, %",
-            alt=f"Accuracy of each task after each step; after the last: {percents(percent[-1])}",
+            alt=f"Accuracy of each task after each step; after the last: {_percents(percent[-1])}",
         )
     if count > 1:
         lost = (100 * measure.forgetting_curve(history.accuracy, history.samples)[1:]).tolist()
@@ -175,7 +175,7 @@ def accuracy_figures(history: History) -> dict[str, str]:
             ],
             zero=True,
             y_label="points of accuracy",
-            alt=f"Forgetting of the old tasks after each step: {percents(lost)}",
+            alt=f"Forgetting of the old tasks after each step: {_percents(lost)}",
         )
     return figures
 
@@ -190,7 +190,7 @@ def bias_figure(history: History) -> str | None:
     if len(history.tasks) > MANY_TASKS:
         return draw_heat(bias_heat(history), alt=alt)
     return draw_lines(
-        task_lines(history, {task: values[i:, i].tolist() for i, task in enumerate(history.tasks)}),
+        _task_lines(history, {task: values[i:, i].tolist() for i, task in enumerate(history.tasks)}),
         alt=alt,
         x_label="after step",
         y_label="predicted too often, points",
@@ -216,7 +216,7 @@ def magnitude_figure(history: History) -> str | None:
         if all(task in values for values in history.magnitudes[i:])  # an absorbed direction has no line
     ]
     of = {task: [values[task] for values in history.magnitudes[history.tasks.index(task) :]] for task in kept}
-    lines = task_lines(
+    lines = _task_lines(
         history,
         {task: [values.mean() for values in steps] for task, steps in of.items()},
         low={task: [values.min() for values in steps] for task, steps in of.items()},
@@ -281,7 +281,7 @@ def calibration_figures(history: History) -> dict[str, str]:
                     marker="o",
                 )
             ],
-            alt=f"Expected calibration error after each step: {percents(errors)}",
+            alt=f"Expected calibration error after each step: {_percents(errors)}",
             x_label="after step",
             y_label="calibration error, points",
             steps=history.tasks,
@@ -320,7 +320,7 @@ def training_figures(history: History) -> dict[str, str]:
         ),
         "accuracy": draw_lines(
             accuracy,
-            alt=f"Training accuracy over epochs; at the end: {percents([line.y[-1] for line in accuracy])}",
+            alt=f"Training accuracy over epochs; at the end: {_percents([line.y[-1] for line in accuracy])}",
             x_label="epoch",
             y_label="training accuracy, %",
             percent=True,
@@ -328,6 +328,6 @@ def training_figures(history: History) -> dict[str, str]:
     }
 
 
-def percents(values: Iterable[float]) -> str:
+def _percents(values: Iterable[float]) -> str:
     """Numbers in percent as a text."""
     return ", ".join(f"{value:.1f}\N{NO-BREAK SPACE}%" for value in values)

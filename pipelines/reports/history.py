@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictions:
+class _Predictions:
     """What the model of one step says of every test image, in the order of the test files."""
 
     id: pa.ChunkedArray
@@ -71,7 +71,7 @@ class History:
     verdict_hashes: list[str]
     """SHA-256 of the verdicts."""
     backbone: str
-    predictions: list[Predictions]
+    predictions: list[_Predictions]
     """Of each step: of the test images of all tasks so far."""
 
 
@@ -83,7 +83,7 @@ def head_of(history: History) -> str:
 def read_history(artifacts: Path, tasks: list[str]) -> History:
     """Read the steps of `tasks` and no others: a folder that a removed task has left does not count."""
     evaluations = [
-        read_evaluation(artifacts / "evaluation" / task, tasks[: i + 1]) for i, task in enumerate(tasks)
+        _read_evaluation(artifacts / "evaluation" / task, tasks[: i + 1]) for i, task in enumerate(tasks)
     ]
     steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
     origin, *records = [read_json(step) for step in steps]
@@ -100,15 +100,17 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         accuracy=accuracies(evaluations),
         samples=evaluations[-1]["samples"],
         training=[sum(count["train"] for count in classes.values()) for classes in counts],
-        magnitudes=[read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks],
-        curves=[read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
+        magnitudes=[
+            _read_magnitudes(artifacts / "model" / task / "magnitudes.safetensors") for task in tasks
+        ],
+        curves=[_read_curve(needed(artifacts / "fit" / task / "curve.csv")) for task in tasks],
         origin=origin,
         records=records,
         hashes=[sha256_of(step) for step in steps],
         verdicts=[read_json(verdict) for verdict in verdicts],
         verdict_hashes=[sha256_of(verdict) for verdict in verdicts],
         backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
-        predictions=read_all_predictions(artifacts / "evaluation", tasks, evaluations),
+        predictions=_read_all_predictions(artifacts / "evaluation", tasks, evaluations),
     )
 
 
@@ -121,7 +123,7 @@ def needed(path: Path) -> Path:
     return path
 
 
-def read_evaluation(folder: Path, tasks: list[str]) -> Record:
+def _read_evaluation(folder: Path, tasks: list[str]) -> Record:
     """Read one evaluation, which must be of just these tasks, in this order."""
     path = needed(folder / "metrics.json")
     evaluation = read_json(path)
@@ -147,7 +149,7 @@ def validation_accuracy(evaluation: Record) -> float | None:
     return sum(evaluation["validation_correct"]) / images if images else None
 
 
-def read_magnitudes(path: Path) -> dict[str, np.ndarray]:
+def _read_magnitudes(path: Path) -> dict[str, np.ndarray]:
     """Read task → magnitudes (targets,). A method without directions has none, or no file."""
     from safetensors.numpy import load_file
 
@@ -158,18 +160,18 @@ def read_magnitudes(path: Path) -> dict[str, np.ndarray]:
     )
 
 
-def read_curve(path: Path) -> list[dict[str, float]]:
+def _read_curve(path: Path) -> list[dict[str, float]]:
     """Read the training curve, one record per epoch."""
     with path.open(encoding="utf-8", newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Record]) -> list[Predictions]:
+def _read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Record]) -> list[_Predictions]:
     """Read the predictions of every step, which must be of the images of the step before and of more after them."""
-    found: list[Predictions] = []
+    found: list[_Predictions] = []
     for task, evaluation in zip(tasks, evaluations, strict=True):
         path = needed(folder / task / "predictions.arrow")
-        found.append(read_predictions(path, evaluation["samples"]))
+        found.append(_read_predictions(path, evaluation["samples"]))
         if len(found) > 1 and not found[-1].id[: len(found[-2].id)].equals(found[-2].id):
             raise InputError(
                 f"{path}: its images are not those of the step before and new ones; run `sdlora run` first"
@@ -177,7 +179,7 @@ def read_all_predictions(folder: Path, tasks: list[str], evaluations: list[Recor
     return found
 
 
-def read_predictions(path: Path, samples: list[int]) -> Predictions:
+def _read_predictions(path: Path, samples: list[int]) -> _Predictions:
     """Read the predictions of one step, of so many images per task."""
     from pipelines.data.packed import read_images
 
@@ -188,4 +190,4 @@ def read_predictions(path: Path, samples: list[int]) -> Predictions:
             " run `sdlora run` first"
         )
     columns = {name: table.column(name).to_numpy() for name in ("label", "prediction", "confidence")}
-    return Predictions(id=table.column("id"), task=np.repeat(np.arange(len(samples)), samples), **columns)
+    return _Predictions(id=table.column("id"), task=np.repeat(np.arange(len(samples)), samples), **columns)

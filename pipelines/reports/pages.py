@@ -42,7 +42,7 @@ from pipelines.reports.statistics import (
 from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
 
-TEMPLATES = resources.files("pipelines.reports") / "templates"
+_TEMPLATES = resources.files("pipelines.reports") / "templates"
 
 
 class Pictures(NamedTuple):
@@ -58,12 +58,12 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
     """Fill the template. Everything that a user could have named is escaped there."""
     from markupsafe import Markup
 
-    environment = page_templates(str(TEMPLATES))
-    environment.filters["percent"] = lambda value: typeset(value, "{:.1f}\N{NO-BREAK SPACE}%")
+    environment = page_templates(str(_TEMPLATES))
+    environment.filters["percent"] = lambda value: _typeset(value, "{:.1f}\N{NO-BREAK SPACE}%")
     environment.filters["count"] = "{:,}".format
-    environment.filters["points"] = lambda value: typeset(value, "{:+z.1f}").replace("+0.0", "0.0")
+    environment.filters["points"] = lambda value: _typeset(value, "{:+z.1f}").replace("+0.0", "0.0")
     environment.filters |= {"chance": chance, "p_equals": p_equals}
-    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    script = (_TEMPLATES / "sort.js").read_text(encoding="utf-8")
     many = len(history.tasks) > MANY_TASKS
     magnitudes, flips, bias = magnitude_figure(history), flip_figure(history), bias_figure(history)
     return environment.get_template("report.html.j2").render(
@@ -74,10 +74,10 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         ordered=len(history.tasks) > PALETTE,
         script=Markup(script),
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        matrix=accuracy_map(history, many),
+        matrix=_accuracy_map(history, many),
         accuracy={name: Markup(svg) for name, svg in accuracy_figures(history).items()},
         tasks_table=task_rows(history),
-        bias=bias_rows(history),
+        bias=_bias_rows(history),
         bias_figure=Markup(bias) if bias else None,
         bias_most=bias_heat(history).high,
         confusions=worst_confusions(history),
@@ -91,9 +91,9 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         magnitudes=Markup(magnitudes) if magnitudes else None,
         magnitude_scale=magnitude_heat(history) if magnitudes and many else None,
         movement=movement,
-        changes=movement and change_map(history, movement, many),
-        targets=movement and target_rows(history, movement),
-        overlaps=overlap_maps(movement) if movement and len(movement.tasks) > 1 else [],
+        changes=movement and _change_map(history, movement, many),
+        targets=movement and _target_rows(history, movement),
+        overlaps=_overlap_maps(movement) if movement and len(movement.tasks) > 1 else [],
         training={name: Markup(svg) for name, svg in training_figures(history).items()},
         steps=step_rows(history),
         ledger=ledger_rows(history),
@@ -104,34 +104,34 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
     )
 
 
-def typeset(value: float | None, form: str) -> str:
+def _typeset(value: float | None, form: str) -> str:
     """Return a fraction as a text in hundredths, with a true minus. Nothing is a dash."""
     return "\N{EN DASH}" if value is None else form.format(100 * value).replace("-", "\N{MINUS SIGN}")
 
 
-def accuracy_map(history: History, many: bool) -> Record:
+def _accuracy_map(history: History, many: bool) -> Record:
     """Return the accuracy matrix, with the accuracy on all tasks so far beside it."""
     pooled = measure.accuracy_curve(history.accuracy, history.samples)
     alt = "Accuracy of each task after each step"
-    table = heat_map(accuracy_heat(history), many, text="{:.1f}".format, scale="{:.0f} %".format, alt=alt)
+    table = _heat_map(accuracy_heat(history), many, text="{:.1f}".format, scale="{:.0f} %".format, alt=alt)
     return table | {"totals": [f"{100 * value:.1f}" for value in pooled]}
 
 
-def change_map(history: History, movement: Movement, many: bool) -> Record:
+def _change_map(history: History, movement: Movement, many: bool) -> Record:
     """Return the change of the weights by block and step."""
     heat = change_heat(history, movement)
     alt = "Change of the weights of each block at each step"
-    return heat_map(heat, many, text="{:.2f}".format, scale="{:.2f} %".format, alt=alt)
+    return _heat_map(heat, many, text="{:.2f}".format, scale="{:.2f} %".format, alt=alt)
 
 
-def overlap_maps(movement: Movement) -> list[Record]:
+def _overlap_maps(movement: Movement) -> list[Record]:
     """Return the overlap of tasks: of what their directions write, and of what they read."""
     sides = (
         ("column spaces", "What directions write", movement.columns, movement.chance_columns),
         ("row spaces", "What directions read", movement.rows, movement.chance_rows),
     )
     return [
-        heat_map(
+        _heat_map(
             overlap_heat(movement, values),
             len(movement.tasks) > MANY_TASKS,
             text="{:.0f}".format,
@@ -143,7 +143,7 @@ def overlap_maps(movement: Movement) -> list[Record]:
     ]
 
 
-def heat_map(
+def _heat_map(
     heat: Heat, many: bool, *, text: Callable[[float], str], scale: Callable[[float], str], alt: str
 ) -> Record:
     """Return a map of fractions as cells with their numbers in percent, or, where there are too many cells, as a
@@ -171,7 +171,7 @@ def heat_map(
     }
 
 
-def bias_rows(history: History) -> list[Record]:
+def _bias_rows(history: History) -> list[Record]:
     """Return for each task its share of the test images, and of the predictions of the last step."""
     shares = prediction_shares(history)
     return [
@@ -182,7 +182,7 @@ def bias_rows(history: History) -> list[Record]:
     ]
 
 
-def target_rows(history: History, movement: Movement) -> list[Record]:
+def _target_rows(history: History, movement: Movement) -> list[Record]:
     """Return for each target its change at the last step, at the step that changed it most, and by all steps."""
     return [
         {

@@ -19,7 +19,7 @@ from pipelines.reports.statistics import (
 )
 from pipelines.reports.weights import Movement, block_of
 
-Table = tuple[list[str], Iterable[Sequence[object]]]
+_Table = tuple[list[str], Iterable[Sequence[object]]]
 """Names of the columns, and the rows."""
 
 
@@ -27,28 +27,28 @@ def write_plots(folder: Path, history: History, movement: Movement | None) -> No
     """Write one CSV per plot: long form, fractions, tasks and steps by their ids."""
     folder.mkdir()
     tables = {
-        "accuracy": accuracy_table(history),
-        "steps": steps_table(history),
-        "bias": bias_table(history),
-        "magnitudes": magnitudes_table(history),
-        "changes": changes_table(history, movement),
-        "changes_by_block": changes_by_block_table(history, movement),
-        "overlap": overlap_table(movement),
-        "flips": flips_table(history),
-        "reliability": reliability_table(history),
-        "training": training_table(history),
-        "confusion": confusion_table(history),
+        "accuracy": _accuracy_table(history),
+        "steps": _steps_table(history),
+        "bias": _bias_table(history),
+        "magnitudes": _magnitudes_table(history),
+        "changes": _changes_table(history, movement),
+        "changes_by_block": _changes_by_block_table(history, movement),
+        "overlap": _overlap_table(movement),
+        "flips": _flips_table(history),
+        "reliability": _reliability_table(history),
+        "training": _training_table(history),
+        "confusion": _confusion_table(history),
     }
     for name, (header, rows) in tables.items():
-        write_csv(folder / f"{name}.csv", header, rows)
+        _write_csv(folder / f"{name}.csv", header, rows)
 
 
-def accuracy_table(history: History) -> Table:
+def _accuracy_table(history: History) -> _Table:
     """Return the accuracy of each step on each task."""
-    return ["after", "task", "accuracy"], over_matrix(history, history.accuracy)
+    return ["after", "task", "accuracy"], _over_matrix(history, history.accuracy)
 
 
-def steps_table(history: History) -> Table:
+def _steps_table(history: History) -> _Table:
     """Return each metric after every step."""
     over_steps = curves_over_steps(history) | {
         "calibration_error": list(map(rounded, calibration_errors(history)))
@@ -56,13 +56,13 @@ def steps_table(history: History) -> Table:
     return ["step", *over_steps], zip(history.tasks, *over_steps.values(), strict=True)
 
 
-def bias_table(history: History) -> Table:
+def _bias_table(history: History) -> _Table:
     """Return how often each step names each task, and how often it occurs."""
     shares = prediction_shares(history)
     pairs = zip(
-        over_matrix(history, shares.predicted),
-        over_matrix(history, shares.actual),
-        over_matrix(history, shares.predicted - shares.actual),
+        _over_matrix(history, shares.predicted),
+        _over_matrix(history, shares.actual),
+        _over_matrix(history, shares.predicted - shares.actual),
         strict=True,
     )
     return (
@@ -71,7 +71,7 @@ def bias_table(history: History) -> Table:
     )
 
 
-def magnitudes_table(history: History) -> Table:
+def _magnitudes_table(history: History) -> _Table:
     """Return the magnitudes of each step, over the targets."""
     return (
         ["step", "task", "mean", "lowest", "highest"],
@@ -83,7 +83,7 @@ def magnitudes_table(history: History) -> Table:
     )
 
 
-def changes_table(history: History, movement: Movement | None) -> Table:
+def _changes_table(history: History, movement: Movement | None) -> _Table:
     """Return how far each step moved the weights of each target."""
     header = ["step", "block", "target", "change"]
     if movement is None:
@@ -95,7 +95,7 @@ def changes_table(history: History, movement: Movement | None) -> Table:
     )
 
 
-def changes_by_block_table(history: History, movement: Movement | None) -> Table:
+def _changes_by_block_table(history: History, movement: Movement | None) -> _Table:
     """Return how far each step moved the adapted weights of each block."""
     header = ["step", "block", "change"]
     if movement is None:
@@ -107,7 +107,7 @@ def changes_by_block_table(history: History, movement: Movement | None) -> Table
     )
 
 
-def overlap_table(movement: Movement | None) -> Table:
+def _overlap_table(movement: Movement | None) -> _Table:
     """Return what the directions of every two tasks have in common."""
     header = ["task", "other", "columns", "rows"]
     if movement is None:
@@ -119,7 +119,7 @@ def overlap_table(movement: Movement | None) -> Table:
     )
 
 
-def flips_table(history: History) -> Table:
+def _flips_table(history: History) -> _Table:
     """Return what each step changed on the images of the tasks before it, each way in a row of its own."""
     return (
         ["step", "flip", "images", "of", "p"],
@@ -131,7 +131,7 @@ def flips_table(history: History) -> Table:
     )
 
 
-def reliability_table(history: History) -> Table:
+def _reliability_table(history: History) -> _Table:
     """Sort the test images of the last step into ranges of its confidence."""
     return (
         ["lowest", "highest", "images", "confidence", "accuracy"],
@@ -142,7 +142,7 @@ def reliability_table(history: History) -> Table:
     )
 
 
-def training_table(history: History) -> Table:
+def _training_table(history: History) -> _Table:
     """Loss and accuracy over the epochs of every fit."""
     return (
         ["task", "epoch", "loss", "accuracy"],
@@ -154,7 +154,7 @@ def training_table(history: History) -> Table:
     )
 
 
-def confusion_table(history: History) -> Table:
+def _confusion_table(history: History) -> _Table:
     """Return what every test image is, and what the last step takes it for."""
     names = [entry["name"] for entry in history.classes]
     found = history.predictions[-1]
@@ -162,14 +162,14 @@ def confusion_table(history: History) -> Table:
     return ["actual", "predicted"], ([names[a], names[b]] for a, b in pairs)
 
 
-def over_matrix(history: History, values: np.ndarray) -> Iterator[list[object]]:
+def _over_matrix(history: History, values: np.ndarray) -> Iterator[list[object]]:
     """Step, task and value of a (steps, tasks) matrix, of the tasks that each step knows."""
     for i, after in enumerate(history.tasks):
         for j, task in enumerate(history.tasks[: i + 1]):
             yield [after, task, rounded(values[i, j])]
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:
+def _write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file that is the same on every machine. None is an empty cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -22,7 +22,7 @@ from pipelines.reports.history import History, head_of
 from pipelines.reports.statistics import flip_rows, prediction_shares
 from pipelines.reports.weights import Movement
 
-COLOURS = resources.files("pipelines.reports") / "templates" / "report.css"
+_COLOURS = resources.files("pipelines.reports") / "templates" / "report.css"
 
 
 def make_exhibits(history: History, movement: Movement | None) -> dict[str, str]:
@@ -30,40 +30,44 @@ def make_exhibits(history: History, movement: Movement | None) -> dict[str, str]
     pages: dict[str, list[str | None]] = {
         "report-accuracy": [
             "# Accuracy",
-            *map(picture, accuracy_figures(history).values()),
-            accuracy_table(history),
+            *map(_picture, accuracy_figures(history).values()),
+            _accuracy_table(history),
             f"Head of the ledger: `{head_of(history)}`",
         ],
-        "report-bias": ["# Head bias", picture(bias_figure(history)), bias_table(history)],
-        "report-flips": ["# Flips", picture(flip_figure(history)), flips_table(history)],
-        "report-calibration": ["# Calibration", *map(picture, calibration_figures(history).values())],
-        "report-weights": ["# Weights", picture(magnitude_figure(history)), *weight_maps(history, movement)],
+        "report-bias": ["# Head bias", _picture(bias_figure(history)), _bias_table(history)],
+        "report-flips": ["# Flips", _picture(flip_figure(history)), _flips_table(history)],
+        "report-calibration": ["# Calibration", *map(_picture, calibration_figures(history).values())],
+        "report-weights": [
+            "# Weights",
+            _picture(magnitude_figure(history)),
+            *_weight_maps(history, movement),
+        ],
     }
     return {key: "\n\n".join(filter(None, parts)) + "\n" for key, parts in pages.items()}
 
 
-def weight_maps(history: History, movement: Movement | None) -> list[str | None]:
+def _weight_maps(history: History, movement: Movement | None) -> list[str | None]:
     """Return the maps of what changed."""
     if movement is None:
         return ["No weight of the backbone was changed."]
     maps = [(change_heat(history, movement), "Change of the weights of each block at each step")]
     for spaces, values in (("column", movement.columns), ("row", movement.rows)):
         maps.append((overlap_heat(movement, values), f"Overlap of the {spaces} spaces of every two tasks"))
-    return [part for heat, title in maps for part in (f"## {title}", picture(draw_heat(heat, alt=title)))]
+    return [part for heat, title in maps for part in (f"## {title}", _picture(draw_heat(heat, alt=title)))]
 
 
-def accuracy_table(history: History) -> str | None:
+def _accuracy_table(history: History) -> str | None:
     """Return the accuracy matrix in percent. As a picture where there are many tasks."""
     if len(history.tasks) > MANY_TASKS:
-        return picture(draw_heat(accuracy_heat(history), alt="Accuracy of each task after each step"))
+        return _picture(draw_heat(accuracy_heat(history), alt="Accuracy of each task after each step"))
     rows = (
         [step, *(f"{100 * value:.1f}" for value in row[: i + 1]), *[""] * (len(row) - i - 1)]
         for i, (step, row) in enumerate(zip(history.tasks, history.accuracy, strict=True))
     )
-    return markdown_table(["after", *history.tasks], rows)
+    return _markdown_table(["after", *history.tasks], rows)
 
 
-def bias_table(history: History) -> str:
+def _bias_table(history: History) -> str:
     """Shares of the last step."""
     shares = prediction_shares(history)
     rows = (
@@ -72,10 +76,10 @@ def bias_table(history: History) -> str:
             history.tasks, shares.actual[-1], shares.predicted[-1], strict=True
         )
     )
-    return markdown_table(["task", "images", "predictions"], rows)
+    return _markdown_table(["task", "images", "predictions"], rows)
 
 
-def flips_table(history: History) -> str:
+def _flips_table(history: History) -> str:
     """Losses and gains of every step."""
     if len(history.tasks) == 1:
         return "There is no step before the first to compare with."
@@ -83,20 +87,20 @@ def flips_table(history: History) -> str:
         [row["step"], row["images"], row["lost"], row["gained"], f"{row['p']:.3g}"]
         for row in flip_rows(history)
     )
-    return markdown_table(["step", "images", "lost", "gained", "p"], rows)
+    return _markdown_table(["step", "images", "lost", "gained", "p"], rows)
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table of numbers, its first column of names."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def picture(svg: str | None) -> str | None:
+def _picture(svg: str | None) -> str | None:
     """Return a figure of the page as an image that stands alone: on white, in the colours of the light page."""
     if svg is None:
         return None
-    css = COLOURS.read_text(encoding="utf-8")
+    css = _COLOURS.read_text(encoding="utf-8")
     light = dict(reversed(re.findall(r"--(\w+): (#[0-9a-f]{6})", css)))
     svg = re.sub(r"var\(--(\w+)\)", lambda found: light[found[1]], svg)
     width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]

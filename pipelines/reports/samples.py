@@ -15,12 +15,12 @@ from pipelines.reports.history import History, Record, needed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGES_ON_THE_PAGE = 160
-TASKS_WITH_IMAGES = 20
+_IMAGES_ON_THE_PAGE = 160
+_TASKS_WITH_IMAGES = 20
 """Of more tasks only those with the lowest accuracy show images."""
 
-FLIPS_OF_LAST_STEP = 12
-FLIPS_OF_EARLIER_STEP = 6
+_FLIPS_OF_LAST_STEP = 12
+_FLIPS_OF_EARLIER_STEP = 6
 FLIPS_ON_THE_PAGE = 60
 
 
@@ -61,18 +61,18 @@ class Album:
 
 def sample_images(album: Album, history: History) -> list[Record]:
     """Choose for each task some test images that the last model names right, and its surest mistakes."""
-    lowest = np.argsort(history.accuracy[-1], kind="stable")[:TASKS_WITH_IMAGES]
-    each = max(1, min(6, IMAGES_ON_THE_PAGE // (2 * len(lowest))))
+    lowest = np.argsort(history.accuracy[-1], kind="stable")[:_TASKS_WITH_IMAGES]
+    each = max(1, min(6, _IMAGES_ON_THE_PAGE // (2 * len(lowest))))
     found, last = history.predictions[-1], len(history.tasks) - 1
     hit = found.right
     chosen = []
     for task in sorted(lowest.tolist()):
-        mine = surest(found.confidence, np.flatnonzero(found.task == task))
+        mine = _surest(found.confidence, np.flatnonzero(found.task == task))
         right, wrong = [row for row in mine if hit[row]], [row for row in mine if not hit[row]]
         chosen.append(
             {
                 "task": history.tasks[task],
-                "right": [album.picture(last, row) for row in one_of_each(right, found.label)[:each]],
+                "right": [album.picture(last, row) for row in _one_of_each(right, found.label)[:each]],
                 "wrong": [album.picture(last, row) for row in wrong[:each]],
                 "right_count": len(right),
                 "wrong_count": len(wrong),
@@ -91,8 +91,8 @@ def flipped_images(album: Album, history: History) -> dict[str, list[Record]]:
     for step in range(len(history.tasks) - 1, 0, -1):
         before, now = history.predictions[step - 1], history.predictions[step]
         old = len(before.label)
-        rows = surest(now.confidence, np.flatnonzero(before.right & ~now.right[:old]))
-        most = FLIPS_OF_LAST_STEP if not chosen else FLIPS_OF_EARLIER_STEP
+        rows = _surest(now.confidence, np.flatnonzero(before.right & ~now.right[:old]))
+        most = _FLIPS_OF_LAST_STEP if not chosen else _FLIPS_OF_EARLIER_STEP
         rows = rows[: min(most, left)]
         left -= len(rows)
         chosen[history.tasks[step]] = [
@@ -101,12 +101,12 @@ def flipped_images(album: Album, history: History) -> dict[str, list[Record]]:
     return chosen
 
 
-def surest(confidence: np.ndarray, rows: np.ndarray) -> list[int]:
+def _surest(confidence: np.ndarray, rows: np.ndarray) -> list[int]:
     """Reorder rows by confidence, highest first. Equally sure ones stay in order."""
     return rows[np.argsort(-confidence[rows], kind="stable")].tolist()
 
 
-def one_of_each(rows: list[int], label: np.ndarray) -> list[int]:
+def _one_of_each(rows: list[int], label: np.ndarray) -> list[int]:
     """Reorder rows so that every class comes once before any comes twice. The order is kept otherwise."""
     seen: Counter[int] = Counter()
     turns = []

@@ -79,7 +79,7 @@ def task_rows(history: History) -> list[Record]:
     ]
 
 
-class Shares(NamedTuple):
+class _Shares(NamedTuple):
     """Of each task after each step, (steps, tasks), NaN where the task has not come yet."""
 
     predicted: np.ndarray
@@ -88,13 +88,13 @@ class Shares(NamedTuple):
     """Share of the test images that are of the task."""
 
 
-def prediction_shares(history: History) -> Shares:
+def prediction_shares(history: History) -> _Shares:
     """Return how often each step names each task's classes, and how often it should: without a head bias both are
     equal.
     """
     place = {task: index for index, task in enumerate(history.tasks)}
     task_of = np.array([place[entry["task"]] for entry in history.classes])
-    shares = Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
+    shares = _Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
     for step, found in enumerate(history.predictions):
         for share, tasks in ((shares.predicted, task_of[found.prediction]), (shares.actual, found.task)):
             share[step, : step + 1] = np.bincount(tasks, minlength=step + 1) / len(tasks)
@@ -184,7 +184,7 @@ def ledger_rows(history: History) -> list[Record]:
                 "step": step,
                 "hash": history.hashes[i],
                 "verdict": history.verdict_hashes[i],
-                "follows": follows(history, i),
+                "follows": _follows(history, i),
                 "split": record.get("split", {}).get("digest"),
                 "fit": code.get("fit"),
                 "freeze": code.get("freeze"),
@@ -193,7 +193,7 @@ def ledger_rows(history: History) -> list[Record]:
     return rows
 
 
-def follows(history: History, i: int) -> bool:
+def _follows(history: History, i: int) -> bool:
     """Return whether the record and the verdict of step i hold the hashes of those before, and the verdict the
     record's.
     """
@@ -216,7 +216,7 @@ def gate_rows(history: History) -> list[Record]:
             "step": step,
             "cells": [
                 {"value": value, "limit": verdict["limits"][name]}
-                for name, value in ((name, verdict["measured"][name]) for name in GATE)
+                for name, value in ((name, verdict["measured"][name]) for name in _GATE)
             ],
             "broken": verdict["broken"],
             "approved": verdict["approved"],
@@ -225,18 +225,18 @@ def gate_rows(history: History) -> list[Record]:
     ]
 
 
-GATE = ("fall", "negative_flips", "calibration_error", "new_task")
+_GATE = ("fall", "negative_flips", "calibration_error", "new_task")
 """What a gate measures, in the order of the page."""
 
 
-class Span(NamedTuple):
+class _Span(NamedTuple):
     """A value that so many steps in a row share. `steps` is empty where all of them do."""
 
     steps: str
     value: str
 
 
-def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Span]]]:
+def _spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[_Span]]]:
     """Return the values of each dotted name over the steps, of one tree per step. An en dash where a step has none."""
     flat = [
         {name: "null" if value is None else str(value) for name, value in flattened(tree).items()}
@@ -251,11 +251,11 @@ def spans(history: History, trees: Sequence[Mapping[str, Any]]) -> list[tuple[st
                 runs[-1] = (runs[-1][0], i, value)
             else:
                 runs.append((i, i, value))
-        table.append((name, [Span(steps_text(history, a, b), value) for a, b, value in runs]))
+        table.append((name, [_Span(_steps_text(history, a, b), value) for a, b, value in runs]))
     return table
 
 
-def steps_text(history: History, first: int, last: int) -> str:
+def _steps_text(history: History, first: int, last: int) -> str:
     """Return a run of steps as a text."""
     if last - first + 1 == len(history.tasks):
         return ""
@@ -263,14 +263,14 @@ def steps_text(history: History, first: int, last: int) -> str:
     return ends[0] if first == last else "\N{EN DASH}".join(ends)
 
 
-def parameter_spans(history: History) -> list[tuple[str, list[Span]]]:
+def parameter_spans(history: History) -> list[tuple[str, list[_Span]]]:
     """Return every parameter over the steps, as the records have it."""
-    return spans(history, [record.get("parameters", {}) for record in history.records])
+    return _spans(history, [record.get("parameters", {}) for record in history.records])
 
 
-def version_spans(history: History) -> list[tuple[str, list[Span]]]:
+def version_spans(history: History) -> list[tuple[str, list[_Span]]]:
     """Return every library's version over the steps, and how far the results are determined, as the records have it."""
-    return spans(
+    return _spans(
         history,
         [
             {

@@ -48,7 +48,7 @@ class Movement:
         return np.sqrt(np.square(self.steps) * squared @ mine / (squared @ mine))
 
 
-class Version(NamedTuple):
+class _Version(NamedTuple):
     """One file of a direction. A frozen one is the same at every later step."""
 
     task: str
@@ -67,7 +67,7 @@ def read_movement(artifacts: Path, history: History) -> Movement | None:
     targets = list(
         dict.fromkeys(target for record in history.records for target in record.get("targets", []))
     )
-    versions = find_versions(artifacts / "model", history)
+    versions = _find_versions(artifacts / "model", history)
     if not versions or not all(target in norms for target in targets):
         return None
     files = list(dict.fromkeys(version for step in versions for version in step.values()))
@@ -77,48 +77,48 @@ def read_movement(artifacts: Path, history: History) -> Movement | None:
     base = np.array([norms[target] for target in targets])
     steps, total, columns, rows, chances = [], [], [], [], []
     for place, target in enumerate(targets):
-        pairs = [read_pair(needed(file.path), target) for file in files]
+        pairs = [_read_pair(needed(file.path), target) for file in files]
         gram = inner_products(pairs)
-        scales = coefficients(history, versions, files, target)
+        scales = _coefficients(history, versions, files, target)
         moved = np.diff(scales, axis=0, prepend=0)
-        steps.append(lengths(moved, gram) / base[place])
-        total.append(lengths(scales[-1:], gram)[0] / base[place])
+        steps.append(_lengths(moved, gram) / base[place])
+        total.append(_lengths(scales[-1:], gram)[0] / base[place])
         mine = [pairs[index] for index in own]
         columns.append(overlaps([pair.up for pair in mine]))
         rows.append(overlaps([pair.down.T for pair in mine]))
-        chances.append(chance(mine))
+        chances.append(_chance(mine))
     return Movement(
         targets=targets,
         steps=np.stack(steps, axis=1),
         total=np.array(total),
         base=base,
         tasks=[files[index].task for index in own],
-        columns=mean_of_known(columns),
-        rows=mean_of_known(rows),
+        columns=_mean_of_known(columns),
+        rows=_mean_of_known(rows),
         chance_columns=float(np.mean([columns for columns, _ in chances])),
         chance_rows=float(np.mean([rows for _, rows in chances])),
     )
 
 
-def find_versions(models: Path, history: History) -> list[dict[str, Version]]:
+def _find_versions(models: Path, history: History) -> list[dict[str, _Version]]:
     """Return for each step task → the file of its direction, under the first step that has it. Empty if no step has
     any.
 
     Records name the hash of every file, so what is frozen is recognised, and read once.
     """
-    first: dict[tuple[str, str], Version] = {}
+    first: dict[tuple[str, str], _Version] = {}
     steps = []
     for step, record in zip(history.tasks, history.records, strict=True):
         found = {}
         for task in record.get("directions", []):
             name = f"directions/{task}.safetensors"
-            version = Version(task, models / step / name)
+            version = _Version(task, models / step / name)
             found[task] = first.setdefault((task, record["files"][name]), version)
         steps.append(found)
     return steps if any(steps) else []
 
 
-def read_pair(path: Path, target: str) -> Pair:
+def _read_pair(path: Path, target: str) -> Pair:
     """Read the direction at one target, in double precision."""
     from safetensors import safe_open
 
@@ -126,8 +126,8 @@ def read_pair(path: Path, target: str) -> Pair:
         return Pair(*(file.get_tensor(f"{target}.{side}").astype(np.float64) for side in ("up", "down")))
 
 
-def coefficients(
-    history: History, versions: Sequence[dict[str, Version]], files: Sequence[Version], target: str
+def _coefficients(
+    history: History, versions: Sequence[dict[str, _Version]], files: Sequence[_Version], target: str
 ) -> np.ndarray:
     """(steps, files): the magnitude of each direction at a target, 0 where a step does not hold it."""
     scales = np.zeros((len(versions), len(files)))
@@ -139,12 +139,12 @@ def coefficients(
     return scales
 
 
-def lengths(scales: np.ndarray, gram: np.ndarray) -> np.ndarray:
+def _lengths(scales: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """(rows,): ‖Σ cᵢDᵢ‖_F of each row of coefficients, from the inner products of the directions."""
     return np.sqrt(np.maximum(((scales @ gram) * scales).sum(axis=1), 0))
 
 
-def chance(pairs: Sequence[Pair]) -> tuple[float, float]:
+def _chance(pairs: Sequence[Pair]) -> tuple[float, float]:
     """Overlap that random column and row spaces of these ranks have on average: larger rank / dimension."""
     ranks = np.array([pair.down.shape[0] for pair in pairs])
     larger = np.maximum.outer(ranks, ranks)[np.triu_indices(len(ranks), 1)]
@@ -153,7 +153,7 @@ def chance(pairs: Sequence[Pair]) -> tuple[float, float]:
     return float(larger.mean()) / pairs[0].up.shape[0], float(larger.mean()) / pairs[0].down.shape[1]
 
 
-def mean_of_known(matrices: Sequence[np.ndarray]) -> np.ndarray:
+def _mean_of_known(matrices: Sequence[np.ndarray]) -> np.ndarray:
     """Mean over matrices, cell by cell, of what is not NaN. NaN where all are."""
     stacked = np.array(matrices)
     known = (~np.isnan(stacked)).sum(axis=0)

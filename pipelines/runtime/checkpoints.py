@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-KEPT = 2
+_KEPT = 2
 """Checkpoints of one fit that are kept: should the newest be damaged, the one before still serves."""
-FORGOTTEN_AFTER_DAYS = 14
+_FORGOTTEN_AFTER_DAYS = 14
 """A fit's checkpoints are removed when none of them is younger."""
-ABANDONED_AFTER_SECONDS = 3600
+_ABANDONED_AFTER_SECONDS = 3600
 """A half-written checkpoint of this age is what a killed process has left."""
 WRITE_WAITS = (1.0, 2.0, 4.0)
 """Seconds between tries to write: training stands still meanwhile, and a lost checkpoint is not a lost fit."""
@@ -34,7 +34,7 @@ READ_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 KEY = re.compile(r"[0-9a-f]{32}")
 NAME = re.compile(r"[0-9]{9}-(?P<checksum>[0-9a-f]{32})\.safetensors")
-PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
+_PARTIAL = re.compile(NAME.pattern + r"\.[0-9a-f]{32}\.partial")
 
 
 def input_key(values: Mapping[str, Any], files: Iterable[Path]) -> str:
@@ -128,11 +128,11 @@ class CheckpointStore:
                 yield Snapshot(step=int(tensors.pop("step")), tensors=tensors, curve=curve)
 
     def forget_old(self, *, now: float | None = None) -> None:
-        """Remove the checkpoints of every fit that has stored none for `FORGOTTEN_AFTER_DAYS` days.
+        """Remove the checkpoints of every fit that has stored none for `_FORGOTTEN_AFTER_DAYS` days.
 
         Nothing else in the store is touched, and no failure of it is worth more than a warning.
         """
-        limit = (time.time() if now is None else now) - FORGOTTEN_AFTER_DAYS * 86400
+        limit = (time.time() if now is None else now) - _FORGOTTEN_AFTER_DAYS * 86400
         try:
             for folder in self._listed(self._root):
                 if KEY.fullmatch(_last(folder)) and _last(folder) != _last(self._folder):
@@ -142,7 +142,7 @@ class CheckpointStore:
 
     def _forget(self, folder: str, limit: float) -> None:
         inside = self._listed(folder)
-        ours = all(NAME.fullmatch(_last(name)) or PARTIAL.fullmatch(_last(name)) for name in inside)
+        ours = all(NAME.fullmatch(_last(name)) or _PARTIAL.fullmatch(_last(name)) for name in inside)
         # Another process may be at the same: what is gone already is as it should be.
         with contextlib.suppress(FileNotFoundError):
             if ours and all(self._fs.modified(name).timestamp() < limit for name in inside):
@@ -166,14 +166,14 @@ class CheckpointStore:
         """Remove all whole checkpoints but the newest, the damaged ones, and what killed processes left."""
         listed = self._listed(self._folder)
         whole = [name for name in listed if NAME.fullmatch(_last(name)) and name not in self._damaged]
-        abandoned = time.time() - ABANDONED_AFTER_SECONDS
+        abandoned = time.time() - _ABANDONED_AFTER_SECONDS
         for name in listed:
             with contextlib.suppress(FileNotFoundError):
-                if name in whole[:-KEPT] or name in self._damaged or self._is_older_part(name, abandoned):
+                if name in whole[:-_KEPT] or name in self._damaged or self._is_older_part(name, abandoned):
                     self._fs.rm_file(name)
 
     def _is_older_part(self, name: str, limit: float) -> bool:
-        return bool(PARTIAL.fullmatch(_last(name))) and self._fs.modified(name).timestamp() < limit
+        return bool(_PARTIAL.fullmatch(_last(name))) and self._fs.modified(name).timestamp() < limit
 
     def _bytes(self, name: str) -> bytes | None:
         try:

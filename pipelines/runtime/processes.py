@@ -20,21 +20,21 @@ from typing import Protocol
 from pipelines.project.layout import CODE_STAGE, STAGES
 
 STOP_SECONDS = 5.0
-GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 20.0
 """How long work may take to come to a good end after SIGTERM; a spot machine is gone after 30 seconds."""
 TERMINATED = 128 + signal.SIGTERM
 """The exit status of a process that was ended by SIGTERM, as a shell has it."""
 
 # Looked up here, because it is called between fork and exec.
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def die_with(parent: int) -> None:
     """Ask the kernel to end this process when its parent dies: a killed DVC leaves no stage running on."""
-    if LIBC is None:
+    if _LIBC is None:
         return
     pr_set_pdeathsig = 1
-    LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was asked
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -76,7 +76,7 @@ def _end_with(handle: int) -> None:
 def stop_asked() -> Iterator[Callable[[], bool]]:
     """Let work come to a good end on SIGTERM: what is yielded says whether to.
 
-    `GRACE_SECONDS` after the signal the process ends with status 143 whatever it is at, so that a store that hangs
+    `_GRACE_SECONDS` after the signal the process ends with status 143 whatever it is at, so that a store that hangs
     keeps no process alive. Outside of the main thread, where Python takes no signals, nobody asks.
     """
     asked = False
@@ -88,7 +88,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
 
     def watch() -> None:
         if wake.get():
-            time.sleep(GRACE_SECONDS)
+            time.sleep(_GRACE_SECONDS)
             os._exit(TERMINATED)
 
     def note(number: int, frame: object) -> None:
@@ -107,7 +107,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
             wake.put(False)
 
 
-class Leader(Protocol):
+class _Leader(Protocol):
     """A process that leads a group: a `Popen`, or what stands for one."""
 
     @property
@@ -116,7 +116,7 @@ class Leader(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def end_group(process: Leader) -> None:
+def end_group(process: _Leader) -> None:
     """End a process that leads a group, and all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         signal_group(process, sign)
@@ -125,7 +125,7 @@ def end_group(process: Leader) -> None:
             return
 
 
-def signal_group(process: Leader, sign: signal.Signals) -> None:
+def signal_group(process: _Leader, sign: signal.Signals) -> None:
     """Signal a process that leads a group, and all that it started. Those that were stopped are woken for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, sign)

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 
-class Bar(Protocol):
+class _Bar(Protocol):
     """What shows how far work is."""
 
     def update(self, done: int, **facts: str | int | float) -> None:
@@ -20,13 +20,13 @@ class _Hidden:
         """Show nothing."""
 
 
-Shown = Callable[[str, int, str], AbstractContextManager[Bar]]
+_Shown = Callable[[str, int, str], AbstractContextManager[_Bar]]
 """Makes a bar of a title, the number of units and what they are called."""
 
-_shown: ContextVar[Shown | None] = ContextVar("shown", default=None)
+_shown: ContextVar[_Shown | None] = ContextVar("shown", default=None)
 
 
-def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextManager[Bar]:
+def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextManager[_Bar]:
     """Return what to tell of the progress of work of `total` units.
 
     It is shown as `show_progress` has arranged it, and nowhere where nobody has.
@@ -35,6 +35,6 @@ def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextM
     return nullcontext(_Hidden()) if shown is None else shown(title, total, unit)
 
 
-def show_progress(shown: Shown) -> None:
+def show_progress(shown: _Shown) -> None:
     """Have all work in this context, and in what is called from it, show its progress in this way."""
     _shown.set(shown)

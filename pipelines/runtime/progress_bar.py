@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-LINE_SECONDS = 5.0
+_LINE_SECONDS = 5.0
 """Without a terminal a line is printed, and in Prefect the artifact is written, at most this often."""
 
-WINDOW_SECONDS = 20.0
+_WINDOW_SECONDS = 20.0
 """The rate is that of the last so many seconds."""
 
 
-Also = Callable[[str], Callable[[float, str], None]]
+_Also = Callable[[str], Callable[[float, str], None]]
 """Makes of a title what is told the same as people: a share in per cent, and a line."""
 
 
 class ProgressBar:
     """Shows how far work is: `update(done, loss=0.12)` as often as one likes, `done` of `total`."""
 
-    def __init__(self, title: str, total: int, unit: str, *, also: Also | None = None) -> None:
+    def __init__(self, title: str, total: int, unit: str, *, also: _Also | None = None) -> None:
         self.title = title
         self.total = total
         self.unit = unit
@@ -61,11 +61,11 @@ class ProgressBar:
         """Say that `done` of `total` units are done, with facts to show beside (step, epoch, loss)."""
         now = time.monotonic()
         self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[0][0] > WINDOW_SECONDS:
+        while len(self._samples) > 2 and now - self._samples[0][0] > _WINDOW_SECONDS:
             self._samples.popleft()
         if self._bar is not None and self._row is not None:
             self._bar.update(self._row, completed=done, facts=self._describe(facts))
-        if now - self._spoken >= LINE_SECONDS:
+        if now - self._spoken >= _LINE_SECONDS:
             self._spoken = now
             line = f"{done}/{self.total} {self.unit}  {self._describe(facts)}"
             if self._bar is None:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-LIMIT, ROUNDING = 1e-4, 1e-6
+_LIMIT, _ROUNDING = 1e-4, 1e-6
 """The largest difference of a logit that passes; where logits exceed 100, this share of the largest one. Those of
 the heads `ncm` and `lda` do: on the packaged backbone (logits up to 267) float32 itself is up to 2e-4 away from
 float64 there, with the other heads 1e-5."""
-CARRIED = {"classes.json", "preprocessing.json", "ledger.json"}
-WRITTEN = CARRIED | {
+_CARRIED = {"classes.json", "preprocessing.json", "ledger.json"}
+_WRITTEN = _CARRIED | {
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -36,7 +36,7 @@ WRITTEN = CARRIED | {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
+class _Format:
     """A format: what it writes into a folder, its logits as other programs compute them, and how to load it."""
 
     write: Callable[[Path, Subject], None]
@@ -47,12 +47,12 @@ class Format:
 
 
 FORMATS = {
-    "timm": Format(write=timm_folder.write, logits=timm_folder.logits, usage=timm_folder.usage),
-    "hub": Format(write=hub_folder.write, logits=hub_folder.logits, usage=hub_folder.usage),
-    "peft": Format(
+    "timm": _Format(write=timm_folder.write, logits=timm_folder.logits, usage=timm_folder.usage),
+    "hub": _Format(write=hub_folder.write, logits=hub_folder.logits, usage=hub_folder.usage),
+    "peft": _Format(
         write=peft_folder.write, logits=peft_folder.logits, usage=peft_folder.usage, needs=("peft",)
     ),
-    "onnx": Format(
+    "onnx": _Format(
         write=onnx_file.write,
         logits=onnx_file.logits,
         usage=onnx_file.usage,
@@ -73,7 +73,7 @@ class Difference(NamedTuple):
     @property
     def limit(self) -> float:
         """What passes as rounding."""
-        return max(LIMIT, ROUNDING * self.scale)
+        return max(_LIMIT, _ROUNDING * self.scale)
 
     @property
     def passes(self) -> bool:
@@ -182,7 +182,7 @@ def _check_out(out: Path) -> None:
     """Refuse to replace anything but an earlier export."""
     if out.is_dir() and not out.is_symlink():
         names = {path.name for path in out.iterdir()}
-        if not names or CARRIED <= names <= WRITTEN:
+        if not names or _CARRIED <= names <= _WRITTEN:
             return
     elif not out.exists():
         return

@@ -27,10 +27,10 @@ class Row(NamedTuple):
     error: str | None
 
 
-Write = Callable[[Row], None]
+_Write = Callable[[Row], None]
 
 
-def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
     def write(row: Row) -> None:
         value: dict[str, object] = {"image": row.image}
         if row.error is None:
@@ -45,7 +45,7 @@ def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
     return write
 
 
-def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
     writer = csv.writer(sink, lineterminator="\n")
     ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
     writer.writerow(["image", *ranks, "error"])
@@ -57,7 +57,7 @@ def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
     return write
 
 
-def _table(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
+def _table(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
     width = max(len(printable(name)) for name in classes)
 
     def write(row: Row) -> None:
@@ -67,7 +67,7 @@ def _table(sink: TextIO, top: int, classes: Sequence[str]) -> Write:
     return write
 
 
-WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], Write]] = {
+WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], _Write]] = {
     "table": _table,
     "jsonl": _jsonl,
     "csv": _csv,

@@ -73,7 +73,7 @@ def evaluate(
                 "accuracy": [round(right[name] / counts[name], 6) for name in counts],
                 "samples": list(counts.values()),
                 "correct": list(right.values()),
-                **validation_metrics(
+                **_validation_metrics(
                     predictions[total:], {name: images.table for name, images in selecting.items()}
                 ),
             },
@@ -197,7 +197,7 @@ class _Tested(NamedTuple):
         return np.repeat(list(self.tables), list(self.counts.values()))
 
 
-def validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+def _validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
     """Accuracy, images and right answers by task of the validation images. Nothing where there are none.
 
     A task whose classes have one training image each can spare none: its accuracy is null.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class DataSet(NamedTuple):
+class _DataSet(NamedTuple):
     """The files of a data set: `{train,test}/<class>/<file>` and bytes."""
 
     files: Iterable[tuple[PurePosixPath, bytes]]
@@ -52,12 +52,12 @@ def fetch(name: str, *, out: Path) -> StageResult:
     written: list[PurePosixPath] = []
     with whole_folder(out) as folder:
         for path, data in data_set.files:
-            write_image(folder, path, data)
+            _write_image(folder, path, data)
             written.append(path)
-    return StageResult(summarise(written, data_set.left_out))
+    return StageResult(_summarise(written, data_set.left_out))
 
 
-def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
+def _write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
     """Write one image at its place in the folder, which nothing may have taken."""
     part, class_name, name = path.parts
     if part not in ("train", "test") or class_name_fault(class_name) or name.startswith("."):
@@ -70,7 +70,7 @@ def write_image(folder: Path, path: PurePosixPath, data: bytes) -> None:
         raise InputError(f"{path}: the data set has this file twice; report it with this line") from None
 
 
-def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str | int | float]]:
+def _summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str | int | float]]:
     """Return one row for train, one for test, and one for what was left out, if anything was."""
     summary: list[dict[str, str | int | float]] = []
     for part in ("train", "test"):
@@ -81,7 +81,7 @@ def summarise(paths: list[PurePosixPath], left_out: int) -> list[dict[str, str |
     return summary
 
 
-def digits(options: Digits) -> DataSet:
+def digits(options: Digits) -> _DataSet:
     """scikit-learn's handwritten digits, 8x8 in 16 grey levels, white ink. Numbered as in the data set.
 
     Each class is divided by itself: a seeded permutation, at least one image on either side.
@@ -102,7 +102,7 @@ def digits(options: Digits) -> DataSet:
         for index in members.tolist():
             part = "test" if index in test else "train"
             files.append((PurePosixPath(part, str(label), f"{index:04d}.png"), png(images[index])))
-    return DataSet(files, left_out=len(images) - len(kept))
+    return _DataSet(files, left_out=len(images) - len(kept))
 
 
 def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     )
 
 
-def glyphs100(options: Glyphs100) -> DataSet:
+def _glyphs100(options: Glyphs100) -> _DataSet:
     """Return the embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
     import pyarrow as pa
 
@@ -137,19 +137,19 @@ def glyphs100(options: Glyphs100) -> DataSet:
             raise InputError(f"{packed}: row {index} has no class folder; install the package again")
         slug = re.sub(r"[^a-z0-9]+", "-", font.lower()).strip("-")
         files.append((PurePosixPath(part, class_name, f"{index:04d}-{slug}.png"), image))
-    return DataSet(files, left_out=0)
+    return _DataSet(files, left_out=0)
 
 
-def published(name: str, options: Section) -> DataSet:
+def _published(name: str, options: Section) -> _DataSet:
     """Return a data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
     chosen = options.model_dump()
     archive = Path(chosen["archive"]) if chosen.get("archive") else None
-    return DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))
+    return _DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))
 
 
-KNOWN: dict[str, Callable[[Any], DataSet]] = {
+KNOWN: dict[str, Callable[[Any], _DataSet]] = {
     "digits": digits,
-    "glyphs100": glyphs100,
-    **{name: partial(published, name) for name in LAYOUTS},
+    "glyphs100": _glyphs100,
+    **{name: partial(_published, name) for name in LAYOUTS},
 }
 """The data sets by name; each has an entry of the same name, its settings, in `params.Fetch`."""

@@ -33,7 +33,7 @@ _OF_CHECKPOINTS = {"checkpoint_seconds", "checkpoint_store"}
 """Training keys that say when and where checkpoints are kept."""
 
 
-class Choices(NamedTuple):
+class _Choices(NamedTuple):
     """What a fit reads of `params.yaml`."""
 
     adapter: Adapter
@@ -46,9 +46,9 @@ class Choices(NamedTuple):
         return self.training.model_dump(exclude=_OF_CHECKPOINTS)
 
 
-def read_choices() -> Choices:
+def _read_choices() -> _Choices:
     """Read what a fit reads of `params.yaml`."""
-    return Choices(
+    return _Choices(
         read_params("adapter", Adapter), read_params("training", Training), read_params("seed", int)
     )
 
@@ -79,7 +79,7 @@ def fit(
     restored = restore_retired_output("fit", task, out)
     if restored is not None:
         return restored
-    choices = read_choices()
+    choices = _read_choices()
     training = choices.training
     key = _key(task, choices, train, classes, before, backbone)
     store = CheckpointStore(training.checkpoint_store, key)
@@ -127,7 +127,7 @@ def _row(learner: "Fit") -> dict[str, str | int | float]:
     return row
 
 
-def _description(learner: "Fit", choices: Choices, train: Path, classes: Path) -> dict[str, object]:
+def _description(learner: "Fit", choices: _Choices, train: Path, classes: Path) -> dict[str, object]:
     """Return what a fit says of itself: all that decided its result, and how much it trained."""
     return {
         "task": learner.task,
@@ -172,7 +172,7 @@ def run_rank(
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
     group, learner = _join(task, number, meeting, inputs)
     group.wait()
-    key = _key(task, read_choices(), train, classes, before, backbone)
+    key = _key(task, _read_choices(), train, classes, before, backbone)
     learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
     for _ in learner.run():
         pass
@@ -233,7 +233,7 @@ def _prepare(
     from sdlora.preprocessing import Preprocessing
     from sdlora.training import Fit, TaskImages
 
-    choices = read_choices()
+    choices = _read_choices()
     adapter, settings = choices.adapter, choices.training
     method = METHODS[adapter.method]
     base = read_backbone(backbone)
@@ -366,7 +366,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
     return seen
 
 
-def _key(task: str, choices: Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
+def _key(task: str, choices: _Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
     """Return the hash of all that decides the fit's result. A checkpoint of anything else is never picked up."""
     settings = {
         "code": code_hash(fit.fn),

@@ -64,7 +64,7 @@ def freeze(
     _require_head(adapter, record, before)
     tasks = [*record["tasks"], task]
     result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
-    features = TrainingFeatures(train, images, backbone)
+    features = _TrainingFeatures(train, images, backbone)
     step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
     with whole_folder(out) as folder:
         written = write_model(
@@ -104,7 +104,7 @@ def _frozen(
     before: "ModelState",
     result: "FitResult",
     adapter: Adapter,
-    features: "TrainingFeatures",
+    features: "_TrainingFeatures",
     generator: "torch.Generator",
 ) -> "FrozenStep":
     """Return the step as the method freezes it, with the head that `params.yaml` chooses."""
@@ -182,13 +182,13 @@ def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
         "rank": max((pair.down.shape[0] for pair in newest.values()), default=0),
         "learned_magnitudes": learned_magnitudes(fit),
         "magnitudes": {name: round(alpha.mean().item(), 6) for name, alpha in learned.magnitudes.items()},
-        "remembered": remembered(learned),
+        "remembered": _remembered(learned),
         "freezing": dict(step.facts),
         "fit": {path.name: sha256_of(path) for path in sorted(fit.iterdir())},
     }
 
 
-def remembered(learned: "ModelState") -> dict[str, Any]:
+def _remembered(learned: "ModelState") -> dict[str, Any]:
     """Return what the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
     numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
     if learned.statistics:
@@ -198,7 +198,7 @@ def remembered(learned: "ModelState") -> dict[str, Any]:
     return numbers
 
 
-class TrainingFeatures:
+class _TrainingFeatures:
     """The features of the task's training images under any model of the chain. Images are read at the first use."""
 
     def __init__(self, train: Path, images: Path, backbone: Path) -> None:
@@ -242,11 +242,11 @@ class TrainingFeatures:
             self._pixels,
             mean=config["mean"],
             std=config["std"],
-            batch_size=BATCH,
+            batch_size=_BATCH,
             device=device,
         )
         return torch.cat(list(batches))
 
 
-BATCH = 256
+_BATCH = 256
 """Images in one forward pass; no choice of the user, because it may change the last bits."""

@@ -41,7 +41,7 @@ def gate(
     limits = read_params("gate", Gate)
     faults = broken(limits, measured)
     approval = read_params("approvals", dict[str, Approval]).get(task)
-    if faults and not (approval and covers(approval, faults, evaluation)):
+    if faults and not (approval and _covers(approval, faults, evaluation)):
         late = "; what was approved were other results, or other limits" if approval else ""
         raise GateClosedError(
             f"gate: {task} {' and '.join(faults.values())}{late}; look at it (`sdlora audit diff "
@@ -69,6 +69,6 @@ def gate(
     return StageResult([{"step": task, **shown, "verdict": "approved" if faults else "holds"}])
 
 
-def covers(approval: Approval, faults: Iterable[str], evaluation: Path) -> bool:
+def _covers(approval: Approval, faults: Iterable[str], evaluation: Path) -> bool:
     """Return whether a person has approved of just these results, and of every limit that they break."""
     return approval.evaluation == results_of(evaluation) and set(faults) <= set(approval.limits)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Picture(NamedTuple):
+class _Picture(NamedTuple):
     """An image of this task."""
 
     found: Found
@@ -77,7 +77,7 @@ class Picture(NamedTuple):
 
     def print(self) -> Print:
         """Return what the picture is compared by. Messages show the path of its file."""
-        return print_of(self.sample(), shown=str(self.found.path))
+        return _print_of(self.sample(), shown=str(self.found.path))
 
 
 @stage
@@ -97,18 +97,18 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     tasks = read_params("tasks", dict[str, Task])
     if task not in tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(tasks)}")
-    restored = restore_retired_output("split", task, out, images=images, then=partial(hand_on, before))
+    restored = restore_retired_output("split", task, out, images=images, then=partial(_hand_on, before))
     if restored is not None:
         return restored
     names, data = tasks[task].classes, read_params("data", Data)
     earlier = read_json(before / "classes.json")
-    refuse_known_classes(task, names, earlier["classes"])
+    _refuse_known_classes(task, names, earlier["classes"])
 
     first = len(earlier["classes"])
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
     labels = {name: first + i for i, name in enumerate(names)}
-    read = read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
-    known = list(earlier_prints(before, earlier["tasks"]))
+    read = _read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
+    known = list(_earlier_prints(before, earlier["tasks"]))
     pictures, left_out, near = _compared(task, names, read, known, data)
 
     parts = PARTS if data.validation is not None else ("train", "test")
@@ -116,7 +116,7 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     for picture in pictures:
         counts[picture.found.name][picture.part] += 1
     with whole_folder(images) as packed, whole_folder(out) as folder:
-        hand_on(before, folder)
+        _hand_on(before, folder)
         _write_pictures(pictures, task, folder, packed, validation=data.validation is not None)
         classes = [{"label": labels[name], "name": name, "task": task} for name in names]
         write_json(
@@ -140,8 +140,8 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
 
 
 def _compared(
-    task: str, names: Sequence[str], pictures: Sequence[Picture], known: Sequence[Print], data: Data
-) -> tuple[Sequence[Picture], int, int]:
+    task: str, names: Sequence[str], pictures: Sequence[_Picture], known: Sequence[Print], data: Data
+) -> tuple[Sequence[_Picture], int, int]:
     """Compare the pictures of a task with each other and with those of earlier tasks.
 
     Returns:
@@ -153,8 +153,8 @@ def _compared(
     left_out: list[int] = []
     if data.duplicates == "leave_out":
         left_out = leaking_pictures([picture.print() for picture in pictures], known)
-        pictures = without(pictures, left_out)
-        refuse_emptied(task, names, pictures, left_out)
+        pictures = _without(pictures, left_out)
+        _refuse_emptied(task, names, pictures, left_out)
     prints = [picture.print() for picture in pictures]
     refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
     near = near_across_parts(prints, known)
@@ -164,7 +164,7 @@ def _compared(
 
 
 def _write_pictures(
-    pictures: Sequence[Picture], task: str, folder: Path, packed: Path, *, validation: bool
+    pictures: Sequence[_Picture], task: str, folder: Path, packed: Path, *, validation: bool
 ) -> None:
     """Write the training images to `packed`, what describes them, the other images and all samples to `folder`."""
     rows = {part: [picture.row for picture in pictures if picture.part == part] for part in PARTS}
@@ -172,7 +172,7 @@ def _write_pictures(
     write_images(folder / "test" / f"{task}.arrow", rows["test"])
     if validation:
         write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
-    list_validation(folder)
+    _list_validation(folder)
     write_samples(folder / "samples" / f"{task}.arrow", [picture.sample() for picture in pictures])
     trained = [picture for picture in pictures if picture.part == "train"]
     write_json(
@@ -186,7 +186,7 @@ def _write_pictures(
     )
 
 
-def hand_on(before: Path, folder: Path) -> None:
+def _hand_on(before: Path, folder: Path) -> None:
     """Have the split of a task hold what the one before it holds of all earlier tasks, and nothing else of theirs."""
     for kind in ("test", "validation", "samples"):
         (folder / kind).mkdir(exist_ok=True)
@@ -195,23 +195,23 @@ def hand_on(before: Path, folder: Path) -> None:
                 shutil.copyfile(before / kind / name, folder / kind / name)
             else:
                 (folder / kind / name).unlink(missing_ok=True)
-    list_validation(folder)
+    _list_validation(folder)
 
 
-def list_validation(folder: Path) -> None:
+def _list_validation(folder: Path) -> None:
     """Note in a split which tasks have validation images: DVC keeps no empty folder, and `evaluate` reads this one."""
     held = sorted(path.stem for path in (folder / "validation").glob("*.arrow"))
     write_json(folder / "validation" / "tasks.json", {"tasks": held})
 
 
-def without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
+def _without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
     """Return the rows but for those at some positions."""
     out = set(positions)
     return [row for index, row in enumerate(rows) if index not in out]
 
 
-def refuse_emptied(
-    task: str, names: Sequence[str], pictures: Iterable[Picture], left_out: Sequence[int]
+def _refuse_emptied(
+    task: str, names: Sequence[str], pictures: Iterable[_Picture], left_out: Sequence[int]
 ) -> None:
     """Say what was left out. Refuse a class of which nothing to train on, or to test, is left."""
     held = {(picture.found.name, picture.part) for picture in pictures}
@@ -227,7 +227,7 @@ def refuse_emptied(
         log_line(f"split {task}: {count} in another part too and left out, as data.duplicates says")
 
 
-def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:
+def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:
     """Refuse a class that an earlier task has brought: a class has one label."""
     owner = {entry["name"]: entry["task"] for entry in known}
     for name in names:
@@ -238,11 +238,11 @@ def refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[s
             )
 
 
-def read_task(
+def _read_task(
     task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int
-) -> list[Picture]:
+) -> list[_Picture]:
     """Read and fully decode every file. All that cannot be read are refused in one error."""
-    pictures: dict[int, Picture] = {}
+    pictures: dict[int, _Picture] = {}
 
     def keep(index: int, data: bytes, picture: Image) -> None:
         found = images[index]
@@ -253,20 +253,20 @@ def read_task(
             sha256=hashlib.sha256(data).hexdigest(),
             pixels=picture_hash(picture),
         )
-        pictures[index] = Picture(found, row, perceptual_hash(picture))
+        pictures[index] = _Picture(found, row, perceptual_hash(picture))
 
     faults = read_pictures(f"split {task}", images, keep, max_pixels=max_pixels)
     refuse_unreadable(task, images, faults)
     return [pictures[index] for index in range(len(images))]
 
 
-def earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
+def _earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
     """Yield what the pictures of the tasks before are compared by."""
     for task in tasks:
         for row in read_images(before / "samples" / f"{task}.arrow").to_pylist():
-            yield print_of(SampleRow(**row), shown=f"{row['id']} of an earlier task")
+            yield _print_of(SampleRow(**row), shown=f"{row['id']} of an earlier task")
 
 
-def print_of(sample: SampleRow, *, shown: str) -> Print:
+def _print_of(sample: SampleRow, *, shown: str) -> Print:
     """Return what a sample's picture is compared by."""
     return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)

@@ -19,10 +19,10 @@ from pipelines.project.yaml_text import read_text, read_yaml
 MANY_CHAINS = 20
 """More chains than this are trained only by somebody who has seen how many they are."""
 
-SECTIONS = ("data", "backbone", "adapter", "training", "evaluation")
+_SECTIONS = ("data", "backbone", "adapter", "training", "evaluation")
 """Blocks of params.yaml whose keys change what a chain learns, or how well it does."""
 
-REFUSED = {
+_REFUSED = {
     "tasks": "the order of the classes is not a parameter; plan it, and sweep in a project of its own",
     "fetch": "it brings images; sweep in a project for each way to divide them",
     "gate": "a limit ends a chain and changes nothing that it learns",
@@ -33,7 +33,7 @@ REFUSED = {
 }
 """Keys of params.yaml that are not swept, and why."""
 
-NAME = r"[A-Za-z0-9][\w.-]{0,79}"
+_NAME = r"[A-Za-z0-9][\w.-]{0,79}"
 """What a sweep, and a chain of one, may be called: it is a folder's name, on other machines too."""
 
 
@@ -76,12 +76,14 @@ def read_axes(arguments: Sequence[str]) -> dict[str, list[Any]]:
         key, equals, text = argument.partition("=")
         if not equals or not key or not text.strip():
             raise InputError(f"sweep: found {argument!r}, expected KEY=VALUE,VALUE, such as seed=1993,1994")
-        for refused, why in REFUSED.items():
+        for refused, why in _REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise InputError(f"sweep: {key} is not swept: {why}")
-        if key != "seed" and key.partition(".")[0] not in SECTIONS:
-            raise InputError(f"sweep: {key}: no such parameter; sweep seed or a key of {', '.join(SECTIONS)}")
-        if key in SECTIONS:
+        if key != "seed" and key.partition(".")[0] not in _SECTIONS:
+            raise InputError(
+                f"sweep: {key}: no such parameter; sweep seed or a key of {', '.join(_SECTIONS)}"
+            )
+        if key in _SECTIONS:
             raise InputError(f"sweep: {key} is a block of parameters; name one of them, such as {key}.KEY")
         if key in axes:
             raise InputError(f"sweep: {key} stands there twice; write all its values behind one")
@@ -136,6 +138,6 @@ def default_name(axes: Mapping[str, Sequence[Any]]) -> str:
 
 def checked_name(name: str) -> str:
     """Return a name that can be a folder's. An `InputError` for any other."""
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(_NAME, name):
         raise InputError(f"sweep: the name {name!r} is not one for a folder; use letters, digits and . _ -")
     return name

@@ -20,11 +20,11 @@ from pipelines.sweeps.grid import Chain
 from pipelines.sweeps.results import Result, read_result
 from pipelines.sweeps.workspace import Workspace, make_workspace, read_project, with_code
 
-POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Work:
+class _Work:
     """A chain that is being computed."""
 
     process: subprocess.Popen[bytes]
@@ -38,28 +38,28 @@ def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
         with prefect_server(PREFECT) as wait, environment(with_code(project)):
             wait()
-            return run_all(chains, spaces, at_once=at_once)
+            return _run_all(chains, spaces, at_once=at_once)
 
 
-def run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: int) -> list[Result]:
+def _run_all(chains: Sequence[Chain], spaces: Sequence[Workspace], *, at_once: int) -> list[Result]:
     """Run the chains in their workspaces, `at_once` at a time. Return what came of each, in order."""
-    working: dict[int, Work] = {}
+    working: dict[int, _Work] = {}
     results: dict[int, Result] = {}
     try:
         while len(results) < len(chains):
             waiting = [i for i in range(len(chains)) if i not in working and i not in results]
             for index in may_begin(waiting, working, spaces)[: at_once - len(working)]:
                 echo(f"{chain_label(index, chains)} …")
-                working[index] = Work(begin(spaces[index].folder), time.monotonic())
+                working[index] = _Work(_begin(spaces[index].folder), time.monotonic())
             for index, work in list(working.items()):
                 if work.process.poll() is not None:
-                    results[index] = result_of(spaces[index].folder, work.process.returncode)
+                    results[index] = _result_of(spaces[index].folder, work.process.returncode)
                     seconds = time.monotonic() - work.began
                     echo(f"{chain_label(index, chains)}  {results[index].line}, {seconds:.1f} s")
                     if results[index].error is not None:
                         echo(f"all that it said: {os.path.relpath(spaces[index].folder / RUN_LOG)}")
                     del working[index]
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
     finally:
         for work in working.values():
             end_group(work.process)
@@ -87,7 +87,7 @@ def chain_label(index: int, chains: Sequence[Chain]) -> str:
     return f"[{index + 1:{len(str(len(chains)))}}/{len(chains)}] {chains[index].title}"
 
 
-def begin(folder: Path) -> subprocess.Popen[bytes]:
+def _begin(folder: Path) -> subprocess.Popen[bytes]:
     """Start `sdlora run` in a workspace, in a group of its own that ends with this process."""
     parent = os.getpid()
     with (folder / RUN_LOG).open("wb") as log:
@@ -102,7 +102,7 @@ def begin(folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def result_of(folder: Path, status: int) -> Result:
+def _result_of(folder: Path, status: int) -> Result:
     """Return what came of a chain whose process has ended: its metrics, or the last line that it said."""
     if status == 0:
         return read_result(folder)

@@ -16,9 +16,9 @@ from pipelines.sweeps.here import chain_label, may_begin, only_sweep
 from pipelines.sweeps.results import RESULT, Result
 from pipelines.sweeps.workspace import Project, Workspace, make_workspace, read_project
 
-DEPLOYMENT = "sweep/workers"
-TAG = "sdlora-sweep"
-POLL_SECONDS = 2.0
+_DEPLOYMENT = "sweep/workers"
+_TAG = "sdlora-sweep"
+_POLL_SECONDS = 2.0
 
 
 def run_on_pool(name: str, chains: Sequence[Chain]) -> list[Result]:
@@ -33,16 +33,16 @@ def run_on_pool(name: str, chains: Sequence[Chain]) -> list[Result]:
     with only_sweep(name):
         project = read_project()
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
-        with deployment_runs(DEPLOYMENT) as runs:
+        with deployment_runs(_DEPLOYMENT) as runs:
             if runs is None:
                 raise InputError(
-                    f"sweep: the server has no deployment {DEPLOYMENT}; call sdlora deploy, or add --local 1 to"
+                    f"sweep: the server has no deployment {_DEPLOYMENT}; call sdlora deploy, or add --local 1 to"
                     " compute here"
                 )
-            return Pool(runs, name, project, chains, spaces).wait()
+            return _Pool(runs, name, project, chains, spaces).wait()
 
 
-class Pool:
+class _Pool:
     """The flow runs of a sweep: those that are scheduled or at work, and the results of those that ended."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Pool:
         self._working = {
             index: run
             for index, chain in enumerate(chains)
-            if (run := runs.unfinished([TAG, self._tag(chain)]))
+            if (run := runs.unfinished([_TAG, self._tag(chain)]))
         }
         self._told: dict[int, str] = {}
         self._results: dict[int, Result] = {}
@@ -82,7 +82,7 @@ class Pool:
                         f"prefect: the server failed ({one_line(trouble)}); waiting for it, the workers go on"
                     )
                 well = False
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return [self._results[index] for index in range(len(self._chains))]
 
     def _begin(self) -> None:
@@ -97,7 +97,7 @@ class Pool:
                     "params": chain.params,
                     "code": self._project.code,
                 },
-                [TAG, self._tag(chain)],
+                [_TAG, self._tag(chain)],
             )
 
     def _look(self) -> None:

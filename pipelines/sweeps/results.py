@@ -18,8 +18,8 @@ from pipelines.sweeps.grid import Chain
 if TYPE_CHECKING:
     from rich.table import Table
 
-NUMBERS = ("last_accuracy", "average_accuracy", "forgetting")
-DECIMALS = 6
+_NUMBERS = ("last_accuracy", "average_accuracy", "forgetting")
+_DECIMALS = 6
 RESULT = "sweep-result"
 """Key of the table in which a worker leaves the numbers of a chain."""
 
@@ -43,7 +43,7 @@ class Result:
 def read_result(folder: Path) -> Result:
     """Return the numbers of a finished chain, from the metrics.json of its folder."""
     metrics = read_json(folder / "metrics.json")
-    return Result(numbers={key: metrics[key] for key in NUMBERS})
+    return Result(numbers={key: metrics[key] for key in _NUMBERS})
 
 
 def as_json(
@@ -53,16 +53,16 @@ def as_json(
     rows = [
         {
             "values": dict(chain.values),
-            **{key: _rounded((result.numbers or {}).get(key)) for key in NUMBERS},
+            **{key: _rounded((result.numbers or {}).get(key)) for key in _NUMBERS},
             "error": result.error,
         }
         for chain, result in zip(chains, results, strict=True)
     ]
     table = {"axes": {key: list(values) for key, values in axes.items()}, "chains": rows}
-    return {**table, "over_seeds": over_seeds(rows)} if "seed" in axes else table
+    return {**table, "over_seeds": _over_seeds(rows)} if "seed" in axes else table
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the mean and the sample deviation over the seeds that ended well, for each combination of other values.
 
     The deviation is null where there are fewer than two of them.
@@ -74,7 +74,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for group in groups.values():
         good = [row for row in group if row["error"] is None]
         summary: dict[str, Any] = {"values": _without_seed(group[0]), "seeds": len(good), "of": len(group)}
-        for key in NUMBERS:
+        for key in _NUMBERS:
             numbers = [row[key] for row in good if row[key] is not None]
             summary[key] = {
                 "mean": _rounded(statistics.fmean(numbers)) if numbers else None,
@@ -88,9 +88,9 @@ def write_table(out: Path, table: Mapping[str, Any]) -> None:
     """Leave `table.json`, and the rows of its chains as `table.csv`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*table["axes"], *NUMBERS, "error"])
+    writer.writerow([*table["axes"], *_NUMBERS, "error"])
     for row in table["chains"]:
-        numbers = ["" if row[key] is None else row[key] for key in NUMBERS]
+        numbers = ["" if row[key] is None else row[key] for key in _NUMBERS]
         writer.writerow([*map(flow, row["values"].values()), *numbers, row["error"] or ""])
     write_whole(out / "table.csv", text.getvalue().encode())
     write_json(out / "table.json", table)
@@ -106,7 +106,7 @@ def result_table(table: Mapping[str, Any]) -> Table:
     found = Table(
         title="in %" + (", mean ± standard deviation over seeds" if summaries else ""), title_justify="left"
     )
-    for key in (*axes, *(["seed"] if summaries else []), *(key.replace("_", " ") for key in NUMBERS)):
+    for key in (*axes, *(["seed"] if summaries else []), *(key.replace("_", " ") for key in _NUMBERS)):
         found.add_column(key, justify="right")
     if failed:
         found.add_column("error", overflow="fold")
@@ -115,7 +115,7 @@ def result_table(table: Mapping[str, Any]) -> Table:
         if summaries:
             values.append(f"{row['seeds']} of {row['of']}" if row["seeds"] < row["of"] else str(row["of"]))
         if summaries or row["error"] is None:
-            found.add_row(*values, *(_cell(row[key]) for key in NUMBERS))
+            found.add_row(*values, *(_cell(row[key]) for key in _NUMBERS))
     for row in failed:
         values = [flow(row["values"][key]) for key in (*axes, *(["seed"] if summaries else []))]
         found.add_row(*values, *["failed", "", ""], row["error"])
@@ -134,4 +134,4 @@ def _without_seed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, DECIMALS)
+    return None if number is None else round(number, _DECIMALS)

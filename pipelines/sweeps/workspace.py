@@ -28,7 +28,7 @@ from pipelines.runtime.file_lock import held
 from pipelines.sweeps.grid import checked_name
 from pipelines.versioning.stores import DeclaredStage, configure_project, read_dvc_project
 
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.partial")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_project() -> Project:
     """Take a snapshot of the project in this folder."""
     root = Path.cwd()
     project = read_dvc_project(root)
-    paths = code_of(project.stages, Params.load())
+    paths = _code_of(project.stages, Params.load())
     code = _hash_of_files(paths)
     snapshot = root / SWEEPS / ".code" / code[:16]
     with held(root / SWEEPS / ".lock"):
@@ -70,13 +70,13 @@ def read_project() -> Project:
                 for path in paths:
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
                     if path.is_dir():
-                        shutil.copytree(path, folder / path, ignore=LEFT_OUT)
+                        shutil.copytree(path, folder / path, ignore=_LEFT_OUT)
                     else:
                         shutil.copy(path, folder / path)
     return Project(root, code, paths, snapshot, project.cache, project.remotes)
 
 
-def code_of(stages: Iterable[DeclaredStage], params: Params) -> list[Path]:
+def _code_of(stages: Iterable[DeclaredStage], params: Params) -> list[Path]:
     """Return what stages read that no stage makes and that is no images: dvc.yaml, modules as whole packages, other
     files.
     """
@@ -129,7 +129,7 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
     _configure(folder, project)
     stages = read_dvc_project(folder).stages
     made = [PurePath(out) for stage in stages for out in stage.outs]
-    keys = stage_keys(stages)
+    keys = _stage_keys(stages)
     for out in made:
         if (folder / out).is_symlink():  # to images that no stage made before
             (folder / out).unlink()
@@ -150,7 +150,7 @@ def with_code(project: Project) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(project.snapshot), *([before] if before else [])])}
 
 
-def stage_keys(stages: Iterable[DeclaredStage]) -> dict[str, str]:
+def _stage_keys(stages: Iterable[DeclaredStage]) -> dict[str, str]:
     """For each stage a hash that equal stages of two chains of the same code share: command, parameters, what it reads.
 
     Of what it reads, that is the hashes of the stages that make it, so nothing needs to have been computed.

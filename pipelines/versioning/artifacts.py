@@ -146,7 +146,7 @@ class ArtifactStore:
         """
         md5 = self.lock.outs[path]
         listing = self._objects.find(md5)
-        if listing is None or not md5.endswith(".dir") or md5_of_listing(listing) != md5:
+        if listing is None or not md5.endswith(".dir") or _md5_of_listing(listing) != md5:
             return path
         made = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
         differing = [name for name in sorted(made.keys() | hashes) if made.get(name) != hashes.get(name)]
@@ -159,7 +159,7 @@ class ArtifactStore:
             raise FaultError(f"{path}: it is neither here nor in DVC's cache or remote; run `sdlora run`")
         if not md5.endswith(".dir"):
             return {"": whole}
-        if md5_of_listing(whole) != md5:
+        if _md5_of_listing(whole) != md5:
             raise FaultError(f"{path}: DVC's cache has another listing of its files than {LOCK} names")
         found = {}
         for entry in json.loads(whole.read_bytes()):
@@ -174,7 +174,7 @@ class ArtifactStore:
         return found
 
 
-def md5_of_listing(path: Path) -> str:
+def _md5_of_listing(path: Path) -> str:
     """Return what DVC names its listing of a folder by. Empty where there is none."""
     return f"{md5_of(path)}.dir" if path.is_file() else ""
 

@@ -65,12 +65,12 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
             stages = repo.stage.load_all(str(DVC_YAML))
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
-            elsewhere = left_elsewhere(stages) if partial_checkout and remote else {}
-            changes = changes_of(repo, stages)
-            reasons = {name: list(reasons_of(changes[name], elsewhere.get(name, set()))) for name in changes}
+            elsewhere = _left_elsewhere(stages) if partial_checkout and remote else {}
+            changes = _changes_of(repo, stages)
+            reasons = {name: list(_reasons_of(changes[name], elsewhere.get(name, set()))) for name in changes}
             made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
             if CODE_STAGE in reasons:
-                if not code_is_written():
+                if not _code_is_written():
                     for name, reason in _code_reasons(made_by):
                         reasons[name].append(reason)
                     reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
@@ -88,7 +88,7 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
             )
 
 
-def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
+def _changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
     """Return what `dvc status` finds changed about each stage."""
     if "lookup" in apply_patches():
         from pipelines.versioning.patches import lookup
@@ -110,7 +110,7 @@ def _code_of(stage: DvcStage) -> str | None:
     return next((dep.hash_info.value for dep in stage.deps if dep.def_path == path and dep.hash_info), None)
 
 
-def left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
+def _left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
     """Find for each finished stage what it read and left that is not on this machine, and is what dvc.lock names.
 
     What it read must be what its maker left, by the hashes of both in dvc.lock; images of a task, which no stage
@@ -158,7 +158,7 @@ def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
     return needs
 
 
-def reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
+def _reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
     """Say in words why DVC would run a stage. What is missing here and held elsewhere is no reason."""
     words = {
         "modified": "changed",
@@ -216,7 +216,7 @@ def _code_reasons(made_by: Mapping[str, str | None]) -> Iterator[tuple[str, str]
             yield name, f"{path} will change"
 
 
-def code_is_written() -> bool:
+def _code_is_written() -> bool:
     """Return whether what stands in `artifacts/code` is of the code that runs."""
     try:
         return all((CODE / name).read_text(encoding="utf-8") == text for name, text in code_files().items())

@@ -21,14 +21,14 @@ def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
 
     Training images are fetched only where the stage will really look at them.
     """
-    pull([Path(dep) for dep in plan.deps[name]], plan, params)
+    _pull([Path(dep) for dep in plan.deps[name]], plan, params)
     made = {out for outs in plan.outs.values() for out in outs}
-    images = [Path(out) for out in images_read(name, params) if out in made and not Path(out).exists()]
-    if images and not restore_from_run_cache(name):
-        pull(images, plan, params)
+    images = [Path(out) for out in _images_read(name, params) if out in made and not Path(out).exists()]
+    if images and not _restore_from_run_cache(name):
+        _pull(images, plan, params)
 
 
-def pull(read: list[Path], plan: Plan, params: Params) -> None:
+def _pull(read: list[Path], plan: Plan, params: Params) -> None:
     """Fetch outputs that are read and not here, or have their stages make them."""
     missing = {
         maker: [out for out in plan.outs[maker] if not Path(out).exists() and _is_read(Path(out), read)]
@@ -45,7 +45,7 @@ def pull(read: list[Path], plan: Plan, params: Params) -> None:
             push(maker)
 
 
-def images_read(name: str, params: Params) -> list[str]:
+def _images_read(name: str, params: Params) -> list[str]:
     """Return the folders of training images that a stage reads: they are no deps, what describes them is."""
     kind, task = StageName.parse(name)
     if task is None or kind not in ("fit", "freeze"):
@@ -55,7 +55,7 @@ def images_read(name: str, params: Params) -> list[str]:
     return [(TRAINED / key).as_posix() for key in (tasks_read(params, task) if kind == "fit" else [task])]
 
 
-def restore_from_run_cache(name: str) -> bool:
+def _restore_from_run_cache(name: str) -> bool:
     """Restore what a stage leaves from DVC's run-cache, here or in the remote. False where it has to be computed."""
     with dvc_errors():
         from dvc.repo import Repo, lock_repo

@@ -22,7 +22,7 @@ from pipelines.runtime.stage_outcome import GATE, read_outcome
 from pipelines.versioning.patches import plain_dvc
 from pipelines.versioning.stage_lock import stage_lock
 
-CHATTER = (
+_CHATTER = (
     "Running stage ",
     "> ",
     "Generating lock file ",
@@ -101,7 +101,7 @@ def run_dvc(
             concurrent.begun(process)
         with output:
             for line in output:
-                if line.strip() and not line.startswith(CHATTER):
+                if line.strip() and not line.startswith(_CHATTER):
                     show(line.rstrip())
         return process.wait()
     except BaseException:

@@ -27,7 +27,7 @@ class DeclaredStage:
 
 
 @dataclass(frozen=True)
-class DvcProject:
+class _DvcProject:
     """What DVC knows of a project that needs no hashing."""
 
     stages: tuple[DeclaredStage, ...]
@@ -37,7 +37,7 @@ class DvcProject:
     """Name and address of every remote."""
 
 
-def read_dvc_project(root: Path) -> DvcProject:
+def read_dvc_project(root: Path) -> _DvcProject:
     """Read the DVC project in a folder."""
     from dvc.repo import Repo
 
@@ -45,7 +45,7 @@ def read_dvc_project(root: Path) -> DvcProject:
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
         stages = repo.stage.load_all(str(DVC_YAML))
         needs = needs_of(stages)
-        return DvcProject(
+        return _DvcProject(
             stages=tuple(
                 DeclaredStage(
                     name=stage.addressing,
@@ -74,7 +74,7 @@ def configure_project(folder: Path, *, cache: Path, remotes: Mapping[str, str]) 
 
 
 @dataclass(frozen=True)
-class TrackedOutput:
+class _TrackedOutput:
     """A file or folder that DVC keeps: an output of a stage, or data added by hand."""
 
     path: str
@@ -141,10 +141,10 @@ class Stores:
     """Whether a remote is the default one, to which outputs are pushed."""
     _repo: Any = field(repr=False)
 
-    def outputs(self) -> list[TrackedOutput]:
+    def outputs(self) -> list[_TrackedOutput]:
         """Return all that the project keeps in DVC."""
         return [
-            TrackedOutput(
+            _TrackedOutput(
                 path=out.def_path,
                 md5=out.hash_info.value if out.hash_info else None,
                 owner=out.stage.relpath,

@@ -10,9 +10,9 @@ from sdlora.methods import olora
 from sdlora.methods.method import Method, Settings, keep_as_trained
 from sdlora.seeding import generator_for
 
-PENALTY = 0.01
+_PENALTY = 0.01
 """λ; the released code's 1 is far above the cross-entropy at the sizes of a vision transformer."""
-SHARE = 2 / 3
+_SHARE = 2 / 3
 """k / d, the part of the dimensions that is left alone: 512 of 768 in the released code's example."""
 SEED = 0
 """The subspaces are the same for all tasks, runs and steps: only then do the updates of all tasks avoid them."""
@@ -21,7 +21,7 @@ SEED = 0
 @functools.cache
 def orthonormal(rows: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a random matrix (rows, k) with orthonormal columns. Its values depend on name and shape alone."""
-    columns = round(SHARE * rows)
+    columns = round(_SHARE * rows)
     generator = generator_for(SEED, "clora", name, rows, columns)
     drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn).Q.to(dtype=dtype, device=device)
@@ -41,7 +41,7 @@ def penalty(model: IncrementalClassifier, *, settings: Settings) -> Tensor:
         inside = orthonormal(target.columns, f"{name}.in", *kind)
         outside = orthonormal(target.rows, f"{name}.out", *kind)
         terms.append((target.down @ inside).square().sum() / 2 + (target.up.T @ outside).square().sum() / 2)
-    return (PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
+    return (_PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
 
 
 METHOD = Method(begin=olora.begin, freeze=keep_as_trained, penalty=penalty)

@@ -14,17 +14,17 @@ from sdlora.adapters import Factors
 from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, Method, Settings, keep_as_trained, new_direction, sum_on
 
-ENERGY = 0.98
+_ENERGY = 0.98
 """Share of the squared singular values of the second moment that the remembered span holds.
 
 The released code raises it over the tasks, from 0.98 towards 1 (ImageNet-R) by a rule that knows how many tasks there
 will be; a chain that grows does not, so here it is one number.
 """
-NEGLIGIBLE = 1e-6
+_NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest one are rounding."""
 
 
-def inputs_of(model: IncrementalClassifier) -> dict[str, list[str]]:
+def _inputs_of(model: IncrementalClassifier) -> dict[str, list[str]]:
     """Return the modules whose input is that of targets, and those targets: query, key and value share the attention's.
 
     The attention itself and not its projection, which some models (EVA) never call: they use its weight.
@@ -42,7 +42,7 @@ def second_moments(model: IncrementalClassifier, batches: Batches) -> dict[str, 
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     hooks = []
-    for path in inputs_of(model):
+    for path in _inputs_of(model):
 
         def add(_: torch.nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
             tokens = inputs[0].detach().flatten(0, -2).double()
@@ -67,11 +67,11 @@ def designed_down(moment: Tensor, basis: Tensor | None, *, rank: int) -> Tensor:
     """
     free = moment if basis is None else moment - basis @ (basis.T @ moment)
     vectors, values, _ = torch.linalg.svd(free)
-    usable = values[:rank] > NEGLIGIBLE * torch.linalg.matrix_norm(moment, ord=2)
+    usable = values[:rank] > _NEGLIGIBLE * torch.linalg.matrix_norm(moment, ord=2)
     return (vectors[:, :rank] * usable).T / math.sqrt(3)
 
 
-def widened(moment: Tensor, basis: Tensor | None, *, energy: float) -> Tensor:
+def _widened(moment: Tensor, basis: Tensor | None, *, energy: float) -> Tensor:
     """Return the basis (in, m) with the leading directions of M outside it, until it holds a share `energy` of M's
     energy.
     """
@@ -82,7 +82,7 @@ def widened(moment: Tensor, basis: Tensor | None, *, energy: float) -> Tensor:
     held = 1 - (values.square().sum() - values.square().cumsum(0)) / total
     start = 1 - values.square().sum() / total
     before = torch.cat([start[None], held[:-1]])
-    usable = values > NEGLIGIBLE * torch.linalg.matrix_norm(moment, ord=2)
+    usable = values > _NEGLIGIBLE * torch.linalg.matrix_norm(moment, ord=2)
     added = int(((before < energy) & usable).sum())
     # Orthonormal again: the sum of many steps' rounding would let old inputs leak in.
     return torch.linalg.qr(torch.cat([inside, vectors[:, :added]], dim=1)).Q
@@ -101,7 +101,7 @@ def begin(
     sum_on(model, before, new_direction(model, rank=settings.rank, generator=generator))
     moments = second_moments(model, batches)
     factors: dict[str, Factors] = {}
-    for path, names in inputs_of(model).items():
+    for path, names in _inputs_of(model).items():
         down = designed_down(moments[path], _basis(before, path, moments[path]), rank=settings.rank)
         for name in names:
             up = model.targets[name].up
@@ -128,7 +128,7 @@ def remember(
     back.
     """
     return {
-        path: widened(moment, _basis(before, path, moment), energy=ENERGY).float()
+        path: _widened(moment, _basis(before, path, moment), energy=_ENERGY).float()
         for path, moment in second_moments(model, batches).items()
     }
 

@@ -84,13 +84,13 @@ class Freeze(Protocol):
     def __call__(self, before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen: ...
 
 
-class Penalty(Protocol):
+class _Penalty(Protocol):
     """A scalar that is added to the loss of every step, its weight included."""
 
     def __call__(self, model: IncrementalClassifier, *, settings: Settings) -> Tensor: ...
 
 
-class Remember(Protocol):
+class _Remember(Protocol):
     """What the method keeps for its next step, from the trained model. Stored in the model folder."""
 
     def __call__(
@@ -104,8 +104,8 @@ class Method:
 
     begin: Begin
     freeze: Freeze
-    penalty: Penalty | None = None
-    remember: Remember | None = None
+    penalty: _Penalty | None = None
+    remember: _Remember | None = None
     targets: tuple[str, ...] = ("q", "v")
     """What it adapts in every block where `adapter.targets` does not say."""
     joint: bool = False

@@ -7,7 +7,7 @@ from sdlora.classifier import IncrementalClassifier
 from sdlora.methods import olora
 from sdlora.methods.method import Method, Settings, keep_as_trained
 
-PENALTY = 0.001
+_PENALTY = 0.001
 """λ; the released code has 0.4 for an r×r sum that is smaller by about (d/r)^1.5 (80 for d = 192, 670 for d = 768)."""
 
 
@@ -22,7 +22,7 @@ def penalty(model: IncrementalClassifier, *, settings: Settings) -> Tensor:
         for target in model.targets.values()
         if target.up is not None and target.down is not None
     ]
-    return (PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
+    return (_PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
 
 
 METHOD = Method(begin=olora.begin, freeze=keep_as_trained, penalty=penalty)

@@ -6,7 +6,7 @@ from torch import Tensor
 from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.methods.method import Batches, Method, Settings, keep_as_trained, new_direction, sum_on
 
-PENALTY = 0.5
+_PENALTY = 0.5
 """λ₁ of the released code (cmnfriend/O-LoRA@07117e1, src/run_uie_lora.py:240); its λ₂ is 0."""
 
 
@@ -30,7 +30,7 @@ def penalty(model: IncrementalClassifier, *, settings: Settings) -> Tensor:
         for target in model.targets.values()
         if target.down is not None
     ]
-    return (PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
+    return (_PENALTY if settings.penalty is None else settings.penalty) * torch.stack(terms).sum()
 
 
 METHOD = Method(begin=begin, freeze=keep_as_trained, penalty=penalty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +153,76 @@ def calls_with_text(path: Path, name: str) -> Iterator[str]:
             first = node.args[0]
             if isinstance(first, ast.Constant):
                 yield str(first.value)
+
+
+COLUMNS = {
+    "sdlora.methods": {"METHOD", "begin", "freeze", "penalty"},
+    "pipelines.serving.exports": {"write", "logits", "usage"},
+    "pipelines.versioning.patches": {"use"},
+}
+"""Packages whose modules are the rows of a table, and the names that are its columns."""
+SHARED = {"main", "freeze"}
+"""An entry of a program, and the stage that is called as what it does in the library."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """The names that a module defines without an underscore, columns of tables aside."""
+    package = module_name(path).rpartition(".")[0]
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [statement.name]
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        else:
+            continue
+        yield from (n for n in names if not n.startswith("_") and n not in COLUMNS.get(package, ()))
+
+
+NAMED = [path for path in LIBRARY + PIPELINES if "cli" not in path.parts]
+"""All modules but those of the command line, in which a command is called as what it calls."""
+
+
+def test_a_public_name_stands_in_one_module() -> None:
+    """So a name says one thing, and a search for it finds it."""
+    found: dict[str, list[str]] = {}
+    for path in NAMED:
+        for name in public_names(path):
+            found.setdefault(name, []).append(module_name(path))
+    assert {name: where for name, where in found.items() if len(where) > 1 and name not in SHARED} == {}
+
+
+def test_what_no_other_module_uses_is_private() -> None:
+    """A name of a module's own has an underscore: it may change without a look elsewhere."""
+    folders = ("pipelines", "sdlora", "tests", "benchmarks", "recipes", "docs")
+    files = [
+        path
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*.*")
+        if path.suffix in (".py", ".md")
+    ]
+    words = {path: set(re.findall(r"\w+", path.read_text(encoding="utf-8"))) for path in files}
+    uses = Counter(word for known in words.values() for word in known)
+    own = {"default_cfgs"}  # timm looks for it
+    alone = [
+        f"{module_name(path)}.{name}" for path in NAMED for name in public_names(path) if uses[name] == 1
+    ]
+    assert [name for name in alone if name.rpartition(".")[2] not in own] == []
+
+
+@pytest.mark.parametrize("path", LIBRARY + PIPELINES, ids=relative)
+def test_no_function_has_more_than_60_lines(path: Path) -> None:
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert {f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60} == set()
+
+
+def test_every_module_of_the_application_has_a_room() -> None:
+    assert {path.name for path in (REPOSITORY / "pipelines").glob("*.py")} == {"__init__.py", "__main__.py"}

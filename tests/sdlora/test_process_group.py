@@ -43,7 +43,10 @@ def learn_as_rank(rank: int, folder: Path, methods: list[str]) -> None:
 def test_two_ranks_learn_what_one_learns_and_hold_the_same_bits(tmp_path: Path) -> None:
     """Batches of seven images and a rest of three, so that shares differ; methods with and without a penalty."""
     methods = ["sdlora", "olora"]
-    command = f"from tests.sdlora.test_process_group import learn_as_rank, Path; learn_as_rank({{}}, Path({str(tmp_path)!r}), {methods})"
+    command = (
+        "from tests.sdlora.test_process_group import learn_as_rank, Path; "
+        f"learn_as_rank({{}}, Path({str(tmp_path)!r}), {methods})"
+    )
     started = [
         subprocess.Popen([sys.executable, "-c", command.format(rank)], cwd=REPOSITORY, stderr=subprocess.PIPE)
         for rank in range(2)

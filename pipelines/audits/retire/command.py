@@ -51,11 +51,11 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
                     )
             receipt = survey(task, params, by=(by or "").strip(), why=(why or "").strip())
             left = left_of(receipt)
-        for line in preview(receipt, left, params):
+        for line in _preview(receipt, left, params):
             echo(line)
         if dry:
             return 0
-        agree(task, yes=yes)
+        _agree(task, yes=yes)
         if not params.tasks[task].retired:
             write_json(receipt_of(task), receipt.model_dump(mode="json"))
         try:
@@ -67,7 +67,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
     return 0
 
 
-def agree(task: str, *, yes: bool) -> None:
+def _agree(task: str, *, yes: bool) -> None:
     """Ask whether to delete. Without a terminal to ask on, only `--yes` will do."""
     if yes:
         return
@@ -79,7 +79,7 @@ def agree(task: str, *, yes: bool) -> None:
         raise InputError("retire: nothing was deleted")
 
 
-def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
+def _preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
     """Yield what is to be deleted, what stays, and what nobody here can delete."""
     task = receipt.task
     yield f"{task} ({', '.join(receipt.classes)}): {len(receipt.images)} training images; to be deleted:"
@@ -98,7 +98,7 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
         first, *others = receipt.elsewhere
         more = f" and {len(others)} more" if others else ""
         yield f"warning: the same picture is in other tasks, and stays there: {first}{more}"
-    tracked = tracked_by_git(receipt)
+    tracked = _tracked_by_git(receipt)
     if tracked:
         yield f"warning: files in git, whose history keeps them: {tracked}"
     before = list(params.tasks)[: list(params.tasks).index(task)]
@@ -117,7 +117,7 @@ def preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
             yield f"warning: .sdlora/downloads/{name} holds what {name} was made from, and stays"
 
 
-def tracked_by_git(receipt: Receipt) -> int:
+def _tracked_by_git(receipt: Receipt) -> int:
     """Return how many of the raw files git knows."""
     done = subprocess.run(["git", "ls-files", "-z", "--", receipt.source], capture_output=True, check=False)
     known = {os.fsdecode(name) for name in done.stdout.split(b"\0")}

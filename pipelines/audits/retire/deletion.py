@@ -21,15 +21,15 @@ from pipelines.versioning.repro import reproduce_stage, run_dvc
 
 def delete_everywhere(receipt: Receipt) -> None:
     """Do what is left to do."""
-    name_receipt(receipt)
-    delete_raw(receipt)
-    commit_data(receipt)
+    _name_receipt(receipt)
+    _delete_raw(receipt)
+    _commit_data(receipt)
     Path(receipt.train.path).unlink(missing_ok=True)
-    delete_objects(receipt)
-    run_stages(receipt)
+    _delete_objects(receipt)
+    _run_stages(receipt)
 
 
-def name_receipt(receipt: Receipt) -> None:
+def _name_receipt(receipt: Receipt) -> None:
     """Make the receipt the source of its task in params.yaml, and fetch no more what would bring the images back."""
     params = Params.load()
     task = params.tasks[receipt.task]
@@ -48,7 +48,7 @@ def name_receipt(receipt: Receipt) -> None:
     replace_file(PARAMS, text, expected={**params.tasks, receipt.task: entry})
 
 
-def delete_raw(receipt: Receipt) -> None:
+def _delete_raw(receipt: Receipt) -> None:
     """Delete the files of the source that are the ones of the receipt, and folders that this empties."""
     source = Path(receipt.source)
     for file in receipt.raw:
@@ -62,7 +62,7 @@ def delete_raw(receipt: Receipt) -> None:
             folder.rmdir()
 
 
-def commit_data(receipt: Receipt) -> None:
+def _commit_data(receipt: Receipt) -> None:
     """Have DVC note what is left of data that it keeps (`dvc add`)."""
     with stores() as held:
         owners = {
@@ -77,12 +77,12 @@ def commit_data(receipt: Receipt) -> None:
             )
 
 
-def delete_objects(receipt: Receipt) -> None:
+def _delete_objects(receipt: Receipt) -> None:
     """Delete the objects from all remotes and the cache, and from DVC's memory of runs what names them."""
     left = left_of(receipt)
     with stores() as held:
         stale = [
-            path for path in held.runs.glob("*/*/*") if path.is_file() and names_any(path, receipt.objects)
+            path for path in held.runs.glob("*/*/*") if path.is_file() and _names_any(path, receipt.objects)
         ]
         for name, remote in held.remotes.items():
             with answering(name):
@@ -93,7 +93,7 @@ def delete_objects(receipt: Receipt) -> None:
             held.object_path(md5).unlink()
 
 
-def names_any(path: Path, objects: Iterable[str]) -> bool:
+def _names_any(path: Path, objects: Iterable[str]) -> bool:
     """Return whether a file of text has one of these names in it."""
     return not set(re.findall(r"[0-9a-f]{32}(?:\.dir)?", path.read_text(encoding="utf-8"))).isdisjoint(
         objects
@@ -118,7 +118,7 @@ def to_run(receipt: Receipt, params: Params) -> list[str]:
     return ["report"] if plan.stale() == ["report"] else []
 
 
-def run_stages(receipt: Receipt) -> None:
+def _run_stages(receipt: Receipt) -> None:
     """Run the stages that the deletion touches, so that the project is up to date again."""
     params = Params.load()
     with stores() as held:

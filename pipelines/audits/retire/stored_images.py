@@ -68,7 +68,7 @@ def stores() -> Iterator[Stores]:
 
 
 @dataclass(frozen=True)
-class Listings:
+class _Listings:
     """What the project holds by name: files that are to go, and objects that must stay."""
 
     used: set[str]
@@ -76,7 +76,7 @@ class Listings:
     """objects under the paths that are to go"""
 
 
-def listings(held: Stores, receipt: Receipt) -> Listings:
+def _listings(held: Stores, receipt: Receipt) -> _Listings:
     """Return the objects that the outputs of this project use beside those that the receipt is about."""
     gone = {receipt.train.path, *(file.path for file in receipt.raw)}
     used = {md5 for its in receipt.stages.values() for md5 in its.files.values()}
@@ -90,27 +90,27 @@ def listings(held: Stores, receipt: Receipt) -> Listings:
         listed |= {md5 for path, md5 in files.items() if path in gone}
         if out.md5 and not gone & files.keys():
             used.add(out.md5)
-    return Listings(used, listed)
+    return _Listings(used, listed)
 
 
 def objects_of(receipt: Receipt) -> list[str]:
     """Return the objects in the cache and in any remote that hold the images, packed or not, now or earlier."""
     with stores() as held:
-        found = listings(held, receipt)
+        found = _listings(held, receipt)
         candidates = {receipt.train.md5, *found.listed, *(md5_of(Path(file.path)) for file in receipt.raw)}
         train = Path(receipt.train.path)
         for data in read_images(train)["image"]:
             candidates.add(hashlib.md5(data.as_buffer(), usedforsecurity=False).hexdigest())
-        candidates |= set(packed_earlier(held.cache, {image.sha256 for image in receipt.images}))
+        candidates |= set(_packed_earlier(held.cache, {image.sha256 for image in receipt.images}))
         candidates -= found.used
-        candidates |= set(naming_listings(held.cache, candidates)) - found.used
+        candidates |= set(_naming_listings(held.cache, candidates)) - found.used
         objects = {md5 for md5 in candidates if held.object_path(md5).exists()}
         for remote in held.remotes.values():
-            objects |= set(stored(remote, candidates))
+            objects |= set(_stored(remote, candidates))
     return sorted(objects)
 
 
-def packed_earlier(cache: Path, images: set[str]) -> Iterator[str]:
+def _packed_earlier(cache: Path, images: set[str]) -> Iterator[str]:
     """Files of packed images in the cache that hold one of these, such as what an earlier split left."""
     import pyarrow as pa
 
@@ -128,7 +128,7 @@ def packed_earlier(cache: Path, images: set[str]) -> Iterator[str]:
             yield path.parent.name + path.name
 
 
-def naming_listings(cache: Path, objects: set[str]) -> Iterator[str]:
+def _naming_listings(cache: Path, objects: set[str]) -> Iterator[str]:
     """Listings of folders in the cache that name one of these objects: without it they are of no use."""
     for path in cache.glob("??/*.dir"):
         if any(its["md5"] in objects for its in json.loads(path.read_bytes())):
@@ -138,17 +138,17 @@ def naming_listings(cache: Path, objects: set[str]) -> Iterator[str]:
 def left_of(receipt: Receipt) -> Left:
     """Return what of all that the receipt names is still there, and used by nothing else."""
     with stores() as held:
-        used = listings(held, receipt).used
+        used = _listings(held, receipt).used
         objects = [md5 for md5 in receipt.objects if md5 not in used]
         return Left(
             raw=[file for file in receipt.raw if is_there(file, receipt)],
             packed=Path(receipt.train.path).exists(),
             cached=[md5 for md5 in objects if held.object_path(md5).exists()],
-            stored={name: stored(remote, objects) for name, remote in held.remotes.items()},
+            stored={name: _stored(remote, objects) for name, remote in held.remotes.items()},
         )
 
 
-def stored(remote: RemoteStore, objects: Iterable[str]) -> list[str]:
+def _stored(remote: RemoteStore, objects: Iterable[str]) -> list[str]:
     """Return which of some objects a remote has. An `InputError` where it does not answer."""
     with answering(remote.name):
         return remote.held(objects)

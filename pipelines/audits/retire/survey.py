@@ -37,8 +37,8 @@ from pipelines.versioning.plan import Plan, read_plan
 def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     """Return the receipt of what is to be deleted. An `InputError` says why it cannot be."""
     entry = params.tasks[task]
-    refuse_joint(params)
-    require_done(task, entry, read_plan(params.tasks))
+    _refuse_joint(params)
+    _require_done(task, entry, read_plan(params.tasks))
     split, model = SPLITS / task, MODELS / task
     record = read_json(model / "step.json")
     train = TRAINED / task / PACKED
@@ -66,15 +66,15 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
         manifest=entry.manifest,
         train=Packed(path=train.as_posix(), sha256=record["images"][task], md5=md5_of(train)),
         images=tuple(Picture(id=sample.id, sha256=sample.sha256) for sample in trained),
-        elsewhere=tuple(same_elsewhere(trained, params, task)),
+        elsewhere=tuple(_same_elsewhere(trained, params, task)),
         raw=tuple(raw_files(task, params)),
         objects=(),
-        stages={stage: kept(stage, task, entry.after) for stage in ("split", "fit", "freeze")},
+        stages={stage: _kept(stage, task, entry.after) for stage in ("split", "fit", "freeze")},
     )
     return receipt.model_copy(update={"objects": tuple(objects_of(receipt))})
 
 
-def refuse_joint(params: Params) -> None:
+def _refuse_joint(params: Params) -> None:
     """Refuse a method that learns all images with every task: it needs them for ever."""
     records = (MODELS / name / "step.json" for name in params.tasks)
     needed = [path for path in records if path.is_file() and read_json(path).get("needs_old_images")]
@@ -84,7 +84,7 @@ def refuse_joint(params: Params) -> None:
         )
 
 
-def require_done(task: str, entry: Task, plan: Plan) -> None:
+def _require_done(task: str, entry: Task, plan: Plan) -> None:
     """Refuse a step that is not up to date with all that it was made of. Its source may be gone already."""
     gone = f"{entry.source} is missing" if not Path(entry.source).exists() else None
     waiting = [str(StageName(kind, task)) for kind in STEP_STAGES]
@@ -103,7 +103,7 @@ def require_done(task: str, entry: Task, plan: Plan) -> None:
         waiting += sorted(plan.needs[name])
 
 
-def same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> Iterator[str]:
+def _same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> Iterator[str]:
     """Images of other tasks that show the same as those to be deleted. `data.duplicates` may allow it."""
     mine = {sample.pixels for sample in trained}
     for name, entry in params.tasks.items():
@@ -141,7 +141,7 @@ def raw_files(task: str, params: Params) -> Iterator[RawFile]:
         yield RawFile(path=image.path.as_posix(), sha256=sha256_of(image.path), link=image.path.is_symlink())
 
 
-def kept(stage: str, task: str, after: str) -> Kept:
+def _kept(stage: str, task: str, after: str) -> Kept:
     """Return what can be given back of a stage. Of `split` that is all but the training images, which are an output
     apart.
     """

@@ -30,7 +30,7 @@ from pipelines.project.layout import SPLITS
 from pipelines.reports.format import DASH, chance, count, p_equals, percent
 from pipelines.runtime.console import printable
 
-WORST = 10
+_WORST = 10
 """Mistakes on the terminal; JSON has all."""
 TOP = 3
 """Guesses of an image, and classes that another one is taken for."""
@@ -39,7 +39,7 @@ TOP = 3
 def show_class(name: str, *, as_json: bool) -> None:
     """Print a class through all steps since it arrived."""
     with opened_project() as project:
-        found = significant(class_history(project, name))
+        found = significant(_class_history(project, name))
     if as_json:
         print_json(found)
         return
@@ -78,15 +78,15 @@ def show_class(name: str, *, as_json: bool) -> None:
             soft_wrap=True,
         )
     if found["mistakes"]:
-        all_of_them = f" (of {len(found['mistakes'])})" if len(found["mistakes"]) > WORST else ""
+        all_of_them = f" (of {len(found['mistakes'])})" if len(found["mistakes"]) > _WORST else ""
         out.print(f"\n[bold]Surest mistakes of {found['steps'][-1]['step']}{all_of_them}[/]")
-        for row in found["mistakes"][:WORST]:
+        for row in found["mistakes"][:_WORST]:
             where = row["file"] or f"packed in {row['packed']}"
             guess = f"{percent(row['confidence']):>5} % {row['taken_for']} ({row['task']})"
             out.print(printable(f"{guess}  {row['id']}  {where}"), markup=False, soft_wrap=True)
 
 
-def class_history(project: AuditedProject, name: str) -> Figures:
+def _class_history(project: AuditedProject, name: str) -> Figures:
     """Return the figures of a class: accuracy and confusions at each step, flips between steps, mistakes of the last
     one.
 
@@ -124,7 +124,7 @@ def class_history(project: AuditedProject, name: str) -> Figures:
         "images": rows[-1]["images"],
         "steps": rows,
         "hurt": None if worst is None else {key: worst[key] for key in keys},
-        "mistakes": mistakes(project, last, name, owners),
+        "mistakes": _mistakes(project, last, name, owners),
     }
 
 
@@ -135,7 +135,7 @@ def known_answers(step: AuditedStep) -> Answers:
     return answers
 
 
-def mistakes(
+def _mistakes(
     project: AuditedProject, step: AuditedStep, name: str, owners: Mapping[str, str]
 ) -> list[Figures]:
     """Return the images of a class that a step names wrong, the surest first, and where they are."""
@@ -145,7 +145,7 @@ def mistakes(
         range(len(wrong.ids)), key=lambda row: (-wrong.confidences[row], natural_key(str(wrong.ids[row])))
     )
     hashes = {row["id"]: row["sha256"] for row in samples_of(step)}
-    files = source_files(project, owners[name], name) if order else {}
+    files = _source_files(project, owners[name], name) if order else {}
     found = []
     for row in order:
         key = wrong.ids[row]
@@ -164,7 +164,7 @@ def mistakes(
     return found
 
 
-def source_files(project: AuditedProject, task: str, name: str) -> dict[str, Path]:
+def _source_files(project: AuditedProject, task: str, name: str) -> dict[str, Path]:
     """Test image → the file that it was packed from, as far as the task's source still lists it."""
     entry = project.params.tasks.get(task)
     if entry is None or not Path(entry.source).is_dir():

@@ -28,7 +28,7 @@ from pipelines.runtime.progress import progress
 def show_image(which: str, *, as_json: bool) -> None:
     """Print what every step's model says of an image."""
     with opened_project() as project:
-        found = significant(image_history(project, which))
+        found = significant(_image_history(project, which))
     if as_json:
         print_json(found)
         return
@@ -59,7 +59,7 @@ def show_image(which: str, *, as_json: bool) -> None:
     )
 
 
-def image_history(project: AuditedProject, which: str) -> Figures:
+def _image_history(project: AuditedProject, which: str) -> Figures:
     """Return the best guesses of every step for a file, or for a test image by its id. Whether the first one is right.
 
     `known` are the images of the chain that show the very same picture, whatever file it is in.
@@ -72,13 +72,13 @@ def image_history(project: AuditedProject, which: str) -> Figures:
 
     names = project.evaluated()
     last = project.step(names[-1])
-    data = image_bytes(last, which)
+    data = _image_bytes(last, which)
     with strict_pictures():
         try:
             picture = open_picture(data)
         except ValueError as error:
             raise InputError(f"{printable(which)}: {error}") from None
-    known = known_as(last, picture_hash(picture))
+    known = _known_as(last, picture_hash(picture))
     truths = {entry["class"] for entry in known}
     set_deterministic(True)
     device: torch.device = choose_device("auto")
@@ -114,7 +114,7 @@ def image_history(project: AuditedProject, which: str) -> Figures:
     return {"image": which, "known": known, "steps": rows}
 
 
-def image_bytes(last: AuditedStep, which: str) -> bytes:
+def _image_bytes(last: AuditedStep, which: str) -> bytes:
     """Return the bytes of a file, or of the test image of that id. An `InputError` says that it is neither."""
     if Path(which).is_file():
         return Path(which).read_bytes()
@@ -130,7 +130,7 @@ def image_bytes(last: AuditedStep, which: str) -> bytes:
     raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
 
 
-def known_as(step: AuditedStep, picture: str) -> list[Figures]:
+def _known_as(step: AuditedStep, picture: str) -> list[Figures]:
     """Return the images of the chain that show a picture, by its `picture_hash`."""
     found = []
     for row in samples_of(step):

@@ -19,12 +19,12 @@ from pipelines.runtime.console import printable
 def show_task(which: str, *, as_json: bool) -> None:
     """Print what a task's step was, and what became of it."""
     with opened_project() as project:
-        found = significant(task_history(project, which))
+        found = significant(_task_history(project, which))
     if as_json:
         print_json(found)
         return
     out = console()
-    for line in task_lines(found):
+    for line in _task_lines(found):
         out.print(printable(line), markup=False, soft_wrap=True)
     parts = [part for part in ("train", "validation", "test") if any(part in row for row in found["classes"])]
     out.print()
@@ -58,7 +58,7 @@ def show_task(which: str, *, as_json: bool) -> None:
     out.print(table("Parameters", ["name", "value"], parameters, texts=range(2)))
 
 
-def task_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def _task_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield a task in sentences."""
     yield f"{found['task']}: {count(len(found['classes']), 'class')}, learned after {found['after']}"
     rank = f", rank {found['rank']}" if found["rank"] else ""
@@ -75,7 +75,7 @@ def task_lines(found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def task_history(project: AuditedProject, which: str) -> Figures:
+def _task_history(project: AuditedProject, which: str) -> Figures:
     """Return what a task's step was, and its accuracy, magnitudes and share of the predictions at each step since."""
     from sdlora.change import read_update
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipelines.planning.doctor.examination import examine
 from pipelines.planning.doctor.findings import Finding
 
-SHOWN = 10
+_SHOWN = 10
 """Places of one finding that the table names; --json has all of them."""
 
 
@@ -27,11 +27,11 @@ def doctor(source: Path | None, *, as_json: bool, quick: bool) -> int:
         }
         sys.stdout.write(json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
     else:
-        show(findings)
+        _show(findings)
     return 2 if any(finding.level == "error" for finding in findings) else 0
 
 
-def show(findings: Sequence[Finding]) -> None:
+def _show(findings: Sequence[Finding]) -> None:
     """Print findings as a table, then the places of each. All of them where files cannot be read."""
     from rich.console import Console
     from rich.table import Table
@@ -54,7 +54,7 @@ def show(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.where:
             console.print(Text(f"{finding.task} {finding.check}: {finding.what}".strip(), style="bold"))
-            limit = len(finding.where) if finding.check in ("unreadable", "source") else SHOWN
+            limit = len(finding.where) if finding.check in ("unreadable", "source") else _SHOWN
             for place in finding.where[:limit]:
                 console.print(Text(f"  {place}"), soft_wrap=True)
             if len(finding.where) > limit:

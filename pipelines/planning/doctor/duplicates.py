@@ -53,7 +53,7 @@ def duplicate_findings(
         what = (
             f"{counted(near, 'picture')} nearly the same in train and in test or validation: a test too easy"
         )
-        yield Finding("warning", "near duplicates", key, what, pairs(near), "keep each group in one part")
+        yield Finding("warning", "near duplicates", key, what, _pairs(near), "keep each group in one part")
     same_part = [
         pair
         for part in ("train", "validation", "test")
@@ -65,10 +65,10 @@ def duplicate_findings(
         what = (
             f"{counted(same_part, 'picture')} nearly the same as one of an earlier task, under another class"
         )
-        yield Finding("warning", "near duplicates", key, what, pairs(same_part), "check their labels")
+        yield Finding("warning", "near duplicates", key, what, _pairs(same_part), "check their labels")
 
 
-def pairs(found: Iterable[tuple[Print, Print]]) -> list[str]:
+def _pairs(found: Iterable[tuple[Print, Print]]) -> list[str]:
     """Pairs as text."""
     return [f"{one.shown} ~ {other.shown}" for one, other in found]
 

@@ -29,7 +29,7 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
         checked = set(params.tasks)
         findings += machine_findings(params)
     else:
-        found = as_next_task(source, findings)
+        found = _as_next_task(source, findings)
         if found is None:
             return findings
         params, checked = found
@@ -61,7 +61,7 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
     return sorted(findings, key=lambda finding: order[finding.task])
 
 
-def as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str]] | None:
+def _as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str]] | None:
     """Return the parameters with the source as next task, and the tasks to examine. None if it can be none.
 
     Where all its classes are tasks already, those tasks are examined.

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-FEW = 5
+_FEW = 5
 """Images of a class in a part below which it is named."""
-UNEVEN = 10
+_UNEVEN = 10
 """Largest class ÷ smallest, in training images, from which a task is called uneven."""
 
 
@@ -65,7 +65,7 @@ def look_at(
     if faults:
         what = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'} of the source"
         findings.append(Finding("error", "source", key, what, [str(fault) for fault in faults], "mend each"))
-    unread = list(left_out(folder)) if task.manifest is None and folder.is_dir() else []
+    unread = list(_left_out(folder)) if task.manifest is None and folder.is_dir() else []
     if unread:
         what = f"{len(unread)} things are not read"
         findings.append(Finding("warning", "source", key, what, unread, "move them into a class, or away"))
@@ -74,7 +74,7 @@ def look_at(
 
     def look(index: int, data: bytes, picture: Image) -> None:
         found = divided.images[index]
-        looks[index] = (print_of(found, picture), min(picture.size))
+        looks[index] = (_print_of(found, picture), min(picture.size))
 
     unreadable = read_pictures(f"read {key}", divided.images, look, max_pixels=data.max_pixels)
     if unreadable:
@@ -87,47 +87,47 @@ def look_at(
         [looks[index][0] for index in whole],
         [looks[index][1] for index in whole],
     )
-    findings += balance_findings(key, seen.images)
+    findings += _balance_findings(key, seen.images)
     return seen
 
 
-def print_of(found: Found, picture: Image) -> Print:
+def _print_of(found: Found, picture: Image) -> Print:
     """Return what a picture is compared by. Its class's name is its label, since every class has one task."""
     assert found.part is not None
     return Print(str(found.path), found.part, found.name, picture_hash(picture), perceptual_hash(picture))
 
 
-def left_out(folder: Path) -> Iterator[str]:
+def _left_out(folder: Path) -> Iterator[str]:
     """Images and folders that stand where no class folder is, and classes that are in test/ and not in train/."""
     divided = is_divided(folder)
     learned = {path.name for path in visible(folder / "train")}
     for place in [folder, *(folder / word for word in WORDS)] if divided else [folder]:
         for path in sorted(visible(place)):
             if path.suffix.lower() in EXTENSIONS and path.is_file():
-                yield printable(str(path))
+                yield _printable(str(path))
             elif divided and path.is_dir() and path.name not in (WORDS if place == folder else learned):
-                yield printable(f"{path}/")
+                yield _printable(f"{path}/")
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """Return the text, or its escape sequences where a terminal could not show it."""
     return text if text.isprintable() else ascii(text)
 
 
-def balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:
+def _balance_findings(key: str, images: Iterable[Found]) -> Iterator[Finding]:
     """Classes with few images, and tasks in which one class has many times what another has."""
     counts: dict[str, Counter[str]] = {part: Counter() for part in ("train", "validation", "test")}
     for found in images:
         assert found.part is not None
         counts[found.part][found.name] += 1
     for part, reason in (("train", "to learn from"), ("test", "for an accuracy that means something")):
-        few = {name: number for name, number in counts[part].items() if number < FEW}
+        few = {name: number for name, number in counts[part].items() if number < _FEW}
         if few:
-            what = f"{counted(few, 'class')} with fewer than {FEW} {part} images {reason}"
+            what = f"{counted(few, 'class')} with fewer than {_FEW} {part} images {reason}"
             where = [f"{name}: {number}" for name, number in sorted(few.items(), key=lambda item: item[1])]
             yield Finding("warning", "few images", key, what, where, "add images")
     train = counts["train"]
-    if train and max(train.values()) >= UNEVEN * min(train.values()):
+    if train and max(train.values()) >= _UNEVEN * min(train.values()):
         (most, high), (least, low) = train.most_common()[0], train.most_common()[-1]
         what = f"uneven classes: {most} has {high} training images, {least} {low}"
         what += f" (median {statistics.median(train.values()):g})"

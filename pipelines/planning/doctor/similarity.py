@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
     from sdlora.backbones import Backbone
 
-SMALL = 2
+_SMALL = 2
 """Enlargement of the typical image above which its size is called small."""
-FAR_MEAN, LOW_SPREAD, HIGH_SPREAD = 1.0, 0.25, 2.0
+_FAR_MEAN, _LOW_SPREAD, _HIGH_SPREAD = 1.0, 0.25, 2.0
 """Mean and standard deviation of normalised pixels beyond which they are called unusual (expected: 0 and 1).
 
 scikit-learn's digits and glyphs100 on the packaged backbone have −0.4 and −0.6, 0.7 both; photographs under timm's two
 usual normalisations have means about 0 and deviations from 0.5 to 1.
 """
-ALIKE = 0.7
+_ALIKE = 0.7
 """Distance of two classes' means ÷ typical distance of an image from its class's mean, below which they look alike.
 
 On the packaged backbone, 30 images of a class: of the 4,950 pairs of glyphs100, 13 are below; their images are nearer
 to the other mean in 12 % of cases (0.7 to 1: 8 %, above: 1 %). No pair of digits is (the nearest: 1.0); one class under
 two names always was (0.34 and less).
 """
-ENOUGH = 10
+_ENOUGH = 10
 """Images of a class below which its mean says too little for that: of 3, every second glyph would look like another."""
-SAMPLE, PER_CLASS = 3000, 30
+_SAMPLE, _PER_CLASS = 3000, 30
 """Images that go through the backbone: at most so many of a class, and about so many of a task."""
 
 
@@ -67,15 +67,17 @@ def backbone_findings(
     """Sizes, brightness and contrast against what the backbone expects. Classes that look alike to it."""
     _, height, width = base.input_size
     for key, its in seen.items():
-        if its.sides and min(height, width) > SMALL * statistics.median(its.sides):
+        if its.sides and min(height, width) > _SMALL * statistics.median(its.sides):
             side = statistics.median(its.sides)
             what = f"the typical image is {side:g} pixels on its shorter side, the backbone sees {height}×{width}"
             yield Finding(
                 "warning", "sizes", key, what, [], "take larger originals, or a backbone for small images"
             )
     last = max((position for position, key in enumerate(tasks) if key in seen), default=-1)
-    chosen = {key: sample_of(key, task, seen.get(key), data) for key, task in list(tasks.items())[: last + 1]}
-    features = features_of(chosen, base)
+    chosen = {
+        key: _sample_of(key, task, seen.get(key), data) for key, task in list(tasks.items())[: last + 1]
+    }
+    features = _features_of(chosen, base)
     config = base.description["pretrained_cfg"]
     normalised = any(config["mean"])  # with backbone.input_normalisation: none, nothing is expected of pixels
     for key in seen:
@@ -89,7 +91,7 @@ def pixel_findings(key: str, pixels: Sequence[tuple[float, float]]) -> Iterator[
     """Warn where normalised pixels are far from where the backbone's normalisation is meant to put them."""
     mean = statistics.fmean(its[0] for its in pixels)
     spread = max(statistics.fmean(its[1] for its in pixels) - mean**2, 0.0) ** 0.5
-    if abs(mean) > FAR_MEAN or not LOW_SPREAD <= spread <= HIGH_SPREAD:
+    if abs(mean) > _FAR_MEAN or not _LOW_SPREAD <= spread <= _HIGH_SPREAD:
         what = f"normalised pixels have mean {mean:.2f} and standard deviation {spread:.2f}, expected 0 and 1"
         remedy = "look at some: too dark, too light, inverted, or of another kind than the backbone's"
         yield Finding("warning", "brightness", key, what, [], remedy)
@@ -99,7 +101,7 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
     """Classes whose means are much closer to that of a class before them than images are to their own mean."""
     import numpy as np
 
-    features = {name: its for name, its in features.items() if its.images >= ENOUGH}
+    features = {name: its for name, its in features.items() if its.images >= _ENOUGH}
     if len(features) < 2:
         return
     names = list(features)
@@ -116,32 +118,32 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
         least = np.maximum(np.minimum(spread[:index], spread[index]), np.finfo(float).tiny)
         ratio = np.sqrt(np.maximum(apart, 0) / least)
         nearest = int(ratio.argmin())
-        if ratio[nearest] < ALIKE:
+        if ratio[nearest] < _ALIKE:
             other = names[nearest]
             text = f"{name} ~ {other} of {features[other].task} ({ratio[nearest]:.2f})"
             found[features[name].task].append((float(ratio[nearest]), text))
     for key, texts in found.items():
-        what = f"{counted(texts, 'class')} that look like one before (distance ÷ spread below {ALIKE})"
+        what = f"{counted(texts, 'class')} that look like one before (distance ÷ spread below {_ALIKE})"
         remedy = "one class under two names? else expect confusions, or a backbone that tells them apart"
         yield Finding("warning", "similar classes", key, what, [text for _, text in sorted(texts)], remedy)
 
 
-Loader = Callable[[], bytes]
+_Loader = Callable[[], bytes]
 
 
-def sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, list[Loader]]:
+def _sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, list[_Loader]]:
     """Some training images of each class, chosen by their names: readers of their bytes."""
-    each = max(ENOUGH, min(PER_CLASS, SAMPLE // max(len(task.classes), 1)))
-    readers: dict[str, list[tuple[str, Loader]]] = defaultdict(list)
+    each = max(_ENOUGH, min(_PER_CLASS, _SAMPLE // max(len(task.classes), 1)))
+    readers: dict[str, list[tuple[str, _Loader]]] = defaultdict(list)
     packed = TRAINED / key / PACKED
     if seen is None and packed.is_file():
         table = read_images(packed)
         labels, ids = table["label"].to_pylist(), table["id"].to_pylist()
         names = packed_names(key)
         for row, (label, name) in enumerate(zip(labels, ids, strict=True)):
-            readers[names[label]].append((name, partial(packed_image, table, row)))
+            readers[names[label]].append((name, partial(_packed_image, table, row)))
     else:
-        images = seen.images if seen else known_images(task, data)
+        images = seen.images if seen else _known_images(task, data)
         for found in images:
             if found.part == "train":
                 readers[found.name].append((found.file, found.path.read_bytes))
@@ -151,12 +153,12 @@ def sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, 
     }
 
 
-def packed_image(table: pa.Table, row: int) -> bytes:
+def _packed_image(table: pa.Table, row: int) -> bytes:
     """Return the bytes of a packed image."""
     return table["image"][row].as_py()
 
 
-def known_images(task: Task, data: Data) -> list[Found]:
+def _known_images(task: Task, data: Data) -> list[Found]:
     """Return the images of a task that is not examined, as far as its source has them."""
     try:
         return divide(
@@ -170,7 +172,9 @@ def _lot(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def features_of(chosen: Mapping[str, Mapping[str, Sequence[Loader]]], base: Backbone) -> dict[str, Features]:
+def _features_of(
+    chosen: Mapping[str, Mapping[str, Sequence[_Loader]]], base: Backbone
+) -> dict[str, Features]:
     """Features of the chosen images of every class, tasks in order."""
     import numpy as np
     import pyarrow as pa

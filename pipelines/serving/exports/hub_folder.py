@@ -13,7 +13,7 @@ from pipelines.serving.exports.subject import Subject
 if TYPE_CHECKING:
     from sdlora.loading import Step
 
-SHOWN = 12
+_SHOWN = 12
 """Classes of a task that the card names; classes.json has all of them."""
 
 logits = timm_folder.logits
@@ -22,11 +22,11 @@ logits = timm_folder.logits
 def write(folder: Path, subject: Subject) -> None:
     """Leave what the timm export leaves, and README.md."""
     timm_folder.write(folder, subject)
-    text = card(folder, subject, subject.step(), evaluations(subject))
+    text = _card(folder, subject, subject.step(), _evaluations(subject))
     write_whole(folder / "README.md", text.encode())
 
 
-def evaluations(subject: Subject) -> dict[str, dict[str, Any]]:
+def _evaluations(subject: Subject) -> dict[str, dict[str, Any]]:
     """Step → its metrics.json, of the steps up to this one whose evaluations lie beside the models."""
     home = subject.model.resolve().parent.parent / "evaluation"
     steps = [link.step for link in reversed(subject.chain())]
@@ -34,7 +34,7 @@ def evaluations(subject: Subject) -> dict[str, dict[str, Any]]:
     return {step: read_json(path) for step, path in paths.items() if path.is_file()}
 
 
-def card(folder: Path, subject: Subject, step: Step, metrics: dict[str, dict[str, Any]]) -> str:
+def _card(folder: Path, subject: Subject, step: Step, metrics: dict[str, dict[str, Any]]) -> str:
     """Return the model card: front matter for the hub, then what the model is, how well it does, how to check it."""
     record, description = step.record, step.backbone.description
     own: dict[str, Any] = step.backbone.model.pretrained_cfg  # type: ignore[assignment]
@@ -42,7 +42,7 @@ def card(folder: Path, subject: Subject, step: Step, metrics: dict[str, dict[str
     head, *earlier = subject.chain()
     chain = "\n".join(f"| {link.step} | `{link.sha256}` |" for link in (head, *earlier))
     return f"""---
-{front_matter(record, licence, metrics.get(record["step"]))}
+{_front_matter(record, licence, metrics.get(record["step"]))}
 ---
 
 # {len(step.classes)} classes in {len(record["tasks"])} tasks, step {record["step"]}
@@ -62,7 +62,7 @@ probabilities = model(image[None]).softmax(dim=1)  # in the order of classes.jso
 
 ## Classes and accuracy
 
-{accuracy_table(record, metrics)}
+{_accuracy_table(record, metrics)}
 
 Share of right answers on each task's test images (rows) after each step (columns), among all classes up to that step.
 
@@ -94,7 +94,7 @@ Share of right answers on each task's test images (rows) after each step (column
 """
 
 
-def front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str, Any] | None) -> str:
+def _front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str, Any] | None) -> str:
     """YAML, with strings as JSON writes them, which is YAML too."""
     lines = ["library_name: timm", "pipeline_tag: image-classification"]
     lines += [
@@ -117,18 +117,18 @@ def front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str,
     return "\n".join(lines)
 
 
-def accuracy_table(record: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
+def _accuracy_table(record: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> str:
     """Return a row for each task: its classes, and its accuracy after each step that was evaluated."""
     lines = ["| task | classes | " + "".join(f"{step} | " for step in metrics)]
     lines += ["| --- | --- | " + "--- | " * len(metrics)]
     for task in record["tasks"]:
         names = [_cell(entry["name"]) for entry in record["classes"] if entry["task"] == task]
-        more = f", … ({len(names)})" if len(names) > SHOWN else ""
+        more = f", … ({len(names)})" if len(names) > _SHOWN else ""
         cells = []
         for found in metrics.values():
             of = dict(zip(found["tasks"], found["accuracy"], strict=True))
             cells.append(f"{100 * of[task]:.1f} % | " if task in of else " | ")
-        lines.append(f"| {task} | {', '.join(names[:SHOWN])}{more} | " + "".join(cells))
+        lines.append(f"| {task} | {', '.join(names[:_SHOWN])}{more} | " + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 

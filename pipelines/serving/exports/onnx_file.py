@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-FILE = "model.onnx"
-LARGE = 1_500_000_000
+_FILE = "model.onnx"
+_LARGE = 1_500_000_000
 """Bytes of weights beyond which they lie in a file of their own: one protocol buffer ends at 2 GiB."""
 
 
@@ -31,7 +31,7 @@ def write(folder: Path, subject: Subject) -> None:
 
     step = subject.step()
     model = timm_classifier(step)
-    proto = convert(model, subject.preprocessing.input_size)
+    proto = _convert(model, subject.preprocessing.input_size)
     facts = {
         "classes": step.classes,
         "preprocessing": subject.described_preprocessing(),
@@ -39,14 +39,14 @@ def write(folder: Path, subject: Subject) -> None:
     }
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True, ensure_ascii=False))
-    large = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > LARGE
+    large = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > _LARGE
     onnx.save_model(
-        proto, str(folder / FILE), save_as_external_data=large, location=f"{FILE}.data" if large else None
+        proto, str(folder / _FILE), save_as_external_data=large, location=f"{_FILE}.data" if large else None
     )
     subject.carry(folder, step)
 
 
-def convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelProto:
+def _convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelProto:
     """Return the graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes).
 
     Nothing of the machine stays in it: torch writes the paths of its sources beside every node.
@@ -57,7 +57,7 @@ def convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelPro
         # torch's own decomposition of fused attention fails where there is a bias of relative positions.
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]
-    with quiet():
+    with _quiet():
         program = torch.onnx.export(
             model,
             (torch.zeros(2, *input_size),),  # one image would be taken for a constant
@@ -79,7 +79,7 @@ def convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelPro
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """While torch converts, keep back its notes on folded constants and its own deprecations."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
@@ -97,7 +97,7 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
     import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / _FILE), providers=["CPUExecutionProvider"])
     transform = subject.preprocessing
     found = []
     for some in [pictures[:1], pictures[1:4], *batches(pictures[4:])]:
@@ -110,4 +110,4 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
 
 def usage(out: Path, subject: Subject) -> str:
     """Return how the export is loaded, in one line."""
-    return f'onnxruntime.InferenceSession("{out / FILE}").run(["logits"], {{"images": images}})'
+    return f'onnxruntime.InferenceSession("{out / _FILE}").run(["logits"], {{"images": images}})'

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdlora.adapters import Factors
     from sdlora.loading import Step
 
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 """Of every name in a file of PEFT's."""
 
 
@@ -36,18 +36,18 @@ def write(folder: Path, subject: Subject) -> None:
     heads = classifier_names(timm_classifier(subject.step()))
     tensors = {}
     for name, factors in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.down
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.up
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.down
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.up
     for name in heads:
         for part, value in head_rows(step.learned).items():
-            tensors[f"{PREFIX}{name}.{part}"] = value.clone()
+            tensors[f"{_PREFIX}{name}.{part}"] = value.clone()
     write_tensors(folder / "adapter_model.safetensors", tensors)
-    write_json(folder / "adapter_config.json", config(step, layers, heads))
-    write_whole(folder / "README.md", readme(step, layers).encode())
+    write_json(folder / "adapter_config.json", _config(step, layers, heads))
+    write_whole(folder / "README.md", _readme(step, layers).encode())
     subject.carry(folder, step)
 
 
-def config(step: Step, layers: dict[str, Factors], heads: list[str]) -> dict[str, Any]:
+def _config(step: Step, layers: dict[str, Factors], heads: list[str]) -> dict[str, Any]:
     """PEFT's description of a LoRA. The magnitudes are within B, so every scale alpha / r is 1."""
     ranks = {name: factors.down.shape[0] for name, factors in layers.items()}
     most = max(ranks.values())
@@ -69,7 +69,7 @@ def config(step: Step, layers: dict[str, Factors], heads: list[str]) -> dict[str
     }
 
 
-def base_model(subject: Subject) -> nn.Module:
+def _base_model(subject: Subject) -> nn.Module:
     """Return the base as timm builds it, with the chain's own weights and a new classifier."""
     import timm
 
@@ -89,7 +89,7 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
     import torch
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(base_model(subject), str(folder)).eval()
+    adapted = PeftModel.from_pretrained(_base_model(subject), str(folder)).eval()
     # Some attention of timm's reads the weight of a layer instead of calling it, which goes past an adapter.
     model = adapted.merge_and_unload()
     transform = subject.preprocessing
@@ -104,7 +104,7 @@ def usage(out: Path, subject: Subject) -> str:
     return f'peft.PeftModel.from_pretrained(base, "{out}").merge_and_unload(); {out}/README.md makes the base'
 
 
-def readme(step: Step, layers: dict[str, Factors]) -> str:
+def _readme(step: Step, layers: dict[str, Factors]) -> str:
     """Return how the adapter is loaded, and onto what."""
     from sdlora.loading import timm_architecture
 

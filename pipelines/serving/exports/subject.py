@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sdlora.loading import Step
     from sdlora.preprocessing import Preprocessing
 
-BATCH = 32
+_BATCH = 32
 """Pictures in one forward pass of the check."""
 
 
-class Link(NamedTuple):
+class _Link(NamedTuple):
     """A step's record in the chain."""
 
     step: str
@@ -50,7 +50,7 @@ class Subject:
 
         return Preprocessing.of(read_json(self.backbone / DESCRIPTION))
 
-    def chain(self) -> list[Link]:
+    def chain(self) -> list[_Link]:
         """Return the records from this step back to t00, as far as their folders lie beside it.
 
         Each is checked to be the one that its successor names.
@@ -58,10 +58,10 @@ class Subject:
         from sdlora.ledger import read_record, record_hash
 
         record = read_record(self.model)
-        links = [Link(record["step"], record_hash(self.model))]
+        links = [_Link(record["step"], record_hash(self.model))]
         for step in ["t00", *record["tasks"]][-2::-1]:
             folder = self.backbone if step == "t00" else self.model.resolve().parent / step
-            links.append(Link(step, record["previous"]))
+            links.append(_Link(step, record["previous"]))
             if not (folder / "step.json").is_file():
                 break
             if record_hash(folder) != record["previous"]:
@@ -101,8 +101,8 @@ class Subject:
 
 def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:
     """Some pictures at a time."""
-    for start in range(0, len(pictures), BATCH):
-        yield pictures[start : start + BATCH]
+    for start in range(0, len(pictures), _BATCH):
+        yield pictures[start : start + _BATCH]
 
 
 def reference_logits(subject: Subject, pictures: Sequence[Image]) -> Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sdlora.loading import Step
 
-KEPT = ("classifier", "first_conv", "fixed_input_size", "license", "origin_url", "pool_size")
+_KEPT = ("classifier", "first_conv", "fixed_input_size", "license", "origin_url", "pool_size")
 """What timm's own configuration says of a model and stays true of it; the rest is of the weights it came with."""
 
 
@@ -27,11 +27,11 @@ def write(folder: Path, subject: Subject) -> None:
     step = subject.step()
     model = timm_classifier(step)
     write_tensors(folder / "model.safetensors", model.state_dict())
-    write_json(folder / "config.json", config(step))
+    write_json(folder / "config.json", _config(step))
     subject.carry(folder, step)
 
 
-def config(step: Step) -> dict[str, Any]:
+def _config(step: Step) -> dict[str, Any]:
     """timm's description of a model in a folder (`timm.models.save_for_hf` writes the same keys)."""
     from sdlora.loading import timm_architecture
 
@@ -45,7 +45,7 @@ def config(step: Step) -> dict[str, Any]:
         "label_names": classes,
         "model_args": arguments,
         "pretrained_cfg": {
-            **{key: own[key] for key in KEPT if own.get(key) is not None},
+            **{key: own[key] for key in _KEPT if own.get(key) is not None},
             **description["pretrained_cfg"],
             "num_classes": len(classes),
             "custom_load": False,

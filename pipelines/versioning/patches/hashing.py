@@ -21,9 +21,9 @@ from dvc_data.hashfile.build import _build_files, _get_staging
 from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
 
-Built = tuple[Any, Any, Any]
+_Built = tuple[Any, Any, Any]
 """What DVC builds of a path: where its objects are, what is known of it, and the object, a file or a tree."""
-Files = dict[tuple[str, ...], tuple[Any, Any]]
+_Files = dict[tuple[str, ...], tuple[Any, Any]]
 """The files below a folder: the parts of the path → what is known of it, and its hash."""
 
 
@@ -31,10 +31,10 @@ class Hashes:
     """What was hashed in a time in which nothing that is hashed changes."""
 
     def __init__(self) -> None:
-        self._built: dict[tuple[str, str], Built] = {}
-        self._folders: dict[str, Files] = {}
+        self._built: dict[tuple[str, str], _Built] = {}
+        self._folders: dict[str, _Files] = {}
 
-    def of(self, part: Output) -> Built:
+    def of(self, part: Output) -> _Built:
         """Hash what a dep or an out is now. Nothing goes into the cache."""
         key = (part.fs_path, part.hash_name)
         if key not in self._built:
@@ -49,7 +49,7 @@ class Hashes:
             )
         return self._built[key]
 
-    def _tree(self, part: Output) -> Built | None:
+    def _tree(self, part: Output) -> _Built | None:
         """Build the tree of a folder from those of its folders.
 
         None for what is none, or none that DVC takes without a word.
@@ -69,7 +69,7 @@ class Hashes:
         size = sum(meta.size or 0 for meta, _ in files.values())
         return staging, Meta(size=size, nfiles=len(tree), isdir=True), tree
 
-    def _files(self, part: Output, folder: str, staging: Any, callback: Any) -> Files:  # noqa: ANN401 - DVC has no types
+    def _files(self, part: Output, folder: str, staging: Any, callback: Any) -> _Files:  # noqa: ANN401 - DVC has no types
         if folder not in self._folders:
             _, folders, names = next(part.fs.walk(folder), (folder, [], []))
             folders, names = part.dvcignore(folder, folders, names, ignore_subrepos=True)
@@ -85,7 +85,7 @@ class Hashes:
                 dry_run=True,
                 jobs=part.fs.hash_jobs,
             )
-            files: Files = {(name,): value for name, value in own.items()}
+            files: _Files = {(name,): value for name, value in own.items()}
             for name in folders:
                 below = f"{folder}{os.sep}{name}"
                 if not os.path.islink(below):  # which DVC does not follow
@@ -107,7 +107,7 @@ def use() -> None:
     Stage.save = _in_one_look(_save)
 
 
-def _build_once(self: Output, *args: Any, **kwargs: Any) -> Built:  # noqa: ANN401 - DVC's own signature
+def _build_once(self: Output, *args: Any, **kwargs: Any) -> _Built:  # noqa: ANN401 - DVC's own signature
     if _looks and self.IS_DEPENDENCY and kwargs.get("dry_run"):
         return _looks[-1].of(self)
     return _build(self, *args, **kwargs)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-OLDEST, NEWEST = (3, 66), (3, 67)
+_OLDEST, _NEWEST = (3, 66), (3, 67)
 """The versions of DVC that the patches were tested with, whatever their last number."""
 
 _HASHING = (
@@ -88,7 +88,7 @@ def unknown_version() -> str | None:
     from dvc import __version__ as version
 
     number = re.match(r"(\d+)\.(\d+)(?:\.|$)", version)
-    return None if number and OLDEST <= (int(number[1]), int(number[2])) <= NEWEST else version
+    return None if number and _OLDEST <= (int(number[1]), int(number[2])) <= _NEWEST else version
 
 
 def unknown_of(names: Iterable[str]) -> list[str]:

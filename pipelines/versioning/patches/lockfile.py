@@ -26,7 +26,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import LOCK_MEMORY
 
-HEAD = "schema: '2.0'\nstages:\n"
+_HEAD = "schema: '2.0'\nstages:\n"
 """How the text begins; stages follow, each a key indented by two spaces with its entry below it."""
 
 MANY_ENTRIES = 20
@@ -44,7 +44,7 @@ class Lockfile(dvcfile.Lockfile):
         if entries is None:
             return tuple(super()._load_yaml(**kwargs))
         stages = dict(entries.values())
-        return {"schema": "2.0", **({"stages": stages} if stages else {})}, HEAD + "".join(entries)
+        return {"schema": "2.0", **({"stages": stages} if stages else {})}, _HEAD + "".join(entries)
 
     def dump_stages(self, stages: list[Any], **kwargs: Any) -> None:  # noqa: ANN401
         """Put what stages have become in the place of what they were, or at the end."""
@@ -57,8 +57,8 @@ class Lockfile(dvcfile.Lockfile):
         for stage in stages:
             content = serialize.to_lockfile(stage, **kwargs)
             texts[stage.name] = dumps_yaml(OrderedDict(stages=content)).removeprefix("stages:\n")
-        text = HEAD + "".join(texts.values())
-        if text != HEAD + "".join(entries):
+        text = _HEAD + "".join(texts.values())
+        if text != _HEAD + "".join(entries):
             dvcfile.logger.info("Updating lock file '%s'", self.relpath)
             self.repo.scm_context.track_file(self.relpath)
             write_whole(place, text.encode())
@@ -78,17 +78,17 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
         return None
-    if not text.startswith(HEAD):
+    if not text.startswith(_HEAD):
         return None
-    texts = [part for part in re.split(r"^(?=  [^ ])", text.removeprefix(HEAD), flags=re.MULTILINE) if part]
+    texts = [part for part in re.split(r"^(?=  [^ ])", text.removeprefix(_HEAD), flags=re.MULTILINE) if part]
     unknown = [part for part in texts if part not in _entries]
     memory = path.parent / LOCK_MEMORY
     if len(unknown) >= MANY_ENTRIES:
-        _entries.update(recalled(memory, unknown))
+        _entries.update(_recalled(memory, unknown))
         unknown = [part for part in unknown if part not in _entries]
     if unknown:
         try:
-            parsed = parse_yaml(HEAD + "".join(unknown), path)
+            parsed = parse_yaml(_HEAD + "".join(unknown), path)
             dvcfile.Lockfile.SCHEMA(parsed)
         except Exception:  # DVC, which will read it again, says what is wrong in its own words
             return None
@@ -107,7 +107,7 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
 
 def keep_entries(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
     """Leave entries for the next process, where JSON says what YAML said."""
-    known = {"dvc": VERSION, **{digest(text): list(entry) for text, entry in entries.items()}}
+    known = {"dvc": VERSION, **{_digest(text): list(entry) for text, entry in entries.items()}}
     try:
         data = json.dumps(known)
     except (TypeError, ValueError):
@@ -117,7 +117,7 @@ def keep_entries(memory: Path, entries: Mapping[str, tuple[str, Any]]) -> None:
             write_whole(memory, data.encode())
 
 
-def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
+def _recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
     """Return what an earlier process, of the same DVC, has read in these texts. Nothing where there is no telling."""
     found = {}
     try:
@@ -125,7 +125,7 @@ def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
         if known["dvc"] != VERSION:
             return {}
         for text in texts:
-            if (key := digest(text)) in known:
+            if (key := _digest(text)) in known:
                 name, content = known[key]
                 if isinstance(content, dict) and text.startswith(f"  {name}:\n"):
                     found[text] = (name, content)
@@ -134,6 +134,6 @@ def recalled(memory: Path, texts: Iterable[str]) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def digest(text: str) -> str:
+def _digest(text: str) -> str:
     """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -26,15 +26,15 @@ from pipelines.versioning.patches.errors import RunCacheError
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
-ENTRY = re.compile(r"[0-9a-f]{64}")
+_ENTRY = re.compile(r"[0-9a-f]{64}")
 """The name of an entry: the hash of what it says."""
 
 
 def use() -> None:
     """Have DVC, in this process, share and look up whole entries only."""
-    StageCache._load_cache = load_entry
-    StageCache._load = load
-    StageCache.transfer = transfer
+    StageCache._load_cache = _load_entry
+    StageCache._load = _load
+    StageCache.transfer = _transfer
 
 
 def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML can hold
@@ -45,7 +45,7 @@ def is_whole(content: Any, name: str) -> bool:  # noqa: ANN401 - whatever YAML c
         return False
 
 
-def read_whole(path: Path, name: str) -> dict[str, Any] | None:
+def _read_whole(path: Path, name: str) -> dict[str, Any] | None:
     """Return what an entry says. None if it is broken."""
     try:
         content = load_yaml(path)
@@ -54,11 +54,11 @@ def read_whole(path: Path, name: str) -> dict[str, Any] | None:
     return dict(content) if is_whole(content, name) else None
 
 
-def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
+def _load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
     """Return an entry. None if there is none, and what is broken is deleted."""
     path = Path(cache._get_cache_path(key, name))
     try:
-        entry = read_whole(path, name)
+        entry = _read_whole(path, name)
     except FileNotFoundError:
         return None
     if entry is None:
@@ -66,7 +66,7 @@ def load_entry(cache: StageCache, key: str, name: str) -> dict[str, Any] | None:
     return entry
 
 
-def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
+def _load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
     """Return the newest whole entry of a stage. What is broken is passed over, where DVC would take it for all there
     is.
     """
@@ -77,15 +77,15 @@ def load(cache: StageCache, stage: Stage) -> dict[str, Any] | None:
     found = {}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if ENTRY.fullmatch(path.name):
+            if _ENTRY.fullmatch(path.name):
                 found[path.name] = path.stat().st_mtime
     entries = (
-        load_entry(cache, key, name) for name in sorted(found, key=lambda name: found[name], reverse=True)
+        _load_entry(cache, key, name) for name in sorted(found, key=lambda name: found[name], reverse=True)
     )
     return next((entry for entry in entries if entry), None)
 
 
-def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) -> list[tuple[str, str]]:  # noqa: ANN401 - DVC's own signature
+def _transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) -> list[tuple[str, str]]:  # noqa: ANN401 - DVC's own signature
     """Copy the entries that the other side does not have in this size. Return the key and the name of each.
 
     Raises:
@@ -97,13 +97,13 @@ def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) 
             raise RunCacheNotSupported(f"run-cache is not supported for http filesystem: {odb.path}")
     copied = []
     try:
-        there = entries_of(to_odb)
-        for (key, name), size in entries_of(from_odb).items():
+        there = _entries_of(to_odb)
+        for (key, name), size in _entries_of(from_odb).items():
             if size and there.get((key, name)) != size:
                 source, target = (
                     odb.fs.join(odb.path, "runs", key[:2], key, name) for odb in (from_odb, to_odb)
                 )
-                if copy(from_odb.fs, source, to_odb.fs, target, name):
+                if _copy(from_odb.fs, source, to_odb.fs, target, name):
                     copied.append((key, name))
     except (DvcException, AssertionError):
         raise
@@ -113,34 +113,34 @@ def transfer(cache: StageCache, from_odb: Any, to_odb: Any, force: bool = True) 
     return copied
 
 
-def entries_of(odb: Any) -> dict[tuple[str, str], int]:  # noqa: ANN401
+def _entries_of(odb: Any) -> dict[tuple[str, str], int]:  # noqa: ANN401
     """Key and name of the entries of a store → bytes."""
     runs = odb.fs.join(odb.path, "runs")
     found = {}
     if isinstance(odb.fs, LocalFileSystem):
         for path in Path(runs).glob("*/*/*"):
             with contextlib.suppress(FileNotFoundError):
-                if named := entry_of(str(path)):
+                if named := _entry_of(str(path)):
                     found[named] = path.stat().st_size
     else:  # of the file system below DVC's, whose own `find` says no sizes
         for name, facts in odb.fs.fs.find(runs, detail=True).items():
-            if named := entry_of(name):
+            if named := _entry_of(name):
                 found[named] = int(facts["size"])
     return found
 
 
-def entry_of(path: str) -> tuple[str, str] | None:
+def _entry_of(path: str) -> tuple[str, str] | None:
     """Key and name of the entry that a path leads to, if it is one's."""
     *_, key, name = path.replace(os.sep, "/").split("/")
-    return (key, name) if ENTRY.fullmatch(key) and ENTRY.fullmatch(name) else None
+    return (key, name) if _ENTRY.fullmatch(key) and _ENTRY.fullmatch(name) else None
 
 
-def copy(from_fs: Any, source: str, to_fs: Any, target: str, name: str) -> bool:  # noqa: ANN401
+def _copy(from_fs: Any, source: str, to_fs: Any, target: str, name: str) -> bool:  # noqa: ANN401
     """Copy an entry, if it is whole. It appears at once, or not at all. Return whether it was."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         held = str(Path(folder) / name)
         generic.copy(from_fs, source, LocalFileSystem(), held)
-        if read_whole(Path(held), name) is None:
+        if _read_whole(Path(held), name) is None:
             return False
         if isinstance(to_fs, LocalFileSystem):
             with as_atomic(to_fs, target, create_parents=True) as partial:
