@@ -38,7 +38,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
     require_own_code()
     with only_run():
         plan = read_plan(params.tasks)
-        for line in require_decision(plan, retrain=retrain):
+        for line in require_decision(plan, params, retrain=retrain):
             echo(line)
         _require_sources(params, plan)
         push_pending(plan)
@@ -72,7 +72,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     params = Params.load()
     with only_run(wait=True):
         plan = read_plan(params.tasks, partial_checkout=True)
-        for line in require_decision(plan, retrain=False):
+        for line in require_decision(plan, params, retrain=False):
             echo(line)
         require_remote(plan)
         _require_sources(params, plan)

@@ -56,7 +56,8 @@ def show_status() -> None:
     """Print a table of tasks and stages, and why those that are not up to date are not."""
     from rich.console import Console
 
-    plan = read_plan(Params.load().tasks)
+    params = Params.load()
+    plan = read_plan(params.tasks)
     stale = set(plan.stale())
     console = Console()
     _print_stages(console, plan, stale)
@@ -64,7 +65,7 @@ def show_status() -> None:
         if plan.reasons[name] and name in plan.made:
             first, *rest = plan.reasons[name]
             console.print(f"{name}: {first}" + (f" (and {len(rest)} more)" if rest else ""), highlight=False)
-    for line in _decision(plan):
+    for line in _decision(plan, params):
         console.print(line, highlight=False)
     left = (
         f"{len(stale)} of {len(plan.order)} stages are not up to date: sdlora run"
@@ -92,10 +93,10 @@ def _print_stages(console: Console, plan: Plan, stale: set[str]) -> None:
     console.print(table)
 
 
-def _decision(plan: Plan) -> list[str]:
+def _decision(plan: Plan, params: Params) -> list[str]:
     """Return what a person has to decide before a run: whether results of older code are kept."""
     try:
-        return list(require_decision(plan, retrain=False))
+        return list(require_decision(plan, params, retrain=False))
     except InputError as undecided:
         return [str(undecided)]
 

@@ -57,14 +57,16 @@ def keep() -> list[str]:
     ]
 
 
-def require_decision(plan: Plan, *, retrain: bool) -> Iterator[str]:
+def require_decision(plan: Plan, params: Params, *, retrain: bool) -> Iterator[str]:
     """Yield lines on which finished stages the code of this program will re-run, and why.
+
+    The stages of a retired task are not trained again: they give back what they left.
 
     Raises:
         InputError: some of them are trained, and nobody has decided whether they are trained again.
     """
     outdated = _made_by_other_code(plan)
-    trained = [name for name in outdated if StageName.parse(name).kind in _TRAINED]
+    trained = [name for name in outdated if _is_trained(StageName.parse(name), params)]
     if trained and not retrain:
         told = (
             "dvc.lock is of a version that knew no fingerprints of code"
@@ -89,6 +91,10 @@ def _made_by_other_code(plan: Plan) -> list[str]:
         if name in plan.code and kind not in _MADE_ANEW and plan.code[name] != hashes[kind]:
             found.append(name)
     return found
+
+
+def _is_trained(stage: StageName, params: Params) -> bool:
+    return stage.kind in _TRAINED and not params.tasks[str(stage.item)].retired
 
 
 def _only_code(plan: Plan, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,11 @@ from sdlora.process_group import SINGLE, ProcessGroup
 from sdlora.training import Fit, Schedule, TaskImages
 
 
-def tiny_vit(seed: int = 0) -> nn.Module:
-    """A vision transformer of two blocks, width 16, on 8×8 grey images, with random weights."""
+def tiny_vit(seed: int = 0, *, depth: int = 2) -> nn.Module:
+    """A vision transformer of few blocks, width 16, on 8×8 grey images, with random weights."""
     torch.manual_seed(seed)
     model = VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=0
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=depth, num_heads=2, num_classes=0
     )
     return model.eval()
 
@@ -104,11 +105,17 @@ def finish(fit: Fit) -> FitResult:
     return fit.result()
 
 
-def learn(tasks: int, *, method: str = "sdlora", chosen: Settings | None = None) -> ModelState:
+def learn(
+    tasks: int,
+    *,
+    method: str = "sdlora",
+    chosen: Settings | None = None,
+    backbone: Callable[[], nn.Module] = tiny_vit,
+) -> ModelState:
     """What a chain of `tasks` steps has learned."""
     learned = ModelState()
     for index in range(1, tasks + 1):
-        fit = make_fit(learned, index, method=method, chosen=chosen)
+        fit = make_fit(learned, index, method=method, chosen=chosen, backbone=backbone())
         for _ in fit.run():
             pass
         step = freeze(learned, fit.result(), method=METHODS[method], settings=chosen or settings())
