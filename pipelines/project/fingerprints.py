@@ -177,7 +177,9 @@ class _Module:
                     if isinstance(inner, ast.Import | ast.ImportFrom):
                         self.types |= set(_imports(inner))
             elif not _is_text(statement):
-                for bound in _bound(statement) or [""]:
+                # What a loop or a branch does beside binding names is done for the whole module.
+                compound = isinstance(statement, ast.For | ast.While | ast.If | ast.With | ast.Try)
+                for bound in [*_bound(statement), *([""] if compound or not _bound(statement) else [])]:
                     self.statements.setdefault(bound, []).append(statement)
 
 

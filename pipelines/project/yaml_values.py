@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -20,20 +21,19 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever YAML can hold
         ValueError: it has a value that there is not, such as a date in a thirteenth month.
     """
     if hasattr(yaml, "CSafeLoader") and not _UNSURE.search(text):
-        try:
-            return yaml.load(text, _PlainLoader)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            pass
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            return _plain(text)
     from ruamel.yaml import YAML
 
     return YAML(typ="safe", pure=True).load(text)
 
 
-class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Mappings without a key twice, lists, and the plain scalars of YAML 1.2. All else is an error."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - of PyYAML
-    yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012
+def _plain(text: str) -> Any:  # noqa: ANN401
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:  # noqa: ANN401 - PyYAML has no types
@@ -82,28 +82,47 @@ def _unsure(loader: Any, node: Any) -> None:  # noqa: ANN401
     raise yaml.YAMLError(f"{node.tag} is not plain")
 
 
-# The patterns are ruamel's, for YAML 1.2; of several that match a scalar the first counts.
-for _tag, _pattern, _first, _make in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF", _bool),
-    (
-        "float",
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), _bool),
+    "float": (
         r"[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)"
         r"|[-+]?\.[0-9_]+(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
+        list("-+0123456789."),
         _float,
     ),
-    ("int", r"[-+]?0b[0-1_]+|[-+]?0o?[0-7_]+|[-+]?[0-9_]+|[-+]?0x[0-9a-fA-F_]+", "-+0123456789", _int),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], _null),
+    "int": (
+        r"[-+]?0b[0-1_]+|[-+]?0o?[0-7_]+|[-+]?[0-9_]+|[-+]?0x[0-9a-fA-F_]+",
+        list("-+0123456789"),
+        _int,
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], _null),
     # Dates, merged mappings and the rest are rare, and ruamel's.
-    ("timestamp", r"[0-9]{4}-[0-9].*", "0123456789", _unsure),
-    ("merge", r"<<", "<", _unsure),
-    ("value", r"=", "=", _unsure),
-):
-    _PlainLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _make)
-_PlainLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_PlainLoader.add_constructor("tag:yaml.org,2002:seq", _list)
-_PlainLoader.add_constructor("tag:yaml.org,2002:str", _text)
-_PlainLoader.add_constructor(None, _unsure)
+    "timestamp": (r"[0-9]{4}-[0-9].*", list("0123456789"), _unsure),
+    "merge": (r"<<", ["<"], _unsure),
+    "value": (r"=", ["="], _unsure),
+}
+"""Kind → pattern, first characters and constructor. The patterns are ruamel's, for YAML 1.2. The first match counts."""
+
+_TAG = "tag:yaml.org,2002:"
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the kinds of scalars by first character, as PyYAML keeps them."""
+    found: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for kind, (pattern, first, _) in _SCALARS.items():
+        for character in first:
+            found.setdefault(character, []).append((f"{_TAG}{kind}", re.compile(f"^(?:{pattern})$")))
+    return found
+
+
+class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Mappings without a key twice, lists, and the plain scalars of YAML 1.2. All else is an error."""
+
+    yaml_implicit_resolvers = _resolvers()
+    yaml_constructors: dict[str | None, Any] = {  # noqa: RUF012 - of PyYAML
+        **{f"{_TAG}{kind}": make for kind, (_, _, make) in _SCALARS.items()},
+        f"{_TAG}map": _mapping,
+        f"{_TAG}seq": _list,
+        f"{_TAG}str": _text,
+        None: _unsure,
+    }

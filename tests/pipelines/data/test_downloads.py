@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import http.server
 import os
@@ -19,6 +20,8 @@ import pytest
 from pipelines.data import downloads
 from pipelines.data.downloads import Remote, file_digest, obtain
 from pipelines.project.errors import InputError
+from pipelines.runtime.progress import show_progress
+from pipelines.runtime.progress_bar import ProgressBar
 from tests.support.repository import REPOSITORY
 
 CONTENT = bytes(range(256)) * 2000
@@ -306,7 +309,11 @@ def test_two_downloads_of_one_file_do_not_mix(server: Server, tmp_path: Path) ->
 def test_progress_is_shown_in_lines_where_there_is_no_terminal(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    obtain(remote(server.url()), tmp_path)
+    def work() -> None:
+        show_progress(ProgressBar)
+        obtain(remote(server.url()), tmp_path)
+
+    contextvars.copy_context().run(work)
     assert capsys.readouterr().err.startswith("download file.bin: 512/512 kB in ")
 
 

@@ -111,6 +111,11 @@ def test_a_moved_or_divided_module_changes_nothing(program: Path) -> None:
             "import os\nos.environ['A'] = '1'\ndef work(n): return n\n", None, id="statement-of-the-module"
         ),
         pytest.param("A = {}\nA['b'] = 1\ndef work(n): return A\n", None, id="entry-of-a-table"),
+        pytest.param(
+            "A = {}\nfor n in 'bc':\n    A.update({n: '1'})\ndef work(n): return A\n",
+            None,
+            id="loop-over-a-table",
+        ),
     ],
 )
 def test_what_decides_from_outside_the_function_counts(program: Path, text: str, edited: str | None) -> None:
