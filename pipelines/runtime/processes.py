@@ -20,7 +20,7 @@ from typing import Protocol
 from pipelines.project.layout import CODE_STAGE, STAGES
 
 STOP_SECONDS = 5.0
-_GRACE_SECONDS = 20.0
+GRACE_SECONDS = 20.0
 """How long work may take to come to a good end after SIGTERM; a spot machine is gone after 30 seconds."""
 TERMINATED = 128 + signal.SIGTERM
 """The exit status of a process that was ended by SIGTERM, as a shell has it."""
@@ -76,7 +76,7 @@ def _end_with(handle: int) -> None:
 def stop_asked() -> Iterator[Callable[[], bool]]:
     """Let work come to a good end on SIGTERM: what is yielded says whether to.
 
-    `_GRACE_SECONDS` after the signal the process ends with status 143 whatever it is at, so that a store that hangs
+    `GRACE_SECONDS` after the signal the process ends with status 143 whatever it is at, so that a store that hangs
     keeps no process alive. Outside of the main thread, where Python takes no signals, nobody asks.
     """
     asked = False
@@ -88,7 +88,7 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
 
     def watch() -> None:
         if wake.get():
-            time.sleep(_GRACE_SECONDS)
+            time.sleep(GRACE_SECONDS)
             os._exit(TERMINATED)
 
     def note(number: int, frame: object) -> None:
