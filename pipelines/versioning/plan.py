@@ -73,7 +73,8 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
                 if not _code_is_written():
                     for name, reason in _code_reasons(made_by):
                         reasons[name].append(reason)
-                    reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
+                    if CODE.is_dir():  # else DVC says so, but for a checkout that has it in the remote
+                        reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
                 elif repo.stage.get_target(CODE_STAGE).always_changed:
                     reasons[CODE_STAGE] = []  # it looks at the installed program, which DVC does not watch
             return Plan(
