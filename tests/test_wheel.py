@@ -90,7 +90,7 @@ def test_a_project_elsewhere_has_nothing_of_the_program_and_is_learned(
     assert not {"sdlora", "pipelines"} & {path.name for path in folder.iterdir()}
     assert (folder / "artifacts/report/report.html").is_file()
     done = call(folder, "sdlora", "run")
-    assert done.stdout.startswith("all up to date: 9 stages, 1 task"), done.stdout
+    assert done.stdout.startswith("all up to date: 9 stages, 1 task\n"), done.stdout
     assert call(folder, "sdlora", "audit", "verify").returncode == 0
 
 

@@ -19,6 +19,7 @@ from pipelines.project.fingerprints import require_own_code
 from pipelines.project.layout import PREFECT, StageName
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
+from pipelines.reports.format import count
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
 from pipelines.runtime.stage import Rows, Stage, StageResult
@@ -43,7 +44,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
         _require_sources(params, plan)
         push_pending(plan)
         if not plan.stale():
-            echo(f"all up to date: {len(plan.order)} stages, {len(params.tasks)} tasks")
+            echo(f"all up to date: {count(len(plan.order), 'stage')}, {count(len(params.tasks), 'task')}")
             print_summary(params)
             return 0
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipelines.project.fingerprints import code_files, require_own_code
 from pipelines.project.layout import CODE, CODE_STAGE, StageName
 from pipelines.project.params import Params
 from pipelines.versioning.plan import Plan, code_hashes, read_plan, record_as_it_is
+from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.repro import reproduce_stage
 
 _TRAINED = ("fit", "freeze")
@@ -31,6 +33,11 @@ def keep() -> list[str]:
     """
     params = Params.load()
     require_own_code()
+    with only_run():
+        return _keep(params)
+
+
+def _keep(params: Params) -> list[str]:
     before = read_plan(params.tasks)
     outdated = _made_by_other_code(before)
     reproduce_stage(CODE_STAGE, pull=False)
@@ -110,21 +117,19 @@ def _result(plan: Plan, name: str) -> str | None:
 
 def _changed_definitions(names: Iterable[str]) -> str:
     """Say which definitions of stages are others than `artifacts/code` has."""
-    import json
-
     found: dict[str, None] = {}
     new = code_files()
     try:
         old = {name: (CODE / name).read_text(encoding="utf-8") for name in new}
         were, are = json.loads(old["names.json"]), json.loads(new["names.json"])
-    except OSError:
+        for kind in dict.fromkeys(StageName.parse(name).kind for name in names):
+            then, now = (
+                dict(zip(known[kind], (line.split()[0] for line in texts[kind].splitlines()), strict=True))
+                for known, texts in ((were, old), (are, new))
+            )
+            found |= dict.fromkeys(name for name in {**then, **now} if then.get(name) != now.get(name))
+    except (OSError, ValueError, LookupError):  # missing, or damaged: the stage `code` makes it anew
         return f"{CODE} has no older fingerprints"
-    for kind in dict.fromkeys(StageName.parse(name).kind for name in names):
-        then, now = (
-            dict(zip(known[kind], (line.split()[0] for line in texts[kind].splitlines()), strict=True))
-            for known, texts in ((were, old), (are, new))
-        )
-        found |= dict.fromkeys(name for name in {**then, **now} if then.get(name) != now.get(name))
     return _shortened(found) or "in another version than artifacts/code has"
 
 

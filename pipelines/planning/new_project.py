@@ -10,7 +10,6 @@ from pathlib import Path
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import DVC, DVC_YAML, PARAMS
-from pipelines.project.params import Params
 
 _PACKAGED = resources.files("pipelines.planning") / "template"
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -78,8 +77,6 @@ def project_files(name: str, *, example: bool) -> dict[str, str]:
         params = re.sub(r"^fetch:\n(?:  .*\n)+", "fetch: {}\n", params, flags=re.MULTILINE)
         start = params.index("# These are two digits at a time")
         files[str(PARAMS)] = params[:start] + "tasks: {}\n"
-    else:
-        Params.parse(files[str(PARAMS)], origin=str(PARAMS))
     stages, count = re.subn(
         r"^(    cmd: sdlora code .*\n)    deps: .*\n",
         r"\1    always_changed: true # it looks at the installed program, half a second\n",

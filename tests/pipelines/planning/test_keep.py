@@ -14,6 +14,8 @@ import pytest
 from pipelines.ledger.kept import read_notes
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
+from pipelines.project.layout import RUN_LOCK
+from pipelines.runtime.file_lock import held
 from tests.support.commands import environment
 
 pytestmark = pytest.mark.slow
@@ -165,6 +167,27 @@ def test_a_stage_does_not_run_with_other_code_than_dvc_has_hashed(project: Path,
         done = subprocess.run(command, cwd=project, env=settings, capture_output=True, text=True, timeout=100)
         assert done.returncode != 0
         assert "dvc.yaml watches the sources here, and the sdlora that runs has others" in done.stderr
+
+
+def test_nothing_is_kept_while_a_run_is_at_work(project: Path, call: Call) -> None:
+    with held(RUN_LOCK):
+        done = call("sdlora", "keep")
+    assert done.returncode == 2
+    assert "another sdlora run is at work" in done.stderr
+    assert not (project / "ledger/kept").exists()
+
+
+def test_damaged_names_of_definitions_cost_their_names_alone(project: Path, call: Call) -> None:
+    edit(
+        file_with(project, "class Adapter(Section)"),
+        'self.magnitudes == "carried"',
+        'self.magnitudes != "carried"',
+    )
+    (project / "artifacts/code/names.json").write_text("{")
+    done = call("sdlora", "run")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "changed (artifacts/code has no older fingerprints)" in line
 
 
 @pytest.mark.parametrize(
