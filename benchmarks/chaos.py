@@ -68,8 +68,8 @@ BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 BRANCH, BUCKET = "sdlora/learned", "shared"
 CLONE = "SDLORA_CHAOS_CLONE"
 """Environment variable: which worker a process belongs to, however it came to be."""
+EPOCHS = 250
 SETTINGS = {
-    "epochs": "250",
     "batch_size": "4",
     "rank": "2",
     "checkpoint_seconds": "1",
@@ -122,8 +122,8 @@ def paint(folder: Path, seed: int) -> None:
 class Site:
     """The servers, the shared places, and two clones with a worker in each."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, epochs: int) -> None:
+        self.root, self.epochs = root, epochs
         self.api, self.store = free_port(), free_port()
         self.runs: set[str] = set()
         """Those of the chain; others look after them."""
@@ -210,7 +210,7 @@ class Site:
             shutil.copy(REPOSITORY / name, origin / name)
         paint(origin / "pictures", 0)
         text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").partition("workers:")[0]
-        for key, value in SETTINGS.items():
+        for key, value in {"epochs": str(self.epochs), **SETTINGS}.items():
             text = re.sub(rf"^  {key}: .*$", f"  {key}: {value}", text, count=1, flags=re.MULTILINE)
         text = re.sub(r"^fetch:\n(  .*\n)+", "fetch: {}\n", text, flags=re.MULTILINE)
         text += WORKERS + 'tasks:\n  t01: {after: t00, source: pictures, classes: ["c000-0", "c000-1"]}\n'
@@ -695,9 +695,9 @@ def left(site: Site) -> list[str]:
     return found
 
 
-def endure(faults: int, seed: int, root: Path, only: list[str]) -> dict[str, Any]:
+def endure(faults: int, seed: int, root: Path, only: list[str], epochs: int) -> dict[str, Any]:
     """Run the whole thing; return what was measured, with what went wrong in `wrong`."""
-    site = Site(root)
+    site = Site(root, epochs)
     watch: Watch | None = None
     wrong: list[str] = []
     try:
@@ -800,6 +800,7 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", metavar="PART", help="kinds with this in their name; may be repeated"
     )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each fit, that faults strike in")
     parser.add_argument("--results", type=Path, default=RESULTS, help="gets a line")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} at the end")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, which stays")
@@ -817,7 +818,7 @@ def passes(arguments: argparse.Namespace) -> bool:
     with TemporaryDirectory(prefix="sdlora-chaos-") as folder:
         root = (arguments.keep or Path(folder)).resolve()
         root.mkdir(parents=True, exist_ok=True)
-        result = endure(arguments.faults, arguments.seed, root, arguments.only or [""])
+        result = endure(arguments.faults, arguments.seed, root, arguments.only or [""], arguments.epochs)
     print(f"{table(result)}\n\n{summary(result)}")
     for line in result["wrong"]:
         print(f"wrong: {line}")

@@ -18,7 +18,17 @@ def test_a_chain_whose_processes_are_killed_ends_with_the_bytes_of_an_undisturbe
     kinds = [option for part in ("training", "dvc", "SIGKILL to flow") for option in ("--only", part)]
     results = tmp_path / "results.jsonl"
     (tmp_path / "site").mkdir()
-    command = [sys.executable, "benchmarks/chaos.py", "--faults", "3", "--seed", "3", *kinds]
+    command = [
+        sys.executable,
+        "benchmarks/chaos.py",
+        "--faults",
+        "3",
+        "--seed",
+        "3",
+        "--epochs",
+        "100",
+        *kinds,
+    ]
     done = subprocess.run(
         [*command, "--results", str(results), "--keep", str(tmp_path / "site")],
         cwd=REPOSITORY,

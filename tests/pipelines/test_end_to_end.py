@@ -17,10 +17,10 @@ import pytest
 from pipelines.project.environment import PLAIN_DVC
 from pipelines.project.layout import STEP_STAGES
 from pipelines.runtime.fork_server import STAGE_ENTRY
-from tests.support.commands import call, environment
+from tests.support.commands import call, call_here, environment
 from tests.support.finished_chain import entries, entries_of, hashes, stages_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 
 FIRST = ["code", "start", "backbone"]
 TASK = list(STEP_STAGES)
@@ -70,7 +70,9 @@ def test_plain_dvc_from_nothing_leaves_the_same_bytes(
     assert entries(project) == entries_of(lock)
 
 
-def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(project: Path) -> None:
+def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     lock, before = (project / "dvc.lock").read_text(), hashes(project)
     forget(project)
     params = project / "params.yaml"
@@ -81,12 +83,9 @@ def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(projec
     assert not (project / "artifacts/fit/t02").exists()
     assert (project / "artifacts/model/t01").exists()
 
-    done = subprocess.run(
-        ["sdlora", "run"], cwd=project, env=environment(), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fit t02: going on from step" in done.stderr
-    assert "split@t01" not in stages_run(done.stdout)
+    done = call_here(project, "run")
+    assert "fit t02: going on from step" in capfd.readouterr().err
+    assert "split@t01" not in stages_run(done)
     assert hashes(project) == before
     assert entries(project) == entries_of(lock)
 
@@ -95,7 +94,7 @@ def test_a_run_that_was_killed_in_a_fit_goes_on_and_leaves_the_same_bytes(projec
     "victim", ["run", "dvc", "DVC's server", "stages' server", "dvc alone", "dvc alone with a server"]
 )
 def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
-    victim: str, project: Path
+    victim: str, project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = hashes(project)
     forget_second_fit(project)
@@ -124,11 +123,8 @@ def test_a_fit_ends_with_whatever_it_works_for_and_goes_on_to_the_same_bytes(
     assert left == []
     assert not (project / "artifacts/fit/t02").exists()
 
-    done = subprocess.run(
-        ["sdlora", "run"], cwd=project, env=environment(), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fit t02: going on from step" in done.stderr
+    call_here(project, "run")
+    assert "fit t02: going on from step" in capfd.readouterr().err
     assert hashes(project) == before
 
 

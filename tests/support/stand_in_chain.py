@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+import os
 from pathlib import Path
 
 import pytest
 
-from pipelines.runtime.fork_server import fork_server
+from tests.support.repository import REPOSITORY
 
+NO_LIBRARIES = REPOSITORY / "tests/support/no_libraries"
 LEAVE = """echo '{"status": 0, "kind": "done"}' | tee $SDLORA_OUTCOME_FILE > /dev/null"""
 DVC_YAML = f"""
 stages:
@@ -81,5 +82,5 @@ def ran(folder: Path) -> list[str]:
 
 
 def preload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the fork server of a run in this process preload nothing: stages that are shell scripts need no torch."""
-    monkeypatch.setattr("pipelines.orchestration.run.fork_server", partial(fork_server, arguments=["json"]))
+    """Have the fork servers of runs preload no torch: stages that are shell scripts need none."""
+    monkeypatch.setenv("PYTHONPATH", str(NO_LIBRARIES), prepend=os.pathsep)

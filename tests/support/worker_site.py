@@ -14,6 +14,7 @@ from uuid import UUID
 
 from pipelines.runtime.processes import end_group
 from tests.support.repository import REPOSITORY
+from tests.support.stand_in_chain import NO_LIBRARIES
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -29,7 +30,7 @@ class Site:
             port = probe.getsockname()[1]
         self.settings = {
             **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(NO_LIBRARIES), str(REPOSITORY)]),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PREFECT_HOME": str(root / "prefect"),
             "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",

@@ -33,7 +33,7 @@ from pipelines.versioning.plan import read_plan
 from tests.support.commands import call, environment
 from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
-from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT
+from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, preload_nothing
 from tests.support.worker_site import Site
 
 
@@ -258,6 +258,7 @@ def project(make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.
     for name in scripts:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    preload_nothing(monkeypatch)
     return folder
 
 
