@@ -109,12 +109,14 @@ def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolera
             yield Fault(picture.shown, what, "remove one")
         elif conflict is not None and not tolerated:
             what = f"the same picture as {conflict.shown}, of another class"
-            remedy = "remove one, or set data.duplicates: allow in params.yaml"
+            remedy = "remove one, or set data.duplicates: allow or keep_first in params.yaml"
             yield Fault(picture.shown, what, remedy)
         others.setdefault((picture.part, picture.label), picture)
 
 
-def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> list[int]:
+def _leaking_pictures(
+    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
+) -> list[int]:
     """Positions of the pictures without which none stands in two parts, of this task or an earlier one.
 
     What was packed for an earlier task stays; within a task the test keeps its picture and training loses it.
@@ -131,6 +133,27 @@ def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> lis
         index for index, one in enumerate(pictures) if index not in found and highest[one.pixels] != one.part
     }
     return sorted(found)
+
+
+def _repeated_pictures(
+    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
+) -> list[int]:
+    """Positions of the pictures that an earlier task, or an earlier one of these classes, has under another class."""
+    owner: dict[str, int | str] = {}
+    for known in earlier:
+        owner.setdefault(known.pixels, known.label)
+    place = {label: index for index, label in enumerate(classes)}
+    for one in sorted(pictures, key=lambda one: place[one.label]):
+        owner.setdefault(one.pixels, one.label)
+    return [index for index, one in enumerate(pictures) if owner[one.pixels] != one.label]
+
+
+LEAVE_OUT = {
+    "leave_out": ("in another part", _leaking_pictures),
+    "keep_first": ("under another class", _repeated_pictures),
+}
+"""Values of `data.duplicates` by which pictures are left out: where the others are that stay, and which ones go, of
+the pictures of a task, those of earlier tasks, and the task's classes in their order."""
 
 
 def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
