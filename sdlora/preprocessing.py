@@ -90,7 +90,9 @@ class Preprocessing:
     def pixels(self, picture: _Picture) -> np.ndarray:
         """uint8 (channels, height, width) of an upright picture of 8 bits."""
         channels, height, width = self.input_size
-        fitted = self._cut(self._scale(on_white(picture).convert("L" if channels == 1 else "RGB")))
+        mode = "L" if channels == 1 else "RGB"
+        flat = on_white(picture)
+        fitted = self._cut(self._scale(flat if flat.mode == mode else flat.convert(mode)))
         return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
 
     def __call__(self, picture: _Picture) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pipelines.data.archives import archive_members, gunzip, is_archive, names
 from pipelines.data.downloads import Remote, obtain
 from pipelines.data.png import png
+from pipelines.data.source_files import is_litter
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
 from pipelines.project.layout import DOWNLOADS
@@ -271,10 +272,8 @@ def _divided_archive(benchmark: Benchmark, archive: Path, sha256: str | None) ->
 
 
 def _is_image(path: PurePosixPath, folders: Container[str] | None = None) -> bool:
-    """Return whether a member of an archive is an image, in one of the folders if some are given. Finder's notes are
-    not.
-    """
-    if path.parts[0] == "__MACOSX" or path.name.startswith(".") or path.suffix.lower() not in _IMAGES:
+    """Return whether a member of an archive is an image, in one of the folders if some are given. Litter is none."""
+    if is_litter(path.parts[0]) or is_litter(path.name) or path.suffix.lower() not in _IMAGES:
         return False
     return folders is None or path.parent.name in folders
 

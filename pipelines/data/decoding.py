@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import io
+import logging
 import math
 import mmap
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from pipelines.data.metadata import unknown_kind, without_metadata
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming
 from pipelines.project.layout import SCRATCH
@@ -23,8 +29,14 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
     from sdlora.preprocessing import Preprocessing
+
+_Encoded: TypeAlias = "bytes | memoryview | pa.Buffer"
+"""The bytes of an image file."""
+_LONGEST_FAULT = 120
+"""Characters of what Pillow says of a picture that cannot be decoded."""
 
 
 def decode(table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZE) -> np.ndarray:
@@ -62,52 +74,205 @@ def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
 
 def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
     """Return one image of a table as the backbone takes it, uint8 (channels, height, width)."""
-    try:
-        picture = open_picture(table["image"][index].as_buffer())
-    except ValueError as error:
-        raise InputError(f"{table['id'][index]}: {error}; replace the image") from None
-    return preprocessing.pixels(picture)
+    with contextlib.ExitStack() as held:
+        try:
+            picture = held.enter_context(opened_picture(table["image"][index].as_buffer()))
+        except ValueError as error:
+            raise InputError(f"{table['id'][index]}: {error}; replace the image") from None
+        return preprocessing.pixels(picture)
 
 
+_MAX_PIXELS = 178_956_970
+"""Width × height of the largest picture that is opened where no parameter says another, and of all that are open
+in threads at a time: a picture takes 4 bytes for each of its pixels, and as much again while it is converted."""
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened, of all that Pillow knows: for some of the others it starts programs of the machine (Ghostscript)."""
 _LONGEST = 100
 """How many times its shorter side a picture may be long: scaled by the shorter one, a strip would fill the memory."""
+_STRIP_PIXELS = 2**20
+"""What is copied of a large picture at a time."""
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+_TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""Its values → Pillow's `Image.Transpose`; 1 is upright."""
 
 
-def open_picture(data: bytes | memoryview | pa.Buffer) -> Image:
-    """Decode a picture fully, upright, in sRGB, as 8-bit L, RGB or RGBA. A ValueError says why it cannot be.
+class _Room:
+    """What pictures that are open at the same time may take together. A larger one is opened alone."""
 
-    Of several frames or pages the first one is the picture. A colour profile that cannot be used is left out, as
-    browsers do.
+    def __init__(self, pixels: int) -> None:
+        self._all = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(_MAX_PIXELS)
+
+
+@contextlib.contextmanager
+def opened_picture(data: _Encoded) -> Iterator[Image]:
+    """Open a picture, as `open_picture` does, for as long as it is looked at.
+
+    It waits until there is room beside those that other threads look at, so that all of them together take no more
+    memory than the largest one alone.
     """
-    from PIL import Image, ImageOps
+    with contextlib.ExitStack() as room:
+        yield _opened(data, room)
 
+
+def open_picture(data: _Encoded) -> Image:
+    """Decode a picture fully, as the model sees it: upright, in sRGB, on white, 8-bit L or RGB.
+
+    Of several frames or pages the first one is the picture. Metadata that cannot be read is left out, a colour
+    profile too, as browsers do.
+
+    Raises:
+        ValueError: the text says why it cannot be decoded.
+    """
+    with contextlib.ExitStack() as room:
+        return _opened(data, room)
+
+
+def _opened(data: _Encoded, room: contextlib.ExitStack) -> Image:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return _decoded(data, room)
+    except ValueError:
+        bare = without_metadata(data)
+        if bare is None:
+            raise
+        room.close()
+        with contextlib.suppress(ValueError):
+            return _decoded(bare, room)
+        raise
+
+
+def _decoded(data: _Encoded, room: contextlib.ExitStack) -> Image:
+    with _begun(data) as image:
+        room.enter_context(_ROOM.take(image.width * image.height))
+        try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            picture = _with_8_bits(image, data)
             profile = image.info.get("icc_profile")
+            if profile:
+                picture = _in_srgb(picture, profile)
+            if picture.has_transparency_data:
+                picture = _on_white(_as(picture, "RGBA"))
+            return _upright(_as(picture, "L" if picture.mode in ("1", "L") else "RGB"), image)
+        except Exception as error:  # Pillow raises a dozen types on broken bytes
+            raise ValueError(_fault(error)) from None
+
+
+@contextlib.contextmanager
+def _begun(data: _Encoded) -> Iterator[ImageFile]:
+    """Open a picture without its pixels: format and size are known."""
+    from PIL import Image
+
+    _quieten_libraries()
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError("it is no image that Pillow knows") from None
+        raise ValueError(unknown_kind(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow raises a dozen types on broken bytes
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    if max(upright.size) > _LONGEST * min(upright.size):
-        raise ValueError(
-            f"it is {upright.width}×{upright.height}, one side more than {_LONGEST} times the other; cut it"
-        )
-    if upright.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers without a range (mode {upright.mode}); save it with 8 bits"
-        )
-    if upright.mode.startswith("I;16"):
-        # Pillow's own conversion to 8 bits clips at 255 instead of scaling.
-        return upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    grey = upright.mode in ("1", "L", "LA", "La") and not upright.has_transparency_data
-    mode = "RGBA" if upright.has_transparency_data else "L" if grey else "RGB"
-    return (_in_srgb(upright, profile) if profile else upright).convert(mode)
+    except Exception as error:
+        raise ValueError(_fault(error)) from None
+    with image:
+        if max(image.size) > _LONGEST * min(image.size):
+            raise ValueError(
+                f"it is {image.width}×{image.height}, one side more than {_LONGEST} times the other; cut it"
+            )
+        yield image
+
+
+def _fault(error: Exception) -> str:
+    """Return what Pillow says, as part of a line."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    text = one_line(error)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= _LONGEST_FAULT else f"{text[:_LONGEST_FAULT]}…"
+
+
+def _with_8_bits(image: ImageFile, data: _Encoded) -> Image:
+    """Return decoded pixels with 8 bits a channel, and with what is transparent as a channel of its own."""
+    import numpy as np
+    from PIL import Image
+
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # Pillow's own conversion to 8 bits clips at 255 instead of scaling, and forgets the transparent value.
+        values = np.asarray(image)
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        if clear is not None:
+            grey.putalpha(_opaque(values != clear))
+        return grey
+    if image.mode in _UNREAD:
+        raise ValueError(f"{_UNREAD[image.mode]} (mode {image.mode}); save it with 8 bits, as grey or RGB")
+    if image.format == "PNG" and clear is not None and image.mode in ("L", "RGB") and data[24] != 8:
+        # What is transparent is named in the bits of the file, and Pillow compares it with what it made 8 of.
+        opaque = _opaque(_differs_from(clear, image, data))
+        picture = image.copy()
+        del picture.info["transparency"]
+        picture.putalpha(opaque)
+        return picture
+    return image
+
+
+_UNREAD = {
+    "I": "its pixels are whole numbers without a range",
+    "F": "its pixels are floating-point numbers without a range",
+    "LAB": "its colours are L*a*b*",
+}
+"""Modes that are not read: why."""
+
+
+def _differs_from(clear: int | tuple[int, ...], image: ImageFile, data: _Encoded) -> np.ndarray:
+    """Return which pixels of a PNG are not of the value that it calls transparent."""
+    import numpy as np
+
+    values = np.asarray(image)
+    if isinstance(clear, int):
+        highest = (1 << data[24]) - 1  # the bits stand in IHDR, which is first
+        return values != (clear & highest) * 255 // highest
+    with _begun(data) as again:
+        # Read in the other order of bytes, the upper 8 bits of 16 are the lower ones.
+        again.tile = [again.tile[0]._replace(args="RGB;16L")]
+        lower = np.asarray(again)
+    return (values != np.array(clear) >> 8).any(axis=2) | (lower != np.array(clear) % 256).any(axis=2)
+
+
+def _opaque(where: np.ndarray) -> Image:
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.where(where, 255, 0).astype(np.uint8))
+
+
+def _upright(picture: Image, image: ImageFile) -> Image:
+    """Return the picture as it was seen, whichever way the camera was held."""
+    from PIL import Image
+
+    try:
+        method = _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # what a broken EXIF block raises is no fault of the pixels
+        return picture
+    if method is None:
+        return picture
+    turned = picture.transpose(Image.Transpose(method))
+    turned.info = {}  # where it says how the camera was held
+    return turned
 
 
 def _in_srgb(picture: Image, profile: bytes) -> Image:
@@ -125,26 +290,67 @@ def _in_srgb(picture: Image, profile: bytes) -> Image:
             return picture  # it says what is the case anyway, and a conversion would only round
         mode = "RGBA" if picture.mode == "RGBA" else "RGB"
         srgb = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(picture, its, srgb, outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):
+        alpha = picture.getchannel("A") if picture.mode == "LA" else None
+        colours = picture.convert("L") if alpha else picture
+        converted = ImageCms.profileToProfile(colours, its, srgb, outputMode=mode)
+    except Exception:  # of Pillow and of what a profile is made of; it is no fault of the pixels
         return picture
-    return picture if converted is None else converted
+    if converted is None:
+        return picture
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+def _as(picture: Image, mode: str) -> Image:
+    """Return the picture in a mode. It is not copied where it is in it."""
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _on_white(picture: Image) -> Image:
+    """Return an RGBA picture on white, as the model sees it: its hidden colours, often black, are not part of it."""
+    from PIL import Image
+
+    white = Image.new("RGB", picture.size, "white")
+    for box in _strips(picture):
+        part = picture.crop(box)
+        white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
+    return white
+
+
+def _strips(picture: Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the boxes of a picture's rows, some at a time: a copy of all of them would take its memory again."""
+    height = max(1, _STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, height):
+        yield 0, top, picture.width, min(top + height, picture.height)
 
 
 def picture_hash(picture: Image) -> str:
-    """Return the SHA-256 of size and pixels: equal for the same picture in grey, colour, palette or opaque RGBA."""
-    same = picture.convert("RGBA")
-    digest = hashlib.sha256(f"{same.mode} {same.width}x{same.height}\n".encode())
-    digest.update(same.tobytes())
+    """Return the SHA-256 of size and pixels of an opened picture: equal for what the model sees as the same.
+
+    Grey, colour and palette, opaque and transparent alike: only what shows on white counts.
+    """
+    digest = hashlib.sha256(f"RGBA {picture.width}x{picture.height}\n".encode())
+    for box in _strips(picture):
+        digest.update(picture.crop(box).convert("RGBA").tobytes())
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
-    """While pictures are opened, let Pillow refuse one of more pixels and keep quiet about blemishes.
+@functools.cache
+def _quieten_libraries() -> None:
+    """Have what is wrong with a picture said by us alone: libtiff and Pillow's log write to standard error, too."""
+    from PIL import _imaging
 
-    None is Pillow's own limit.
-    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    # Documented by libtiff, and found where Pillow's own module finds it; where it is linked otherwise its lines
+    # stand before ours.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+@contextlib.contextmanager
+def strict_pictures(max_pixels: int = _MAX_PIXELS) -> Iterator[None]:
+    """While pictures are opened, let Pillow refuse one of more pixels and keep quiet about blemishes."""
     from PIL import Image
 
     # Filters and the limit belong to the whole process, so they are set around all threads, not in each.
@@ -152,8 +358,7 @@ def strict_pictures(max_pixels: int | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = max_pixels
+        Image.MAX_IMAGE_PIXELS = max_pixels
         try:
             yield
         finally:

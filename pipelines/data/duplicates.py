@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipelines.data.decoding import in_parallel, open_picture, strict_pictures
-from pipelines.data.source_files import PARTS, Fault, Found
+from pipelines.data.decoding import in_parallel, opened_picture, strict_pictures
+from pipelines.data.source_files import PARTS, Fault, Found, image_bytes
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import UNREADABLE
@@ -51,15 +52,16 @@ def read_pictures(
     faults: dict[int, str] = {}
 
     def read(index: int) -> None:
-        try:
-            data = images[index].path.read_bytes()
-            picture = open_picture(data)
-        except OSError as error:
-            faults[index] = str(error.strerror)
-        except ValueError as error:
-            faults[index] = str(error)
-        else:
-            look(index, data, picture)
+        with contextlib.ExitStack() as held:
+            try:
+                data = image_bytes(images[index].path)
+                picture = held.enter_context(opened_picture(data))
+            except OSError as error:
+                faults[index] = error.strerror or type(error).__name__
+            except ValueError as error:
+                faults[index] = str(error)
+            else:
+                look(index, data, picture)
 
     with strict_pictures(max_pixels), progress(title, total=len(images), unit="images") as bar:
         for done in in_parallel(read, range(len(images))):
@@ -80,14 +82,12 @@ def refuse_unreadable(task: str, images: Sequence[Found], faults: dict[int, str]
 
 
 def perceptual_hash(picture: Image) -> str:
-    """Return 256 bits of a picture's coarse structure in grey, on white, in hexadecimal. None for a flat picture."""
+    """Return 256 bits of a picture's coarse structure in grey, in hexadecimal. None for a flat picture."""
     import imagehash
     import numpy as np
     from PIL import Image
 
     small = picture.resize((4 * _SIDE, 4 * _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if small.mode == "RGBA":
-        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     grey = small.convert("L")
     # Rounding alone would decide the bits of a picture of one grey.
     return "" if np.ptp(np.asarray(grey)) < 2 else str(imagehash.phash(grey, hash_size=_SIDE))
@@ -109,12 +109,14 @@ def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolera
             yield Fault(picture.shown, what, "remove one")
         elif conflict is not None and not tolerated:
             what = f"the same picture as {conflict.shown}, of another class"
-            remedy = "remove one, or set data.duplicates: allow in params.yaml"
+            remedy = "remove one, or set data.duplicates: allow or keep_first in params.yaml"
             yield Fault(picture.shown, what, remedy)
         others.setdefault((picture.part, picture.label), picture)
 
 
-def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> list[int]:
+def _leaking_pictures(
+    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
+) -> list[int]:
     """Positions of the pictures without which none stands in two parts, of this task or an earlier one.
 
     What was packed for an earlier task stays; within a task the test keeps its picture and training loses it.
@@ -131,6 +133,27 @@ def leaking_pictures(pictures: Sequence[Print], earlier: Iterable[Print]) -> lis
         index for index, one in enumerate(pictures) if index not in found and highest[one.pixels] != one.part
     }
     return sorted(found)
+
+
+def _repeated_pictures(
+    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
+) -> list[int]:
+    """Positions of the pictures that an earlier task, or an earlier one of these classes, has under another class."""
+    owner: dict[str, int | str] = {}
+    for known in earlier:
+        owner.setdefault(known.pixels, known.label)
+    place = {label: index for index, label in enumerate(classes)}
+    for one in sorted(pictures, key=lambda one: place[one.label]):
+        owner.setdefault(one.pixels, one.label)
+    return [index for index, one in enumerate(pictures) if owner[one.pixels] != one.label]
+
+
+LEAVE_OUT = {
+    "leave_out": ("in another part", _leaking_pictures),
+    "keep_first": ("under another class", _repeated_pictures),
+}
+"""Values of `data.duplicates` by which pictures are left out: where the others are that stay, and which ones go, of
+the pictures of a task, those of earlier tasks, and the task's classes in their order."""
 
 
 def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.source_files import (
     EXTENSIONS,
@@ -17,15 +18,26 @@ from pipelines.data.source_files import (
     Fault,
     Found,
     Source,
+    as_line,
+    is_text,
     linked_folder,
     no_image,
 )
+from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
 from pipelines.project.param_checks import class_name_fault
+from pipelines.project.regular_files import regular_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Manifests that are found by themselves, at the top of a source or in its train/ and test/."""
+_MANIFEST_BYTES = 2**30
+"""Size of a manifest at most."""
+_SHOWN = 60
+"""Characters of a cell or column in a message."""
 _PATH_COLUMNS = ("path", "file_name")
 
 
@@ -58,13 +70,14 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
     """Return the images that manifests list for the classes `names`."""
     rows: list[tuple[Found, _Row]] = []
     faults = []
-    wanted = set(names)
+    wanted, labels = set(names), set()
     for path, part in tables:
         for row in read_manifest(path):
             label = class_of(row)
             if isinstance(label, Fault):
                 faults.append(label)
                 continue
+            labels.add(label)
             file = _file_of(row, path.parent, check=label in wanted)
             its = _part_of(row, given=part)
             if isinstance(file, Fault) or isinstance(its, Fault):
@@ -84,11 +97,10 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
         rows = [(found, row) for found, row in rows if found.part is not None]
     listed = [found for found, _ in rows if found.name in wanted]
     faults += _in_linked_folders(folder, listed)
-    present = {found.name for found in listed}
     for name in names:
-        if name not in present:
+        if name not in labels:
             remedy = "add its images, or correct the task's classes in params.yaml"
-            faults.append(Fault(str(tables[0][0]), f"no row has the label {name!r}", remedy))
+            faults.append(Fault(str(tables[0][0]), f"no row has the label {_shown(name)}", remedy))
     position = {name: index for index, name in enumerate(names)}
     listed.sort(
         key=lambda found: (PARTS.index(found.part or "train"), position[found.name], natural_key(found.file))
@@ -110,7 +122,7 @@ def _listed_twice(rows: Sequence[tuple[Found, _Row]], wanted: set[str]) -> Itera
         known, its_row = first.setdefault(found.file, (found, row))
         if its_row is row or not {found.name, known.name} & wanted:
             continue
-        what = f"{found.file} stands in {its_row.where} already"
+        what = f"{_shown(found.file)[1:-1]} stands in {its_row.where} already"
         if known.name != found.name:
             what += f", with another label ({known.name!r}, here {found.name!r})"
         elif known.part != found.part:
@@ -129,10 +141,10 @@ def class_of(row: _Row) -> str | Fault:
     """Return the class of a row: text as it is, a whole number as its decimal digits."""
     label = str(row.label) if type(row.label) is int else row.label
     if not isinstance(label, str):
-        what = "the label is empty" if label is None else f"the label is {label!r}"
+        what = "the label is empty" if label is None else f"the label is {_shown(label)}"
         return Fault(row.where, what, "write text or a whole number")
     fault = class_name_fault(label)
-    return Fault(row.where, f"the label {label!r} {fault}", "rename the class") if fault else label
+    return Fault(row.where, f"the label {_shown(label)} {fault}", "rename the class") if fault else label
 
 
 def _part_of(row: _Row, *, given: str | None) -> str | Fault | None:
@@ -141,7 +153,7 @@ def _part_of(row: _Row, *, given: str | None) -> str | Fault | None:
         return given
     word = str(row.part).strip().lower()
     if word not in WORDS:
-        return Fault(row.where, f"the split is {row.part!r}", "write train, validation or test")
+        return Fault(row.where, f"the split is {_shown(row.part)}", "write train, validation or test")
     return WORDS[word]
 
 
@@ -149,35 +161,52 @@ def _file_of(row: _Row, home: Path, *, check: bool) -> str | Fault:
     """Return the path of a row, relative to its manifest. Whether there is such an image is asked only to `check`."""
     file = row.file
     if not isinstance(file, str) or not file:
-        if isinstance(file, dict):
-            return Fault(
-                row.where, "the image is inside the manifest", "write it as a file and its path here"
-            )
-        return Fault(row.where, f"the path is {file!r}", "write the path of the image file")
-    if not file.isprintable():
-        return Fault(row.where, f"the path {file!a} is not printable text", "rename the file")
-    if posixpath.isabs(file) or file[1:3] == ":\\":
-        return Fault(row.where, f"the path {file!r} is absolute", "write it relative to the manifest")
-    if "\\" in file:
-        return Fault(row.where, f"the path {file!r} has backslashes", "write /")
+        return Fault(row.where, f"the path is {_shown(file)}", "write the path of the image file")
+    fault = next((what for holds, *what in _path_faults(file) if holds), None)
+    if fault is not None:
+        what, remedy = fault
+        return Fault(row.where, f"the path {_shown(file)} {what}", remedy)
     clean = posixpath.normpath(file)
-    if clean.split("/")[0] == "..":
-        return Fault(row.where, f"the path {file!r} leaves the folder", "put the image below the manifest")
     if check:
-        path = home / clean
-        if path.suffix.lower() not in EXTENSIONS:
-            return no_image(f"{row.where}: {clean}")
-        if not path.is_file():
-            return Fault(row.where, f"there is no file {clean}", "add it, or remove the line")
+        if Path(clean).suffix.lower() not in EXTENSIONS:
+            return no_image(f"{row.where}: {_shown(clean)[1:-1]}")
+        if not os.path.isfile(home / clean):
+            within = posixpath.relpath(clean, home.name)
+            beside = not within.startswith("..") and os.path.isfile(home / within)
+            remedy = (
+                f"paths begin at the manifest: write {within}" if beside else "add it, or remove the line"
+            )
+            return Fault(row.where, f"there is no file {_shown(clean)[1:-1]}", remedy)
     return clean
+
+
+def _path_faults(file: str) -> Iterator[tuple[bool, str, str]]:
+    """Yield what may be wrong with a path as it is written: whether it is, what, and what to do."""
+    yield not is_text(file), "has a line end or a control character", "rename the file"
+    yield posixpath.isabs(file) or file[1:3] == ":\\", "is absolute", "write it relative to the manifest"
+    yield "\\" in file, "has backslashes", "write /"
+    longest = max(len(part.encode("utf-8", "replace")) for part in file.split("/"))
+    yield longest > 255 or len(file) > 4000, "is longer than a path can be", "correct it"
+    outside = posixpath.normpath(file).split("/")[0] == ".."
+    yield outside, "leaves the folder", "put the image below the manifest"
+
+
+def _shown(value: object) -> str:
+    """Return a cell of a manifest as a message shows it: of a long one the beginning."""
+    if isinstance(value, str):
+        value = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+    text = repr(value)
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def read_manifest(path: Path) -> Iterator[_Row]:
     """Yield the rows of a manifest. An `InputError` names a file that is none, or lacks a column."""
     try:
-        data = path.read_bytes()
+        data = regular_bytes(path, at_most=_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: the manifest is missing; put it there, or correct the task") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; correct the manifest, or the task") from None
     reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix)
     if reader is None:
         raise InputError(f"{path}: not a manifest by its name; known are .csv, .jsonl and .parquet")
@@ -212,13 +241,11 @@ def _jsonl_rows(path: Path, data: bytes) -> Iterator[_Row]:
         where = f"{path}: line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            fault = " ".join(str(error).split())
-            raise InputError(f"{where}: not valid JSON ({fault}); mend that line") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not valid JSON ({_fault(error)}); mend that line") from None
         if not isinstance(record, dict):
-            raise InputError(
-                f"{where}: expected an object, found {line[:40].decode(errors='replace')}; mend it"
-            )
+            found = line[:40].decode(errors="backslashreplace")
+            raise InputError(as_line(f"{where}: expected an object, found {found}; mend it"))
         yield _row(where, record, _columns_of(where, list(record)))
 
 
@@ -228,27 +255,52 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
+        fields = list(file.schema_arrow)
+        paths = [field for field in fields if field.name in _PATH_COLUMNS]
+        if any(_holds_bytes(field.type) for field in paths or fields):
+            raise InputError(
+                f"{path}: the images are inside this file, which are not read; write them as files with a list of "
+                "their names and labels, as docs/reference/data.md shows"
+            )
         columns = _columns_of(path, file.schema_arrow.names)
         table = file.read(columns=[name for name in columns if name is not None])
-    except (pa.ArrowException, OSError) as error:
-        fault = " ".join(str(error).split())
-        raise InputError(f"{path}: not a Parquet file ({fault}); write it anew") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
+        records = table.to_pylist()
+    except InputError:
+        raise
+    except Exception as error:  # Arrow raises a dozen types on broken bytes
+        raise InputError(as_line(f"{path}: not a Parquet file ({_fault(error)}); write it anew")) from None
+    for number, record in enumerate(records, start=1):
         yield _row(f"{path}: row {number}", record, columns)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether a column has an image in each cell: its bytes, or bytes and path as the Hugging Face hub has."""
+    import pyarrow as pa
+
+    binary = (pa.types.is_binary, pa.types.is_large_binary)
+    if any(holds(kind) for holds in binary):
+        return True
+    return pa.types.is_struct(kind) and any(holds(field.type) for field in kind for holds in binary)
+
+
+def _fault(error: Exception) -> str:
+    """Return what a library says of a file, as part of a line."""
+    return one_line(error)[:_SHOWN]
 
 
 def _columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
     """Return the columns of path, label and split (None where there is none) among those of a manifest."""
     paths = [name for name in _PATH_COLUMNS if name in names]
-    found = ", ".join(map(str, names)) or "none"
+    some = [*map(_shown, names[:8]), *(["…"] if len(names) > 8 else [])]
+    found = ", ".join(text.strip("'") for text in some) or "none"
     if len(paths) != 1:
         what = "both path and file_name stand" if paths else "neither path nor file_name stands"
-        hint = " (a manifest is separated by commas)" if len(names) == 1 and ";" in names[0] else ""
-        raise InputError(f"{where}: {what} among the columns {found}{hint}; name one of them so")
+        others = len(names) == 1 and any(separator in names[0] for separator in ";\t|")
+        hint = " (a manifest is separated by commas)" if others else ""
+        raise InputError(as_line(f"{where}: {what} among the columns {found}{hint}; name one of them so"))
     if "label" not in names:
-        raise InputError(
-            f"{where}: no column label among {found}; add it, or move the file out of the source"
-        )
+        remedy = "add it, or move the file out of the source"
+        raise InputError(as_line(f"{where}: no column label among {found}; {remedy}"))
     for name in (paths[0], "label", "split"):
         if list(names).count(name) > 1:
             raise InputError(f"{where}: two columns {name}; remove one")

@@ -9,15 +9,11 @@ _THUMBNAIL = 128
 
 def data_uri(image: bytes) -> str:
     """Encode a small copy of an image, whatever its format, as one that every browser shows."""
-    from PIL import Image
-
     from pipelines.data.decoding import open_picture, strict_pictures
     from pipelines.runtime.memory import ANY_SIZE
 
     with strict_pictures(ANY_SIZE):
         picture = open_picture(image)
-    if picture.mode == "RGBA":  # white shows through, as it does for the model
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     encoded = io.BytesIO()
     if max(picture.size) <= _THUMBNAIL // 2:  # pixels that one can count must not be blurred

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipelines.data.source_files import is_text
 from pipelines.ledger.verdicts import broken, measured_in, results_of
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
@@ -27,7 +28,7 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
         raise InputError(f"approve: there is no task {task!r}; known are {', '.join(params.tasks)}")
     results = evaluation_of(task)
     for option, value in (("--by", by), ("--why", why)):
-        if not value.strip() or not value.isprintable():
+        if not value.strip() or not is_text(value):
             raise InputError(
                 f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
             )

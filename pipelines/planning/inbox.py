@@ -3,6 +3,7 @@
 import os
 from pathlib import Path, PurePosixPath
 
+from pipelines.data.source_files import is_text
 from pipelines.data.sources import class_names
 from pipelines.planning.tasks import add_task, inside_project
 from pipelines.project.errors import InputError
@@ -21,7 +22,7 @@ def arrived(folder: str, inbox: Path) -> Path:
         raise InputError(
             f"the event names no folder; its payload is a folder of {inbox}, as in folder: zebras"
         )
-    if folder.startswith("/") or "\\" in folder or ".." in parts or not folder.isprintable():
+    if folder.startswith("/") or "\\" in folder or ".." in parts or not is_text(folder):
         raise InputError(f"{shown}: not the name of a folder in {inbox}; nothing else is looked at")
     if not inbox.is_dir():
         raise InputError(

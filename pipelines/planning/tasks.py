@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.sources import class_names
+from pipelines.data.manifests import manifests
+from pipelines.data.source_files import as_line
+from pipelines.data.sources import class_names, unread_tables
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import PARAMS
@@ -48,7 +50,7 @@ def plan(
             f"{len(names)} classes do not divide into {len(sizes)} equal tasks:"
             f" the first {more} {'has' if more == 1 else 'have'} {sizes[0]}, the others {sizes[-1]}"
         )
-    return lines + [task_line(key, task) for key, task in block.items()]
+    return lines + [task_line(key, task) for key, task in block.items()] + _unread(path, folder, manifest)
 
 
 def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
@@ -58,6 +60,21 @@ def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: 
     return [
         f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}",
         task_line(key, task),
+        *_unread(path, task.source, task.manifest),
+    ]
+
+
+def _unread(path: Path, folder: str, manifest: str | None) -> list[str]:
+    """Return a line about tables in a source of class folders, which nobody reads."""
+    source = path.parent / folder
+    tables = [] if manifests(source, manifest) else unread_tables(source)
+    if not tables:
+        return []
+    return [
+        as_line(
+            f"warning: {folder}/{tables[0].name}: a table that nobody reads, because the folders say the classes; "
+            "give the table itself if it should"
+        )
     ]
 
 

@@ -123,8 +123,8 @@ class Fetch(Section):
 class Data(Section):
     """How a task's images are divided, checked and packed."""
 
-    duplicates: Literal["refuse", "allow", "leave_out"]
-    """whether the same picture may stand in two tasks or classes (never in train and test)"""
+    duplicates: Literal["refuse", "allow", "leave_out", "keep_first"]
+    """whether the same picture may stand in two tasks or classes (never in train and test), and which ones go"""
     test_fraction: Share
     """share of each class that becomes test images where the source is not divided"""
     seed: Seed

@@ -133,16 +133,15 @@ def export(
 
 
 def check_pictures(subject: Subject, images: Path | None, count: int) -> list[Image]:
-    """Pictures for the check, upright, on white and in the backbone's colours, spread over all there are."""
+    """Pictures for the check, as they are opened and in the backbone's colours, spread over all there are."""
     from pipelines.data.decoding import open_picture, strict_pictures
-    from sdlora.preprocessing import on_white
 
     mode = "L" if subject.preprocessing.input_size[0] == 1 else "RGB"
     pictures = []
     with strict_pictures():
         for name, data in _folder_images(images, count) if images else _packed_images(subject, count):
             try:
-                pictures.append(on_white(open_picture(data)).convert(mode))
+                pictures.append(open_picture(data).convert(mode))
             except ValueError as error:
                 raise InputError(f"{name}: {error}; replace the image") from None
     return pictures
@@ -164,12 +163,17 @@ def _packed_images(subject: Subject, count: int) -> list[tuple[str, bytes]]:
 
 
 def _folder_images(folder: Path, count: int) -> list[tuple[str, bytes]]:
+    from pipelines.data.source_files import image_bytes
     from pipelines.serving.predict import files_of
 
     paths = list(files_of(folder))
     if not paths:
         raise InputError(f"{folder}: no image there to check the export on")
-    return [(str(paths[index]), paths[index].read_bytes()) for index in _spread(len(paths), count)]
+    chosen = [paths[index] for index in _spread(len(paths), count)]
+    try:
+        return [(str(path), image_bytes(path)) for path in chosen]
+    except ValueError as error:
+        raise InputError(f"{folder}: an image that cannot be read: {error}; replace it") from None
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import os
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.data.source_files import image_bytes, is_litter
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
 from pipelines.runtime.console import printable
@@ -107,7 +109,11 @@ def files(images: Iterable[str]) -> Iterator[str]:
     """Yield the names of all images: a folder stands for those in it, `-` for a list on standard input, one a line."""
     for name in images:
         if name == "-":
-            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer if line.strip())
+            lines = (
+                line if number else line.removeprefix(codecs.BOM_UTF8)
+                for number, line in enumerate(sys.stdin.buffer)
+            )
+            yield from (os.fsdecode(line.rstrip(b"\r\n")) for line in lines if line.strip())
         elif os.path.isdir(name):
             yield from map(str, files_of(Path(name)))
         else:
@@ -117,15 +123,15 @@ def files(images: Iterable[str]) -> Iterator[str]:
 def files_of(folder: Path) -> Iterator[Path]:
     """Yield the images of a folder and of the folders in it, by name, `img2` before `img10`.
 
-    Hidden ones are left out.
+    Hidden ones are left out, and what other programs leave beside images.
     """
     from PIL import Image
 
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for home, folders, names in os.walk(folder):
-        folders[:] = sorted((name for name in folders if name[0] != "."), key=natural_key)
+        folders[:] = sorted((name for name in folders if not is_litter(name)), key=natural_key)
         for name in sorted(names, key=natural_key):
-            if name[0] != "." and os.path.splitext(name)[1].lower() in known:
+            if not is_litter(name) and os.path.splitext(name)[1].lower() in known:
                 yield Path(home, name)
 
 
@@ -150,10 +156,11 @@ def _decoded_batches(
 
 
 def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
-    from pipelines.data.decoding import open_picture
+    from pipelines.data.decoding import opened_picture
 
     try:
-        return preprocessing.pixels(open_picture(Path(name).read_bytes()))
+        with opened_picture(image_bytes(Path(name))) as picture:
+            return preprocessing.pixels(picture)
     except OSError as error:
         return error.strerror or type(error).__name__
     except ValueError as error:

@@ -3,8 +3,9 @@
 The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of this task or of
 another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two tasks or under two classes
 it is refused too, unless `data.duplicates` is `allow` or `leave_out`: then train may repeat train, and test may repeat
-test. Copies within one class of one part are harmless; all copies that stay are counted in `split.json`, and so are
-pictures of train that are nearly, by a perceptual hash, pictures of validation or test.
+test. With `keep_first` the class that came first keeps it, and the others lose it, counted too. Copies within one class
+of one part are harmless; all copies that stay are counted in `split.json`, and so are pictures of train that are
+nearly, by a perceptual hash, pictures of validation or test.
 
 Of a task whose images were deleted (`sdlora retire`) the stage gives back what it left, and in place of the training
 images their hash.
@@ -20,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from pipelines.data.class_folders import litter_of
 from pipelines.data.decoding import picture_hash
 from pipelines.data.duplicates import (
+    LEAVE_OUT,
     Print,
-    leaking_pictures,
     near_across_parts,
     near_line,
     perceptual_hash,
@@ -41,7 +43,7 @@ from pipelines.data.packed import (
     write_images,
     write_samples,
 )
-from pipelines.data.source_files import PARTS, Found, refuse
+from pipelines.data.source_files import PARTS, Found, as_line, refuse
 from pipelines.data.sources import task_images
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
@@ -106,6 +108,9 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
 
     first = len(earlier["classes"])
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
+    if tasks[task].manifest is None and (litter := litter_of(source, names)):
+        some = as_line(", ".join(sorted(litter)[:3]))
+        log_line(f"split {task}: {litter.total()} of other programs left out, such as {some}")
     labels = {name: first + i for i, name in enumerate(names)}
     read = _read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
     known = list(_earlier_prints(before, earlier["tasks"]))
@@ -151,10 +156,12 @@ def _compared(
         InputError: the same picture stands where `data.duplicates` does not let it.
     """
     left_out: list[int] = []
-    if data.duplicates == "leave_out":
-        left_out = leaking_pictures([picture.print() for picture in pictures], known)
+    if data.duplicates in LEAVE_OUT:
+        place, find = LEAVE_OUT[data.duplicates]
+        labels = list({picture.found.name: picture.row.label for picture in pictures}.values())
+        left_out = find([picture.print() for picture in pictures], known, sorted(labels))
         pictures = _without(pictures, left_out)
-        _refuse_emptied(task, names, pictures, left_out)
+        _refuse_emptied(task, names, pictures, left_out, place)
     prints = [picture.print() for picture in pictures]
     refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
     near = near_across_parts(prints, known)
@@ -211,7 +218,7 @@ def _without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
 
 
 def _refuse_emptied(
-    task: str, names: Sequence[str], pictures: Iterable[_Picture], left_out: Sequence[int]
+    task: str, names: Sequence[str], pictures: Iterable[_Picture], left_out: Sequence[int], place: str
 ) -> None:
     """Say what was left out. Refuse a class of which nothing to train on, or to test, is left."""
     held = {(picture.found.name, picture.part) for picture in pictures}
@@ -219,12 +226,12 @@ def _refuse_emptied(
         for part in ("train", "test"):
             if (name, part) not in held:
                 raise InputError(
-                    f"{task}: class {name!r}: every {part} image stands in another part too, and would be left out; "
+                    f"{task}: class {name!r}: every {part} image stands {place} too, and would be left out; "
                     "give it images of its own"
                 )
     if left_out:
         count = "1 picture stands" if len(left_out) == 1 else f"{len(left_out)} pictures stand"
-        log_line(f"split {task}: {count} in another part too and left out, as data.duplicates says")
+        log_line(f"split {task}: {count} {place} too and left out, as data.duplicates says")
 
 
 def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:

@@ -7,12 +7,13 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.regular_files import require_regular_files
 from pipelines.versioning.patches import apply_patches
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
             stages = repo.stage.load_all(str(DVC_YAML))
             needs = needs_of(stages)
+            made = {out.def_path for stage in stages for out in stage.outs}
+            for path in {dep.def_path for stage in stages for dep in stage.deps} - made:
+                if Path(path).is_dir():
+                    require_regular_files(Path(path))
             remote = bool(repo.config["core"].get("remote"))
             elsewhere = _left_elsewhere(stages) if partial_checkout and remote else {}
             changes = _changes_of(repo, stages)

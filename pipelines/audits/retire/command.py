@@ -11,6 +11,7 @@ from pathlib import Path
 from pipelines.audits.retire.deletion import delete_everywhere, to_run
 from pipelines.audits.retire.stored_images import Left, fetched, left_of
 from pipelines.audits.retire.survey import survey
+from pipelines.data.source_files import is_text
 from pipelines.ledger.receipts import Receipt, read_receipt, receipt_of
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json
@@ -45,7 +46,7 @@ def retire(task: str, *, by: str | None, why: str | None, dry: bool, yes: bool) 
             echo(f"{task}: going on with what {receipt.by} began, {receipt.at}")
         else:
             for option, value in (("--by", by), ("--why", why)):
-                if not value or not value.strip() or not value.isprintable():
+                if not value or not value.strip() or not is_text(value):
                     raise InputError(
                         f"retire: {option} {value!r}: write a line of text, for those who audit it later"
                     )

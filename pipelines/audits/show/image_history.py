@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from pipelines.audits.show.class_history import TOP
@@ -18,6 +19,7 @@ from pipelines.audits.steps import (
 from pipelines.audits.tables import console, print_json, significant, table
 from pipelines.data.decoding import open_picture, picture_hash, strict_pictures
 from pipelines.data.packed import read_images
+from pipelines.data.source_files import image_bytes
 from pipelines.project.errors import InputError
 from pipelines.reports.format import percent
 from pipelines.runtime.console import printable
@@ -78,7 +80,7 @@ def _image_history(project: AuditedProject, which: str) -> Figures:
             picture = open_picture(data)
         except ValueError as error:
             raise InputError(f"{printable(which)}: {error}") from None
-    known = _known_as(last, picture_hash(picture))
+    known = _known_as(last, picture_hash(picture), hashlib.sha256(data).hexdigest())
     truths = {entry["class"] for entry in known}
     set_deterministic(True)
     device: torch.device = choose_device("auto")
@@ -116,8 +118,11 @@ def _image_history(project: AuditedProject, which: str) -> Figures:
 
 def _image_bytes(last: AuditedStep, which: str) -> bytes:
     """Return the bytes of a file, or of the test image of that id. An `InputError` says that it is neither."""
-    if Path(which).is_file():
-        return Path(which).read_bytes()
+    if Path(which).exists():
+        try:
+            return image_bytes(Path(which))
+        except ValueError as error:
+            raise InputError(f"{printable(which)}: {error}; name a picture") from None
     task = which.partition("/")[0]
     if task in last.tasks and (path := last.test_images(task)) is not None:
         images = read_images(path)
@@ -130,11 +135,11 @@ def _image_bytes(last: AuditedStep, which: str) -> bytes:
     raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
 
 
-def _known_as(step: AuditedStep, picture: str) -> list[Figures]:
-    """Return the images of the chain that show a picture, by its `picture_hash`."""
+def _known_as(step: AuditedStep, pixels: str, file: str) -> list[Figures]:
+    """Return the images of the chain that show a picture, by its `picture_hash`, or are the very file."""
     found = []
     for row in samples_of(step):
-        if row["pixels"] == picture:
+        if row["pixels"] == pixels or row["sha256"] == file:
             owner = step.classes[row["label"]]
             found.append(
                 {"id": row["id"], "part": row["split"], "class": owner["name"], "task": owner["task"]}

@@ -6,22 +6,23 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from pipelines.data.duplicates import Print, leaking_pictures, near_across_parts, near_pictures
+from pipelines.data.duplicates import LEAVE_OUT, Print, near_across_parts, near_pictures
 from pipelines.data.duplicates import same_pictures as find_same
 from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.settings import Data, Task
 
 
 def duplicate_findings(
-    key: str, prints: Sequence[Print], earlier: Sequence[Print], data: Data
+    key: str, task: Task, prints: Sequence[Print], earlier: Sequence[Print], data: Data
 ) -> Iterator[Finding]:
     """Pictures that stand where they must not, copies, and pictures that nearly are others."""
     strict = list(find_same(prints, earlier, tolerated=False))
     refused = strict
-    if data.duplicates == "leave_out":
-        left_out = dict.fromkeys(leaking_pictures(prints, earlier))
+    if data.duplicates in LEAVE_OUT:
+        place, find = LEAVE_OUT[data.duplicates]
+        left_out = dict.fromkeys(find(prints, earlier, task.classes))
         if left_out:
-            what = f"{counted(left_out, 'picture')} left out, because others in another part are the same"
+            what = f"{counted(left_out, 'picture')} left out, because others {place} are the same"
             yield Finding(
                 "warning", "same picture", key, what, [prints[i].shown for i in left_out], "nothing"
             )

@@ -43,7 +43,7 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
             findings.append(Finding("ok", "images", key, what, [], ""))
         if key in checked and not task.retired:
             seen[key] = look_at(key, task, params.data, findings, fetched=fetched)
-            findings += duplicate_findings(key, seen[key].prints, earlier, params.data)
+            findings += duplicate_findings(key, task, seen[key].prints, earlier, params.data)
             earlier += seen[key].prints
         else:
             earlier += known_prints(key, task, params.data, findings)

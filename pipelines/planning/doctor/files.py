@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.data.class_folders import is_divided
+from pipelines.data.class_folders import is_divided, litter_of
 from pipelines.data.decoding import picture_hash
 from pipelines.data.division import divide
 from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
+from pipelines.data.manifests import manifests
 from pipelines.data.packed import read_images
 from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
-from pipelines.data.sources import read_source
+from pipelines.data.sources import read_source, unread_tables
 from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
@@ -61,7 +62,9 @@ def look_at(
     except InputError as error:
         findings.append(Finding("error", "source", key, str(error), [], ""))
         return Seen()
-    faults = [*source.faults, *divided.faults]
+    faults = (
+        source.faults or divided.faults
+    )  # how a class is divided says nothing where its files are not all there
     if faults:
         what = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'} of the source"
         findings.append(Finding("error", "source", key, what, [str(fault) for fault in faults], "mend each"))
@@ -69,6 +72,11 @@ def look_at(
     if unread:
         what = f"{len(unread)} things are not read"
         findings.append(Finding("warning", "source", key, what, unread, "move them into a class, or away"))
+    litter = litter_of(folder, task.classes) if task.manifest is None and folder.is_dir() else Counter()
+    if litter:
+        what = f"{litter.total()} {'thing' if litter.total() == 1 else 'things'} of other programs, left out"
+        where = [_printable(f"{name}: {number}") for name, number in sorted(litter.items())]
+        findings.append(Finding("ok", "source", key, what, where, ""))
 
     looks: dict[int, tuple[Print, int]] = {}
 
@@ -98,7 +106,9 @@ def _print_of(found: Found, picture: Image) -> Print:
 
 
 def _left_out(folder: Path) -> Iterator[str]:
-    """Images and folders that stand where no class folder is, and classes that are in test/ and not in train/."""
+    """Images, tables and folders where no class folder is, and classes that are in test/ and not in train/."""
+    if not manifests(folder, None):
+        yield from (_printable(f"{path}, a table") for path in unread_tables(folder))
     divided = is_divided(folder)
     learned = {path.name for path in visible(folder / "train")}
     for place in [folder, *(folder / word for word in WORDS)] if divided else [folder]:

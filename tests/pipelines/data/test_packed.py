@@ -169,15 +169,15 @@ def test_a_picture_that_the_camera_turned_is_upright(tmp_path: Path) -> None:
     [
         pytest.param("1", "PNG", "L", id="bilevel"),
         pytest.param("L", "JPEG", "L", id="grey-jpeg"),
-        pytest.param("LA", "PNG", "RGBA", id="grey-with-alpha"),
+        pytest.param("LA", "PNG", "RGB", id="grey-with-alpha"),
         pytest.param("P", "PNG", "RGB", id="palette"),
         pytest.param("P", "GIF", "RGB", id="gif"),
         pytest.param("RGB", "JPEG", "RGB", id="jpeg"),
         pytest.param("RGB", "BMP", "RGB", id="bmp"),
         pytest.param("RGB", "TIFF", "RGB", id="tiff"),
         pytest.param("RGB", "WEBP", "RGB", id="webp"),
-        pytest.param("RGBA", "PNG", "RGBA", id="alpha"),
-        pytest.param("RGBA", "WEBP", "RGBA", id="webp-with-alpha"),
+        pytest.param("RGBA", "PNG", "RGB", id="alpha"),
+        pytest.param("RGBA", "WEBP", "RGB", id="webp-with-alpha"),
         pytest.param("CMYK", "JPEG", "RGB", id="cmyk-jpeg"),
         pytest.param("CMYK", "TIFF", "RGB", id="cmyk-tiff"),
         pytest.param("YCbCr", "JPEG", "RGB", id="ycbcr"),
@@ -232,8 +232,7 @@ def test_a_profile_leaves_transparency_alone(mode: str) -> None:
 
     opened = open_picture(encoded(clear, icc_profile=exchanged_profile(), **options))
 
-    assert opened.mode == "RGBA"
-    assert opened.getchannel("A").getextrema() == (0, 0)
+    assert np.asarray(opened).min() == 255
 
 
 @pytest.mark.parametrize("name", ["junk", "srgb", "of-another-space"])
@@ -282,10 +281,12 @@ def test_other_pixels_or_another_shape_have_another_hash() -> None:
 @pytest.mark.parametrize(
     ("data", "fault"),
     [
-        pytest.param(b"", "it is no image", id="empty"),
+        pytest.param(b"", "it is empty", id="empty"),
         pytest.param(b"hello", "it is no image", id="text"),
         pytest.param(encoded(Image.fromarray(NOISE))[:60], "truncated|broken|incomplete", id="cut-off"),
-        pytest.param(encoded(Image.new("F", (2, 2)), "TIFF"), r"32-bit numbers .* \(mode F\)", id="floats"),
+        pytest.param(
+            encoded(Image.new("F", (2, 2)), "TIFF"), r"floating-point numbers .* \(mode F\)", id="floats"
+        ),
     ],
 )
 def test_a_picture_that_cannot_be_decoded_says_why(data: bytes, fault: str) -> None:
@@ -294,10 +295,8 @@ def test_a_picture_that_cannot_be_decoded_says_why(data: bytes, fault: str) -> N
 
 
 @pytest.mark.parametrize("limit", [29, 14])
-def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-
-    with pytest.raises(ValueError, match=f"more than {limit} pixels"), strict_pictures():
+def test_a_huge_picture_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"more than {limit} pixels"), strict_pictures(limit):
         open_picture(encoded(Image.fromarray(NOISE)))
 
 

@@ -156,7 +156,7 @@ def test_the_decoder_names_the_libraries_that_make_pixels() -> None:
     code = [fingerprint_of(part) for part in (PackedImages, Preprocessing)]
     assert found["code"] == [part.sha256 for part in code]
     names = {definition.name for part in code for definition in part.definitions}
-    assert {"decode_one", "open_picture", "on_white", "Preprocessing"} <= names
+    assert {"decode_one", "opened_picture", "without_metadata", "on_white", "Preprocessing"} <= names
 
 
 @pytest.mark.parametrize("place", [0, 3 * SIZE + 5, -1], ids=["first", "a-pixel", "a-checksum"])

@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.class_folders import litter_of
 from pipelines.data.division import divide
 from pipelines.data.source_files import Found
 from pipelines.data.sources import class_names, read_source, task_images
 from pipelines.project.errors import InputError
 from pipelines.project.settings import Data
+from tests.support.repository import REPOSITORY
 
 OWN = Path("data/raw/own")
 DATA = Data(duplicates="refuse", test_fraction=0.2, seed=0, validation=None, max_pixels=100)
@@ -128,9 +134,11 @@ def test_thousands_of_classes_are_listed_in_one_pass() -> None:
     ("files", "fault"),
     [
         pytest.param(
-            ["train/a/1.png"], "data/raw/own/test/a: the folder is missing; make it, or correct", id="no-test"
+            ["train/a/1.png"], "data/raw/own/test: the folder is missing beside train; put test", id="no-test"
         ),
-        pytest.param(["test/a/1.png"], "data/raw/own/train/a: the folder is missing", id="no-train"),
+        pytest.param(
+            ["test/a/1.png"], "data/raw/own/train: the folder is missing beside test", id="no-train"
+        ),
         pytest.param(
             ["a/1.png"],
             "data/raw/own/a/1.png: class 'a' has one image, and needs one to learn and one to test; add images",
@@ -194,6 +202,86 @@ def test_a_source_without_classes_says_what_it_lacks(files: list[str], fault: st
 
     with pytest.raises(InputError, match=fault):
         class_names(OWN, manifest=None, shown="own")
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        pytest.param(
+            ["labels.csv", "images/1.png"],
+            "own/labels.csv: a table that nobody reads, beside the folder images; give the table itself if it lists the"
+            " images, else move it away",
+            id="one-folder",
+        ),
+        pytest.param(["train.parquet"], "own/train.parquet: a table that nobody reads, beside no class", id="none"),
+        pytest.param(["l.csv", "train/1.png", "test/1.png"], "own/l.csv: a table that nobody reads,", id="parts"),
+        pytest.param(["train/1.png", "test/1.png"], "own: images in test and train without class folders", id="flat"),
+        pytest.param(
+            ["cat/1.png", "cat/more/1.png"], "own/cat/more: a folder inside a class; move its images up", id="stray"
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_be_learned_as_something_else_is_refused(files: list[str], fault: str) -> None:
+    touch(*files)
+
+    with pytest.raises(InputError) as caught:
+        class_names(OWN, manifest=None, shown="own")
+    assert str(caught.value).startswith(fault)
+
+
+def test_what_other_programs_leave_is_no_class_and_no_image_and_is_counted() -> None:
+    touch("Thumbs.db", "__MACOSX/x", "cat/1.png", "cat/2.png", "cat/desktop.ini", "cat/@eaDir/1.png")
+    touch("cat/.DS_Store", "cat/.thumbnails/1.png", "@eaDir/1.png", "other/Thumbs.db")
+
+    assert class_names(OWN, manifest=None, shown="own") == ["cat", "other"]
+    assert images("cat")["test"] == ["cat/2.png"] or images("cat")["test"] == ["cat/1.png"]
+    assert litter_of(OWN, ["cat"]) == {
+        "Thumbs.db": 1, "__MACOSX": 1, "@eaDir": 2, "desktop.ini": 1, ".DS_Store": 1, ".thumbnails": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a\u202fb.png", "\u0645\u06cc\u200c\u062e.png", "\u200d.png", "\ue000.png"])
+def test_a_name_may_have_characters_that_show_nothing(name: str) -> None:
+    touch(f"cat/{name}", "cat/1.png")
+    write("list.csv", f"path,label,split\ncat/{name},x,train\ncat/1.png,x,test\n")
+
+    assert f"cat/{name}" in [file for part in images("cat").values() for file in part]
+    assert images("x", manifest="list.csv")["train"] == [f"cat/{name}"]
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\u2028b.png", "a\x1bb.png", "a\udc80b.png"], ids=ascii)
+def test_a_name_that_would_break_a_line_is_refused(name: str) -> None:
+    touch(f"cat/{name}", "cat/1.png")
+
+    assert refusal("cat").endswith("b.png' has a line end or a control character; rename the file")
+    assert refusal("cat").isprintable()
+
+
+def test_validation_images_without_tests_are_one_line_that_says_how_they_can_serve() -> None:
+    touch("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+
+    assert refusal("a", "b") == (
+        "data/raw/own/test: the folder is missing beside train and val; rename val to test to test on its images, or"
+        " make test"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        pytest.param(
+            "x.zip", "x.zip: an archive, which is not read; unpack it and give the folder", id="archive"
+        ),
+        pytest.param("x.png", "x.png: a file, not a folder; give the folder of the images", id="file"),
+        pytest.param("x", "x: the folder is missing; put images there", id="nothing"),
+    ],
+)
+def test_a_source_that_is_no_folder_is_called_what_it_is(name: str, fault: str) -> None:
+    touch("x.zip", "x.png")
+
+    with pytest.raises(InputError) as caught:
+        class_names(OWN / name, manifest=None, shown=name)
+    assert str(caught.value).startswith(fault)
 
 
 # ---- the draw
@@ -404,12 +492,71 @@ def test_a_line_without_the_split_that_others_have_is_refused() -> None:
     )
 
 
-def test_images_inside_a_parquet_file_are_not_read() -> None:
-    pq.write_table(pa.table({"path": [{"bytes": b"x"}], "label": ["a"]}), OWN / "list.parquet")
+@pytest.mark.parametrize("column", ["path", "image"])
+def test_images_inside_a_parquet_file_are_not_read(column: str) -> None:
+    images = [{"bytes": b"x", "path": "1.png"}]
+    pq.write_table(pa.table({column: images, "label": [0]}), OWN / "list.parquet")
 
-    assert "row 1: the image is inside the manifest; write it as a file" in refusal(
-        "a", manifest="list.parquet"
+    assert refusal("a", manifest="list.parquet") == (
+        "data/raw/own/list.parquet: the images are inside this file, which are not read; write them as files with a "
+        "list of their names and labels, as docs/reference/data.md shows"
     )
+
+
+def test_labels_that_are_no_names_are_the_first_thing_said_of_a_manifest() -> None:
+    touch("1.png", "2.png")
+    as_jsonl(OWN / "metadata.jsonl", [("1.png", True), ("2.png", False)], ("file_name", "label"))
+
+    with pytest.raises(InputError) as caught:
+        class_names(OWN, manifest=None, shown="own")
+    assert str(caught.value) == (
+        "data/raw/own/metadata.jsonl: line 1: the label is True; write text or a whole number (and 1 more)"
+    )
+
+
+def test_paths_that_begin_above_their_manifest_are_said_and_nothing_else() -> None:
+    touch("train/0.png", "train/1.png")
+    as_jsonl(
+        OWN / "train/metadata.jsonl", [(f"train/{i}.png", "a") for i in range(2)], ("file_name", "label")
+    )
+
+    faults = [str(fault) for fault in read_source(OWN, ["a"], manifest=None).faults]
+    assert faults == [
+        f"data/raw/own/train/metadata.jsonl: line {2 * i + 1}: there is no file train/{i}.png; paths begin at the"
+        f" manifest: write {i}.png"
+        for i in range(2)
+    ]
+
+
+def test_tabs_get_the_hint_that_semicolons_get() -> None:
+    write("list.csv", "file_name\tlabel\n")
+
+    assert "(a manifest is separated by commas); name one of them so" in refusal("a", manifest="list.csv")
+    assert refusal("a", manifest="list.csv").isprintable()
+
+
+def test_a_manifest_that_is_no_file_is_refused_at_once() -> None:
+    os.mkfifo(OWN / "list.csv")
+
+    assert refusal("a", manifest="list.csv") == (
+        "data/raw/own/list.csv: it is a pipe, not a file; correct the manifest, or the task"
+    )
+
+
+def test_the_page_about_data_says_how_images_are_taken_out_of_parquet() -> None:
+    rows = [
+        {"image": {"bytes": b"%d" % i, "path": f"{i}.jpg" if i else None}, "label": i % 2} for i in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "train.parquet")
+    page = (REPOSITORY / "docs/reference/data.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+    birds = Path("data/raw/birds")
+    assert class_names(birds, manifest=None, shown="birds") == ["0", "1"]
+    assert (birds / "1/3.jpg").read_bytes() == b"3"
+    assert (birds / "0/0.png").read_bytes() == b"0"
 
 
 def test_two_manifests_that_would_be_found_are_refused() -> None:

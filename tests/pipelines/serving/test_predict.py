@@ -116,6 +116,14 @@ def test_files_folders_and_a_list_give_the_same(project: Path) -> None:
     assert [row["image"] for row in rows("t02", "pictures/t01")] == names
 
 
+def test_a_list_may_begin_with_a_byte_order_mark(project: Path) -> None:
+    names = [f"pictures/t01/img{index}.png" for index in (0, 2)]
+
+    found = rows("t02", "-", stdin=b"\xef\xbb\xbf" + "\r\n".join(names).encode())
+    assert [row["image"] for row in found] == names
+    assert all("predictions" in row for row in found)
+
+
 def test_folders_are_walked_in_natural_order_without_what_is_hidden_or_no_image(tmp_path: Path) -> None:
     for name in ("b/img10.png", "b/img2.JPG", "a/x.webp", "a/.y.png", ".c/z.png", "b/notes.txt", "img1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -255,6 +255,16 @@ def test_of_many_unreadable_images_three_are_named_and_all_are_counted() -> None
     )
 
 
+def test_what_is_no_file_is_an_unreadable_image() -> None:
+    os.mkfifo(SOURCE / "train/cat/pipe.png")
+    (SOURCE / "train/ant/zero.png").symlink_to("/dev/zero")
+
+    assert refusal("t01") == (
+        "cannot read data/raw/own/train/cat/pipe.png (it is a pipe, not a file),"
+        " data/raw/own/train/ant/zero.png (it is a device, not a file); replace or remove what is broken"
+    )
+
+
 def test_a_link_to_nothing_is_an_unreadable_image() -> None:
     (SOURCE / "train/cat/x.png").symlink_to("nowhere")
 
@@ -276,7 +286,9 @@ def test_a_file_that_is_no_image_by_its_name_is_refused() -> None:
 def test_a_file_name_that_would_break_a_line_is_refused() -> None:
     paint(SOURCE / "train/cat/a\nb.png", 251)
 
-    assert "the file name 'a\\nb.png' is not printable text; rename the file" in refusal("t01")
+    assert "the file name 'a\\nb.png' has a line end or a control character; rename the file" in refusal(
+        "t01"
+    )
 
 
 def test_a_folder_inside_a_class_is_refused() -> None:
@@ -329,7 +341,7 @@ def test_a_picture_in_two_tasks_is_refused_unless_allowed(part: str) -> None:
 
     assert refusal("t02") == (
         f"data/raw/own/{part.format('dog')}: the same picture as t01/{part.format('cat')} of an earlier"
-        " task, of another class; remove one, or set data.duplicates: allow in params.yaml"
+        " task, of another class; remove one, or set data.duplicates: allow or keep_first in params.yaml"
     )
     allow_duplicates()
     assert len(run("t02")) == 2
@@ -377,11 +389,49 @@ def test_a_picture_under_two_classes_is_refused_unless_allowed() -> None:
 
     assert refusal("t01") == (
         "data/raw/own/train/ant/9.png: the same picture as data/raw/own/train/cat/9.png, of another class;"
-        " remove one, or set data.duplicates: allow in params.yaml (and 1 more)"
+        " remove one, or set data.duplicates: allow or keep_first in params.yaml (and 1 more)"
     )
     allow_duplicates()
     run("t01")
     assert read_json(Path("split/t01/split.json"))["duplicates"] == 2
+
+
+def test_the_class_that_came_first_keeps_a_picture_if_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    copy("train/cat/9.png", "train/ant/1.png")
+    copy("train/cat/10.png", "test/ant/2.png")
+    copy("train/ant/9.png", "train/dog/1.png")
+    choose("duplicates: refuse", "duplicates: keep_first")
+    run("t01")
+    run("t02")
+
+    assert read_json(Path("split/t01/split.json"))["left_out"] == 2
+    assert read_json(Path("split/t02/split.json"))["left_out"] == 1
+    assert parts_of("t01")["train.arrow"] == [
+        "t01/train/cat/9.png", "t01/train/cat/10.png", "t01/train/ant/9.png", "t01/train/ant/10.png",
+    ]  # fmt: skip
+    assert "t02/train/dog/1.png" not in parts_of("t02")["train.arrow"]
+    assert "2 pictures stand under another class too and left out" in capsys.readouterr().err
+
+
+def test_a_class_that_would_lose_all_its_pictures_is_refused() -> None:
+    copy("test/cat/1.png", "test/ant/1.png")
+    choose("duplicates: refuse", "duplicates: keep_first")
+
+    assert refusal("t01") == (
+        "t01: class 'ant': every test image stands under another class too, and would be left out; "
+        "give it images of its own"
+    )
+
+
+def test_a_picture_that_differs_in_what_is_clear_alone_stands_in_one_part() -> None:
+    clear = Image.new("RGBA", (3, 2), (9, 9, 9, 255))
+    clear.putpixel((0, 0), (200, 0, 0, 0))
+    clear.save(SOURCE / "train/cat/clear.png")
+    clear.save(SOURCE / "test/ant/clear.webp", lossless=True)
+
+    assert "test/ant/clear.webp: the same picture as data/raw/own/train/cat/clear.png, in train" in refusal(
+        "t01"
+    )
 
 
 def test_copies_within_a_class_stay_and_are_counted() -> None:
