@@ -22,7 +22,7 @@ from pipelines.data.source_files import (
 )
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
-from pipelines.project.param_checks import class_name_fault
+from pipelines.project.names import class_name_fault
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Manifests that are found by themselves, at the top of a source or in its train/ and test/."""

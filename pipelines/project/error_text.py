@@ -6,6 +6,7 @@ import errno
 import traceback
 from pathlib import Path
 
+from pipelines.project.display import MESSAGE, shortened
 from pipelines.project.errors import InputError
 
 
@@ -20,16 +21,28 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
-        return f"{error.strerror}{where}"
+            return _line(
+                f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
+            )
+        return _line(f"{error.strerror}{where}")
     if isinstance(error, ValueError) and _raised_here(error):
         return one_line(error)
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's text as one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the error's text as one line that a terminal shows, or its type where it has none."""
+    return _line(str(error)) or type(error).__name__
+
+
+def _line(text: str) -> str:
+    """Return a text on one line, of a length that a person reads, with what cannot be shown escaped."""
+    line = " ".join(text.split())
+    return shortened(line if line.isprintable() else "".join(map(_printable, line)), MESSAGE)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def _raised_here(error: BaseException) -> bool:
