@@ -92,6 +92,7 @@ class _Open(NamedTuple):
     content: dict[Any, Any] | list[Any]
     keys: list[Any]
     """the key whose value comes next, if there is one"""
+    in_brackets: bool
 
 
 class _Values:
@@ -117,7 +118,7 @@ class _Values:
                 raise self._fault(event, f"more than {_LEVELS} levels of blocks and lists; write fewer")
             content: dict[Any, Any] | list[Any] = {} if isinstance(event, yaml.MappingStartEvent) else []
             self._place(content, event)
-            self._open.append(_Open(content, []))
+            self._open.append(_Open(content, [], bool(event.flow_style)))
         elif isinstance(event, yaml.CollectionEndEvent):
             self._open.pop()
         elif isinstance(event, yaml.DocumentStartEvent):
@@ -143,6 +144,10 @@ class _Values:
         if not event.implicit[0]:
             self.quoted.append((event.start_mark.index, event.end_mark.index))
             return text
+        if ":" in text and self._open and self._open[-1].in_brackets:
+            raise self._fault(
+                event, f"{show_value(text)} in brackets, which DVC does not take; write it in quotes"
+            )
         for pattern, read in _KINDS.get(text[:1], ()):
             if pattern.fullmatch(text):
                 try:
@@ -156,7 +161,7 @@ class _Values:
         if not self._open:
             self.root = value
             return
-        content, keys = self._open[-1]
+        content, keys, _ = self._open[-1]
         if isinstance(content, list):
             content.append(value)
         elif keys:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from dvc.utils.serialize import parse_yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+from dvc.utils.serialize import load_yaml as dvc_load
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipelines.project.error_text import user_message
 from pipelines.project.errors import InputError
+from pipelines.project.yaml_text import quoted
 from pipelines.project.yaml_values import load_yaml
 from tests.support.repository import REPOSITORY
 
@@ -96,6 +101,7 @@ REFUSED_HERE = (
     "a date, or of a meaning",
     "directive",
     "as a key",
+    "in brackets, which DVC does not take",
     "which YAML does not take",
 )
 """What ruamel reads and this program does not, as its lines say it."""
@@ -145,6 +151,30 @@ def test_tabs_and_signs_in_comments_and_quotes_are_text(text: str) -> None:
 def test_a_tab_between_values_is_refused_with_its_line(text: str) -> None:
     with pytest.raises(InputError, match="x: line 2: a tab between values"):
         load_yaml(f"# \t\n{text}", origin="x")
+
+
+def test_a_colon_in_a_word_in_brackets_is_refused_as_dvc_does(tmp_path: Path) -> None:
+    """ruamel alone reads it, and DVC, which reads with ruamel's parser in C where that is installed, does not."""
+    (tmp_path / "params.yaml").write_text("a: [b:c, d]\n")
+    with pytest.raises(YAMLFileCorruptedError):
+        dvc_load(tmp_path / "params.yaml")
+    with pytest.raises(
+        InputError, match=r'line 1: "b:c" in brackets, which DVC does not take; write it in quotes'
+    ):
+        load_yaml("a: [b:c, d]\n", origin="x")
+    assert load_yaml("a:\n- b:c\n", origin="x") == {"a": ["b:c"]}
+
+
+@pytest.mark.parametrize("name", ["12:30", "a:b", "? q", "1e3", "a, b", "#a"])
+@pytest.mark.parametrize(
+    "name", ["12:30", "a:b", "? q", "- z", "no", "1e3", "007", "#a", "[x]", "a, b", "می\u200cخواهم"]
+)
+def test_a_class_that_stands_on_a_line_of_its_own_outlives_an_experiment(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"seed: 1\nclasses:\n- {quoted(name)}\n", encoding="utf-8")
+    apply_overrides(path, ["seed=2"])
+    assert dvc_load(path) == {"seed": 2, "classes": [name]}
+    assert load_yaml(path.read_text(encoding="utf-8"), origin="") == {"seed": 2, "classes": [name]}
 
 
 def test_the_files_of_the_project_are_read_as_dvc_reads_them() -> None:
