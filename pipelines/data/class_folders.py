@@ -15,12 +15,12 @@ from pipelines.data.source_files import (
     Source,
     holds_folders,
     is_litter,
-    is_text,
     linked_folder,
     no_image,
     visible,
 )
 from pipelines.project.files import natural_key
+from pipelines.project.names import is_text
 
 
 def of_folders(folder: Path, names: Sequence[str]) -> Source:

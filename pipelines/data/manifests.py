@@ -18,15 +18,14 @@ from pipelines.data.source_files import (
     Fault,
     Found,
     Source,
-    as_line,
-    is_text,
     linked_folder,
     no_image,
 )
+from pipelines.project.display import as_line
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
-from pipelines.project.param_checks import class_name_fault
+from pipelines.project.names import class_name_fault, is_text
 from pipelines.project.regular_files import regular_bytes
 
 if TYPE_CHECKING:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.regular_files import regular_bytes
 
@@ -27,15 +27,6 @@ _LITTER = {
 """What systems and stores leave beside images, by its name in lower case. All that begins with a dot is of its kind."""
 _IMAGE_BYTES = 512 * 2**20
 """Size of an image file at most."""
-
-
-def as_line(text: str) -> str:
-    """Return a text as a terminal shows it, of at most 300 characters: of a longer one the beginning and the end."""
-    if not text.isprintable():
-        text = "".join(
-            c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-        )
-    return text if len(text) <= 300 else f"{text[:180]} … {text[-117:]}"
 
 
 class Fault(NamedTuple):
@@ -88,14 +79,6 @@ def visible(folder: Path) -> list[Path]:
 def holds_folders(folder: Path) -> bool:
     """Return whether a folder holds a visible folder."""
     return any(entry.is_dir() for entry in visible(folder))
-
-
-def is_text(name: str) -> bool:
-    """Return whether a name is one line of text: without line ends, control characters and halves of characters.
-
-    Other characters that show nothing, such as joiners and narrow blanks, are part of names in many scripts.
-    """
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def image_bytes(path: Path) -> bytes:

@@ -9,7 +9,8 @@ from pipelines.data.archives import is_archive
 from pipelines.data.class_folders import is_divided, missing_part, nested_folder, of_folders
 from pipelines.data.division import divide
 from pipelines.data.manifests import class_of, manifests, of_manifests, read_manifest
-from pipelines.data.source_files import WORDS, Fault, Found, Source, as_line, refuse, visible
+from pipelines.data.source_files import WORDS, Fault, Found, Source, refuse, visible
+from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
 from pipelines.project.param_checks import missing_source

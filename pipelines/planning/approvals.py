@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.data.source_files import is_text
 from pipelines.ledger.verdicts import broken, measured_in, results_of
+from pipelines.project.display import show_key, show_names, show_value
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import EVALUATIONS, PARAMS
+from pipelines.project.names import line_fault
 from pipelines.project.params import Params
 from pipelines.project.params_text import with_lines
 from pipelines.project.settings import Approval
@@ -25,13 +26,11 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
     text = read_text(path)
     params = Params.parse(text, origin=str(path))
     if task not in params.tasks:
-        raise InputError(f"approve: there is no task {task!r}; known are {', '.join(params.tasks)}")
+        raise InputError(f"approve: there is no task {show_key(task)}; known are {show_names(params.tasks)}")
     results = evaluation_of(task)
     for option, value in (("--by", by), ("--why", why)):
-        if not value.strip() or not is_text(value):
-            raise InputError(
-                f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
-            )
+        if fault := line_fault(value.strip()):
+            raise InputError(f"approve: {option}: {show_value(value)} {fault}, for those who read the ledger")
     faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after))
     if not faults:
         raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path, PurePosixPath
 
-from pipelines.data.source_files import is_text
 from pipelines.data.sources import class_names
 from pipelines.planning.tasks import add_task, inside_project
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
+from pipelines.project.names import is_text
 from pipelines.project.params import Params
 
 

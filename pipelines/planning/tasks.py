@@ -1,20 +1,20 @@
 """Edits of the `tasks` block of `params.yaml`. Every byte outside the edited lines stays as it is."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.manifests import manifests
-from pipelines.data.source_files import as_line
 from pipelines.data.sources import class_names, unread_tables
+from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import PARAMS
+from pipelines.project.names import manifest_fault
 from pipelines.project.params import Params
 from pipelines.project.params_text import task_line, with_block, with_line
-from pipelines.project.settings import MANIFEST, Task
+from pipelines.project.settings import Task
 from pipelines.project.yaml_text import read_text, read_yaml
 
 
@@ -102,7 +102,7 @@ def next_task(
 
     last = list(known)[-1] if known else "t00"
     key = f"t{int(last[1:]) + 1:02d}"
-    task = Task(after=last, source=folder, manifest=manifest, classes=tuple(chosen))
+    task = _task(last, folder, manifest, chosen)
     return key, task, known, with_line(text, key, task) if known else with_block(text, {key: task})
 
 
@@ -121,7 +121,7 @@ def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
     A manifest that stands for its folder is one by its name; in every other case the manifest is None.
     """
     manifest = None
-    if re.fullmatch(MANIFEST, Path(source).name) and not Path(source).is_dir():
+    if not manifest_fault(Path(source).name) and not Path(source).is_dir():
         manifest, source = Path(source).name, Path(source).parent
     folder = Path(os.path.relpath(source, path.parent)).as_posix()
     if folder == "." or folder.startswith(".."):
@@ -150,10 +150,14 @@ def chained(
     before, start = "t00", 0
     for number, size in enumerate(sizes, start=1):
         key = f"t{number:02d}"
-        classes = tuple(order[start : start + size])
-        block[key] = Task(after=before, source=source, manifest=manifest, classes=classes)
+        block[key] = _task(before, source, manifest, order[start : start + size])
         before, start = key, start + size
     return block
+
+
+def _task(after: str, source: str, manifest: str | None, classes: Sequence[str]) -> Task:
+    """Return a task that is not checked yet: `replace_file` checks the whole file before it is written."""
+    return Task.model_construct(after=after, source=source, manifest=manifest, classes=tuple(classes))
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:

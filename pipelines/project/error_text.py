@@ -6,6 +6,7 @@ import errno
 import traceback
 from pathlib import Path
 
+from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 
 
@@ -20,16 +21,18 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
-        return f"{error.strerror}{where}"
+            return as_line(
+                f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
+            )
+        return as_line(f"{error.strerror}{where}")
     if isinstance(error, ValueError) and _raised_here(error):
         return one_line(error)
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's text as one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the error's text as one line that a terminal shows, or its type where it has none."""
+    return as_line(str(error)) or type(error).__name__
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pipelines.project.display import show_key, show_names, show_value
 from pipelines.project.layout import RAW, RETIRED
 from pipelines.project.settings import (
-    MANIFEST,
     Adapter,
     Approval,
     BackboneChoice,
@@ -18,7 +18,6 @@ from pipelines.project.settings import (
     Task,
     Workers,
 )
-from pipelines.project.yaml_text import show_key, show_value
 
 _SDLORA = ("sdlora", "sdlora-rr", "sdlora-kd")
 READ_BY = {
@@ -32,19 +31,6 @@ READ_BY = {
 HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
 _TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
-
-
-def class_name_fault(name: str) -> str | None:
-    """Why a class cannot have this name, which is also its folder's, or None."""
-    if not name.strip() or name != name.strip():
-        return "is empty or has blanks at an end"
-    if "/" in name or "\\" in name:
-        return "has a path separator"
-    if name.startswith("."):
-        return "starts with a dot, as hidden folders do"
-    if not name.isprintable():
-        return "has characters that cannot be printed"
-    return None
 
 
 def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
@@ -144,24 +130,15 @@ def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
                 "the first task comes after t00" if before == "t00" else "each comes after the one above it"
             )
             yield f"{where}.after: found {show_value(task.after)}, expected {before}; {rule}"
-        if fault := _source_fault(task.source):
-            yield f"{where}.source: {show_value(task.source)} {fault}"
         if task.retired and (task.source, task.manifest) != (f"{RETIRED}/{key}", None):
             yield (
                 f"{where}.source: {show_value(task.source)} is where receipts of deleted images are, expected "
                 f"{RETIRED}/{key} and no manifest; put back what `sdlora retire` wrote"
             )
-        if task.manifest is not None and not re.fullmatch(MANIFEST, task.manifest):
-            yield (
-                f"{where}.manifest: found {show_value(task.manifest)}, expected the name of a .csv, .jsonl or "
-                ".parquet file in the source folder; name that file, its folder being the source"
-            )
         if not task.classes:
             yield f"{where}.classes: the list is empty; name at least one class folder"
         for name in task.classes:
-            if fault := class_name_fault(name):
-                yield f"{where}.classes: {show_value(name)} {fault}; rename the class and its folder"
-            elif owner.get(name) == key:
+            if owner.get(name) == key:
                 yield f"{where}.classes: {show_value(name)} stands there twice; remove one"
             elif name in owner:
                 yield f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one"
@@ -172,13 +149,11 @@ def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
 def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]) -> Iterator[str]:
     for key in approvals:
         if key not in tasks:
-            yield f"approvals.{show_key(key)}: there is no such task; known are {', '.join(tasks)}"
+            yield f"approvals.{show_key(key)}: there is no such task; known are {show_names(tasks)}"
 
 
 def worker_faults(workers: Workers) -> Iterator[str]:
-    """Yield faults of the inbox, and of times and places that do not go together."""
-    if fault := _source_fault(workers.inbox):
-        yield f"workers.inbox: {show_value(workers.inbox)} {fault}"
+    """Yield times and places that do not go together."""
     if workers.push and not workers.branch:
         yield "workers.branch: found nothing (null), but workers.push names where to push it; name a branch"
     if workers.dead_after_seconds < 2 * workers.heartbeat_seconds:
@@ -186,15 +161,3 @@ def worker_faults(workers: Workers) -> Iterator[str]:
             f"workers.dead_after_seconds: found {workers.dead_after_seconds}, expected at least"
             f" {2 * workers.heartbeat_seconds}, two heartbeats: one may be late"
         )
-
-
-def _source_fault(source: str) -> str | None:
-    if posixpath.isabs(source):
-        return "is absolute, which no other machine shares; give a path inside the project (a link will do)"
-    if posixpath.normpath(source).split("/")[0] in ("..", "."):
-        return "is not a folder inside the project; copy or link the images into data/raw"
-    if not re.fullmatch(r"[\w./+@%=-]+", source) or source.startswith("-"):
-        return (
-            "has characters that a command line would not leave alone; use letters, digits and . _ - + @ % ="
-        )
-    return None

@@ -10,8 +10,8 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from pipelines.project.settings import Section, fields_of
-from pipelines.project.yaml_text import show_key, show_value
+from pipelines.project.display import show_key, show_value
+from pipelines.project.settings import UNFIT, Section, fields_of
 
 
 def wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[str]:
@@ -20,19 +20,19 @@ def wrong_keys(block: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[s
         if not isinstance(key, str):
             of_tasks = where in (("tasks",), ("adapter", "rank_schedule"))
             name = f"t{key:02d}" if of_tasks and type(key) is int else json.dumps(str(key))
-            place = ".".join(where) or "top level"
+            place = _place(where)
             yield f"{place}: the key {show_value(key)} is not text, and DVC would drop it silently; write {name}"
         elif isinstance(value, dict):
             yield from wrong_keys(value, (*where, key))
 
 
-def type_faults(error: ValidationError, model: type[Section]) -> list[str]:
-    """Return one line for each fault that pydantic found.
+def type_fault(error: ValidationError, model: type[Section]) -> str:
+    """Return a line for the first fault that pydantic found.
 
     Unknown keys come first, because a misspelt key is also a missing one.
     """
-    details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    return [f"{_place(e['loc'])}: {_type_fault(e, model)}" for e in details]
+    detail = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    return f"{_place(detail['loc'])}: {_type_fault(detail, model)}"
 
 
 def _type_fault(error: Any, model: type[Section]) -> str:  # noqa: ANN401 - pydantic's ErrorDetails, whose keys vary
@@ -46,15 +46,15 @@ def _type_fault(error: Any, model: type[Section]) -> str:  # noqa: ANN401 - pyda
     match error["type"]:
         case "extra_forbidden":
             known = list(fields_of(_section(model, error["loc"][:-1])))
-            close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
+            close = _closest(error["loc"][-1], known)
+            hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
             return f"unknown key; {hint}"
         case "missing":
             return f"the key is missing; add it ({_field(model, error['loc']).description})"
         case "literal_error":
             known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
-            close = difflib.get_close_matches(str(error["input"]), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            close = _closest(error["input"], known)
+            hint = f"; did you mean {close}?" if close else ""
             return f"expected one of {', '.join(known)}, found {found}{hint}"
         case kind if kind in bounds:
             bound, words = bounds[kind]
@@ -72,14 +72,12 @@ def _type_fault(error: Any, model: type[Section]) -> str:  # noqa: ANN401 - pyda
                 f"expected a cron line, found {found}; write minute, hour, day, month and weekday,"
                 ' such as "0 3 * * *"'
             )
-        case "string_pattern_mismatch" if error["loc"][0] == "workers":
-            return f"expected a name as Git has them, found {found}; use letters, digits and . _ - + /"
+        case kind if kind == UNFIT:
+            return f"{found} {error['ctx']['fault']}"
         case "string_pattern_mismatch":
             return f"expected the path of a .safetensors file, found {found}; other formats are not loaded"
         case "too_short":
             return "the list is empty; name at least one, or write null"
-        case "string_too_short":
-            return "expected text, found an empty one; fill it in"
         case kind:
             return f"expected {_KINDS.get(kind, 'another value')}, found {found}; correct it"
 
@@ -95,6 +93,11 @@ _KINDS = {
     "model_type": "a block of keys",
     "dict_type": "a block of keys",
 }
+
+
+def _closest(found: object, known: list[str]) -> str | None:
+    """Return the name that is most like what was found, if one is."""
+    return next(iter(difflib.get_close_matches(str(found)[:100], known, n=1)), None)
 
 
 def _section(root: type[Section], where: tuple[str | int, ...]) -> type[Section]:

@@ -16,7 +16,7 @@ from pipelines.project.param_checks import (
     task_faults,
     worker_faults,
 )
-from pipelines.project.param_faults import type_faults, wrong_keys
+from pipelines.project.param_faults import type_fault, wrong_keys
 from pipelines.project.settings import (
     Adapter,
     Approval,
@@ -76,20 +76,22 @@ class Params(Section):
             try:
                 params = cls.model_validate(raw)
             except ValidationError as error:
-                faults = type_faults(error, cls)
-            else:
-                faults = [
-                    *fetch_faults(params.fetch),
-                    *backbone_faults(params.backbone),
-                    *adapter_faults(params.adapter),
-                    *task_faults(params.tasks),
-                    *approval_faults(params.approvals, params.tasks),
-                    *worker_faults(params.workers),
-                ]
-                if not faults:
-                    return params
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise InputError(f"{origin}: {faults[0]}{more}")
+                raise _refusal(origin, type_fault(error, cls), error.error_count()) from None
+            faults = [
+                *fetch_faults(params.fetch),
+                *backbone_faults(params.backbone),
+                *adapter_faults(params.adapter),
+                *task_faults(params.tasks),
+                *approval_faults(params.approvals, params.tasks),
+                *worker_faults(params.workers),
+            ]
+        if faults:
+            raise _refusal(origin, faults[0], len(faults))
+        return params
+
+
+def _refusal(origin: str, first: str, count: int) -> InputError:
+    return InputError(f"{origin}: {first}" + (f" (and {count - 1} more)" if count > 1 else ""))
 
 
 def read_params(key: str, kind: type[_T]) -> _T:

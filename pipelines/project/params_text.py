@@ -7,15 +7,15 @@ from typing import Any
 
 from pipelines.project.layout import PARAMS
 from pipelines.project.settings import Task
-from pipelines.project.yaml_text import read_yaml
+from pipelines.project.yaml_text import quoted, read_yaml
 
 
 def task_line(key: str, task: Task) -> str:
     """Return a task as one line of YAML, class names always in quotes: 3 is a number, and no is false elsewhere."""
-    classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in task.classes)
+    classes = ", ".join(map(quoted, task.classes))
     plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
-    source = task.source if plain else json.dumps(task.source, ensure_ascii=False)
-    manifest = f" manifest: {json.dumps(task.manifest, ensure_ascii=False)}," if task.manifest else ""
+    source = task.source if plain else quoted(task.source)
+    manifest = f" manifest: {quoted(task.manifest)}," if task.manifest else ""
     return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
 
 
@@ -175,7 +175,7 @@ def flow(value: object) -> str:
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _NOT_TEXT:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 _NOT_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}

@@ -1,21 +1,53 @@
 """The sections of `params.yaml`: their keys, types and bounds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pipelines.project.layout import RETIRED
+from pipelines.project.names import (
+    branch_fault,
+    class_name_fault,
+    line_fault,
+    manifest_fault,
+    model_fault,
+    name_fault,
+    path_fault,
+    source_fault,
+)
+
+UNFIT = "unfit"
+"""The type of the error that a text is none of its kind. Its `fault` says why, in words that follow the text."""
+
+
+def _checked(fault_of: Callable[[str], str | None], remedy: str = "") -> AfterValidator:
+    """Return a validator of texts of one kind."""
+
+    def check(text: str) -> str:
+        if fault := fault_of(text):
+            raise PydanticCustomError(UNFIT, "{fault}", {"fault": fault + remedy})
+        return text
+
+    return AfterValidator(check)
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
+_Line = Annotated[str, _checked(line_fault)]
+_Name = Annotated[str, _checked(name_fault)]
+_Path = Annotated[str, _checked(path_fault)]
+_Source = Annotated[str, _checked(source_fault)]
+_Manifest = Annotated[str, _checked(manifest_fault)]
+_ModelName = Annotated[str, _checked(model_fault)]
+_Ref = Annotated[str, _checked(branch_fault)]
+_ClassName = Annotated[str, _checked(class_name_fault, "; rename the class and its folder")]
 AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank"}
 """Keys of `adapter` that no fit reads."""
-MANIFEST = r"[^./\\][^/\\]*\.(csv|jsonl|parquet)"
 
 
 class Section(BaseModel):
@@ -46,7 +78,7 @@ class Published(Section):
 class _Divided(Section):
     """A data set that its authors did not divide, and that the user may have divided already."""
 
-    archive: Text | None = None
+    archive: _Path | None = None
     """with split: archive only: a .zip or .tar that has train/<class>/ and test/<class>/ in it"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """its hash, so that another file under its name is noticed"""
@@ -138,9 +170,9 @@ class Data(Section):
 class BackboneChoice(Section):
     """The frozen model under all tasks."""
 
-    name: Text
+    name: _ModelName
     """glyph_vit, or any timm vision transformer with the tag of its weights"""
-    weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None
+    weights: Annotated[_Path, Field(pattern=r"\.safetensors$")] | None
     """a local .safetensors file instead of the name's own weights, or null"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """the file's hash, so that another file under its name is noticed; null without a file"""
@@ -240,7 +272,7 @@ class Training(Section):
     """the same bytes from the same machine every time"""
     checkpoint_seconds: Annotated[float, Field(gt=0)]
     """seconds between two saved states of an unfinished fit"""
-    checkpoint_store: Text | None
+    checkpoint_store: _Path | None
     """a folder or fsspec URL for them; null is .sdlora/checkpoints"""
 
 
@@ -269,9 +301,9 @@ class Gate(Section):
 class Approval(Section):
     """A person's decision to go on although a limit is broken. `sdlora approve` writes it."""
 
-    by: Text
+    by: _Line
     """who decided"""
-    why: Text
+    why: _Line
     """the reason"""
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the results that were looked at: it holds for no others"""
@@ -284,15 +316,15 @@ class Approval(Section):
 class Workers(Section):
     """How `sdlora deploy` sets machines to work. No stage reads it."""
 
-    pool: Text
+    pool: _Name
     """Prefect work pool whose workers run the chain"""
     schedule: Annotated[str, Field(pattern=r"^\S+( +\S+){4}$")] | None
     """cron line (UTC) by which they do so unasked; null is on request or on new images only"""
-    inbox: Text
+    inbox: _Source
     """folder inside the project that images of new tasks arrive in"""
-    branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./+-]*$")] | None
+    branch: _Ref | None
     """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none"""
-    push: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")] | None
+    push: _Ref | None
     """Git remote that the branch is taken from and pushed to; null keeps it here"""
     heartbeat_seconds: Annotated[int, Field(ge=30)]
     """seconds between two signs of life of a run; Prefect takes 30 and more"""
@@ -305,13 +337,13 @@ class Workers(Section):
 class Task(Section):
     """A set of classes that arrives together."""
 
-    after: str
+    after: _Name
     """the task before it; t00 for the first"""
-    source: Text
+    source: _Source
     """the folder of its images, inside the project"""
-    manifest: str | None = None
+    manifest: _Manifest | None = None
     """a file in that folder which lists the images; null for class folders or a metadata file"""
-    classes: Annotated[tuple[str, ...], Field(strict=False)]
+    classes: Annotated[tuple[_ClassName, ...], Field(strict=False)]
     """its classes, in the order of their labels"""
 
     @property

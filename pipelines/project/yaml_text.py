@@ -1,45 +1,44 @@
-"""The text of a YAML file, and values as one writes them there."""
+"""The text of a YAML file, and the block of keys that it says."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from pipelines.project.display import show_value
 from pipelines.project.errors import InputError
-from pipelines.project.yaml_values import load_yaml
+from pipelines.project.yaml_values import LOCKED, WRITTEN, Bounds, load_yaml
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a params file, line ends and all. An `InputError` where there is none."""
+def read_text(path: Path, *, bounds: Bounds = WRITTEN) -> str:
+    """Return the text of a YAML file, line ends and all.
+
+    Raises:
+        InputError: there is no such file, or it is no text, or a larger one than a file of its kind.
+    """
     try:
-        return path.read_bytes().decode()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path}: not a regular file; put the file itself there")
+        with path.open("rb") as file:
+            data = file.read(bounds.size + 1)
+        if len(data) > bounds.size:
+            raise InputError(
+                f"{path}: larger than {bounds.size / 2**20:.0f} MiB; restore the file, or write less"
+            )
+        return data.decode()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: the file is missing; run the command in the project's folder") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
-def read_yaml(text: str, *, origin: str) -> dict[Any, Any]:
-    """Return the mapping in a YAML text, read as DVC reads it. An `InputError` names the line of a syntax error."""
-    from ruamel.yaml.constructor import DuplicateKeyError
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+def read_yaml(text: str, *, origin: str, bounds: Bounds = WRITTEN) -> dict[Any, Any]:
+    """Return the block of keys in a YAML text, read as DVC reads it.
 
-    try:
-        raw = load_yaml(text)
-    except DuplicateKeyError as error:
-        key = re.search(r'key "(.*?)"', str(error.problem))
-        raise InputError(
-            f"{origin}: line {error.problem_mark.line + 1}: the key {key[1] if key else ''!r} stands there"
-            " a second time; remove one of the two"
-        ) from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        fault = " ".join(str(error.problem or error.context).split())
-        raise InputError(f"{origin}: {line}not valid YAML ({fault}); mend that line") from None
-    except (YAMLError, ValueError) as error:
-        fault = " ".join(str(error).split())
-        raise InputError(f"{origin}: not valid YAML ({fault})") from None
+    Raises:
+        InputError: the text is nothing that `load_yaml` reads, or no block of keys.
+    """
+    raw = load_yaml(text, origin=origin, bounds=bounds)
     if raw is None:
         raise InputError(f"{origin}: the file is empty; restore it from version control")
     if not isinstance(raw, dict):
@@ -47,18 +46,15 @@ def read_yaml(text: str, *, origin: str) -> dict[Any, Any]:
     return raw
 
 
-def show_key(key: str) -> str:
-    return key if key.isprintable() else json.dumps(key)
+def read_lock_file(path: Path) -> dict[Any, Any]:
+    """Return what dvc.lock says."""
+    return read_yaml(read_text(path, bounds=LOCKED), origin=str(path), bounds=LOCKED)
 
 
-def show_value(value: object) -> str:
-    """Return a value as one reads it in YAML, on one line."""
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool | int | float | str):
-        text = json.dumps(value, ensure_ascii=not str(value).isprintable())
-        return text if len(text) <= 60 else text[:57] + "..."
-    return {"dict": "a block of keys", "list": "a list"}.get(type(value).__name__, str(value))
+def quoted(text: str) -> str:
+    """Return a text in double quotes, as YAML and JSON both read it."""
+    written = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda c: f"\\u{ord(c[0]):04x}", written)
 
 
 def value_at(block: object, keys: tuple[str, ...]) -> Any:  # noqa: ANN401 - whatever YAML can hold

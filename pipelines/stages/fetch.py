@@ -13,7 +13,7 @@ from pipelines.data.catalog import LAYOUTS, images
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, whole_folder
-from pipelines.project.param_checks import class_name_fault
+from pipelines.project.names import class_name_fault
 from pipelines.project.params import read_params
 from pipelines.project.settings import Digits, Fetch, Glyphs100, Section
 from pipelines.runtime.stage import StageResult, stage

@@ -43,9 +43,10 @@ from pipelines.data.packed import (
     write_images,
     write_samples,
 )
-from pipelines.data.source_files import PARTS, Found, as_line, refuse
+from pipelines.data.source_files import PARTS, Found, refuse
 from pipelines.data.sources import task_images
 from pipelines.ledger.receipts import restore_retired_output
+from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params

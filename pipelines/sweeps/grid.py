@@ -88,12 +88,7 @@ def read_axes(arguments: Sequence[str]) -> dict[str, list[Any]]:
         if key in axes:
             raise InputError(f"sweep: {key} stands there twice; write all its values behind one")
         values = read_yaml(f"values: [{text}]", origin=f"sweep: {key}")["values"]
-        try:
-            axes[key] = sorted(values, key=_order)
-        except TypeError:  # YAML has dates and sets, parameters have none
-            raise InputError(
-                f"sweep: {key}: found {text}, which is no value of a parameter; correct it"
-            ) from None
+        axes[key] = sorted(values, key=_order)
         for one, next_one in itertools.pairwise(axes[key]):
             if _order(one) == _order(next_one):
                 raise InputError(f"sweep: {key}: the value {flow(one)} stands there twice; remove one")

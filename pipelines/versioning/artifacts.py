@@ -15,7 +15,7 @@ from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import LOCK, StageName
 from pipelines.project.params import Params
 from pipelines.project.settings import Fetch
-from pipelines.project.yaml_text import read_yaml
+from pipelines.project.yaml_text import read_lock_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_lock(params: Params) -> Lock:
     try:
         stages = {
             name: stage
-            for name, stage in read_yaml(LOCK.read_text(encoding="utf-8"), origin=str(LOCK))["stages"].items()
+            for name, stage in read_lock_file(LOCK)["stages"].items()
             if StageName.parse(name).item in (None, *items)  # DVC keeps those of removed tasks
         }
         outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}

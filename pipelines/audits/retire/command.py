@@ -11,11 +11,11 @@ from pathlib import Path
 from pipelines.audits.retire.deletion import delete_everywhere, to_run
 from pipelines.audits.retire.stored_images import Left, fetched, left_of
 from pipelines.audits.retire.survey import survey
-from pipelines.data.source_files import is_text
 from pipelines.ledger.receipts import Receipt, read_receipt, receipt_of
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json
 from pipelines.project.layout import DOWNLOADS, LOCK, PARAMS, SPLITS, SWEEPS
+from pipelines.project.names import is_text
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.project_lock import only_run

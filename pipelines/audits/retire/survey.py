@@ -29,7 +29,7 @@ from pipelines.project.layout import (
 )
 from pipelines.project.params import Params
 from pipelines.project.settings import Task
-from pipelines.project.yaml_text import read_text, read_yaml
+from pipelines.project.yaml_text import read_lock_file
 from pipelines.versioning.artifacts import md5_of
 from pipelines.versioning.plan import Plan, read_plan
 
@@ -147,7 +147,7 @@ def _kept(stage: str, task: str, after: str) -> Kept:
     """
     folders = {"split": "split", "fit": "fit", "freeze": "model"}
     out = (ARTIFACTS / folders[stage] / task).as_posix()
-    entry = read_yaml(read_text(LOCK), origin=str(LOCK))["stages"][str(StageName(stage, task))]
+    entry = read_lock_file(LOCK)["stages"][str(StageName(stage, task))]
     md5 = next(its["md5"] for its in entry["outs"] if its["path"] == out)
     with stores() as held:
         listing = held.object_path(md5)

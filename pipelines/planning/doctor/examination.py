@@ -15,7 +15,7 @@ from pipelines.planning.doctor.similarity import backbone_findings
 from pipelines.planning.tasks import inside_project, known_tasks, next_task
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
-from pipelines.project.param_checks import class_name_fault
+from pipelines.project.names import class_name_fault
 from pipelines.project.params import Params
 from pipelines.project.settings import Fetch
 from pipelines.project.yaml_text import read_text

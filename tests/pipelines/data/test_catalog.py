@@ -22,7 +22,7 @@ from pipelines.data import catalog
 from pipelines.data.catalog import LAYOUTS, load_benchmark, stratified
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
-from pipelines.project.param_checks import class_name_fault
+from pipelines.project.names import class_name_fault
 from pipelines.project.settings import Fetch
 from pipelines.stages.fetch import fetch
 from tests.support.repository import REPOSITORY

@@ -350,7 +350,7 @@ def test_an_edit_that_would_make_the_file_invalid_leaves_it_alone() -> None:
     before = text()
 
     with pytest.raises(
-        InputError, match=r"params.yaml \(not changed\): tasks.t06.classes: .* blanks at an end"
+        InputError, match=r"params.yaml \(not changed\): tasks.t06.classes\[0\]: .* blanks at an end"
     ):
         add_task("data/raw/own")
 

@@ -1,15 +1,20 @@
-"""What is read fast is what ruamel, and so DVC, reads: values and their types, or the same error."""
+"""What is read is what ruamel, and so DVC, reads: values and their types. All else is refused in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import yaml
-from dvc.utils.serialize import parse_yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+from dvc.utils.serialize import load_yaml as dvc_load
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
-from pipelines.project.yaml_values import _PlainLoader, load_yaml
+from pipelines.project.error_text import user_message
+from pipelines.project.errors import InputError
+from pipelines.project.yaml_text import quoted
+from pipelines.project.yaml_values import load_yaml
 from tests.support.repository import REPOSITORY
 
 # One each, between blanks.
@@ -90,31 +95,89 @@ TEXTS = [
 ]
 
 
-def read(load: Callable[[str], object], text: str) -> str:
-    """What a text is read as, in a form in which nothing equals what it is not: 1, 1.0 and true; nan is itself."""
-    try:
-        return repr(load(text))
-    except Exception as error:
-        return f"{type(error)} {error}"
+REFUSED_HERE = (
+    "anchor or alias",
+    "a tag",
+    "a date, or of a meaning",
+    "directive",
+    "as a key",
+    "in brackets, which DVC does not take",
+    "which YAML does not take",
+)
+"""What ruamel reads and this program does not, as its lines say it."""
 
 
 def by_ruamel(text: str) -> object:
     return YAML(typ="safe", pure=True).load(text)
 
 
+def assert_read_alike(text: str) -> None:
+    """Hold that a text is what ruamel finds, or is refused in one line: as ruamel refuses it, or as more than plain.
+
+    Compared in a form in which nothing equals what it is not: 1, 1.0 and true; nan is itself.
+    """
+    try:
+        found = repr(load_yaml(text, origin="params.yaml"))
+    except InputError as refused:
+        line = user_message(refused)
+        assert line
+        assert line.startswith("params.yaml: line ")
+        if not any(words in line for words in REFUSED_HERE):
+            with pytest.raises((YAMLError, ValueError)):
+                by_ruamel(text)
+    else:
+        assert found == repr(by_ruamel(text))
+
+
 @pytest.mark.parametrize("scalar", [*SCALARS.split(), *PHRASES])
 @pytest.mark.parametrize("form", ["{}\n", "a: {}\n", "- {}\n", "{{a: {}, b: [{}]}}\n", "? {}\n: b\n"])
 def test_a_scalar_is_what_ruamel_finds(scalar: str, form: str) -> None:
-    text = form.replace("{}", scalar).replace("{{", "{").replace("}}", "}")
-    assert read(load_yaml, text) == read(by_ruamel, text)
+    assert_read_alike(form.replace("{}", scalar).replace("{{", "{").replace("}}", "}"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_what_ruamel_finds(text: str) -> None:
-    assert read(load_yaml, text) == read(by_ruamel, text)
+    assert_read_alike(text)
 
 
-def test_the_files_of_the_project_are_read_fast_and_as_dvc_reads_them() -> None:
+@pytest.mark.parametrize(
+    "text", ["# it's\there!\na: 1 #\t&b\n", "a: 'b\tc'\n", "a: |\n  b\tc\nd: 1\n", "\ufeffa: 1\n"]
+)
+def test_tabs_and_signs_in_comments_and_quotes_are_text(text: str) -> None:
+    assert load_yaml(text, origin="") == by_ruamel(text)
+
+
+@pytest.mark.parametrize("text", ["a: b\tc\n", "a: b\t\n", "a: b\t# c\n", "a: {b: c,\td: e}\n", "a:\tb\n"])
+def test_a_tab_between_values_is_refused_with_its_line(text: str) -> None:
+    with pytest.raises(InputError, match="x: line 2: a tab between values"):
+        load_yaml(f"# \t\n{text}", origin="x")
+
+
+def test_a_colon_in_a_word_in_brackets_is_refused_as_dvc_does(tmp_path: Path) -> None:
+    """ruamel alone reads it, and DVC, which reads with ruamel's parser in C where that is installed, does not."""
+    (tmp_path / "params.yaml").write_text("a: [b:c, d]\n")
+    with pytest.raises(YAMLFileCorruptedError):
+        dvc_load(tmp_path / "params.yaml")
+    with pytest.raises(
+        InputError, match=r'line 1: "b:c" in brackets, which DVC does not take; write it in quotes'
+    ):
+        load_yaml("a: [b:c, d]\n", origin="x")
+    assert load_yaml("a:\n- b:c\n", origin="x") == {"a": ["b:c"]}
+
+
+@pytest.mark.parametrize("name", ["12:30", "a:b", "? q", "1e3", "a, b", "#a"])
+@pytest.mark.parametrize(
+    "name", ["12:30", "a:b", "? q", "- z", "no", "1e3", "007", "#a", "[x]", "a, b", "می\u200cخواهم"]
+)
+def test_a_class_that_stands_on_a_line_of_its_own_outlives_an_experiment(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"seed: 1\nclasses:\n- {quoted(name)}\n", encoding="utf-8")
+    apply_overrides(path, ["seed=2"])
+    assert dvc_load(path) == {"seed": 2, "classes": [name]}
+    assert load_yaml(path.read_text(encoding="utf-8"), origin="") == {"seed": 2, "classes": [name]}
+
+
+def test_the_files_of_the_project_are_read_as_dvc_reads_them() -> None:
     paths = [
         REPOSITORY / "params.yaml",
         REPOSITORY / "dvc.yaml",
@@ -123,4 +186,4 @@ def test_the_files_of_the_project_are_read_fast_and_as_dvc_reads_them() -> None:
     assert len(paths) > 2
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        assert repr(yaml.load(text, _PlainLoader)) == repr(parse_yaml(text, path))
+        assert repr(load_yaml(text, origin=str(path))) == repr(parse_yaml(text, path))
