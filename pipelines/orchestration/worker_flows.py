@@ -15,6 +15,7 @@ from pipelines.orchestration.branch import commit, edit, take
 from pipelines.orchestration.names import WATCHDOG
 from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
+from pipelines.orchestration.unrecorded import put_back, unrecorded
 from pipelines.orchestration.worker_runs import (
     EndState,
     attempt,
@@ -26,6 +27,7 @@ from pipelines.planning.approvals import approve, evaluation_of
 from pipelines.planning.inbox import add_once, arrived
 from pipelines.project.errors import PushError
 from pipelines.project.params import Params
+from pipelines.project.settings import Workers
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import die_with
 from pipelines.runtime.stage import Rows
@@ -41,7 +43,8 @@ def learn(folder: str | None = None, record: bool = True) -> EndState:
 
     Args:
         folder: Folder of the inbox whose new classes become the next task, such as zebras; none: no new task.
-        record: Put params.yaml, dvc.lock and metrics.json on the branch that workers.branch names, if it names one.
+        record: Keep what the run makes of params.yaml, dvc.lock, metrics.json and ledger/: on the branch that
+            workers.branch names, or in the clone. Without, they are put back; what was computed stays in the cache.
     """
     return attempt(lambda attempts: _learn(folder, attempts, record=record))
 
@@ -70,24 +73,32 @@ def _learn(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     os.chdir(project_folder())
     workers = Params.load().workers
     begin_attempt(attempts, workers)
-    branch = workers.branch if record else None
-    if branch:
-        take(branch, workers.push)
+    put_back()
+    if workers.branch:
+        take(workers.branch, workers.push)
+    if not record:
+        with unrecorded():
+            return f"{_bring_up_to_date(folder, workers, attempts)}; nothing was recorded"
+    outcome = _bring_up_to_date(folder, workers, attempts)
+    if not workers.branch:
+        return outcome
+    attempts.exit_if_superseded()
+    message = f"Learn {folder}" if folder else "Bring the chain up to date"
+    try:
+        made = commit(workers.branch, message, workers.push)
+    except PushError as error:  # a remote that is away: begun again, all that was done is there
+        raise StageFailedError(f"error: {error}", 1, "push", interrupted=True) from error
+    return f"{outcome}; {workers.branch} is {f'at {made[:10]}' if made else 'as it was'}"
+
+
+def _bring_up_to_date(folder: str | None, workers: Workers, attempts: Attempts) -> str:
+    """Append the task of a folder of the inbox, if one is named, and bring the chain up to date. Return a line."""
     if folder is not None:
         source = arrived(folder, Path(workers.inbox))
         for line in edit(lambda path: add_once(source, path)):
             echo(line)
     stages = _finish_through_gates(attempts)
-    outcome = f"{len(stages)} stages brought up to date" if stages else "all up to date"
-    if not branch:
-        return outcome
-    attempts.exit_if_superseded()
-    message = f"Learn {folder}" if folder else "Bring the chain up to date"
-    try:
-        made = commit(branch, message, workers.push)
-    except PushError as error:  # a remote that is away: begun again, all that was done is there
-        raise StageFailedError(f"error: {error}", 1, "push", interrupted=True) from error
-    return f"{outcome}; {branch} is at {made[:10]}" if made else f"{outcome}; {branch} is as it was"
+    return f"{len(stages)} stages brought up to date" if stages else "all up to date"
 
 
 def _finish_through_gates(attempts: Attempts) -> Rows:
