@@ -12,7 +12,8 @@ from pydantic import Field
 from pipelines.ledger.verdicts import results_of
 from pipelines.orchestration.attempts import Attempts
 from pipelines.orchestration.branch import commit, edit, take
-from pipelines.orchestration.names import WATCHDOG
+from pipelines.orchestration.names import LEARN, WATCHDOG
+from pipelines.orchestration.one_clone import require_one_clone
 from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
 from pipelines.orchestration.unrecorded import put_back, unrecorded
@@ -20,7 +21,7 @@ from pipelines.orchestration.worker_runs import (
     EndState,
     attempt,
     begin_attempt,
-    project_folder,
+    enter_project,
     worker_flow,
 )
 from pipelines.planning.approvals import approve, evaluation_of
@@ -37,7 +38,7 @@ _DECISION_SECONDS = 30 * 24 * 3600
 """How long a suspended run waits for a decision before it fails."""
 
 
-@worker_flow("learn")
+@worker_flow(LEARN)
 def learn(folder: str | None = None, record: bool = True) -> EndState:
     """Bring the chain of tasks up to date on a worker. First append a task where new images are named.
 
@@ -55,7 +56,7 @@ def watchdog() -> EndState:
     from prefect.states import Completed
 
     die_with(os.getppid())
-    os.chdir(project_folder())
+    enter_project()
     delete_old_watchdog_runs()
     seen_to = reschedule_orphaned_runs(Params.load().workers.dead_after_seconds)
     return Completed(message=f"{seen_to} runs seen to" if seen_to else "nothing was overlooked")
@@ -70,9 +71,10 @@ class _Decision(RunInput):
 
 def _learn(folder: str | None, attempts: Attempts, *, record: bool) -> str:
     """Do what `learn` says in this worker's clone. Return what came of it in one line."""
-    os.chdir(project_folder())
+    enter_project()
     workers = Params.load().workers
     begin_attempt(attempts, workers)
+    require_one_clone(workers)
     put_back()
     if workers.branch:
         take(workers.branch, workers.push)

@@ -72,6 +72,8 @@ def _type_fault(error: Any, model: type[Section]) -> str:  # noqa: ANN401 - pyda
                 f"expected a cron line, found {found}; write minute, hour, day, month and weekday,"
                 ' such as "0 3 * * *"'
             )
+        case "string_pattern_mismatch" if error["loc"][-1] == "project":
+            return f"expected a name, found {found}; use lower-case letters, digits and single dashes"
         case "string_pattern_mismatch" if error["loc"][0] == "workers":
             return f"expected a name as Git has them, found {found}; use letters, digits and . _ - + /"
         case "string_pattern_mismatch":

@@ -284,16 +284,18 @@ class Approval(Section):
 class Workers(Section):
     """How `sdlora deploy` sets machines to work. No stage reads it."""
 
+    project: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")] | None = None
+    """what the project is called on the Prefect server; null is the name of its Git repository"""
     pool: Text
-    """Prefect work pool whose workers run the chain"""
+    """Prefect work pool, of this project alone, whose workers run the chain"""
     schedule: Annotated[str, Field(pattern=r"^\S+( +\S+){4}$")] | None
     """cron line (UTC) by which they do so unasked; null is on request or on new images only"""
     inbox: Text
     """folder inside the project that images of new tasks arrive in"""
     branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w./+-]*$")] | None
-    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none"""
+    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none, for one worker only"""
     push: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")] | None
-    """Git remote that the branch is taken from and pushed to; null keeps it here"""
+    """Git remote that the branch is taken from and pushed to; null keeps it in this clone, for workers there only"""
     heartbeat_seconds: Annotated[int, Field(ge=30)]
     """seconds between two signs of life of a run; Prefect takes 30 and more"""
     dead_after_seconds: Annotated[int, Field(ge=30)]

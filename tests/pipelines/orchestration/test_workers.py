@@ -109,7 +109,7 @@ def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> No
         assert "\n" not in run.state.message
     assert not (site.root / "one/ran").exists()
 
-    command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox")
+    command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox.origin")
     payload = ("--payload", json.dumps({"folder": "animals"}))
     run = site.ended(site.begun_by(lambda: site.call(*command, *payload)))
     assert run.state.is_completed(), run.state.message
@@ -205,7 +205,7 @@ def is_engine(process: psutil.Process) -> bool:
 def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     (site.root / "slow").touch()
     first = site.work_in(site.root / "one")
-    command = ("prefect", "deployment", "run", "learn/workers", "--param", "folder=animals")
+    command = ("prefect", "deployment", "run", "learn/origin", "--param", "folder=animals")
     run = site.begun_by(lambda: site.call(*command))
     wait_for((site.root / "busy").exists, 90)
     for process in [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]:
@@ -238,7 +238,7 @@ def test_a_worker_tells_the_runs_that_are_alive_from_those_that_were_overlooked(
         assert not has_shown_life(client, resources[0], timedelta(0))
 
         site.work_in(site.root / "one")
-        tend = client.read_deployment_by_name("tend/workers").id
+        tend = client.read_deployment_by_name("tend/origin").id
         run = client.create_flow_run_from_deployment(tend).id
         wait_for(lambda: client.read_flow_run(run).state.is_final(), 120)
         state = client.read_flow_run(run).state
