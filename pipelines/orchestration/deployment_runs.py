@@ -114,4 +114,5 @@ def leave_table(key: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Leave rows for who asked for the flow run that this code is called in: what a flow returns is not kept."""
     from prefect.artifacts import create_table_artifact
 
-    create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(key))
+    with refusals_in_one_line(key), within(patience()):
+        create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(key))

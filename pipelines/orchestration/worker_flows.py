@@ -16,6 +16,7 @@ from pipelines.orchestration.names import LEARN, WATCHDOG
 from pipelines.orchestration.one_clone import require_one_clone
 from pipelines.orchestration.reconcile import delete_old_watchdog_runs, reschedule_orphaned_runs
 from pipelines.orchestration.run import finish
+from pipelines.orchestration.server import refusals_in_one_line
 from pipelines.orchestration.unrecorded import put_back, unrecorded
 from pipelines.orchestration.worker_runs import (
     EndState,
@@ -120,11 +121,12 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
             if step is None:
                 raise
             question = _Decision.with_initial_data(description=f"{failure}")
-            decision = suspend_flow_run(
-                wait_for_input=question,
-                key=f"{step}-{results_of(evaluation_of(step))}",
-                timeout=_DECISION_SECONDS,
-            )
+            with refusals_in_one_line(LEARN):
+                decision = suspend_flow_run(
+                    wait_for_input=question,
+                    key=f"{step}-{results_of(evaluation_of(step))}",
+                    timeout=_DECISION_SECONDS,
+                )
         for line in _let_through(step, decision):
             echo(line)
 

@@ -13,14 +13,17 @@ import pytest
 
 from pipelines.orchestration.attempts import Attempts, checkpoint_mark, short_retries
 from pipelines.orchestration.names import WATCHDOG, WORK_TAG
+from pipelines.orchestration.one_clone import require_one_clone
 from pipelines.orchestration.reconcile import (
     close_dead_runs,
     delete_old_watchdog_runs,
     reschedule_orphaned_runs,
 )
-from pipelines.orchestration.stage_runs import STAGE_TAG, run_tag
+from pipelines.orchestration.stage_runs import STAGE_TAG, make_flow, run_tag
 from pipelines.project.environment import WORKERS_PROJECT
 from pipelines.project.errors import InputError
+from pipelines.project.params import Params
+from tests.support.parameters import settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -261,3 +264,49 @@ def test_between_two_stages_a_server_is_not_asked_for_a_minute(before: int, with
         with short_retries():
             assert PREFECT_CLIENT_MAX_RETRIES.value() == within
         assert PREFECT_CLIENT_MAX_RETRIES.value() == before
+
+
+def test_a_run_in_a_second_clone_is_refused_unless_it_was_deployed_anew_or_a_remote_carries_on(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.flow_engine import run_flow
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
+
+    workers = Params.parse(settings(), origin="params.yaml").workers
+    said: list[str | None] = []
+
+    def learn() -> None:
+        try:
+            require_one_clone(workers)
+            said.append(None)
+        except InputError as refusal:
+            said.append(str(refusal))
+
+    flow = make_flow(learn, "learn-once")
+    identity = client.create_flow(flow)
+    monkeypatch.setenv(WORKERS_PROJECT, "birds")
+
+    def run_in(place: str, version: str) -> str | None:
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        deployment = client.create_deployment(identity, name="birds", version=version)
+        run_flow(flow, flow_run=client.create_flow_run_from_deployment(deployment))
+        return said.pop()
+
+    quiet = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with temporary_settings(quiet):
+        assert [run_in("one", "v1"), run_in("one", "v1")] == [None, None]
+        refused = run_in("two", "v1")
+        assert refused is not None
+        assert refused.startswith("workers.branch: found null, but earlier runs of birds were in ")
+        assert (
+            f"{tmp_path / 'one'}, and this clone knows nothing of them; name a branch and a remote" in refused
+        )
+        assert run_in("one", "v1") is None  # what was refused counts for nothing
+        assert run_in("two", "v2") is None
+        workers = workers.model_copy(update={"branch": "learned", "push": "origin"})
+        assert run_in("one", "v2") is None
