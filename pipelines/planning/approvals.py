@@ -31,7 +31,7 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
             raise InputError(
                 f"approve: {option} {value!r}: write a line of text, for those who read the ledger"
             )
-    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after))
+    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after, params.gate.on))
     if not faults:
         raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")
     entry = Approval.model_validate(

@@ -256,14 +256,21 @@ class Evaluation(Section):
 class Gate(Section):
     """What a step must keep before the next one is learned. Null is no limit."""
 
+    on: Literal["test", "validation"] = "test"
+    """the images that it is measured on"""
     fall: Annotated[float, Field(ge=0, le=1)] | None
     """most that the accuracy of any old task may fall in the step"""
     negative_flips: Annotated[float, Field(ge=0, le=1)] | None
-    """largest share of the old tasks' test images that were right before the step and are wrong after it"""
+    """largest share of the old tasks' images that were right before the step and are wrong after it"""
     calibration_error: Annotated[float, Field(ge=0, le=1)] | None
-    """largest expected calibration error on all test images so far"""
+    """largest expected calibration error on all images so far"""
     new_task: Annotated[float, Field(ge=0, le=1)] | None
     """least accuracy on the task just learned"""
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The limits by name."""
+        return self.model_dump(exclude={"on"})
 
 
 class Approval(Section):
