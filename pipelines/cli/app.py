@@ -234,9 +234,11 @@ def approve(
     """
     require_project()
     from pipelines.planning.approvals import approve as write
+    from pipelines.planning.approvals import keep_other_gates
 
     for line in write(task, by=by, why=why):
         typer.echo(line)
+    keep_other_gates()
 
 
 @app.command()

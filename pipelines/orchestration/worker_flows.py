@@ -25,7 +25,7 @@ from pipelines.orchestration.worker_runs import (
     enter_project,
     worker_flow,
 )
-from pipelines.planning.approvals import approve, evaluation_of
+from pipelines.planning.approvals import approve, evaluation_of, keep_other_gates
 from pipelines.planning.inbox import add_once, arrived
 from pipelines.project.errors import PushError
 from pipelines.project.params import Params
@@ -133,4 +133,6 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
 
 def _let_through(step: str, decision: _Decision) -> list[str]:
     """Write a decision into params.yaml. Return lines to print."""
-    return edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))
+    lines = edit(lambda path: approve(step, by=decision.by, why=decision.why, path=path))
+    keep_other_gates()
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipelines.project.params import Params
 from pipelines.project.params_text import with_lines
 from pipelines.project.settings import Approval
 from pipelines.project.yaml_text import read_text
+from pipelines.versioning.plan import adopt_param
+from pipelines.versioning.project_lock import only_run
 
 
 def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
@@ -61,3 +64,12 @@ def evaluation_of(task: str) -> Path:
             f"{folder}/metrics.json: {task} has no results to approve of yet; run `sdlora run` first"
         )
     return folder
+
+
+def keep_other_gates() -> None:
+    """Have an answer re-run the gate that it is for, and no other: DVC knows `approvals` as a whole.
+
+    While a run is at work nothing is written, and all gates run again after it.
+    """
+    with contextlib.suppress(InputError), only_run():
+        adopt_param("gate", "approvals")

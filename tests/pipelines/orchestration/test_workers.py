@@ -87,9 +87,12 @@ def prepare(here: Site) -> None:
         (origin / name).write_text(text, encoding="utf-8")
         if text.startswith("#!"):
             (origin / name).chmod(0o755)
-    here.call("git", "init", "-q", "-b", "main", folder=origin)
-    here.call("git", "add", ".", folder=origin)
     person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    # A first commit that is the same everywhere: the server was deployed to from another folder.
+    dates = ("GIT_AUTHOR_DATE=2026-01-01T00:00Z", "GIT_COMMITTER_DATE=2026-01-01T00:00Z")
+    here.call("git", "init", "-q", "-b", "main", folder=origin)
+    here.call("env", *dates, "git", *person, "commit", "-q", "--allow-empty", "-m", "start", folder=origin)
+    here.call("git", "add", ".", folder=origin)
     here.call("git", *person, "commit", "-qm", "first", folder=origin)
     paint(here.root / "inbox/animals/zebra", 1, 2)
     paint(here.root / "outside/cat", 2, 2)
