@@ -441,7 +441,7 @@ class Operator:
                     self.tasks += 1
                 else:
                     self.by_hand.append("Crashed, and forgotten" if forgotten else str(state.message))
-            deployment = client.read_deployment_by_name("learn/workers")
+            deployment = client.read_deployment_by_name("learn/origin")
             parameters = {"folder": self._folder} if self._folder else {}
             self._run = client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
             self.site.runs.add(str(self._run))

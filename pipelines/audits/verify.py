@@ -353,7 +353,7 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
         "record": sha256_of(place.find(MODELS / step) / "step.json"),
         "samples": read_json(place.find(SPLITS / step) / "split.json")["digest"],
         "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
-        "measured": measured_in(evaluation, earlier),
+        "measured": measured_in(evaluation, earlier, verdict["limits"].get("on", "test")),
     }
     for name, value in expected.items():
         if verdict.get(name) != value:

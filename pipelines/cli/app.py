@@ -35,6 +35,7 @@ app.add_typer(audit, name="audit")
 
 def main() -> None:
     """Run the command line. An error that the user can mend is one line and exit status 2."""
+    from pipelines.runtime.deadline import end_if_given_up
     from pipelines.runtime.progress import show_progress
     from pipelines.runtime.progress_bar import ProgressBar
 
@@ -44,9 +45,12 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:
             sys.stderr.write("interrupted; the same command goes on from here\n")
+        end_if_given_up(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except Exception as error:
-        raise SystemExit(report_error(error)) from None
+        status = report_error(error)
+        end_if_given_up(status)
+        raise SystemExit(status) from None
 
 
 def report_error(error: Exception) -> int:
@@ -230,9 +234,11 @@ def approve(
     """
     require_project()
     from pipelines.planning.approvals import approve as write
+    from pipelines.planning.approvals import keep_other_gates
 
     for line in write(task, by=by, why=why):
         typer.echo(line)
+    keep_other_gates()
 
 
 @app.command()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
+import re
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -14,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from pipelines.project.errors import InputError, RefusedError, TransientError
 from pipelines.project.files import naming
 from pipelines.runtime.console import log_line
+from pipelines.runtime.deadline import within
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.progress import progress
 
@@ -32,6 +36,18 @@ _LONGEST_PAUSE = 60.0
 
 _TIMEOUT = 60.0
 """Seconds without a byte after which a server is given up for this try."""
+
+HEAD_SECONDS = 120.0
+"""Seconds that an answer may take to begin. It is the bound on a server that sends a byte now and then."""
+
+SLOW_SECONDS = 60.0
+_SLOWEST = 1000
+"""A server that sends fewer bytes a second, for so many seconds, is given up."""
+
+LARGEST = 16 << 30
+"""Bytes; the most that is taken where no size is recorded."""
+
+_REDIRECTS = 20
 
 _CHUNK = 1 << 20
 
@@ -148,23 +164,57 @@ def _request(url: str, remote: Remote, file: IO[bytes]) -> None:
         headers["Range"] = f"bytes={start}-"
     try:
         with (
-            httpx.Client(follow_redirects=True, timeout=_TIMEOUT) as client,
-            client.stream("GET", url, headers=headers) as answer,
+            httpx.Client(timeout=_TIMEOUT) as client,
+            closing(_ask(client, url, headers)) as answer,
         ):
             if not _has_body(answer, file, start):
                 return
             start = _length(file)
-            announced = answer.headers.get("Content-Length", "")
-            total = remote.size or (start + int(announced) if announced.isdigit() else 0)
-            _copy(answer, file, title=f"download {remote.name}", total=total, most=remote.size)
+            announced = _number(answer.headers.get("Content-Length"))
+            total = remote.size or (0 if announced is None else start + announced)
+            _copy(answer, file, title=f"download {remote.name}", total=total, size=remote.size)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise RefusedError(str(error)) from None
-    except httpx.TooManyRedirects:
-        raise RefusedError("redirects without end") from None
+    except TimeoutError:
+        raise RefusedError(f"did not begin to answer within {HEAD_SECONDS:g} s") from None
     except httpx.TransportError as error:
         raise TransientError(" ".join(str(error).split()) or type(error).__name__) from None
     if remote.size is not None and _length(file) < remote.size:
         raise TransientError(f"the server stopped at byte {_length(file):,} of {remote.size:,}")
+
+
+def _ask(client: httpx.Client, url: str, headers: Mapping[str, str]) -> httpx.Response:
+    """Ask for a file, wherever it has moved to, and return the answer without its body.
+
+    A server may not send us to an address of this machine, or of the network that it is in.
+    """
+    request = client.build_request("GET", url, headers=dict(headers))
+    for _ in range(_REDIRECTS):
+        with within(HEAD_SECONDS):
+            answer = client.send(request, stream=True)
+        if answer.next_request is None:
+            return answer
+        answer.close()
+        host, asked = answer.next_request.url.host, request.url.host
+        if host != asked and not _is_public(host):
+            raise RefusedError(f"redirects to {host}, which is no public address")
+        request = answer.next_request
+    raise RefusedError("redirects without end")
+
+
+def _is_public(host: str) -> bool:
+    """Return whether all addresses of a host are of the internet. One that only a proxy knows is taken for such."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return True
+    addresses = [ipaddress.ip_address(str(text).partition("%")[0]) for text in found]
+    return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
+
+
+def _number(text: str | None) -> int | None:
+    """Return the number in a header, None where it is not one in decimal digits."""
+    return int(text) if text and re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
 def _has_body(answer: httpx.Response, file: IO[bytes], start: int) -> bool:
@@ -182,30 +232,40 @@ def _has_body(answer: httpx.Response, file: IO[bytes], start: int) -> bool:
         file.truncate(0)
         raise TransientError("the server has fewer bytes than are here")
     elif status in (408, 425, 429) or status >= 500:
-        wait = answer.headers.get("Retry-After", "")
         raise TransientError(
-            f"the server answers {status} {answer.reason_phrase}", float(wait) if wait.isdigit() else None
+            f"the server answers {status} {answer.reason_phrase}", _number(answer.headers.get("Retry-After"))
         )
     else:
         raise RefusedError(f"the server answers {status} {answer.reason_phrase}")
     return True
 
 
-def _copy(answer: httpx.Response, file: IO[bytes], *, title: str, total: int, most: int | None) -> None:
+def _copy(answer: httpx.Response, file: IO[bytes], *, title: str, total: int, size: int | None) -> None:
     """Append the body of an answer, as it comes, to the file."""
     done = _length(file)
+    most = LARGEST if size is None else size
+    if size is None and total > most:
+        raise RefusedError(f"announces {total:,} bytes, more than the {most:,} that are taken")
+    before, since = done, time.monotonic()
     unit, divisor = ("MB", 1_000_000) if total >= 10_000_000 else ("kB", 1_000)
     with progress(title, total=-(-total // divisor), unit=unit) as bar:
         bar.update(done // divisor)
         for chunk in answer.iter_raw():
             done += len(chunk)
-            if most is not None and done > most:
+            if done > most:
                 file.truncate(0)
-                raise RefusedError(f"sends more than the expected {most:,} bytes")
+                raise RefusedError(
+                    f"sends more than the {'allowed' if size is None else 'expected'} {most:,} bytes"
+                )
             with naming(Path(file.name)):
                 file.write(chunk)
                 file.flush()
             bar.update(-(-done // divisor))
+            seconds = time.monotonic() - since
+            if seconds > SLOW_SECONDS:
+                if done - before < _SLOWEST * seconds:
+                    raise RefusedError(f"sends less than {_SLOWEST:,} bytes a second")
+                before, since = done, time.monotonic()
 
 
 def _length(file: IO[bytes]) -> int:

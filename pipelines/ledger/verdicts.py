@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.data.packed import read_images
+from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.settings import Gate
 
@@ -16,27 +19,26 @@ if TYPE_CHECKING:
 
 
 def measure(
-    metrics: dict[str, Any], was: dict[str, Any], now: pa.Table, before: pa.Table | None
+    metrics: Mapping[str, Any], was: Mapping[str, Any], now: pa.Table, before: pa.Table | None
 ) -> dict[str, float | None]:
     """Return what the limits are about, as fractions rounded to six decimals. None where there is no old task.
 
     Args:
-        metrics: `metrics.json` of the step.
-        was: that of the step before; its tasks are the old ones.
-        now: `predictions.arrow` of the step.
-        before: that of the step before.
+        metrics: step, tasks, images and right answers of the step, as in `metrics.json`.
+        was: those of the step before; its tasks are the old ones.
+        now: what the step says of each image.
+        before: what the step before says.
 
     Returns:
-        `fall`: the largest fall of an old task's accuracy; `negative_flips`: share of the old tasks' test images
+        `fall`: the largest fall of an old task's accuracy; `negative_flips`: share of the old tasks' images
         that were right and are wrong; `calibration_error` (15 ranges); `new_task`: accuracy on the last task.
     """
     import numpy as np
 
     from sdlora.comparison import calibration_error, flips
 
-    shares = [right / images for right, images in zip(metrics["correct"], metrics["samples"], strict=True)]
-    earlier = [right / images for right, images in zip(was["correct"], was["samples"], strict=True)]
-    falls = [then - share for then, share in zip(earlier, shares, strict=False)]
+    shares, earlier = _shares(metrics), _shares(was)
+    falls = [earlier[task] - shares[task] for task in earlier if task in shares]
     right = np.equal(now["prediction"].to_numpy(), now["label"].to_numpy())
     negative = None
     if before is not None:
@@ -57,16 +59,22 @@ def measure(
         "fall": max(falls, default=None),
         "negative_flips": negative,
         "calibration_error": calibration_error(now["confidence"].to_numpy(), right),
-        "new_task": shares[-1],
+        "new_task": shares[metrics["step"]],
     }
     return {name: None if value is None else round(value, 6) + 0.0 for name, value in found.items()}
+
+
+def _shares(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of right answers of each task."""
+    counted = zip(metrics["tasks"], metrics["correct"], metrics["samples"], strict=True)
+    return {task: right / images for task, right, images in counted}
 
 
 def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
     """Return which limits a step breaks: the limit's name, and what happened in words."""
     words = {
         "fall": "made an old task fall by {:.1f} points (gate.fall: {:.1f})",
-        "negative_flips": "turned {:.1f} % of the old test images wrong (gate.negative_flips: {:.1f})",
+        "negative_flips": f"turned {{:.1f}} % of the old {limits.on} images wrong (gate.negative_flips: {{:.1f}})",
         "calibration_error": "has a calibration error of {:.1f} % (gate.calibration_error: {:.1f})",
         "new_task": "names {:.1f} % of its own task right (gate.new_task: {:.1f})",
     }
@@ -80,18 +88,50 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
     return found
 
 
+def in_a_verdict(limits: Gate) -> dict[str, Any]:
+    """Return the limits as a verdict holds them. One that was measured on test images does not say so."""
+    return limits.model_dump(exclude_defaults=limits.on == "test") | limits.limits
+
+
 def results_of(evaluation: Path) -> str:
     """Return one hash for all that an evaluation has left, predictions included: what an approval is of."""
     files = {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def measured_in(evaluation: Path, before: Path) -> dict[str, float | None]:
-    """Return what `measure` says of two evaluation folders, that of a step and that of the step before."""
-    was = read_json(before / "metrics.json")
-    return measure(
-        read_json(evaluation / "metrics.json"),
-        was,
-        read_images(evaluation / "predictions.arrow"),
-        read_images(before / "predictions.arrow") if was["tasks"] else None,
-    )
+def measured_in(evaluation: Path, before: Path, on: Literal["test", "validation"]) -> dict[str, float | None]:
+    """Return what `measure` says of two evaluation folders, that of a step and that of the step before.
+
+    Raises:
+        InputError: the step has no images of its own that could be measured on.
+    """
+    metrics, was = (read_json(folder / "metrics.json") for folder in (evaluation, before))
+    if on == "test":
+        old = read_images(before / "predictions.arrow") if was["tasks"] else None
+        return measure(metrics, was, read_images(evaluation / "predictions.arrow"), old)
+    now, old = (_validation_of(folder) for folder in (evaluation, before))
+    counted = [_counts(step["step"], table) for step, table in ((metrics, now), (was, old))]
+    if now is None or metrics["step"] not in counted[0]["tasks"]:
+        raise InputError(
+            f"gate.on: validation, but no image of {metrics['step']} is held out (of a class with one training image "
+            "none can be); add images, or write gate.on: test"
+        )
+    return measure(counted[0], counted[1], now, old)
+
+
+def _validation_of(evaluation: Path) -> pa.Table | None:
+    path = evaluation / "validation.arrow"
+    return read_images(path) if path.is_file() else None
+
+
+def _counts(step: str, table: pa.Table | None) -> dict[str, Any]:
+    """Return images and right answers of each task of a table that has any, in the form of metrics.json."""
+    rows = [] if table is None else table.select(["task", "label", "prediction"]).to_pylist()
+    images = Counter(row["task"] for row in rows)
+    right = Counter(row["task"] for row in rows if row["label"] == row["prediction"])
+    return {
+        "step": step,
+        "tasks": list(images),
+        "samples": list(images.values()),
+        "correct": [right[task] for task in images],
+    }

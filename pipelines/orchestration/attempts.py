@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from pipelines.orchestration.server import PREFECT_SETTINGS
+from pipelines.orchestration.server import PREFECT_SETTINGS, prefect_client
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.runtime.checkpoints import KEY, NAME
@@ -49,11 +49,10 @@ class Attempts:
         A server on SQLite may give one run to two workers in the same moment: the one that was Running second gives
         way. So does a process that was taken for dead, and wakes when its run has been started again or has ended.
         """
-        from prefect.client.orchestration import get_client
         from prefect.exceptions import Abort
 
         try:
-            with short_retries(), get_client(sync_client=True) as client:
+            with short_retries(), prefect_client() as client:
                 states = client.read_flow_run_states(self._run)
         except Exception as trouble:  # a server that is away stops nothing
             log_line(f"prefect: whether this run has begun elsewhere is not known ({one_line(trouble)})")
@@ -85,10 +84,9 @@ class Attempts:
 
     def schedule(self, message: str) -> State:
         """Schedule the next attempt, for any worker. Return the state that the run is then in."""
-        from prefect.client.orchestration import get_client
         from prefect.states import AwaitingRetry
 
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             later: State = AwaitingRetry(scheduled_time=datetime.now(UTC) + self.pause(), message=message)
             client.set_flow_run_state(self._run, later)
         return later
@@ -98,10 +96,8 @@ class Attempts:
         return _PAUSE * 4 ** max(0, int(self._labels().get(_IDLE, 0)) - 1)
 
     def _labels(self) -> dict[str, str]:
-        from prefect.client.orchestration import get_client
-
         try:
-            with get_client(sync_client=True) as client:
+            with prefect_client() as client:
                 labels = client.read_flow_run(self._run).labels
             return {name: str(value) for name, value in labels.items()}
         except Exception as trouble:
@@ -109,10 +105,8 @@ class Attempts:
             return {}
 
     def _write(self, labels: dict[str, str | int]) -> None:
-        from prefect.client.orchestration import get_client
-
         try:
-            with get_client(sync_client=True) as client:
+            with prefect_client() as client:
                 client.update_flow_run_labels(self._run, dict(labels))
         except Exception as trouble:
             log_line(f"prefect: progress could not be noted ({one_line(trouble)})")

@@ -13,7 +13,16 @@ from typing import Any
 
 from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
-from pipelines.project.layout import BRANCH_STATE, LEDGER, LOCK, METRICS, PARAMS, WRITTEN_PARAMS
+from pipelines.project.layout import (
+    BRANCH_STATE,
+    LEDGER,
+    LOCK,
+    METRICS,
+    PARAMS,
+    UNRECORDED,
+    UNRECORDED_PARAMS,
+    WRITTEN_PARAMS,
+)
 
 _FILES = (str(PARAMS), str(LOCK), str(METRICS))
 _TRIES = 5
@@ -165,11 +174,16 @@ def _fetch(branch: str, remote: str) -> None:
 
 
 def _mark(*texts: bytes) -> None:
-    write_whole(WRITTEN_PARAMS, "\n".join(map(_sha256, texts)).encode())
+    write_whole(_marks(), "\n".join(map(_sha256, texts)).encode())
 
 
 def _ours() -> list[str]:
-    return WRITTEN_PARAMS.read_text().split() if WRITTEN_PARAMS.is_file() else []
+    return _marks().read_text().split() if _marks().is_file() else []
+
+
+def _marks() -> Path:
+    """Return where the hashes of what an unattended run may have left as params.yaml are."""
+    return UNRECORDED_PARAMS if UNRECORDED.is_dir() else WRITTEN_PARAMS
 
 
 def _take_ledger(base: str) -> None:

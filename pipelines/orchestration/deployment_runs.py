@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from pipelines.orchestration.server import PREFECT_SETTINGS
+from pipelines.orchestration.names import artifact_key, deployment_name, project_name
+from pipelines.orchestration.server import PREFECT_SETTINGS, patience, refusals_in_one_line
+from pipelines.runtime.deadline import within
 from pipelines.runtime.processes import environment
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class DeploymentRuns:
         """Return a run with these tags that has not ended. One that crashed is started again by the server."""
         from prefect.client.schemas.filters import (
             FlowRunFilter,
+            FlowRunFilterDeploymentId,
             FlowRunFilterState,
             FlowRunFilterStateType,
             FlowRunFilterTags,
@@ -52,6 +55,7 @@ class DeploymentRuns:
         ended = [StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED]
         found = self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
+                deployment_id=FlowRunFilterDeploymentId(any_=[self._deployment]),
                 tags=FlowRunFilterTags(all_=list(tags)),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=ended)),
             ),
@@ -77,7 +81,8 @@ class DeploymentRuns:
 
         found = self._client.read_artifacts(
             artifact_filter=ArtifactFilter(
-                flow_run_id=ArtifactFilterFlowRunId(any_=[run]), key=ArtifactFilterKey(any_=[key])
+                flow_run_id=ArtifactFilterFlowRunId(any_=[run]),
+                key=ArtifactFilterKey(any_=[artifact_key(key)]),
             )
         )
         if not found:
@@ -87,16 +92,18 @@ class DeploymentRuns:
 
 
 @contextlib.contextmanager
-def deployment_runs(name: str) -> Iterator[DeploymentRuns | None]:
-    """Talk to the server of PREFECT_API_URL about the runs of a deployment. None if there is no such deployment."""
+def deployment_runs(flow: str) -> Iterator[DeploymentRuns | None]:
+    """Talk to the server of PREFECT_API_URL about the runs of this project of a flow. None if nothing is deployed."""
     settings = {key: value for key, value in PREFECT_SETTINGS.items() if key not in os.environ}
     with environment(settings):
         from prefect.client.orchestration import get_client
         from prefect.exceptions import ObjectNotFound
 
-        with get_client(sync_client=True) as client:
+        with refusals_in_one_line(flow), get_client(sync_client=True) as client:
             try:
-                deployment = client.read_deployment_by_name(name).id
+                name = deployment_name(flow, project_name())
+                with within(patience()):
+                    deployment = client.read_deployment_by_name(name).id
             except ObjectNotFound:
                 yield None
                 return
@@ -107,4 +114,5 @@ def leave_table(key: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Leave rows for who asked for the flow run that this code is called in: what a flow returns is not kept."""
     from prefect.artifacts import create_table_artifact
 
-    create_table_artifact(table=[dict(row) for row in rows], key=key)
+    with refusals_in_one_line(key), within(patience()):
+        create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(key))

@@ -38,7 +38,7 @@ def overlapped_order(plan: Plan, params: Params) -> Order:
     next fit. With a limit a fit waits for the verdict, and so for the evaluation.
     """
     stale = plan.stale()
-    if any(limit is not None for limit in params.gate.model_dump().values()):
+    if any(limit is not None for limit in params.gate.limits.values()):
         return Order(stale, set(), {})
     gates = {
         fit: need

@@ -5,6 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from pipelines.orchestration.names import artifact_key
+from pipelines.orchestration.server import patience
+from pipelines.runtime.deadline import within
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -29,10 +33,12 @@ class ProgressArtifact:
             self._lost = True
             return
         try:
-            if self._id is None:
-                key = "progress-" + "".join(c if c.isalnum() else "-" for c in self._title.lower())
-                self._id = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._id, percent, description=text)
+            with within(patience()):
+                if self._id is None:
+                    title = "".join(c if c.isalnum() else "-" for c in self._title.lower())
+                    key = artifact_key(f"progress-{title}")
+                    self._id = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
+                else:
+                    update_progress_artifact(self._id, percent, description=text)
         except Exception:
             self._lost = True

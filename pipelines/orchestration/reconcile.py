@@ -6,7 +6,8 @@ import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from pipelines.orchestration.names import DEPLOYMENT, WATCHDOG, WORK_TAG
+from pipelines.orchestration.names import WATCHDOG, WORK_TAG, project_name
+from pipelines.orchestration.server import prefect_client
 from pipelines.orchestration.stage_runs import STAGE_TAG, current_flow_run, run_tag
 from pipelines.project.error_text import one_line
 from pipelines.runtime.console import log_line
@@ -28,13 +29,12 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
     run that was taken, or has begun, and gives no sign of life is marked crashed; one that has been crashed for a
     while is scheduled again. Returns how many there were; a server that fails costs a line.
     """
-    from prefect.client.orchestration import get_client
     from prefect.states import Crashed
 
     seen_to = reschedule_crashed_runs()
     patience = timedelta(seconds=dead_after_seconds)
     try:
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             silent = [
                 run
                 for run in _deployed_runs(client, _SILENCES * patience, "RUNNING")
@@ -52,12 +52,11 @@ def reschedule_orphaned_runs(dead_after_seconds: int) -> int:
 
 def reschedule_crashed_runs() -> int:
     """Reschedule the runs of our deployments that have been crashed for a while. Return how many."""
-    from prefect.client.orchestration import get_client
     from prefect.states import AwaitingRetry
 
     found = 0
     try:
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             lost = [run for run in _deployed_runs(client, OVERLOOKED, "CANCELLED") if _has_lost_its_slot(run)]
             for run in (*_deployed_runs(client, OVERLOOKED, "CRASHED"), *lost):
                 again: State[None] = AwaitingRetry(message="starts again; its end was overlooked")
@@ -91,7 +90,7 @@ def _deployed_runs(client: SyncPrefectClient, since: timedelta, kind: str) -> li
 
     runs = client.read_flow_runs(
         deployment_filter=DeploymentFilter(
-            name=DeploymentFilterName(any_=[DEPLOYMENT]), tags=DeploymentFilterTags(all_=[WORK_TAG])
+            name=DeploymentFilterName(any_=[project_name()]), tags=DeploymentFilterTags(all_=[WORK_TAG])
         ),
         flow_run_filter=FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(kind)]))
@@ -127,8 +126,9 @@ def delete_old_watchdog_runs() -> None:
 
     A worker that was busy would have all late ones before the run that waits for it.
     """
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
         FlowFilter,
         FlowFilterName,
         FlowRunFilter,
@@ -138,10 +138,11 @@ def delete_old_watchdog_runs() -> None:
 
     now = datetime.now(UTC)
     try:
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             due = FlowRunFilterExpectedStartTime.model_validate({"before_": now})
             for run in client.read_flow_runs(
                 flow_filter=FlowFilter(name=FlowFilterName(any_=[WATCHDOG])),
+                deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[project_name()])),
                 flow_run_filter=FlowRunFilter(expected_start_time=due),
                 limit=200,
             ):
@@ -163,10 +164,8 @@ def close_dead_runs() -> int:
     To be called where no other `sdlora run` of this folder can be at work. Returns how many there were; a server
     that fails costs a line.
     """
-    from prefect.client.orchestration import get_client
-
     try:
-        with get_client(sync_client=True) as client:
+        with prefect_client() as client:
             dead = [run for run in _running(client) if _is_dead(client, run)]
             for run in dead:
                 _close(client, run)

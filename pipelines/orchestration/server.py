@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib
+import json
 import os
 import socket
 import subprocess
@@ -14,13 +15,22 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipelines.project.environment import PREFECT_SECONDS
+from pipelines.project.error_text import one_line
+from pipelines.project.errors import InputError
 from pipelines.runtime.console import log_line
+from pipelines.runtime.deadline import within
 from pipelines.runtime.processes import die_with, end_group, environment
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 _START_SECONDS = 60.0
 _HEALTH_SECONDS = 2.0
 """A server that needs longer than this to say that it is well is not waited for."""
+_PATIENCE_SECONDS = "30"
 
 PREFECT_SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -46,12 +56,71 @@ def server_missing() -> str | None:
 def server_trouble(url: str) -> str | None:
     """Ask a server for its health. Return what is wrong, or None if it is well."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_HEALTH_SECONDS) as answer:
+        with (
+            within(_HEALTH_SECONDS),
+            urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_HEALTH_SECONDS) as answer,
+        ):
             return None if answer.status == 200 else f"{url} answers {answer.status}"
     except urllib.error.HTTPError as error:
         return f"{url} answers {error.code}"
     except (OSError, ValueError, http.client.HTTPException):
         return f"{url} does not answer"
+
+
+def patience() -> float:
+    """Return how many seconds a server may take for what it is asked at one time.
+
+    Raises:
+        InputError: the environment variable holds no such number.
+    """
+    text = os.environ.get(PREFECT_SECONDS, "").strip() or _PATIENCE_SECONDS
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 < seconds < float("inf"):
+            return seconds
+    raise InputError(f"{PREFECT_SECONDS}: {text!r} is no number of seconds; set one above 0")
+
+
+@contextlib.contextmanager
+def prefect_client() -> Iterator[SyncPrefectClient]:
+    """Talk to the server of PREFECT_API_URL, as long as it may take on the whole."""
+    from prefect.client.orchestration import get_client
+
+    with within(patience()), get_client(sync_client=True) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def refusals_in_one_line(what: str) -> Iterator[None]:
+    """Make an `InputError` of what a server, or something that is none, answers to what cannot do without it."""
+    import httpx
+    from pydantic import ValidationError
+
+    url = os.environ.get("PREFECT_API_URL")
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
+        todo = (
+            "set PREFECT_API_AUTH_STRING to the server's PREFECT_SERVER_API_AUTH_STRING, and PREFECT_API_KEY to none"
+            if error.response.status_code in (401, 403)
+            else f"look at its log ({_shortened(error.response.text)})"
+        )
+        raise InputError(f"{what}: the Prefect server {url} answers {status}; {todo}") from None
+    except (httpx.HTTPError, TimeoutError) as error:
+        raise InputError(
+            f"{what}: the Prefect server {url} failed ({_shortened(one_line(error))});"
+            " run the same again when it is well"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError):
+        raise InputError(
+            f"{what}: what answers at {url} is no Prefect server of a version that is known; correct PREFECT_API_URL"
+        ) from None
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:97]}..."
 
 
 @contextlib.contextmanager

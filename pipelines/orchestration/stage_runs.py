@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import socket
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.ledger import journal
+from pipelines.orchestration.names import artifact_key
 from pipelines.orchestration.progress_artifact import ProgressArtifact
-from pipelines.orchestration.server import PREFECT_SETTINGS, server_missing
+from pipelines.orchestration.server import PREFECT_SETTINGS, patience, server_missing
 from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
 from pipelines.project.layout import CODE, STAGES, StageName
 from pipelines.runtime.console import log_line
+from pipelines.runtime.deadline import Deadline, give_up, within
 from pipelines.runtime.processes import die_with_starter
 from pipelines.runtime.progress import show_progress
 from pipelines.runtime.progress_bar import ProgressBar
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 STAGE_TAG = "sdlora-stage"
 """Tag of every flow run of a stage, and of the outer flow of `sdlora run`."""
+_FLUSH_SECONDS = 5
+"""How long what waits for the server may take at the end of a run."""
 
 
 def launch(stage: Stage, **arguments: str | Path) -> None:
@@ -62,11 +67,14 @@ def run_linked(stage: Stage, label: str, arguments: dict[str, str | Path]) -> St
         os.environ.setdefault(name, value)
     # Prefect's threads would print of every message that a server, once gone, does not take.
     logging.raiseExceptions = False
-    work = _Work()
+    importlib.import_module("prefect.flow_engine")  # takes seconds that are not the server's
+    work, seconds = _Work(), patience()
     try:
-        _run_flow(_observed(stage, label, work), stage.name, label, arguments)
-        _flush()
+        with within(seconds) as deadline:
+            _run_flow(_observed(stage, label, work, deadline), stage.name, label, arguments)
+            _flush()
     except Exception as trouble:  # of the server: the work's own error is kept in `work`
+        give_up()  # what still waits to be told to the server
         log_line(f"prefect: the server failed ({one_line(trouble)}); {label} does not depend on it")
     if work.error is not None:
         raise work.error
@@ -114,22 +122,23 @@ class _Work:
     error: BaseException | None = field(default=None, repr=False)
 
 
-def _observed(stage: Stage, label: str, kept: _Work) -> Callable[..., State]:
+def _observed(stage: Stage, label: str, kept: _Work, deadline: Deadline) -> Callable[..., State]:
     """Wrap the stage's function so that its outcome is kept here and told to Prefect as a state."""
 
     @functools.wraps(stage.fn)
     def work(*args: Any, **kwargs: Any) -> State:  # noqa: ANN401 - the function's own arguments
         from prefect.states import Completed, Failed
 
-        try:
-            kept.result = stage(*args, **kwargs)
-        except Exception as error:
-            kept.error = error
-            return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
-        except BaseException as end:
-            # Told to stop: a server that cannot be told of it is no reason to begin again.
-            kept.error = end
-            raise
+        with deadline.paused():
+            try:
+                kept.result = stage(*args, **kwargs)
+            except Exception as error:
+                kept.error = error
+                return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
+            except BaseException as end:
+                # Told to stop: a server that cannot be told of it is no reason to begin again.
+                kept.error = end
+                raise
         _publish(kept.result, label)
         return Completed(message=f"{label} is done")
 
@@ -177,7 +186,9 @@ def _flush() -> None:
     from prefect.logging.handlers import APILogWorker
 
     for worker in (EventsWorker, APILogWorker):
-        worker.drain_all(timeout=5)
+        drained: Any = worker.drain_all(timeout=_FLUSH_SECONDS)
+        if drained.not_done:
+            give_up()
 
 
 def _publish(result: StageResult, label: str) -> None:
@@ -187,11 +198,11 @@ def _publish(result: StageResult, label: str) -> None:
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-    key = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
+    name = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
     try:
-        create_table_artifact(table=result.rows, key=key)
-        key = "documents"
-        for key, text in result.documents().items():
-            create_markdown_artifact(text, key=key)
+        create_table_artifact(table=result.rows, key=artifact_key(name))
+        name = "documents"
+        for name, text in result.documents().items():
+            create_markdown_artifact(text, key=artifact_key(name))
     except Exception as trouble:
-        log_line(f"prefect: no {key} of {label} ({one_line(trouble)})")
+        log_line(f"prefect: no {name} of {label} ({one_line(trouble)})")

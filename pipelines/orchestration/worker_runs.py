@@ -11,9 +11,11 @@ from uuid import UUID
 from prefect import Flow, State, flow  # a server finds a flow by its name in a module that it loads
 
 from pipelines.orchestration.attempts import BEGUN, Attempts, checkpoint_mark, remember_state
+from pipelines.orchestration.names import project_name
 from pipelines.orchestration.reconcile import reschedule_orphaned_runs
+from pipelines.orchestration.repository import repository_id
 from pipelines.orchestration.stage_runs import current_flow_run
-from pipelines.project.environment import PROJECT
+from pipelines.project.environment import PROJECT, WORKERS_REPOSITORY
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
@@ -64,12 +66,23 @@ def begin_attempt(attempts: Attempts, workers: Workers) -> None:
     attempts.begin(checkpoint_mark(Params.load().training.checkpoint_store), workers.attempts)
 
 
-def project_folder() -> Path:
-    """Return this worker's clone of the project.
+def enter_project() -> None:
+    """Go to this worker's clone of the project.
 
     Raises:
-        InputError: there is no project where it should be.
+        InputError: there is no project where it should be, or another one.
     """
+    os.chdir(_project_folder())
+    told, here = os.environ.get(WORKERS_REPOSITORY), repository_id()
+    if told and here and told != here:
+        raise InputError(
+            f"{Path.cwd()}: a clone of another repository (its first commit is {here}) than the one "
+            f"whose {project_name()} was deployed ({told}); start the worker in a clone of that, or call"
+            " sdlora deploy here"
+        )
+
+
+def _project_folder() -> Path:
     named = os.environ.get(PROJECT) or os.environ.get("PWD") or "."
     if not Path(named, PARAMS).is_file():
         raise InputError(

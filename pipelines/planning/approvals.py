@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from pipelines.project.params import Params
 from pipelines.project.params_text import with_lines
 from pipelines.project.settings import Approval
 from pipelines.project.yaml_text import read_text
+from pipelines.versioning.plan import adopt_param
+from pipelines.versioning.project_lock import only_run
 
 
 def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
@@ -31,7 +34,7 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
     for option, value in (("--by", by), ("--why", why)):
         if fault := line_fault(value.strip()):
             raise InputError(f"approve: {option}: {show_value(value)} {fault}, for those who read the ledger")
-    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after))
+    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after, params.gate.on))
     if not faults:
         raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")
     entry = Approval.model_validate(
@@ -61,3 +64,12 @@ def evaluation_of(task: str) -> Path:
             f"{folder}/metrics.json: {task} has no results to approve of yet; run `sdlora run` first"
         )
     return folder
+
+
+def keep_other_gates() -> None:
+    """Have an answer re-run the gate that it is for, and no other: DVC knows `approvals` as a whole.
+
+    While a run is at work nothing is written, and all gates run again after it.
+    """
+    with contextlib.suppress(InputError), only_run():
+        adopt_param("gate", "approvals")

@@ -1,7 +1,8 @@
 """Every environment variable of this program: its name, who sets it, and what it means.
 
-People set `SDLORA_DECODED_GIB`, `SDLORA_IMAGES_GIB`, `SDLORA_PLAIN_DVC` and `SDLORA_PROJECT`. The others are how
-processes of this program tell each other something, where DVC, which stands between them, passes nothing on.
+People set `SDLORA_DECODED_GIB`, `SDLORA_IMAGES_GIB`, `SDLORA_PLAIN_DVC`, `SDLORA_PREFECT_SECONDS` and
+`SDLORA_PROJECT`. The others are how processes of this program tell each other something, where DVC or Prefect, which
+stands between them, passes nothing on.
 """
 
 DECODED_GIB = "SDLORA_DECODED_GIB"
@@ -35,3 +36,14 @@ DVC_SOCKET = "SDLORA_DVC_SERVER"
 
 PATCHES_SAID = "SDLORA_PATCHES_SAID"
 """Set by a process that has said why patches of DVC stay away, for those that it starts: one line is enough."""
+
+PREFECT_SECONDS = "SDLORA_PREFECT_SECONDS"
+"""Set by people: how long a Prefect server may take for what it is asked at one time; 30 s if it is not set.
+
+A run goes on without one that takes longer."""
+
+WORKERS_PROJECT = "SDLORA_WORKERS_PROJECT"
+"""Set by `sdlora deploy` for runs on workers: what the project is called on the Prefect server."""
+
+WORKERS_REPOSITORY = "SDLORA_WORKERS_REPOSITORY"
+"""Set by `sdlora deploy` for runs on workers: the first commit of the repository that the project is in."""

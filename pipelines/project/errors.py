@@ -11,6 +11,8 @@
     ├── RefusedError          a download failed; the next address is tried
     └── DvcException          DVC's own
         └── RunCacheError     an entry of the run-cache was not copied (pipelines.versioning.patches)
+    BaseException
+    └── _TimeIsUpError        ends a wait, and becomes a TimeoutError (pipelines.runtime.deadline)
 
 Those that name a place stand there, because they hold what only that room knows. Any other exception is a bug, and
 shown with its traceback, but for a file that the system does not give or take, and a `ValueError` that the library

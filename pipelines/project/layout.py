@@ -67,6 +67,10 @@ BRANCH_STATE = Path(".sdlora/branch.json")
 """The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
 WRITTEN_PARAMS = Path(".sdlora/params.sha256")
 """The hashes of what an unattended run may have left as params.yaml: that may be replaced by the branch's."""
+UNRECORDED = Path(".sdlora/unrecorded")
+"""The project's files as they were before a run that records nothing, while there is one."""
+UNRECORDED_PARAMS = UNRECORDED / "params.sha256"
+"""The hashes of what that run may have left as params.yaml."""
 
 PREFECT = Path(".prefect")
 """The history of the Prefect server that `sdlora run` starts for itself."""

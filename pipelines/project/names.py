@@ -65,6 +65,15 @@ def model_fault(text: str) -> str | None:
     return None
 
 
+def project_fault(text: str) -> str | None:
+    """Why a text is no name of a project on a Prefect server."""
+    if fault := name_fault(text):
+        return fault
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", text):
+        return "is no name of a project; use lower-case letters, digits and single dashes"
+    return None
+
+
 def branch_fault(text: str) -> str | None:
     """Why a text is no name of a Git branch, or of a remote."""
     if fault := path_fault(text):

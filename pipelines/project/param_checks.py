@@ -12,7 +12,9 @@ from pipelines.project.settings import (
     Approval,
     BackboneChoice,
     Cub200,
+    Data,
     Fetch,
+    Gate,
     ImageNetA,
     ImageNetR,
     Task,
@@ -150,6 +152,12 @@ def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]
     for key in approvals:
         if key not in tasks:
             yield f"approvals.{show_key(key)}: there is no such task; known are {show_names(tasks)}"
+
+
+def gate_faults(gate: Gate, data: Data) -> Iterator[str]:
+    """Yield a fault where a gate is to measure on images that nobody holds out."""
+    if gate.on == "validation" and data.validation is None:
+        yield "gate.on: found validation, but data.validation is null; write a share there, or gate.on: test"
 
 
 def worker_faults(workers: Workers) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pipelines.project.param_checks import (
     approval_faults,
     backbone_faults,
     fetch_faults,
+    gate_faults,
     task_faults,
     worker_faults,
 )
@@ -81,6 +82,7 @@ class Params(Section):
                 *fetch_faults(params.fetch),
                 *backbone_faults(params.backbone),
                 *adapter_faults(params.adapter),
+                *gate_faults(params.gate, params.data),
                 *task_faults(params.tasks),
                 *approval_faults(params.approvals, params.tasks),
                 *worker_faults(params.workers),

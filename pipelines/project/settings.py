@@ -16,6 +16,7 @@ from pipelines.project.names import (
     model_fault,
     name_fault,
     path_fault,
+    project_fault,
     source_fault,
 )
 
@@ -44,6 +45,7 @@ _Path = Annotated[str, _checked(path_fault)]
 _Source = Annotated[str, _checked(source_fault)]
 _Manifest = Annotated[str, _checked(manifest_fault)]
 _ModelName = Annotated[str, _checked(model_fault)]
+_ProjectName = Annotated[str, _checked(project_fault)]
 _Ref = Annotated[str, _checked(branch_fault)]
 _ClassName = Annotated[str, _checked(class_name_fault, "; rename the class and its folder")]
 AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank"}
@@ -288,14 +290,21 @@ class Evaluation(Section):
 class Gate(Section):
     """What a step must keep before the next one is learned. Null is no limit."""
 
+    on: Literal["test", "validation"] = "test"
+    """the images that it is measured on"""
     fall: Annotated[float, Field(ge=0, le=1)] | None
     """most that the accuracy of any old task may fall in the step"""
     negative_flips: Annotated[float, Field(ge=0, le=1)] | None
-    """largest share of the old tasks' test images that were right before the step and are wrong after it"""
+    """largest share of the old tasks' images that were right before the step and are wrong after it"""
     calibration_error: Annotated[float, Field(ge=0, le=1)] | None
-    """largest expected calibration error on all test images so far"""
+    """largest expected calibration error on all images so far"""
     new_task: Annotated[float, Field(ge=0, le=1)] | None
     """least accuracy on the task just learned"""
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The limits by name."""
+        return self.model_dump(exclude={"on"})
 
 
 class Approval(Section):
@@ -316,16 +325,18 @@ class Approval(Section):
 class Workers(Section):
     """How `sdlora deploy` sets machines to work. No stage reads it."""
 
+    project: _ProjectName | None = None
+    """what the project is called on the Prefect server; null is the name of its Git repository"""
     pool: _Name
-    """Prefect work pool whose workers run the chain"""
+    """Prefect work pool, of this project alone, whose workers run the chain"""
     schedule: Annotated[str, Field(pattern=r"^\S+( +\S+){4}$")] | None
     """cron line (UTC) by which they do so unasked; null is on request or on new images only"""
     inbox: _Source
     """folder inside the project that images of new tasks arrive in"""
     branch: _Ref | None
-    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none"""
+    """Git branch that gets params.yaml, dvc.lock and metrics.json after each run; null is none, for one worker only"""
     push: _Ref | None
-    """Git remote that the branch is taken from and pushed to; null keeps it here"""
+    """Git remote that the branch is taken from and pushed to; null keeps it in this clone, for workers there only"""
     heartbeat_seconds: Annotated[int, Field(ge=30)]
     """seconds between two signs of life of a run; Prefect takes 30 and more"""
     dead_after_seconds: Annotated[int, Field(ge=30)]

@@ -214,6 +214,7 @@ def gate_rows(history: History) -> list[Record]:
     return [
         {
             "step": step,
+            "on": verdict["limits"].get("on", "test"),
             "cells": [
                 {"value": value, "limit": verdict["limits"][name]}
                 for name, value in ((name, verdict["measured"][name]) for name in _GATE)

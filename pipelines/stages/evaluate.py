@@ -51,20 +51,19 @@ def evaluate(
     preprocessing = Preprocessing.of(description)
     packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
     held = read_json(validation / "tasks.json")["tasks"]
-    selecting = {
-        name: PackedImages(validation / f"{name}.arrow", preprocessing)
-        for name in seen["tasks"]
-        if name in held
-    }
+    wanted = [name for name in seen["tasks"] if name in held]
+    selecting = {name: PackedImages(validation / f"{name}.arrow", preprocessing) for name in wanted}
     predictions, confidences = _predict(
         task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings
     )
     total = sum(len(images) for images in packed.values())
-    tables = {name: images.table for name, images in packed.items()}
-    tested = _Tested(tables, predictions[:total], confidences[:total])
+    tested = _Tested(_tables(packed), predictions[:total], confidences[:total])
+    held_out = _Tested(_tables(selecting), predictions[total:], confidences[total:])
     counts, right = tested.counts, tested.right
     with whole_folder(out) as folder:
         tested.write(folder / "predictions.arrow")
+        if sum(held_out.counts.values()):
+            held_out.write(folder / "validation.arrow")
         write_json(
             folder / "metrics.json",
             {
@@ -73,9 +72,7 @@ def evaluate(
                 "accuracy": [round(right[name] / counts[name], 6) for name in counts],
                 "samples": list(counts.values()),
                 "correct": list(right.values()),
-                **_validation_metrics(
-                    predictions[total:], {name: images.table for name, images in selecting.items()}
-                ),
+                **_validation_metrics(held_out),
             },
         )
     rows: list[dict[str, str | int | float]] = [
@@ -148,8 +145,12 @@ def _predict(
     return np.concatenate(predictions), np.concatenate(confidences)
 
 
+def _tables(images: Mapping[str, PackedImages]) -> dict[str, pa.Table]:
+    return {name: packed.table for name, packed in images.items()}
+
+
 class _Tested(NamedTuple):
-    """The test images of all tasks, and what the step says of each."""
+    """The test images of all tasks, or those held out of training, and what the step says of each."""
 
     tables: Mapping[str, pa.Table]
     """Task id → its images; the predictions are in this order."""
@@ -197,21 +198,17 @@ class _Tested(NamedTuple):
         return np.repeat(list(self.tables), list(self.counts.values()))
 
 
-def _validation_metrics(predictions: np.ndarray, tables: Mapping[str, pa.Table]) -> dict[str, Any]:
+def _validation_metrics(held_out: _Tested) -> dict[str, Any]:
     """Accuracy, images and right answers by task of the validation images. Nothing where there are none.
 
     A task whose classes have one training image each can spare none: its accuracy is null.
     """
-    correct, samples, start = [], [], 0
-    for table in tables.values():
-        part = predictions[start : start + len(table)]
-        start += len(table)
-        correct.append(int((part == table["label"].to_numpy()).sum()))
-        samples.append(len(table))
-    if not start:
+    samples = list(held_out.counts.values())
+    if not sum(samples):
         return {}
+    correct = list(held_out.right.values())
     return {
-        "validation_tasks": list(tables),
+        "validation_tasks": list(held_out.tables),
         "validation_accuracy": [
             round(c / n, 6) if n else None for c, n in zip(correct, samples, strict=True)
         ],

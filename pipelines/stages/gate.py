@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipelines.ledger.verdicts import broken, measured_in, results_of
+from pipelines.ledger.verdicts import broken, in_a_verdict, measured_in, results_of
 from pipelines.project.errors import GateClosedError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params
@@ -37,8 +37,8 @@ def gate(
         before: Verdict folder of the step before.
         out: Folder to leave, with the verdict, and open.json, without which the next task is not learned.
     """
-    measured = measured_in(evaluation, evaluation_before)
     limits = read_params("gate", Gate)
+    measured = measured_in(evaluation, evaluation_before, limits.on)
     faults = broken(limits, measured)
     approval = read_params("approvals", dict[str, Approval]).get(task)
     if faults and not (approval and _covers(approval, faults, evaluation)):
@@ -58,7 +58,7 @@ def gate(
                 "samples": read_json(split)["digest"],
                 "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
                 "measured": measured,
-                "limits": limits.model_dump(),
+                "limits": in_a_verdict(limits),
                 "broken": faults,
                 "approved": {"by": approval.by, "why": approval.why} if faults and approval else None,
             },

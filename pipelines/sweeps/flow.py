@@ -7,12 +7,13 @@ from pathlib import Path
 
 from pipelines.orchestration.attempts import Attempts
 from pipelines.orchestration.deployment_runs import leave_table
+from pipelines.orchestration.names import SWEEP
 from pipelines.orchestration.run import finish
 from pipelines.orchestration.worker_runs import (
     EndState,
     attempt,
     begin_attempt,
-    project_folder,
+    enter_project,
     worker_flow,
 )
 from pipelines.project.errors import InputError
@@ -22,7 +23,7 @@ from pipelines.sweeps.results import RESULT, read_result
 from pipelines.sweeps.workspace import make_workspace, read_project, with_code
 
 
-@worker_flow("sweep")
+@worker_flow(SWEEP)
 def sweep(name: str, chain: str, params: str, code: str) -> EndState:
     """Bring one chain of a sweep up to date, in a workspace of its own in this worker's clone.
 
@@ -37,7 +38,7 @@ def sweep(name: str, chain: str, params: str, code: str) -> EndState:
 
 def run_chain(name: str, chain: str, params: str, code: str, attempts: Attempts) -> str:
     """Do what `sweep` says. Return what came of it in one line, and leave the numbers for who sweeps."""
-    os.chdir(project_folder())
+    enter_project()
     shared = read_project()
     if shared.code != code:
         raise InputError(

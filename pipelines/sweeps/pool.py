@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from pipelines.orchestration.deployment_runs import DeploymentRuns, deployment_runs
+from pipelines.orchestration.names import SWEEP, deployment_name, project_name
 from pipelines.orchestration.reconcile import reschedule_crashed_runs
+from pipelines.orchestration.server import patience
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.runtime.console import echo, log_line
+from pipelines.runtime.deadline import within
 from pipelines.sweeps.grid import Chain, short_hash
 from pipelines.sweeps.here import chain_label, may_begin, only_sweep
 from pipelines.sweeps.results import RESULT, Result
 from pipelines.sweeps.workspace import Project, Workspace, make_workspace, read_project
 
-_DEPLOYMENT = "sweep/workers"
 _TAG = "sdlora-sweep"
 _POLL_SECONDS = 2.0
 
@@ -33,11 +35,11 @@ def run_on_pool(name: str, chains: Sequence[Chain]) -> list[Result]:
     with only_sweep(name):
         project = read_project()
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
-        with deployment_runs(_DEPLOYMENT) as runs:
+        with deployment_runs(SWEEP) as runs:
             if runs is None:
                 raise InputError(
-                    f"sweep: the server has no deployment {_DEPLOYMENT}; call sdlora deploy, or add --local 1 to"
-                    " compute here"
+                    f"sweep: the server has no deployment {deployment_name(SWEEP, project_name())}; call sdlora deploy,"
+                    " or add --local 1 to compute here"
                 )
             return _Pool(runs, name, project, chains, spaces).wait()
 
@@ -70,11 +72,12 @@ class _Pool:
         well = True
         while len(self._results) < len(self._chains):
             try:
-                self._begin()
-                self._look()
-                self._reschedule_crashed()
+                with within(patience()):
+                    self._begin()
+                    self._look()
+                    self._reschedule_crashed()
                 well = True
-            except (httpx.TransportError, httpx.HTTPStatusError) as trouble:
+            except (httpx.TransportError, httpx.HTTPStatusError, TimeoutError) as trouble:
                 if isinstance(trouble, httpx.HTTPStatusError) and trouble.response.status_code < 500:
                     raise
                 if well:

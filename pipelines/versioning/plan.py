@@ -246,6 +246,39 @@ def record_as_it_is(names: Iterable[str]) -> None:
             stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
 
 
+def adopt_param(kind: str, key: str) -> list[str]:
+    """Have dvc.lock hold a parameter as it is, for finished stages that read of it the entry of their own task alone.
+
+    A stage of which that entry is another one than when it ran stays as it is, and will run again. Return the others.
+    """
+    with dvc_errors():
+        from dvc.repo import Repo, lock_repo
+
+        with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
+            stages = [
+                stage
+                for stage in repo.stage.load_all(str(DVC_YAML))
+                if StageName.parse(stage.addressing).kind == kind and _is_made(stage) and _adopts(stage, key)
+            ]
+            if stages:
+                stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+            return [stage.addressing for stage in stages]
+
+
+def _adopts(stage: DvcStage, key: str) -> bool:
+    """Take over a parameter as it is. False where it is as it was, or the entry of the stage's task is another one."""
+    task = StageName.parse(stage.addressing).item
+    for dep in stage.deps:
+        if key not in getattr(dep, "params", ()) or key not in (dep.hash_info.value or {}):
+            continue
+        was, now = dep.hash_info.value[key] or {}, dep.get_hash().value[key] or {}
+        if was == now or was.get(task) != now.get(task):
+            return False
+        dep.hash_info.value[key] = now
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def dvc_errors() -> Iterator[None]:
     """Turn what DVC says of a broken or busy project into one line."""

@@ -119,7 +119,7 @@ class Site:
 
         event = Event(
             event="sdlora.task-data.arrived",
-            resource=Resource({"prefect.resource.id": "sdlora.inbox"}),
+            resource=Resource({"prefect.resource.id": "sdlora.inbox.origin"}),
             payload=payload,
         ).model_dump(mode="json")
         return self.ended(self.begun_by(lambda: self.client.request("POST", "/events", json=[event])))
@@ -134,7 +134,7 @@ class Site:
 
     def begin(self) -> UUID:
         """Start a run of the deployment."""
-        deployment = self.client.read_deployment_by_name("learn/workers").id
+        deployment = self.client.read_deployment_by_name("learn/origin").id
         return self.begun_by(lambda: self.client.create_flow_run_from_deployment(deployment))
 
     def ended(self, run: UUID, seconds: float = 120) -> Any:  # noqa: ANN401 - Prefect's FlowRun

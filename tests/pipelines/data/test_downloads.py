@@ -22,6 +22,7 @@ from pipelines.data.downloads import Remote, file_digest, obtain
 from pipelines.project.errors import InputError
 from pipelines.runtime.progress import show_progress
 from pipelines.runtime.progress_bar import ProgressBar
+from tests.support.bad_server import bad_server
 from tests.support.repository import REPOSITORY
 
 CONTENT = bytes(range(256)) * 2000
@@ -42,7 +43,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.cuts: list[int] = []
         """after so many bytes of a body the connection ends"""
         self.pace = 0.0
-        """seconds to wait after each 10,000 bytes"""
+        """seconds to wait after each piece"""
+        self.piece = 10_000
+        self.announce = True
+        """whether an answer has its length in its head"""
         self.asked: list[str | None] = []
         """the Range of each request"""
 
@@ -76,14 +80,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if start >= len(server.content):
                 return self.reply(416, {"Content-Range": f"bytes */{len(server.content)}"})
         body = server.content[start:]
-        headers = {"Content-Length": str(len(body))}
+        headers = {"Content-Length": str(len(body))} if server.announce else {}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
         self.head(206 if start else 200, headers)
         if server.cuts:
             body = body[: server.cuts.pop(0)]
-        for position in range(0, len(body), 10_000):
-            self.wfile.write(body[position : position + 10_000])
+        for position in range(0, len(body), server.piece):
+            self.wfile.write(body[position : position + server.piece])
             time.sleep(server.pace)
         self.close_connection = True
 
@@ -322,3 +326,76 @@ def test_the_id_that_git_gives_a_file_is_a_hash_too(tmp_path: Path) -> None:
 
     assert file_digest(tmp_path / "a", "git-blob") == "ce013625030ba8dba906f756967f9e9ca394464a"
     assert file_digest(tmp_path / "a", "md5") == hashlib.md5(b"hello\n").hexdigest()
+
+
+def test_a_redirect_into_this_machine_or_network_is_refused_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy stands for the internet: what it is asked for is a public address."""
+    monkeypatch.setenv("http_proxy", server.url().removesuffix("/file.bin"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for host in (
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "10.0.0.7",
+        "169.254.169.254",
+        "2130706433",
+        "[::ffff:7f00:1]",
+    ):
+        server.asked.clear()
+        server.before = [(302, {"Location": f"http://{host}:1/secret"})]
+        with pytest.raises(InputError, match=r"redirects to .*, which is no public address"):
+            obtain(remote("http://nowhere.invalid/file.bin"), tmp_path)
+        assert len(server.asked) == 1
+    server.before = [(302, {"Location": "http://elsewhere.invalid/file.bin"})]
+    assert obtain(remote("http://nowhere.invalid/file.bin"), tmp_path).read_bytes() == CONTENT
+
+
+def test_redirects_without_end_are_given_up(server: Server, tmp_path: Path) -> None:
+    server.before = [(302, {"Location": "/file.bin"})] * 99
+    with pytest.raises(InputError, match="redirects without end"):
+        obtain(remote(server.url()), tmp_path)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_and_what_came_is_kept(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "SLOW_SECONDS", 0.2)
+    server.content, server.pace, server.piece = CONTENT, 0.05, 10
+    with pytest.raises(InputError, match=r"sends less than 1,000 bytes a second\); .* to go on at byte \d+"):
+        obtain(remote(server.url()), tmp_path)
+    assert len(server.asked) == 1
+    assert (tmp_path / "file.bin.part").stat().st_size > 10
+
+
+def test_an_answer_that_does_not_begin_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "HEAD_SECONDS", 0.5)
+    with (
+        bad_server("slow") as url,
+        pytest.raises(InputError, match=r"did not begin to answer within 0\.5 s"),
+    ):
+        obtain(remote(f"{url}/file.bin"), tmp_path)
+
+
+@pytest.mark.parametrize("wait", ["\u00b2", "-1", "1e9", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT"])
+def test_a_time_to_wait_that_is_no_number_is_ignored(server: Server, tmp_path: Path, wait: str) -> None:
+    server.before = [(503, {"Retry-After": wait})]
+    assert obtain(remote(server.url()), tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_file_of_unknown_size_has_a_bound(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, announced: bool
+) -> None:
+    monkeypatch.setattr(downloads, "LARGEST", 1000)
+    server.announce = announced
+    said = (
+        "announces 512,000 bytes, more than the 1,000"
+        if announced
+        else "sends more than the allowed 1,000 bytes"
+    )
+    with pytest.raises(InputError, match=said):
+        obtain(remote(server.url(), size=None), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -12,14 +12,18 @@ from uuid import UUID
 import pytest
 
 from pipelines.orchestration.attempts import Attempts, checkpoint_mark, short_retries
-from pipelines.orchestration.names import DEPLOYMENT, WATCHDOG, WORK_TAG
+from pipelines.orchestration.names import WATCHDOG, WORK_TAG
+from pipelines.orchestration.one_clone import require_one_clone
 from pipelines.orchestration.reconcile import (
     close_dead_runs,
     delete_old_watchdog_runs,
     reschedule_orphaned_runs,
 )
-from pipelines.orchestration.stage_runs import STAGE_TAG, run_tag
+from pipelines.orchestration.stage_runs import STAGE_TAG, make_flow, run_tag
+from pipelines.project.environment import WORKERS_PROJECT
 from pipelines.project.errors import InputError
+from pipelines.project.params import Params
+from tests.support.parameters import settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -128,8 +132,9 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
     from prefect.states import Cancelled, Completed, Crashed, Pending, Running
 
     flow = client.create_flow(Flow(lambda: None, name="overlooked"))
-    ours = client.create_deployment(flow, name=DEPLOYMENT, tags=[WORK_TAG])
-    others = client.create_deployment(flow, name=DEPLOYMENT + "-of-others", tags=[WORK_TAG])
+    monkeypatch.setenv(WORKERS_PROJECT, "birds")
+    ours = client.create_deployment(flow, name="birds", tags=[WORK_TAG])
+    others = client.create_deployment(flow, name="cats", tags=[WORK_TAG])
     given = {"crashed": Crashed(), "taken": Pending(), "silent": Running(), "done": Completed()}
     given |= {"cancelled": Cancelled(message="by Ana")}
     given |= {"slot": Cancelled(message="Deployment concurrency slot lost during provisioning")}
@@ -160,22 +165,27 @@ def test_what_the_server_overlooked_is_seen_to_and_what_is_fresh_alive_or_strang
 
 
 def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
-    client: SyncPrefectClient,
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import Flow
     from prefect.exceptions import ObjectNotFound
     from prefect.states import Completed, Pending, Scheduled
 
+    monkeypatch.setenv(WORKERS_PROJECT, "birds")
     minute = timedelta(minutes=1)
-    ours, others = Flow(lambda: None, name=WATCHDOG), Flow(lambda: None, name="others")
+    tend, flow = (client.create_flow(Flow(lambda: None, name=name)) for name in (WATCHDOG, "others"))
+    ours, others = (client.create_deployment(each, name="birds") for each in (tend, flow))
+    cats = client.create_deployment(tend, name="cats")
 
-    def planned(flow: Flow[..., None], late: timedelta) -> FlowRun:
-        return client.create_flow_run(flow, state=Scheduled(scheduled_time=datetime.now(UTC) - late))
+    def planned(deployment: UUID, late: timedelta) -> FlowRun:
+        state: State[None] = Scheduled(scheduled_time=datetime.now(UTC) - late)
+        return client.create_flow_run_from_deployment(deployment, state=state)
 
     runs = {
         "late": planned(ours, minute),
         "to come": planned(ours, -60 * minute),
         "others'": planned(others, 60 * minute),
+        "another project's": planned(cats, 60 * minute),
         "begun": planned(ours, minute),
         "dead": planned(ours, 90 * minute),
         "just done": planned(ours, minute),
@@ -194,7 +204,9 @@ def test_late_and_old_runs_of_the_one_that_tends_are_forgotten_and_no_others(
         with contextlib.suppress(ObjectNotFound):
             client.read_flow_run(run.id)
             left.add(name)
-    assert left == {"to come", "others'", "begun", "just done"}
+    assert left == {"to come", "others'", "another project's", "begun", "just done"}
+    for deployment in (ours, others, cats):
+        client.delete_deployment(deployment)
 
 
 def test_a_server_that_does_not_answer_stops_no_attempt(capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,3 +264,49 @@ def test_between_two_stages_a_server_is_not_asked_for_a_minute(before: int, with
         with short_retries():
             assert PREFECT_CLIENT_MAX_RETRIES.value() == within
         assert PREFECT_CLIENT_MAX_RETRIES.value() == before
+
+
+def test_a_run_in_a_second_clone_is_refused_unless_it_was_deployed_anew_or_a_remote_carries_on(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.flow_engine import run_flow
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
+
+    workers = Params.parse(settings(), origin="params.yaml").workers
+    said: list[str | None] = []
+
+    def learn() -> None:
+        try:
+            require_one_clone(workers)
+            said.append(None)
+        except InputError as refusal:
+            said.append(str(refusal))
+
+    flow = make_flow(learn, "learn-once")
+    identity = client.create_flow(flow)
+    monkeypatch.setenv(WORKERS_PROJECT, "birds")
+
+    def run_in(place: str, version: str) -> str | None:
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        deployment = client.create_deployment(identity, name="birds", version=version)
+        run_flow(flow, flow_run=client.create_flow_run_from_deployment(deployment))
+        return said.pop()
+
+    quiet = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with temporary_settings(quiet):
+        assert [run_in("one", "v1"), run_in("one", "v1")] == [None, None]
+        refused = run_in("two", "v1")
+        assert refused is not None
+        assert refused.startswith("workers.branch: found null, but earlier runs of birds were in ")
+        assert (
+            f"{tmp_path / 'one'}, and this clone knows nothing of them; name a branch and a remote" in refused
+        )
+        assert run_in("one", "v1") is None  # what was refused counts for nothing
+        assert run_in("two", "v2") is None
+        workers = workers.model_copy(update={"branch": "learned", "push": "origin"})
+        assert run_in("one", "v2") is None

@@ -16,9 +16,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.orchestration.stage_runs import launch, make_flow
-from pipelines.project.environment import OUTCOME_FILE, PARENT_FLOW_RUN
+from pipelines.project.environment import (
+    OUTCOME_FILE,
+    PARENT_FLOW_RUN,
+    PREFECT_SECONDS,
+    WORKERS_PROJECT,
+)
 from pipelines.runtime.stage import Stage, StageResult, stage
 from pipelines.runtime.stage_outcome import DONE, StageOutcome, read_outcome
+from tests.support.bad_server import bad_server
 from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 
@@ -28,6 +34,9 @@ def measure(task: str, *, out: Path) -> StageResult:
     """A stage that leaves a file."""
     out.write_text(task)
     return StageResult([{"task": task, "accuracy": 0.5}])
+
+
+BIRDS = {WORKERS_PROJECT: "birds"}
 
 
 def run_script(text: str, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -135,6 +144,38 @@ def test_a_server_that_fails_at_once_costs_two_lines(broken_server: str, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["slow", "busy"])
+def test_a_server_that_takes_for_ever_is_gone_without_after_a_while(
+    how: str, prefect_url: str, tmp_path: Path
+) -> None:
+    """First from the beginning, then after it was well until the work began."""
+    patience = {PREFECT_SECONDS: "2"}
+    with bad_server(how) as url:
+        done = run_script(MEASURE, tmp_path, PREFECT_API_URL=url, **patience)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "prefect: the server failed (no answer within 2 s); measure@t07 does not depend on it",
+        "prefect: measure@t07 was not started by the server; running it plainly",
+    ]
+    assert (tmp_path / "out").read_text() == "t07"
+    (tmp_path / "out").unlink()
+
+    text = MEASURE.replace("t07", "t08").replace(
+        "    out.write_text", "    Path('begins').touch()\n    out.write_text"
+    )
+    text += "from pipelines.runtime.deadline import end_if_given_up\nend_if_given_up(0)\n"
+    settings = {**patience, **BIRDS, "PREFECT_HOME": str(tmp_path / "home")}
+    with bad_server(how, real=prefect_url, begins=tmp_path / "begins") as url:
+        done = run_script(text, tmp_path, PREFECT_API_URL=url, **settings)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text() == "t08"
+    assert (
+        done.stderr
+        == "prefect: the server failed (no answer within 2 s); measure@t08 does not depend on it\n"
+    )
+
+
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_does_not_fail_finished_work(
     prefect_home: Path, tmp_path: Path
 ) -> None:
@@ -224,7 +265,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 with get_client(sync_client=True) as client:
     run, = client.read_flow_runs(flow_run_filter=FlowRunFilter(name={{"any_": ["measure@t07"]}}))
-    table, = client.read_artifacts(artifact_filter=ArtifactFilter(key={{"any_": ["measure-t07"]}}))
+    table, = client.read_artifacts(artifact_filter=ArtifactFilter(key={{"any_": ["birds-measure-t07"]}}))
     tracked = client.read_task_run(run.parent_task_run_id)
     found = {{
         "state": run.state.name, "parent": str(tracked.flow_run_id), "tracked": tracked.state.name,
@@ -232,7 +273,9 @@ with get_client(sync_client=True) as client:
     }}
 Path("found.json").write_text(json.dumps(found))
 """
-    done = run_script(outer, tmp_path, PREFECT_API_URL=prefect_url, PREFECT_HOME=str(tmp_path / "home"))
+    done = run_script(
+        outer, tmp_path, PREFECT_API_URL=prefect_url, PREFECT_HOME=str(tmp_path / "home"), **BIRDS
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert json.loads((tmp_path / "found.json").read_text()) == {
@@ -296,11 +339,12 @@ launch(measure, out=Path("out"))
 from prefect.client.orchestration import get_client
 with get_client(sync_client=True) as client:
     found = {artifact.key: artifact.data for artifact in client.read_artifacts()}
-    print(found["measure-text"], "measure-more" in found)
+    print(found["birds-measure-text"], "birds-measure-more" in found)
 """,
         tmp_path,
         PREFECT_API_URL=prefect_url,
         PREFECT_HOME=str(tmp_path / "home"),
+        **BIRDS,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_text() == "done"

@@ -87,9 +87,12 @@ def prepare(here: Site) -> None:
         (origin / name).write_text(text, encoding="utf-8")
         if text.startswith("#!"):
             (origin / name).chmod(0o755)
-    here.call("git", "init", "-q", "-b", "main", folder=origin)
-    here.call("git", "add", ".", folder=origin)
     person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    # A first commit that is the same everywhere: the server was deployed to from another folder.
+    dates = ("GIT_AUTHOR_DATE=2026-01-01T00:00Z", "GIT_COMMITTER_DATE=2026-01-01T00:00Z")
+    here.call("git", "init", "-q", "-b", "main", folder=origin)
+    here.call("env", *dates, "git", *person, "commit", "-q", "--allow-empty", "-m", "start", folder=origin)
+    here.call("git", "add", ".", folder=origin)
     here.call("git", *person, "commit", "-qm", "first", folder=origin)
     paint(here.root / "inbox/animals/zebra", 1, 2)
     paint(here.root / "outside/cat", 2, 2)
@@ -109,7 +112,7 @@ def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> No
         assert "\n" not in run.state.message
     assert not (site.root / "one/ran").exists()
 
-    command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox")
+    command = ("prefect", "event", "emit", "sdlora.task-data.arrived", "--resource-id", "sdlora.inbox.origin")
     payload = ("--payload", json.dumps({"folder": "animals"}))
     run = site.ended(site.begun_by(lambda: site.call(*command, *payload)))
     assert run.state.is_completed(), run.state.message
@@ -205,7 +208,7 @@ def is_engine(process: psutil.Process) -> bool:
 def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
     (site.root / "slow").touch()
     first = site.work_in(site.root / "one")
-    command = ("prefect", "deployment", "run", "learn/workers", "--param", "folder=animals")
+    command = ("prefect", "deployment", "run", "learn/origin", "--param", "folder=animals")
     run = site.begun_by(lambda: site.call(*command))
     wait_for((site.root / "busy").exists, 90)
     for process in [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]:
@@ -238,7 +241,7 @@ def test_a_worker_tells_the_runs_that_are_alive_from_those_that_were_overlooked(
         assert not has_shown_life(client, resources[0], timedelta(0))
 
         site.work_in(site.root / "one")
-        tend = client.read_deployment_by_name("tend/workers").id
+        tend = client.read_deployment_by_name("tend/origin").id
         run = client.create_flow_run_from_deployment(tend).id
         wait_for(lambda: client.read_flow_run(run).state.is_final(), 120)
         state = client.read_flow_run(run).state

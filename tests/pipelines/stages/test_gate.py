@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pipelines.data.packed import read_images
-from pipelines.ledger.verdicts import broken, measure
+from pipelines.data.packed import read_images, write_rows
+from pipelines.ledger.verdicts import broken, measure, measured_in
 from pipelines.planning.approvals import approve
-from pipelines.project.errors import InputError
+from pipelines.project.errors import GateClosedError, InputError
 from pipelines.project.files import read_json, sha256_of, write_json
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
@@ -272,3 +273,69 @@ def test_approving_leaves_every_line_around_its_block(project: Path) -> None:
     approve("t02", by="me", why="x")
     assert "\n# what follows\n" in Path("params.yaml").read_text(encoding="utf-8")
     assert Params.load().approvals["t01"].why == "two\nlines\n"
+
+
+def hold_out(task: str, rows: list[ROW]) -> None:
+    """Leave what a step says of validation images, beside the tests, as the stage does."""
+    types = {"id": pa.string(), "task": pa.string(), "label": pa.int32(), "prediction": pa.int32()}
+    write_rows(
+        Path(f"artifacts/evaluation/{task}/validation.arrow"), rows, {**types, "confidence": pa.float32()}
+    )
+
+
+def on_validation() -> None:
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    text = text.replace("\n  validation: null", "\n  validation: 0.1").replace(
+        "\n  on: test", "\n  on: validation"
+    )
+    Path("params.yaml").write_text(text, encoding="utf-8")
+
+
+def test_a_gate_on_validation_images_looks_at_no_test_image(project: Path) -> None:
+    hold_out("t01", [("v", "t01", 0, 0, 0.75), ("w", "t01", 1, 1, 0.75)])
+    hold_out("t02", [("v", "t01", 0, 0, 1.0), ("w", "t01", 1, 1, 1.0), ("x", "t02", 2, 3, 0.0)])
+    limit(fall=0.0, negative_flips=0.0)  # of which the tests break both
+    on_validation()
+    run_gate("t01", "t00")
+    run_gate("t02", "t01")
+    verdict = read_json(Path("artifacts/gate/t02/verdict.json"))
+    assert verdict["measured"] == {
+        "fall": 0.0, "negative_flips": 0.0, "calibration_error": 0.0, "new_task": 0.0,
+    }  # fmt: skip
+    assert verdict["limits"]["on"] == "validation"
+    assert set(verdict["evaluation"]) == {"metrics.json", "predictions.arrow", "validation.arrow"}
+    limit(new_task=0.5)
+    with pytest.raises(GateClosedError, match=r"t02 names 0\.0 % of its own task right"):
+        run_gate("t02", "t01")
+    approve("t02", by="me", why="fine")
+    run_gate("t02", "t01")
+
+
+def test_an_old_task_without_images_to_hold_out_is_not_measured_and_a_new_one_is_refused(
+    project: Path,
+) -> None:
+    hold_out("t02", [("x", "t02", 2, 3, 0.5)])
+    on_validation()
+    with pytest.raises(InputError, match=r"gate\.on: validation, but no image of t01 is held out"):
+        run_gate("t01", "t00")
+    assert measured_in(Path("artifacts/evaluation/t02"), Path("artifacts/evaluation/t01"), "validation") == {
+        "fall": None, "negative_flips": None, "calibration_error": 0.5, "new_task": 0.0,
+    }  # fmt: skip
+
+
+def test_a_verdict_on_test_images_has_the_bytes_that_it_always_had(project: Path) -> None:
+    limit(fall=0.5)
+    run_gate("t01", "t00")
+    assert read_json(Path("artifacts/gate/t01/verdict.json"))["limits"] == {
+        "fall": 0.5, "negative_flips": None, "calibration_error": None, "new_task": None,
+    }  # fmt: skip
+
+
+def test_a_gate_on_images_that_nobody_holds_out_is_refused() -> None:
+    text = settings().replace("\n  on: test", "\n  on: validation")
+    with pytest.raises(
+        InputError, match=r"gate\.on: found validation, but data\.validation is null; write a share"
+    ):
+        Params.parse(text, origin="params.yaml")
+    without = "\n".join(line for line in settings().splitlines() if not line.startswith("  on: test"))
+    assert Params.parse(without, origin="params.yaml").gate.on == "test"

@@ -246,6 +246,10 @@ def test_validation_images_are_evaluated_beside_the_tests_and_never_trained_on(p
     assert metrics["validation_tasks"] == ["t01", "t02"]
     assert metrics["validation_samples"] == [4, 4]
     assert metrics["validation_accuracy"] == [right / 4 for right in metrics["validation_correct"]]
+    rows = read_images(Path("evaluation/t02/validation.arrow")).to_pylist()
+    assert [row["task"] for row in rows] == ["t01"] * 4 + ["t02"] * 4
+    hits = [row["prediction"] == row["label"] for row in rows]
+    assert [sum(hits[:4]), sum(hits[4:])] == metrics["validation_correct"]
     assert len(read_images(Path("evaluation/t02/predictions.arrow"))) == 8
 
 

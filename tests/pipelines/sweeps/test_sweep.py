@@ -469,7 +469,7 @@ def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
         wanted = ["sdlora", "sweep", "evaluation.batch_size=8,13", "--out", "sweep/x"]
         early = subprocess.run(wanted, cwd=project, env=site.settings, capture_output=True, text=True)
         assert (early.returncode, early.stdout) == (2, "")
-        assert "no deployment sweep/workers; call sdlora deploy" in early.stderr
+        assert "no deployment sweep/project; call sdlora deploy" in early.stderr
         site.call("sdlora", "deploy", folder=project)
         one = site.clone("one")
         site.work_in(one)
