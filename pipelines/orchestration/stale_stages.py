@@ -22,7 +22,7 @@ from pipelines.runtime.processes import environment
 from pipelines.runtime.stage import Rows
 from pipelines.versioning.lock_order import order_of_dvc
 from pipelines.versioning.plan import Plan, read_plan
-from pipelines.versioning.remote import fetch_inputs, mark_unpushed, push
+from pipelines.versioning.remote import fetch_images, fetch_inputs, mark_unpushed, push
 from pipelines.versioning.repro import StageFailedError, reproduce_stage
 
 
@@ -124,6 +124,7 @@ class _StaleStages:
         self._before_each()
         echo(f"{self._headings[name]} …")
         started = time.monotonic()
+        fetch_images(name, self._plan)
         if self._partial_checkout:
             fetch_inputs(name, self._plan, self._params)
         self._outdated = True
