@@ -17,6 +17,7 @@ from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
 from pipelines.project.layout import CODE, PREFECT, StageName
+from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
 from pipelines.reports.format import count
@@ -39,6 +40,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
     params = Params.load()
     require_own_code()
     with only_run():
+        _leave_removed_tasks_to_the_cache(params)
         plan = read_plan(params.tasks)
         for line in require_decision(plan, params, retrain=retrain):
             echo(line)
@@ -73,6 +75,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     """
     params = Params.load()
     with only_run(wait=True):
+        _leave_removed_tasks_to_the_cache(params)
         plan = read_plan(params.tasks, partial_checkout=True)
         for line in require_decision(plan, params, retrain=False):
             echo(line)
@@ -106,6 +109,13 @@ def _preloaded_processes(plan: Plan) -> Iterator[None]:
         return
     with dvc_server(), fork_server(STAGE_ENTRY, STAGE_SOCKET):
         yield
+
+
+def _leave_removed_tasks_to_the_cache(params: Params) -> None:
+    """Remove the outputs of tasks that params.yaml names no more. Adding one again takes them from DVC's cache."""
+    removed = remove_leftovers(params.tasks)
+    if removed:
+        echo(f"{', '.join(removed)}: no task of params.yaml any more; its outputs are in DVC's cache alone")
 
 
 def _require_sources(params: Params, plan: Plan) -> None:

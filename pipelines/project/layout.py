@@ -28,6 +28,8 @@ BACKBONE = Path("artifacts/model/t00")
 EVALUATIONS = Path("artifacts/evaluation")
 GATES = Path("artifacts/gate")
 REPORT = Path("artifacts/report/report.html")
+TASK_FOLDERS = (SPLITS, TRAINED, FITS, MODELS, EVALUATIONS, GATES)
+"""The folders in which each task has its own."""
 
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs, for version control: costs, signatures, receipts."""

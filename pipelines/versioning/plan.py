@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.leftovers import leftovers
+from pipelines.versioning.artifacts import folder_md5
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.pointers import pointer_of
 
@@ -62,7 +64,7 @@ class Plan:
 def read_plan(tasks: Collection[str], *, partial_checkout: bool = False) -> Plan:
     """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
 
-    A finished stage needs no images. With `partial_checkout`, what
+    A finished stage needs no images, and what removed tasks have left changes nothing. With `partial_checkout`, what
     dvc.lock names and this machine does not hold is no reason to run a stage either: it is in the remote.
     """
     with dvc_errors():
@@ -74,7 +76,7 @@ def read_plan(tasks: Collection[str], *, partial_checkout: bool = False) -> Plan
             needs = needs_of(stages)
             remote = bool(repo.config["core"].get("remote"))
             changes = _changes_of(repo, stages)
-            excused = _excused(repo, stages, changes, elsewhere=partial_checkout and remote)
+            excused = _excused(repo, stages, changes, leftovers(tasks), elsewhere=partial_checkout and remote)
             reasons = {name: list(_reasons_of(changes[name], excused[name])) for name in changes}
             made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
             if CODE_STAGE in reasons:
@@ -120,7 +122,7 @@ def _code_of(stage: DvcStage) -> str | None:
 
 
 def _excused(
-    repo: Repo, stages: list[DvcStage], changes: Mapping[str, list[Any]], *, elsewhere: bool
+    repo: Repo, stages: list[DvcStage], changes: Mapping[str, list[Any]], left: list[Path], *, elsewhere: bool
 ) -> dict[str, set[tuple[str, str]]]:
     """Return for each stage what DVC finds and what is no reason to run it: a path, and what happened to it.
 
@@ -133,7 +135,11 @@ def _excused(
     found: dict[str, set[tuple[str, str]]] = {}
     for stage in stages:
         happened = _happened(changes[stage.addressing])
-        excused: set[tuple[str, str]] = set()
+        excused = {
+            (str(dep), "modified")
+            for dep in stage.deps
+            if happened.get(str(dep)) == "modified" and _is_as_before_but_for(left, dep)
+        }
         if happened and all(part.hash_info for part in (*stage.deps, *stage.outs)):
             gone = [dep for dep in stage.deps if happened.get(str(dep)) == "deleted"]
             for path in (PurePath(dep.def_path) for dep in gone):
@@ -166,6 +172,22 @@ def _maker_of(dep: Any, makers: Mapping[PurePath, Any]) -> Any:  # noqa: ANN401 
     """Return the output that a dep is, or is a part of. None where there is none."""
     path = PurePath(dep.def_path)
     return next((makers[place] for place in (path, *path.parents) if place in makers), None)
+
+
+def _is_as_before_but_for(left: list[Path], dep: Any) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+    """Return whether a folder has the hash of dvc.lock once some paths in it are left out."""
+    if not dep.hash_info or not any(path.is_relative_to(dep.def_path) for path in left):
+        return False
+    from dvc_data.hashfile.build import build
+
+    tree: Any
+    _, _, tree = build(dep.cache, dep.fs_path, dep.fs, dep.hash_name, ignore=dep.dvcignore, dry_run=True)
+    files = {
+        "/".join(key): found.value
+        for key, _, found in tree
+        if not any(Path(dep.def_path, *key).is_relative_to(path) for path in left)
+    }
+    return folder_md5(files) == dep.hash_info.value
 
 
 def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 - of DVC, which ships no types

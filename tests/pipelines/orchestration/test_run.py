@@ -118,6 +118,37 @@ def test_a_new_task_runs_its_own_stages_and_the_report_only(project: Path) -> No
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_removed_task_leaves_nothing_that_counts_and_comes_back_from_the_cache(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_pipeline()
+    whole = (project / "params.yaml").read_text()
+    left = (project / "artifacts/model/t02").read_bytes()
+    (project / "params.yaml").write_text(whole.rpartition("  t02:")[0])
+    ran(project)
+    capfd.readouterr()
+    assert run_pipeline() == 0
+    assert ran(project) == ["report"]
+    assert "t02: no task of params.yaml any more" in capfd.readouterr().out
+    assert not list((project / "artifacts").rglob("t02*"))
+
+    # Another clone, in which the outputs of the task still lie about, has the same verdict, and changes nothing.
+    lock = (project / "dvc.lock").read_bytes()
+    (project / "artifacts/evaluation/t02").mkdir()
+    (project / "artifacts/evaluation/t02/metrics.json").write_text("{}")
+    assert read_plan(["t01"]).stale() == []
+    (project / "artifacts/evaluation/t01/other").write_text("x")
+    assert read_plan(["t01"]).reasons["report"] == ["artifacts/evaluation changed"]
+    (project / "artifacts/evaluation/t01/other").unlink()
+    assert run_pipeline() == 0
+    assert (ran(project), (project / "dvc.lock").read_bytes()) == ([], lock)
+
+    (project / "params.yaml").write_text(whole)
+    assert run_pipeline() == 0
+    assert ran(project) == []
+    assert (project / "artifacts/model/t02").read_bytes() == left
+
+
 def test_the_lock_file_is_the_one_of_a_plain_dvc_repro(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
