@@ -222,6 +222,22 @@ def add_task(
 
 
 @app.command()
+def merge(
+    branch: Annotated[str, typer.Argument(help="Branch to merge into this one, such as origin/main.")],
+) -> None:
+    """Merge somebody's branch, where both have added tasks too.
+
+    Their tasks come after ours, and `sdlora run` then learns those only. What both changed otherwise is refused in one
+    line, and everything is as it was before.
+    """
+    require_project()
+    from pipelines.planning.merge import merge as work
+
+    for line in work(branch):
+        typer.echo(line)
+
+
+@app.command()
 def approve(
     task: Annotated[str, typer.Argument(help="Step that broke a limit of `gate`, such as t03.")],
     by: Annotated[str, typer.Option(help="Who decides.")],

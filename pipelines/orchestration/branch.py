@@ -1,18 +1,22 @@
-"""The Git branch that runs on workers read and write: three files and ledger/, and nothing else of the clone."""
+"""The Git branch that runs on workers read and write: three files and ledger/, and nothing else of the clone.
+
+What they read of it beside these are the files by which DVC keeps images.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
+from pipelines.project.git import committed as _content
+from pipelines.project.git import run_git as _git
 from pipelines.project.layout import (
     BRANCH_STATE,
     LEDGER,
@@ -23,6 +27,7 @@ from pipelines.project.layout import (
     UNRECORDED_PARAMS,
     WRITTEN_PARAMS,
 )
+from pipelines.versioning.repro import run_dvc
 
 _FILES = (str(PARAMS), str(LOCK), str(METRICS))
 _TRIES = 5
@@ -58,6 +63,7 @@ def take(branch: str, remote: str | None) -> None:
         path = Path(name)
         if data is not None and not (path.is_file() and path.read_bytes() == data):
             write_whole(path, data)
+    _take_pointers(base)
     _take_ledger(base)
 
 
@@ -142,20 +148,6 @@ def tip(branch: str) -> str | None:
     return _git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
 
 
-def _git(*arguments: str, check: bool = True, settings: Mapping[str, str] | None = None) -> bytes:
-    """Run Git without asking anything. Return what it printed, without the last line end."""
-    done = subprocess.run(
-        ["git", *arguments],
-        env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(settings or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-    )
-    if check and done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())
-        raise InputError(f"git {arguments[0]}: {said or f'status {done.returncode}'}")
-    return done.stdout.removesuffix(b"\n") if not done.returncode else b""
-
-
 def _fetch(branch: str, remote: str) -> None:
     """Bring the branch forward to where the remote has it."""
     if not _git("ls-remote", remote, f"refs/heads/{branch}"):
@@ -184,6 +176,20 @@ def _ours() -> list[str]:
 def _marks() -> Path:
     """Return where the hashes of what an unattended run may have left as params.yaml are."""
     return UNRECORDED_PARAMS if UNRECORDED.is_dir() else WRITTEN_PARAMS
+
+
+def _take_pointers(base: str) -> None:
+    """Bring the files by which DVC keeps images to those of a commit, but for what somebody changed here."""
+    before = ["HEAD", *_remembered()["taken"]]
+    for name in _git("ls-tree", "-r", "-z", "--name-only", base).decode().split("\0"):
+        path = Path(name)
+        if path.suffix != ".dvc":
+            continue
+        new, here = _content(base, name) or b"", path.read_bytes() if path.is_file() else None
+        if here is None or (here != new and here in [_content(at, name) for at in before]):
+            write_whole(path, new)
+            if path.with_suffix("").exists():  # the images of before; absent ones come when they are read
+                run_dvc(["pull", name])
 
 
 def _take_ledger(base: str) -> None:
@@ -235,12 +241,6 @@ def _ledger_here() -> dict[str, str]:
 
 def _remembered() -> dict[str, Any]:
     return dict(read_json(BRANCH_STATE)) if BRANCH_STATE.is_file() else {"taken": [], "made": None}
-
-
-def _content(commit: str, name: str) -> bytes | None:
-    """Return a file's bytes in a commit. None where it is not in it."""
-    done = subprocess.run(["git", "cat-file", "blob", f"{commit}:{name}"], capture_output=True)
-    return None if done.returncode else done.stdout
 
 
 def _sha256(data: bytes) -> str:

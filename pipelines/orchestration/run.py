@@ -16,7 +16,8 @@ from pipelines.planning.keep import require_decision
 from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
-from pipelines.project.layout import PREFECT, StageName
+from pipelines.project.layout import CODE, PREFECT, StageName
+from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
 from pipelines.reports.format import count
@@ -25,6 +26,7 @@ from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
 from pipelines.runtime.stage import Rows, Stage, StageResult
 from pipelines.versioning.dvc_server import dvc_server
 from pipelines.versioning.plan import Plan, read_plan
+from pipelines.versioning.pointers import pointer_of
 from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.remote import push_pending, require_remote, unpushed
 from pipelines.versioning.repro import StageFailedError
@@ -38,6 +40,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
     params = Params.load()
     require_own_code()
     with only_run():
+        _leave_removed_tasks_to_the_cache(params)
         plan = read_plan(params.tasks)
         for line in require_decision(plan, params, retrain=retrain):
             echo(line)
@@ -72,6 +75,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
     """
     params = Params.load()
     with only_run(wait=True):
+        _leave_removed_tasks_to_the_cache(params)
         plan = read_plan(params.tasks, partial_checkout=True)
         for line in require_decision(plan, params, retrain=False):
             echo(line)
@@ -107,8 +111,15 @@ def _preloaded_processes(plan: Plan) -> Iterator[None]:
         yield
 
 
+def _leave_removed_tasks_to_the_cache(params: Params) -> None:
+    """Remove the outputs of tasks that params.yaml names no more. Adding one again takes them from DVC's cache."""
+    removed = remove_leftovers(params.tasks)
+    if removed:
+        echo(f"{', '.join(removed)}: no task of params.yaml any more; its outputs are in DVC's cache alone")
+
+
 def _require_sources(params: Params, plan: Plan) -> None:
-    """Refuse a task whose folder of images is neither there nor made by a stage, where it would be read."""
+    """Refuse a task whose folder of images is not there, made by no stage nor kept by DVC, where it would be read."""
     stale = set(plan.stale())
     every = [Path(out) for outs in plan.outs.values() for out in outs]
     for key, task in params.tasks.items():
@@ -116,7 +127,14 @@ def _require_sources(params: Params, plan: Plan) -> None:
         split = str(StageName("split", key))
         made = split in plan.order and split not in stale
         made |= any(source == out or out in source.parents for out in every)
-        if not made and not source.is_dir():
-            raise InputError(
-                f"tasks.{key}: no folder {task.source}: {missing_source(task.source, params.fetch)}"
-            )
+        if made or source.is_dir() or pointer_of(source):
+            continue
+        hint = missing_source(task.source, params.fetch)
+        reasons = plan.reasons.get(split, [])
+        if reasons and plan.only_missing(split):
+            if plan.remote:  # from which DVC takes what the finished stage left, whatever it read
+                continue
+            hint = f"`dvc checkout` brings what {split} left, if the cache has it; else {hint}"
+        elif reasons and split in plan.made and all(reason.startswith(f"{CODE}/") for reason in reasons):
+            hint = f"{split} was made by other code; `sdlora keep` keeps what it left, or {hint}"
+        raise InputError(f"tasks.{key}: no folder {task.source}: {hint}")

@@ -20,8 +20,9 @@ from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import environment
 from pipelines.runtime.stage import Rows
+from pipelines.versioning.lock_order import order_of_dvc
 from pipelines.versioning.plan import Plan, read_plan
-from pipelines.versioning.remote import fetch_inputs, mark_unpushed, push
+from pipelines.versioning.remote import fetch_images, fetch_inputs, mark_unpushed, push
 from pipelines.versioning.repro import StageFailedError, reproduce_stage
 
 
@@ -49,7 +50,7 @@ def bring_up_to_date(
     Returns:
         A row for each stage that was run, or taken from the cache.
     """
-    with environment({PARENT_FLOW_RUN: current_flow_run() or ""}):
+    with environment({PARENT_FLOW_RUN: current_flow_run() or ""}), order_of_dvc():
         return _StaleStages(params, plan, partial_checkout, before_each, progressed).run()
 
 
@@ -123,6 +124,7 @@ class _StaleStages:
         self._before_each()
         echo(f"{self._headings[name]} …")
         started = time.monotonic()
+        fetch_images(name, self._plan)
         if self._partial_checkout:
             fetch_inputs(name, self._plan, self._params)
         self._outdated = True

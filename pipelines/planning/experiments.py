@@ -74,7 +74,7 @@ def lay_over(
         wanted["seed"] = seed
     there = yaml_nodes(text)
     lines = []
-    for keys, value in _leaves(wanted):
+    for keys, value in leaves(wanted):
         present = value_at(raw, keys)
         if present != value or keys not in there:
             lines.append(f"{path}: {'.'.join(keys)}: {flow(present)} → {flow(value)}")
@@ -86,7 +86,7 @@ def lay_over(
         return [f"{path}: is as {overlay} has it already"]
     Params.parse(new, origin=f"{path} with {overlay} (not written)")
     written = read_yaml(new, origin=str(path))
-    if any(value_at(written, keys) != value for keys, value in _leaves(wanted)):
+    if any(value_at(written, keys) != value for keys, value in leaves(wanted)):
         raise InputError(
             f"{path}: is written in a way that cannot be edited safely; edit it by hand as {overlay} says"
         )
@@ -187,11 +187,11 @@ def _uncommitted(path: Path) -> bool:
     return bool(done.stdout.strip()) if done.returncode == 0 else "not a git repository" not in done.stderr
 
 
-def _leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(block: Mapping[str, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield every value of a nested block with the keys that lead to it. An entry of `fetch` is one value."""
     for key, value in block.items():
         keys = (*where, str(key))
         if isinstance(value, dict) and keys not in _WHOLE and where != ("fetch",):
-            yield from _leaves(value, keys)
+            yield from leaves(value, keys)
         else:
             yield keys, value

@@ -14,11 +14,13 @@ from pipelines.project.layout import DVC, DVC_YAML, PARAMS
 _PACKAGED = resources.files("pipelines.planning") / "template"
 _CHECKOUT = Path(__file__).resolve().parents[2]
 """In the tool's own repository, which is such a project itself, the files stand at the top."""
-_FILES = (str(PARAMS), str(DVC_YAML), ".dvcignore", f"{DVC}/config")
+_FILES = (str(PARAMS), str(DVC_YAML), ".dvcignore", ".gitattributes", f"{DVC}/config")
 _IGNORED = """\
-# What the pipeline makes; dvc.lock, metrics.json and ledger/ are kept.
+# What the pipeline makes; dvc.lock, metrics.json and ledger/ are kept. So are files of DVC that stand for images:
+# ?* for *, which DVC takes to mean the folder itself as well, and then finds no file in it.
 /artifacts/
-/data/raw/
+/data/raw/?*
+!/data/raw/*.dvc
 /.sdlora/
 /.prefect/
 

@@ -17,11 +17,11 @@ from pipelines.project.errors import InputError
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` on success. After any exception `out` is as it was."""
     partial = out.parent / f".{out.name}.partial"
-    _remove(partial)
+    remove_path(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
-        _remove(out)
+        remove_path(out)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +83,8 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it. Nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -28,6 +28,8 @@ BACKBONE = Path("artifacts/model/t00")
 EVALUATIONS = Path("artifacts/evaluation")
 GATES = Path("artifacts/gate")
 REPORT = Path("artifacts/report/report.html")
+TASK_FOLDERS = (SPLITS, TRAINED, FITS, MODELS, EVALUATIONS, GATES)
+"""The folders in which each task has its own."""
 
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs, for version control: costs, signatures, receipts."""
@@ -63,6 +65,8 @@ SWEEPS = Path(".sdlora/sweeps")
 """A folder for each sweep; names that begin with a dot are what all share."""
 LOCK_MEMORY = Path(".sdlora/dvc.lock.json")
 """What the entries of dvc.lock say, name and content by the hash of the text; may be deleted."""
+LOCKED_BEFORE = Path(".sdlora/dvc.lock.before")
+"""The stages that dvc.lock had when the run began that has not ended yet, one a line."""
 BRANCH_STATE = Path(".sdlora/branch.json")
 """The commits whose ledger was taken (the last is what the run began from), and the one that was made since."""
 WRITTEN_PARAMS = Path(".sdlora/params.sha256")

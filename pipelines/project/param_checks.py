@@ -32,7 +32,8 @@ READ_BY = {
 """Keys of `adapter` that are null by default, and the methods that read them."""
 HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
-_TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
+TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
+"""What a task may be called."""
 
 
 def missing_source(source: str | Path, fetch: Fetch | None = None) -> str:
@@ -100,7 +101,7 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
             "throw away; write carried"
         )
     for start in adapter.rank_schedule:
-        if not re.fullmatch(_TASK_KEY, start):
+        if not re.fullmatch(TASK_KEY, start):
             yield f"adapter.rank_schedule: found {show_value(start)}, expected a task's key; write t01, t02, ..."
     if (adapter.rank_schedule or adapter.method == "sdlora-rr") and "t01" not in adapter.rank_schedule:
         yield "adapter.rank_schedule: the first tasks have no rank; add t01"
@@ -121,7 +122,7 @@ def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
     owner: dict[str, str] = {}
     for position, (key, task) in enumerate(tasks.items(), start=1):
         where = f"tasks.{show_key(key)}"
-        if not re.fullmatch(_TASK_KEY, key):
+        if not re.fullmatch(TASK_KEY, key):
             yield f"{where}: a task's key is t01, t02, ...; rename it, to t{position:02d} for example"
         elif int(key[1:]) <= number:
             yield f"{where}: stands after {before}; keep the tasks in ascending order"

@@ -35,6 +35,20 @@ def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
     return text[: key.start_mark.index] + block + text[_line_end(text, _last_index(key, value)) :]
 
 
+def with_block_of(text: str, name: str, other: str) -> str:
+    """Return the text with its block called `name`, or its end if it has none, replaced by that of another text."""
+    place = _block_place(text, name)
+    return text[: place.start] + other[_block_place(other, name)] + text[place.stop :]
+
+
+def _block_place(text: str, name: str) -> slice:
+    nodes = _block_nodes(text, name)
+    if nodes is None:
+        return slice(len(text), len(text))
+    key, value = nodes
+    return slice(key.start_mark.index, _line_end(text, _last_index(key, value)))
+
+
 def with_line(text: str, key: str, task: Task) -> str:
     """Return the text with one task more after the last one of its block."""
     nodes = _block_nodes(text, "tasks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.project.files import whole_folder, write_json
+from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.params import read_params
 from pipelines.project.settings import Task
 from pipelines.reports.history import read_history
@@ -26,7 +27,9 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
         out: Folder to leave; an existing one is replaced as a whole.
         metrics: Summary to write, metrics.json.
     """
-    history = read_history(artifacts, list(read_params("tasks", dict[str, Task])))
+    tasks = list(read_params("tasks", dict[str, Task]))
+    remove_leftovers(tasks, artifacts)  # what DVC records that this stage read is the same in every clone
+    history = read_history(artifacts, tasks)
     movement = read_movement(artifacts, history)
     album = Album(artifacts, history)
     numbers = headline(history)

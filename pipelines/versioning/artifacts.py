@@ -112,17 +112,11 @@ class ArtifactStore:
         return self.lock.outs.get(path) or self._md5_of_parts(path)
 
     def _md5_of_parts(self, path: str) -> str | None:
-        """Return the md5 of a folder of outputs, with what else lies in it.
-
-        None where not all of them were compared.
-        """
+        """Return the md5 of a folder of outputs. None where not all of them were compared."""
         outs = [out for out in self.lock.outs if out.startswith(f"{path}/")]
         if not outs or not all(self.checked(out) for out in outs):
             return None
         hashes = {f"{out}/{name}": md5 for out in outs for name, md5 in self._checked[out].items()}
-        for file in Path(path).rglob("*"):  # what a removed task has left
-            if file.is_file() and not any(file.is_relative_to(out) for out in outs):
-                hashes[file.as_posix()] = md5_of(file)
         return folder_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in hashes.items()})
 
     def find(self, path: Path) -> Path:

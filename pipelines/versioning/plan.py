@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.leftovers import leftovers
 from pipelines.project.regular_files import require_regular_files
+from pipelines.versioning.artifacts import folder_md5
 from pipelines.versioning.patches import apply_patches
+from pipelines.versioning.pointers import pointer_of
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -51,12 +55,18 @@ class Plan:
                 found.add(name)
         return [name for name in self.order if name in found]
 
+    def only_missing(self, name: str) -> bool:
+        """Return whether a finished stage would run for nothing but outputs that are not here."""
+        words = ("is missing", "is not in the cache")
+        missing = {f"{out} {what}" for out in self.outs.get(name, []) for what in words}
+        return name in self.made and bool(self.reasons[name]) and missing.issuperset(self.reasons[name])
 
-def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
+
+def read_plan(tasks: Collection[str], *, partial_checkout: bool = False) -> Plan:
     """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
 
-    With `partial_checkout`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in
-    the remote.
+    A finished stage needs no images, and what removed tasks have left changes nothing. With `partial_checkout`, what
+    dvc.lock names and this machine does not hold is no reason to run a stage either: it is in the remote.
     """
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
@@ -70,9 +80,9 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
                 if Path(path).is_dir():
                     require_regular_files(Path(path))
             remote = bool(repo.config["core"].get("remote"))
-            elsewhere = _left_elsewhere(stages) if partial_checkout and remote else {}
             changes = _changes_of(repo, stages)
-            reasons = {name: list(_reasons_of(changes[name], elsewhere.get(name, set()))) for name in changes}
+            excused = _excused(repo, stages, changes, leftovers(tasks), elsewhere=partial_checkout and remote)
+            reasons = {name: list(_reasons_of(changes[name], excused[name])) for name in changes}
             made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
             if CODE_STAGE in reasons:
                 if not _code_is_written():
@@ -116,25 +126,77 @@ def _code_of(stage: DvcStage) -> str | None:
     return next((dep.hash_info.value for dep in stage.deps if dep.def_path == path and dep.hash_info), None)
 
 
-def _left_elsewhere(stages: list[DvcStage]) -> dict[str, set[str]]:
-    """Find for each finished stage what it read and left that is not on this machine, and is what dvc.lock names.
+def _excused(
+    repo: Repo, stages: list[DvcStage], changes: Mapping[str, list[Any]], left: list[Path], *, elsewhere: bool
+) -> dict[str, set[tuple[str, str]]]:
+    """Return for each stage what DVC finds and what is no reason to run it: a path, and what happened to it.
 
-    What it read must be what its maker left, by the hashes of both in dvc.lock; images of a task, which no stage
-    makes, may be gone.
+    Of a finished stage, images that no stage makes may be gone, as long as a file of DVC's that stands for them has
+    the hash that dvc.lock has. With `elsewhere` so may all that is what dvc.lock names: what was read must be what its
+    maker left, by the hashes of both.
     """
     makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
-    found = {}
+    kept: dict[PurePath, Any] = {}
+    found: dict[str, set[tuple[str, str]]] = {}
     for stage in stages:
-        if all(part.hash_info for part in (*stage.deps, *stage.outs)):
-            deps = (dep for dep in stage.deps if not dep.exists and _as_made(dep, makers))
-            outs = (out for out in stage.outs if out.use_cache and not out.exists)
-            found[stage.addressing] = {str(part) for part in (*deps, *outs)}
+        happened = _happened(changes[stage.addressing])
+        excused = {
+            (str(dep), "modified")
+            for dep in stage.deps
+            if happened.get(str(dep)) == "modified" and _is_as_before_but_for(left, dep)
+        }
+        if happened and all(part.hash_info for part in (*stage.deps, *stage.outs)):
+            gone = [dep for dep in stage.deps if happened.get(str(dep)) == "deleted"]
+            for path in (PurePath(dep.def_path) for dep in gone):
+                if not kept.keys() & {path, *path.parents} and (pointer := pointer_of(Path(path))):
+                    kept |= _kept_by(repo, pointer)
+            excused |= {
+                (str(dep), "deleted")
+                for dep in gone
+                if (elsewhere or not _maker_of(dep, makers)) and _as_made(dep, {**kept, **makers})
+            }
+            outs = [out for out in stage.outs if elsewhere and out.use_cache and not out.exists]
+            excused |= {(str(out), what) for out in outs for what in ("deleted", "not in cache")}
+        found[stage.addressing] = excused
     return found
 
 
-def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+def _happened(changes: list[Any]) -> dict[str, str]:
+    """Return what happened to each file or folder, of what DVC finds changed about a stage."""
+    groups = [group for change in changes if isinstance(change, dict) for group in change.values()]
+    return {path: what for group in groups for path, what in group.items() if isinstance(what, str)}
+
+
+def _kept_by(repo: Repo, pointer: Path) -> dict[PurePath, Any]:
+    """Return what DVC keeps by a file of its own."""
+    outs = [out for stage in repo.stage.load_all(str(pointer)) for out in stage.outs]
+    return {PurePath(os.path.relpath(out.fs_path)): out for out in outs}
+
+
+def _maker_of(dep: Any, makers: Mapping[PurePath, Any]) -> Any:  # noqa: ANN401 - of DVC, which ships no types
+    """Return the output that a dep is, or is a part of. None where there is none."""
     path = PurePath(dep.def_path)
-    out = next((makers[place] for place in (path, *path.parents) if place in makers), None)
+    return next((makers[place] for place in (path, *path.parents) if place in makers), None)
+
+
+def _is_as_before_but_for(left: list[Path], dep: Any) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+    """Return whether a folder has the hash of dvc.lock once some paths in it are left out."""
+    if not dep.hash_info or not any(path.is_relative_to(dep.def_path) for path in left):
+        return False
+    from dvc_data.hashfile.build import build
+
+    tree: Any
+    _, _, tree = build(dep.cache, dep.fs_path, dep.fs, dep.hash_name, ignore=dep.dvcignore, dry_run=True)
+    files = {
+        "/".join(key): found.value
+        for key, _, found in tree
+        if not any(Path(dep.def_path, *key).is_relative_to(path) for path in left)
+    }
+    return folder_md5(files) == dep.hash_info.value
+
+
+def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 - of DVC, which ships no types
+    out = _maker_of(dep, makers)
     if out is None or out.hash_info == dep.hash_info:
         return True
     tree = (
@@ -144,7 +206,7 @@ def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 
     )
     if tree is None:
         return False
-    key = path.relative_to(out.def_path).parts
+    key = PurePath(dep.def_path).relative_to(out.def_path).parts
     part = tree.get_obj(out.cache, key)
     return part is not None and part.hash_info == dep.hash_info
 
@@ -164,8 +226,8 @@ def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
     return needs
 
 
-def _reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
-    """Say in words why DVC would run a stage. What is missing here and held elsewhere is no reason."""
+def _reasons_of(changes: list[Any], excused: set[tuple[str, str]]) -> Iterator[str]:
+    """Say in words why DVC would run a stage."""
     words = {
         "modified": "changed",
         "deleted": "is missing",
@@ -177,7 +239,7 @@ def _reasons_of(changes: list[Any], elsewhere: set[str]) -> Iterator[str]:
             yield "its command changed" if change == "changed checksum" else change
             continue
         for path, what in (pair for group in change.values() for pair in group.items()):
-            if what in ("deleted", "not in cache") and path in elsewhere:
+            if isinstance(what, str) and (path, what) in excused:
                 continue
             if isinstance(what, dict):  # params.yaml: {key: what happened to it}
                 yield from (f"{key} {words.get(its, its)}" for key, its in what.items())
@@ -241,7 +303,7 @@ def record_as_it_is(names: Iterable[str]) -> None:
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
             stages = [repo.stage.get_target(name) for name in names]
             for stage in stages:
-                stage.save(run_cache=False)
+                stage.save(run_cache=False, allow_missing=True)  # images that are gone were what they were
                 stage.commit()
             stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
 

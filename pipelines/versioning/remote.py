@@ -7,13 +7,32 @@ import logging
 from pathlib import Path
 
 from pipelines.project.error_text import one_line
+from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import TRAINED, UNPUSHED, StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.plan import Plan, dvc_errors
+from pipelines.versioning.pointers import pointer_of
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
+
+
+def fetch_images(name: str, plan: Plan) -> None:
+    """Fetch what a stage reads that no stage makes and DVC keeps by a file of its own, and this machine does not hold.
+
+    Raises:
+        InputError: neither the remote nor the cache has it.
+    """
+    for dep in map(Path, [] if plan.only_missing(name) and plan.remote else plan.deps[name]):
+        if dep.exists() or not pointer_of(dep):
+            continue
+        run_dvc(["pull" if plan.remote else "checkout", str(dep)])
+        if not dep.exists():
+            where = "neither remote nor cache has" if plan.remote else "the cache has not"
+            raise InputError(
+                f"{dep}: DVC keeps it, and {where} it; `dvc push {dep}` where it is, then `dvc pull {dep}` here"
+            )
 
 
 def fetch_inputs(name: str, plan: Plan, params: Params) -> None:

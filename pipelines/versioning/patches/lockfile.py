@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,9 +24,7 @@ from dvc.utils.serialize import dumps_yaml, parse_yaml
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import LOCK_MEMORY
-
-_HEAD = "schema: '2.0'\nstages:\n"
-"""How the text begins; stages follow, each a key indented by two spaces with its entry below it."""
+from pipelines.versioning.lock_text import entry_texts, lock_text
 
 MANY_ENTRIES = 20
 """Entries that are new to a process, from which on it looks there, and leaves there what it has read."""
@@ -44,7 +41,7 @@ class Lockfile(dvcfile.Lockfile):
         if entries is None:
             return tuple(super()._load_yaml(**kwargs))
         stages = dict(entries.values())
-        return {"schema": "2.0", **({"stages": stages} if stages else {})}, _HEAD + "".join(entries)
+        return {"schema": "2.0", **({"stages": stages} if stages else {})}, lock_text(entries)
 
     def dump_stages(self, stages: list[Any], **kwargs: Any) -> None:  # noqa: ANN401
         """Put what stages have become in the place of what they were, or at the end."""
@@ -57,8 +54,8 @@ class Lockfile(dvcfile.Lockfile):
         for stage in stages:
             content = serialize.to_lockfile(stage, **kwargs)
             texts[stage.name] = dumps_yaml(OrderedDict(stages=content)).removeprefix("stages:\n")
-        text = _HEAD + "".join(texts.values())
-        if text != _HEAD + "".join(entries):
+        text = lock_text(texts.values())
+        if text != lock_text(entries):
             dvcfile.logger.info("Updating lock file '%s'", self.relpath)
             self.repo.scm_context.track_file(self.relpath)
             write_whole(place, text.encode())
@@ -78,9 +75,9 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
         return None
-    if not text.startswith(_HEAD):
+    texts = entry_texts(text)
+    if texts is None:
         return None
-    texts = [part for part in re.split(r"^(?=  [^ ])", text.removeprefix(_HEAD), flags=re.MULTILINE) if part]
     unknown = [part for part in texts if part not in _entries]
     memory = path.parent / LOCK_MEMORY
     if len(unknown) >= MANY_ENTRIES:
@@ -88,7 +85,7 @@ def read_entries(path: Path) -> dict[str, tuple[str, Any]] | None:
         unknown = [part for part in unknown if part not in _entries]
     if unknown:
         try:
-            parsed = parse_yaml(_HEAD + "".join(unknown), path)
+            parsed = parse_yaml(lock_text(unknown), path)
             dvcfile.Lockfile.SCHEMA(parsed)
         except Exception:  # DVC, which will read it again, says what is wrong in its own words
             return None

@@ -83,6 +83,12 @@ def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(project: Path) 
     assert first_fault() is None
 
 
+def test_what_a_removed_task_has_left_changes_no_verdict(project: Path) -> None:
+    (project / "artifacts/fit/t09").mkdir()
+    (project / "artifacts/fit/t09/fit.json").write_text("{}")
+    assert first_fault() is None
+
+
 def test_a_moved_direction_is_named_with_step_file_and_tensor(project: Path) -> None:
     path = project / "artifacts/model/t02/directions/t01.safetensors"
     tensors = read_tensors(path)

@@ -66,6 +66,22 @@ def learn(text: str, remote: str | None = None) -> str | None:
     return commit(BRANCH, "Learn", remote)
 
 
+def test_a_run_reads_the_files_by_which_dvc_keeps_images(clone: Path, another: Path) -> None:
+    learn("second\n", "origin")
+    git("fetch", "-q", "origin", BRANCH, folder=another)
+    git("switch", "-q", BRANCH, folder=another)
+    for text in ("pictures\n", "more pictures\n"):
+        (another / "birds.dvc").write_text(text)
+        git("add", "birds.dvc", folder=another)
+        git("commit", "-qm", text, folder=another)
+        git("push", "-q", "origin", BRANCH, folder=another)
+        take(BRANCH, "origin")
+        assert Path("birds.dvc").read_text() == text
+    Path("birds.dvc").write_text("my own\n")
+    take(BRANCH, "origin")
+    assert Path("birds.dvc").read_text() == "my own\n"
+
+
 def test_a_commit_holds_the_three_files_and_leaves_the_users_changes_alone(clone: Path) -> None:
     head, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     new = learn("second\n")

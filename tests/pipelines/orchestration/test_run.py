@@ -18,6 +18,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.params import Params
 from pipelines.versioning.plan import read_plan, run_order
 from pipelines.versioning.project_lock import only_run
+from tests.support.commands import call
 from tests.support.folders import replace
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, preload_nothing, ran
@@ -115,6 +116,60 @@ def test_a_new_task_runs_its_own_stages_and_the_report_only(project: Path) -> No
     assert run_pipeline() == 0
     assert ran(project) == ["fit t03", "evaluate t03", "report"]
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_removed_task_leaves_nothing_that_counts_and_comes_back_from_the_cache(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_pipeline()
+    whole = (project / "params.yaml").read_text()
+    left = (project / "artifacts/model/t02").read_bytes()
+    (project / "params.yaml").write_text(whole.rpartition("  t02:")[0])
+    ran(project)
+    capfd.readouterr()
+    assert run_pipeline() == 0
+    assert ran(project) == ["report"]
+    assert "t02: no task of params.yaml any more" in capfd.readouterr().out
+    assert not list((project / "artifacts").rglob("t02*"))
+
+    # Another clone, in which the outputs of the task still lie about, has the same verdict, and changes nothing.
+    lock = (project / "dvc.lock").read_bytes()
+    (project / "artifacts/evaluation/t02").mkdir()
+    (project / "artifacts/evaluation/t02/metrics.json").write_text("{}")
+    assert read_plan(["t01"]).stale() == []
+    (project / "artifacts/evaluation/t01/other").write_text("x")
+    assert read_plan(["t01"]).reasons["report"] == ["artifacts/evaluation changed"]
+    (project / "artifacts/evaluation/t01/other").unlink()
+    assert run_pipeline() == 0
+    assert (ran(project), (project / "dvc.lock").read_bytes()) == ([], lock)
+
+    (project / "params.yaml").write_text(whole)
+    assert run_pipeline() == 0
+    assert ran(project) == []
+    assert (project / "artifacts/model/t02").read_bytes() == left
+
+
+def test_the_lock_file_is_the_one_of_a_plain_dvc_repro(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order a run brings stages up to date in, also one that was killed and gone on with."""
+    with (project / "params.yaml").open("a") as file:
+        file.write('  t03: {after: t02, source: images, classes: ["c"]}\n')
+    plain = shutil.copytree(project, tmp_path / "plain")
+    replace(project / "evaluate", "#!/bin/sh\n", "#!/bin/sh\ntest $1 = t01 || exit 1\n")
+    assert run_pipeline() == 1
+    shutil.copy(plain / "evaluate", project / "evaluate")
+    run_pipeline()
+    call(plain, "dvc", "repro", "-q")
+    assert (project / "dvc.lock").read_bytes() == (plain / "dvc.lock").read_bytes()
+    assert not (project / ".sdlora/dvc.lock.before").exists()
+    for folder in (project, plain):
+        with (folder / "params.yaml").open("a") as file:
+            file.write('  t04: {after: t03, source: images, classes: ["d"]}\n')
+            file.write('  t05: {after: t04, source: images, classes: ["e"]}\n')
+    run_pipeline()
+    call(plain, "dvc", "repro", "-q")
+    assert (project / "dvc.lock").read_bytes() == (plain / "dvc.lock").read_bytes()
 
 
 def test_a_stage_that_fails_ends_the_run_with_its_own_line_and_status(

@@ -37,6 +37,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_a_removed_task_has_left_goes(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what DVC records of the folders that the report reads is the same in every clone."""
+    folder = write_project(tmp_path / "project")
+    dump(folder / "artifacts/model/t04/step.json", {})
+    dump(folder / "artifacts/fit/mine.json", {})
+    run_report(folder, monkeypatch)
+    assert not (folder / "artifacts/model/t04").exists()
+    assert (folder / "artifacts/fit/mine.json").is_file()
+    assert outputs(folder) == outputs(finished)
+
+
 @pytest.fixture(scope="module")
 def unreported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project without a report, whoever takes a file away puts it back."""
