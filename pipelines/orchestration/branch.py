@@ -11,9 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipelines.ledger.journal import joined
 from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
-from pipelines.project.layout import BRANCH_STATE, LEDGER, LOCK, METRICS, PARAMS, WRITTEN_PARAMS
+from pipelines.project.layout import BRANCH_STATE, JOURNAL, LEDGER, LOCK, METRICS, PARAMS, WRITTEN_PARAMS
 
 _FILES = (str(PARAMS), str(LOCK), str(METRICS))
 _TRIES = 5
@@ -116,7 +117,11 @@ def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         _git("read-tree", start, settings=index)
         for name in (*filter(os.path.isfile, _FILES), *_own_ledger(taken[-1])):
-            blob = _git("hash-object", "-w", "--path", name, name).decode()
+            source = Path(name)
+            if source == JOURNAL:  # others may have added lines since
+                source = Path(folder) / JOURNAL.name
+                source.write_bytes(joined(_content(start, name) or b"", JOURNAL.read_bytes()))
+            blob = _git("hash-object", "-w", "--path", name, str(source)).decode()
             _git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
         tree = _git("write-tree", settings=index).decode()
     if tree == _git("rev-parse", f"{start}^{{tree}}").decode():
@@ -184,8 +189,13 @@ def _take_ledger(base: str) -> None:
     write_json(BRANCH_STATE, {"taken": [*before, base], "made": None})
     for name, blob in new.items():
         mine = here.get(name)
-        if mine != blob and mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
-            write_whole(Path(name), _content(base, name) or b"")
+        if mine == blob:
+            continue
+        theirs = _content(base, name) or b""
+        if mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
+            write_whole(Path(name), theirs)
+        elif name == str(JOURNAL):
+            write_whole(JOURNAL, joined(theirs, JOURNAL.read_bytes()))
     for name in sorted(here.keys() - new.keys()):
         if here[name] in (tree.get(name) for tree in taken):
             Path(name).unlink()
