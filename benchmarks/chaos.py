@@ -44,6 +44,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -313,7 +314,7 @@ class Watch:
     progress: list[tuple[float, str]] = field(default_factory=list)
     computed: dict[str, list[Computed]] = field(default_factory=lambda: defaultdict(list))
     entries: set[bytes] = field(default_factory=set)
-    """Journal entries that have been counted: the branch brings those of one clone into the other."""
+    """Lines of journals that have been counted: the branch brings those of one clone into the other."""
     seen: dict[str, float] = field(default_factory=dict)
     """Object of the remote → when it was first seen."""
     going: bool = True
@@ -328,7 +329,6 @@ class Watch:
             region_name="us-east-1",
         )
         self._steps: dict[str, int] = {}
-        self._journal: dict[Path, int] = {}
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -361,22 +361,19 @@ class Watch:
 
     def _look_at_journals(self) -> None:
         for clone in self.site.clones:
-            for path in clone.glob("ledger/journal/*.json"):
-                with contextlib.suppress(OSError, ValueError):
-                    changed = path.stat().st_mtime_ns
-                    if self._journal.get(path) == changed:
-                        continue
-                    data = path.read_bytes()
-                    entry = json.loads(data)
-                    self._journal[path] = changed
-                    if data in self.entries:
-                        continue
-                    self.entries.add(data)
-                    ended = changed / 1e9
-                    if not self.computed[entry["stage"]] or entry["stage"] == "report":
-                        self.note(entry["stage"])
-                    done = Computed(clone.name, ended - entry["seconds"], ended)
-                    self.computed[entry["stage"]].append(done)
+            with contextlib.suppress(OSError):
+                *lines, _ = (clone / "ledger/journal.jsonl").read_bytes().split(b"\n")
+                for line in lines:
+                    if line not in self.entries:
+                        self.entries.add(line)
+                        self._count(clone.name, json.loads(line))
+
+    def _count(self, clone: str, entry: dict[str, Any]) -> None:
+        """Note that a stage was computed."""
+        ended = datetime.fromisoformat(entry["ended"]).timestamp()
+        if not self.computed[entry["stage"]] or entry["stage"] == "report":
+            self.note(entry["stage"])
+        self.computed[entry["stage"]].append(Computed(clone, ended - entry["seconds"], ended))
 
     def shared(self) -> dict[str, float]:
         """Stage → when its outputs and its run-cache entry were first all seen in the remote."""

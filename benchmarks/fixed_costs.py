@@ -95,8 +95,8 @@ def median_cost(folder: Path, *command: str, times: int = 3) -> dict[str, float]
 
 def fit_seconds(folder: Path) -> float:
     """What the fits of a chain took, by its journal."""
-    journals = (folder / "ledger/journal").glob("fit@*.json")
-    return round(sum(json.loads(path.read_bytes())["seconds"] for path in journals), 2)
+    lines = map(json.loads, (folder / "ledger/journal.jsonl").read_text().splitlines())
+    return round(sum(line["seconds"] for line in lines if line["stage"].startswith("fit@")), 2)
 
 
 def idle_costs(folder: Path) -> dict[str, dict[str, float]]:
@@ -235,7 +235,7 @@ def make(number: int) -> None:
     from pipelines.cli.app import app
     from pipelines.ledger import journal
 
-    journal.current_commit = lambda: None  # git is asked once a stage otherwise
+    journal.current_commit = journal._person = lambda: None  # git is asked at each stage otherwise
     from dvc.repo import Repo, lock_repo
 
     from pipelines.project.params import Params

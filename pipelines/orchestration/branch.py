@@ -13,12 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipelines.ledger.journal import joined
 from pipelines.project.errors import InputError, PushError
 from pipelines.project.files import read_json, write_json, write_whole
-from pipelines.project.git import committed as _content
-from pipelines.project.git import run_git as _git
+from pipelines.project.git import committed, run_git
 from pipelines.project.layout import (
     BRANCH_STATE,
+    JOURNAL,
     LEDGER,
     LOCK,
     METRICS,
@@ -43,17 +44,17 @@ def take(branch: str, remote: str | None) -> None:
     begins at the commit that is checked out. A params.yaml that is in no commit and that no unattended run wrote is
     somebody's work: refused.
     """
-    if _git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
+    if run_git("symbolic-ref", "-q", "HEAD", check=False) == f"refs/heads/{branch}".encode():
         raise InputError(
             f"workers.branch: {branch} is checked out in {Path.cwd()}, and a commit would change it underneath you;"
             " check out another branch there"
         )
     if remote:
         _fetch(branch, remote)
-    base = tip(branch) or _git("rev-parse", "HEAD").decode()
-    texts = {name: _content(base, name) for name in _FILES}
+    base = tip(branch) or run_git("rev-parse", "HEAD").decode()
+    texts = {name: committed(base, name) for name in _FILES}
     params = PARAMS.read_bytes()
-    known = {texts[str(PARAMS)], _content("HEAD", str(PARAMS))}
+    known = {texts[str(PARAMS)], committed("HEAD", str(PARAMS))}
     if params not in known and _sha256(params) not in _ours():
         raise InputError(
             f"{Path.cwd()}/params.yaml has changes that are in no commit; commit them, or git restore params.yaml"
@@ -101,9 +102,9 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
     taken = _remembered()["taken"]
     for _ in range(_TRIES):
         parent = tip(branch)
-        start = parent or _git("rev-parse", "HEAD").decode()
-        known = (_content(taken[-1], str(PARAMS)), PARAMS.read_bytes())
-        if _content(start, str(PARAMS)) not in known:
+        start = parent or run_git("rev-parse", "HEAD").decode()
+        known = (committed(taken[-1], str(PARAMS)), PARAMS.read_bytes())
+        if committed(start, str(PARAMS)) not in known:
             raise InputError(
                 f"workers.branch: params.yaml has changed on {branch} since this run began, so nothing was committed;"
                 " run it anew, with the same parameters: what was computed is found again"
@@ -111,7 +112,7 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
         made = _commit_on(start, message, taken)
         if remote and (made or parent):
             try:
-                _git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
+                run_git("push", "--quiet", remote, f"{made or parent}:refs/heads/{branch}")
             except InputError as refused:
                 _fetch(branch, remote)
                 if tip(branch) == parent:
@@ -120,7 +121,9 @@ def commit(branch: str, message: str, remote: str | None) -> str | None:
                     ) from None
                 continue
         if made:
-            _git("update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made))  # only if not moved
+            run_git(
+                "update-ref", f"refs/heads/{branch}", made, parent or "0" * len(made)
+            )  # only if not moved
         return made
     raise InputError(f"workers.branch: {branch} moved {_TRIES} times while it was committed to; run it anew")
 
@@ -129,40 +132,46 @@ def _commit_on(start: str, message: str, taken: list[str]) -> str | None:
     """Make the commit that follows a commit, on no branch yet. None if it would change nothing."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git("read-tree", start, settings=index)
+        run_git("read-tree", start, settings=index)
         for name in (*filter(os.path.isfile, _FILES), *_own_ledger(taken[-1])):
-            blob = _git("hash-object", "-w", "--path", name, name).decode()
-            _git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
-        tree = _git("write-tree", settings=index).decode()
-    if tree == _git("rev-parse", f"{start}^{{tree}}").decode():
+            source = Path(name)
+            if source == JOURNAL:  # others may have added lines since
+                source = Path(folder) / JOURNAL.name
+                source.write_bytes(joined(committed(start, name) or b"", JOURNAL.read_bytes()))
+            blob = run_git("hash-object", "-w", "--path", name, str(source)).decode()
+            run_git("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", settings=index)
+        tree = run_git("write-tree", settings=index).decode()
+    if tree == run_git("rev-parse", f"{start}^{{tree}}").decode():
         return None
     nobody = {f"GIT_{who}_{what}": "sdlora" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    somebody = _git("config", "user.email", check=False)
-    made = _git("commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody).decode()
+    somebody = run_git("config", "user.email", check=False)
+    made = run_git(
+        "commit-tree", tree, "-p", start, "-m", message, settings={} if somebody else nobody
+    ).decode()
     write_json(BRANCH_STATE, {"taken": taken, "made": made})
     return made
 
 
 def tip(branch: str) -> str | None:
     """Return the commit that the branch stands at, if there is such a branch."""
-    return _git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
+    return run_git("rev-parse", "-q", "--verify", f"refs/heads/{branch}", check=False).decode() or None
 
 
 def _fetch(branch: str, remote: str) -> None:
     """Bring the branch forward to where the remote has it."""
-    if not _git("ls-remote", remote, f"refs/heads/{branch}"):
+    if not run_git("ls-remote", remote, f"refs/heads/{branch}"):
         return
     theirs = f"refs/remotes/{remote}/{branch}"
-    _git("fetch", "--quiet", remote, f"+refs/heads/{branch}:{theirs}")
-    mine, other = tip(branch), _git("rev-parse", theirs).decode()
-    common = _git("merge-base", mine, other, check=False).decode() if mine else None
+    run_git("fetch", "--quiet", remote, f"+refs/heads/{branch}:{theirs}")
+    mine, other = tip(branch), run_git("rev-parse", theirs).decode()
+    common = run_git("merge-base", mine, other, check=False).decode() if mine else None
     if common == other:
         return
     if common != mine:
         raise InputError(
             f"workers.branch: {branch} has gone two ways, here and at {remote}; merge them in {Path.cwd()}, and push"
         )
-    _git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
+    run_git("update-ref", f"refs/heads/{branch}", other, mine or "0" * len(other))
 
 
 def _mark(*texts: bytes) -> None:
@@ -181,12 +190,12 @@ def _marks() -> Path:
 def _take_pointers(base: str) -> None:
     """Bring the files by which DVC keeps images to those of a commit, but for what somebody changed here."""
     before = ["HEAD", *_remembered()["taken"]]
-    for name in _git("ls-tree", "-r", "-z", "--name-only", base).decode().split("\0"):
+    for name in run_git("ls-tree", "-r", "-z", "--name-only", base).decode().split("\0"):
         path = Path(name)
         if path.suffix != ".dvc":
             continue
-        new, here = _content(base, name) or b"", path.read_bytes() if path.is_file() else None
-        if here is None or (here != new and here in [_content(at, name) for at in before]):
+        new, here = committed(base, name) or b"", path.read_bytes() if path.is_file() else None
+        if here is None or (here != new and here in [committed(at, name) for at in before]):
             write_whole(path, new)
             if path.with_suffix("").exists():  # the images of before; absent ones come when they are read
                 run_dvc(["pull", name])
@@ -196,7 +205,7 @@ def _take_ledger(base: str) -> None:
     """Bring the ledger to that of a commit, but for what this clone itself has written."""
     state = _remembered()
     before = state["taken"]
-    if state["made"] and _git("merge-base", state["made"], base, check=False).decode() == state["made"]:
+    if state["made"] and run_git("merge-base", state["made"], base, check=False).decode() == state["made"]:
         before = [*before, state["made"]]
     new, here = _ledger(base), _ledger_here()
     taken = [_ledger(commit) for commit in before]
@@ -204,8 +213,13 @@ def _take_ledger(base: str) -> None:
     write_json(BRANCH_STATE, {"taken": [*before, base], "made": None})
     for name, blob in new.items():
         mine = here.get(name)
-        if mine != blob and mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
-            write_whole(Path(name), _content(base, name) or b"")
+        if mine == blob:
+            continue
+        theirs = committed(base, name) or b""
+        if mine in (None, *(tree.get(name) for tree in (*taken, _ledger("HEAD")))):
+            write_whole(Path(name), theirs)
+        elif name == str(JOURNAL):
+            write_whole(JOURNAL, joined(theirs, JOURNAL.read_bytes()))
     for name in sorted(here.keys() - new.keys()):
         if here[name] in (tree.get(name) for tree in taken):
             Path(name).unlink()
@@ -225,7 +239,7 @@ def _own_ledger(base: str) -> list[str]:
 
 def _ledger(commit: str) -> dict[str, str]:
     """Return the files of the ledger in a commit, and their hashes. None where Git has forgotten the commit."""
-    lines = _git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
+    lines = run_git("ls-tree", "-r", "-z", commit, "--", LEDGER.as_posix(), check=False).split(b"\0")
     rows = [line.split(b"\t", 1) for line in lines if line]
     return {os.fsdecode(name): kind.split()[2].decode() for kind, name in rows}
 
@@ -235,7 +249,7 @@ def _ledger_here() -> dict[str, str]:
     names = sorted(
         path.as_posix() for path in LEDGER.rglob("*") if path.is_file() and path.suffix != ".partial"
     )
-    blobs = _git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
+    blobs = run_git("hash-object", "--no-filters", "--", *names).decode().split() if names else []
     return dict(zip(names, blobs, strict=True))
 
 

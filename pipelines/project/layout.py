@@ -33,8 +33,8 @@ TASK_FOLDERS = (SPLITS, TRAINED, FITS, MODELS, EVALUATIONS, GATES)
 
 LEDGER = Path("ledger")
 """What stages and people leave beside DVC's outputs, for version control: costs, signatures, receipts."""
-JOURNAL = Path("ledger/journal")
-"""What each stage has cost."""
+JOURNAL = Path("ledger/journal.jsonl")
+"""A line for each stage that was computed here: who, when, where and at what cost."""
 KEPT = Path("ledger/kept")
 """Notes on results that were kept although their code has changed."""
 RETIRED = "ledger/retired"

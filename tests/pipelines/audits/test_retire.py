@@ -442,7 +442,7 @@ def test_a_source_that_is_gone_already_leaves_the_rest_to_delete(
 
 def test_other_code_gives_back_what_was_and_says_so(retired: Path) -> None:
     """The step cannot be made again, so it stays; steps after it go on from there."""
-    was, journal = contents(retired / "artifacts"), contents(retired / "ledger/journal")
+    was, journal = contents(retired / "artifacts"), (retired / "ledger/journal.jsonl").read_bytes()
     source = retired / "pipelines/ledger/receipts.py"
     source.write_text(
         source.read_text().replace("is neither in DVC's cache nor", "is not in DVC's cache nor")
@@ -458,7 +458,9 @@ def test_other_code_gives_back_what_was_and_says_so(retired: Path) -> None:
     assert contents(retired / "artifacts") == {
         path: held for path, held in was.items() if not str(path).startswith("code/")
     }
-    assert contents(retired / "ledger/journal") == journal  # what the step cost when it was learned
+    assert (
+        retired / "ledger/journal.jsonl"
+    ).read_bytes() == journal  # what the step cost when it was learned
 
 
 def run_fit(out: str = "elsewhere") -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.ledger.journal import keep_cost, read_journal
 from pipelines.orchestration.branch import commit, edit, take, tip
 from pipelines.project.errors import InputError
+from pipelines.project.layout import JOURNAL
+from pipelines.runtime.stage import StageResult
 
 BRANCH = "sdlora/learned"
 
@@ -151,20 +154,20 @@ def test_a_remote_that_does_not_answer_is_one_line(clone: Path) -> None:
 def test_the_ledger_goes_along_and_comes_to_a_clone_that_lacks_it(
     clone: Path, another: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("journal/fit@t01.json", "retired/ü 1/receipt.json"):
+    for name in ("kept/0001.json", "retired/ü 1/receipt.json"):
         (Path("ledger") / name).parent.mkdir(parents=True)
         (Path("ledger") / name).write_text(f"here {name}")
     learn("second\n", "origin")
 
     monkeypatch.chdir(another)
-    Path("ledger/journal").mkdir(parents=True)
-    Path("ledger/journal/fit@t01.json").write_text("computed in this clone")
+    Path("ledger/kept").mkdir(parents=True)
+    Path("ledger/kept/0001.json").write_text("kept in this clone")
     take(BRANCH, "origin")
     assert Path("ledger/retired/ü 1/receipt.json").read_text() == "here retired/ü 1/receipt.json"
-    assert Path("ledger/journal/fit@t01.json").read_text() == "computed in this clone"
+    assert Path("ledger/kept/0001.json").read_text() == "kept in this clone"
 
 
-SIGNATURE, JOURNAL = Path("ledger/signatures/t01.sig"), Path("ledger/journal/fit@t01.json")
+SIGNATURE, NOTE = Path("ledger/signatures/t01.sig"), Path("ledger/kept/0001.json")
 
 
 def write(path: Path, text: str) -> None:
@@ -183,7 +186,7 @@ def person(clone: Path, another: Path) -> Path:
     take(BRANCH, "origin")
     write(SIGNATURE, "signed")
     write(SIGNATURE.with_name("t02.sig"), "signed")
-    write(JOURNAL, "first cost")
+    write(NOTE, "first note")
     commit(BRANCH, "Learn", "origin")
     git("fetch", "-q", folder=another)
     git("switch", "-q", BRANCH, folder=another)
@@ -199,30 +202,30 @@ def publish(person: Path) -> None:
 def test_a_commit_leaves_alone_what_a_person_signed_or_removed_on_the_branch(person: Path) -> None:
     write(person / SIGNATURE, "signed anew")
     (person / SIGNATURE.with_name("t02.sig")).unlink()
-    write(person / JOURNAL, "put right by hand")
+    write(person / NOTE, "put right by hand")
     publish(person)
 
     take(BRANCH, "origin")
     assert SIGNATURE.read_text() == "signed anew"
     assert not SIGNATURE.with_name("t02.sig").exists()
-    write(Path("ledger/journal/fit@t02.json"), "second cost")
+    write(Path("ledger/kept/0002.json"), "second note")
     commit(BRANCH, "Learn", "origin")
     assert ledger_of_the_branch() == {
-        "ledger/journal/fit@t01.json": "put right by hand",
-        "ledger/journal/fit@t02.json": "second cost",
+        "ledger/kept/0001.json": "put right by hand",
+        "ledger/kept/0002.json": "second note",
         "ledger/signatures/t01.sig": "signed anew",
     }
 
 
 def test_what_this_clone_computed_anew_survives_a_take_and_is_committed(person: Path) -> None:
     write(person / SIGNATURE, "signed anew")
-    write(person / JOURNAL, "put right by hand")
+    write(person / NOTE, "put right by hand")
     publish(person)
-    write(JOURNAL, "cost of a fit whose run was cut off")
+    write(NOTE, "note of a run that was cut off")
 
     take(BRANCH, "origin")
     commit(BRANCH, "Learn", "origin")
-    assert ledger_of_the_branch()["ledger/journal/fit@t01.json"] == "cost of a fit whose run was cut off"
+    assert ledger_of_the_branch()["ledger/kept/0001.json"] == "note of a run that was cut off"
     assert ledger_of_the_branch()["ledger/signatures/t01.sig"] == "signed anew"
 
 
@@ -284,7 +287,7 @@ def test_parameters_that_are_pushed_during_a_run_are_taken_up_by_the_next(person
     publish(person)
     theirs = git("rev-parse", "HEAD", folder=person)
     change("second\n")
-    write(JOURNAL, "cost of the run")
+    write(NOTE, "note of the run")
 
     with pytest.raises(InputError, match=r"params\.yaml has changed on .* since this run began") as caught:
         commit(BRANCH, "Learn", "origin")
@@ -293,7 +296,34 @@ def test_parameters_that_are_pushed_during_a_run_are_taken_up_by_the_next(person
     take(BRANCH, "origin")
     assert Path("params.yaml").read_text() == "by hand\n"
     assert commit(BRANCH, "Learn", "origin")
-    assert ledger_of_the_branch()["ledger/journal/fit@t01.json"] == "cost of the run"
+    assert ledger_of_the_branch()["ledger/kept/0001.json"] == "note of the run"
+
+
+def test_lines_that_two_clones_wrote_into_the_journal_are_all_on_the_branch(
+    person: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the other was pushed before this one took the branch, or after."""
+
+    def work(folder: Path, label: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            keep_cost(label, {"out": Path("out")}, StageResult([]), seconds=1.0)
+
+    for before, (theirs, mine) in ((True, ("fit@t01", "fit@t02")), (False, ("fit@t03", "fit@t04"))):
+        git("pull", "-q", folder=person)
+        if not before:
+            take(BRANCH, "origin")
+        work(person, theirs)
+        publish(person)
+        work(Path(), mine)
+        if before:
+            take(BRANCH, "origin")
+        commit(BRANCH, "Learn", "origin")
+    take(BRANCH, "origin")
+    git("pull", "-q", folder=person)
+    assert JOURNAL.read_bytes() == (person / JOURNAL).read_bytes()
+    assert [line.stage for line in read_journal().values()] == ["fit@t01", "fit@t02", "fit@t03", "fit@t04"]
+    assert commit(BRANCH, "Learn", "origin") is None
 
 
 def test_a_remote_that_refuses_the_commit_leaves_the_branch_where_the_remote_has_it(

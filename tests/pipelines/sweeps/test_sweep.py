@@ -437,9 +437,10 @@ def test_killed_in_a_fit_it_leaves_nothing_behind_and_goes_on(
     assert rows[1]["last_accuracy"] == metrics["last_accuracy"]
     assert rows[0]["error"] is None
     assert "mean ± standard deviation over seeds" in output
-    made = {path.stem.partition("@")[0] for path in folder.glob(".sdlora/sweeps/x/7-*/ledger/journal/*.json")}
+    (journal,) = folder.glob(".sdlora/sweeps/x/7-*/ledger/journal.jsonl")
+    made = {json.loads(line)["stage"].partition("@")[0] for line in journal.read_text().splitlines()}
     assert made == {"fit", "freeze", "evaluate", "gate", "report"}
-    assert not list(folder.glob(f".sdlora/sweeps/x/{own}-*/ledger/journal/*.json"))
+    assert not list(folder.glob(f".sdlora/sweeps/x/{own}-*/ledger/journal.jsonl"))
 
 
 def working_in(folder: Path) -> list[str]:
