@@ -358,6 +358,28 @@ def audit_bundle(
         typer.echo(line)
 
 
+@audit.command("bom")
+def audit_bom(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, such as model.cdx.json.")],
+    step: Annotated[
+        str | None, typer.Option(help="Step, such as t03; that of the export, or the last, if not given.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What `sdlora export` left: its files are listed too."),
+    ] = None,
+) -> None:
+    """Write a bill of materials of a step (CycloneDX ML-BOM), once its chain has been verified.
+
+    Backbone with licence and hash, images of every task by digest, steps, versions of libraries.
+    """
+    require_project()
+    from pipelines.audits.bom import bill
+
+    for line in bill(file, step=step, export=export):
+        typer.echo(line)
+
+
 @audit.command("diff")
 def audit_diff(
     then: Annotated[str, typer.Argument(metavar="A", help="Step (t03, 3), or any artifacts/model/t03.")],
