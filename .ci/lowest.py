@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-EXTRAS = ("export", "s3")
+EXTRAS = ("bom", "export", "s3")
 
 
 def resolved(*extras: str) -> dict[str, Version]:

@@ -33,7 +33,7 @@ def imported(package: str) -> Iterator[str]:
 def declared() -> tuple[set[str], set[str]]:
     """The names of the dependencies, and those of the extras that a user may install."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("export", "s3") for line in project["optional-dependencies"][extra]]
+    extras = [line for extra in ("bom", "export", "s3") for line in project["optional-dependencies"][extra]]
     names = [
         {canonicalize_name(Requirement(line).name) for line in lines}
         for lines in (project["dependencies"], extras)

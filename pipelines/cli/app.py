@@ -354,6 +354,54 @@ def audit_sign(
         typer.echo(line)
 
 
+@audit.command("bundle")
+def audit_bundle(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, such as chain.intoto.jsonl.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Private key to sign with: Ed25519 or ECDSA, of OpenSSH or PEM.")
+    ] = None,
+    model_signatures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also sign each model folder as OpenSSF Model Signing does."),
+    ] = None,
+    certificates: Annotated[
+        Path | None, typer.Option(help="PEM file to put into them: the key's own certificate first.")
+    ] = None,
+) -> None:
+    """Write the ledger for somebody who has not got this program, once the whole chain has been verified.
+
+    One in-toto statement for each step, each in a DSSE envelope. docs/reference/verify_bundle.py checks them
+    with Python alone.
+    """
+    require_project()
+    from pipelines.audits.bundle import bundle
+
+    for line in bundle(file, key=key, certificates=certificates, signatures=model_signatures):
+        typer.echo(line)
+
+
+@audit.command("bom")
+def audit_bom(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write, such as model.cdx.json.")],
+    step: Annotated[
+        str | None, typer.Option(help="Step, such as t03; that of the export, or the last, if not given.")
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What `sdlora export` left: its files are listed too."),
+    ] = None,
+) -> None:
+    """Write a bill of materials of a step (CycloneDX ML-BOM), once its chain has been verified.
+
+    Backbone with licence and hash, images of every task by digest, steps, versions of libraries.
+    """
+    require_project()
+    from pipelines.audits.bom import bill
+
+    for line in bill(file, step=step, export=export):
+        typer.echo(line)
+
+
 @audit.command("diff")
 def audit_diff(
     then: Annotated[str, typer.Argument(metavar="A", help="Step (t03, 3), or any artifacts/model/t03.")],
