@@ -3,12 +3,13 @@ PYTHON ?= python3
 FAULTS ?= 50
 SEED ?= 0
 WORKERS ?= 2
+MINUTES ?= 10
 QUICK_FIT := --backbone vit_tiny_patch16_224 --rounds 1
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint lowest docs compare chaos bench clean
+.PHONY: help repro test lint lowest docs fuzz compare chaos bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,10 @@ lowest: $(READY) ## Resolve the lowest versions that pyproject.toml allows, and 
 
 docs: $(READY) ## Build the documentation into build/site; a broken link is an error.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+fuzz: $(READY) ## Search for faulty inputs that get no answer, MINUTES long, other ones every time.
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while test $$(date +%s) -lt $$end; do \
+	  SDLORA_FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q -m fuzz -n $(WORKERS) || exit 1; done
 
 compare: $(READY) ## Run what is missing of the comparison of all methods (hours), write docs/reference/comparison.md.
 	@$(BIN)/python benchmarks/compare.py --write

@@ -21,7 +21,6 @@ from pipelines.data.source_files import (
     linked_folder,
     no_image,
 )
-from pipelines.project.display import as_line
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
@@ -244,7 +243,7 @@ def _jsonl_rows(path: Path, data: bytes) -> Iterator[_Row]:
             raise InputError(f"{where}: not valid JSON ({_fault(error)}); mend that line") from None
         if not isinstance(record, dict):
             found = line[:40].decode(errors="backslashreplace")
-            raise InputError(as_line(f"{where}: expected an object, found {found}; mend it"))
+            raise InputError(f"{where}: expected an object, found {found}; mend it")
         yield _row(where, record, _columns_of(where, list(record)))
 
 
@@ -267,7 +266,7 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
     except InputError:
         raise
     except Exception as error:  # Arrow raises a dozen types on broken bytes
-        raise InputError(as_line(f"{path}: not a Parquet file ({_fault(error)}); write it anew")) from None
+        raise InputError(f"{path}: not a Parquet file ({_fault(error)}); write it anew") from None
     for number, record in enumerate(records, start=1):
         yield _row(f"{path}: row {number}", record, columns)
 
@@ -296,10 +295,10 @@ def _columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str 
         what = "both path and file_name stand" if paths else "neither path nor file_name stands"
         others = len(names) == 1 and any(separator in names[0] for separator in ";\t|")
         hint = " (a manifest is separated by commas)" if others else ""
-        raise InputError(as_line(f"{where}: {what} among the columns {found}{hint}; name one of them so"))
+        raise InputError(f"{where}: {what} among the columns {found}{hint}; name one of them so")
     if "label" not in names:
         remedy = "add it, or move the file out of the source"
-        raise InputError(as_line(f"{where}: no column label among {found}; {remedy}"))
+        raise InputError(f"{where}: no column label among {found}; {remedy}")
     for name in (paths[0], "label", "split"):
         if list(names).count(name) > 1:
             raise InputError(f"{where}: two columns {name}; remove one")

@@ -63,7 +63,7 @@ def refuse(faults: Sequence[Fault]) -> None:
     """Refuse what has faults: the first in full, the number of the others."""
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise InputError(as_line(f"{faults[0]}{more}"))
+        raise InputError(f"{faults[0]}{more}")
 
 
 def is_litter(name: str) -> bool:

@@ -10,7 +10,6 @@ from pipelines.data.class_folders import is_divided, missing_part, nested_folder
 from pipelines.data.division import divide
 from pipelines.data.manifests import class_of, manifests, of_manifests, read_manifest
 from pipelines.data.source_files import WORDS, Fault, Found, Source, refuse, visible
-from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
 from pipelines.project.param_checks import missing_source
@@ -62,10 +61,8 @@ def _undivided_classes(folder: Path, shown: str) -> set[str]:
     if tables and (len(names) <= 1 or names <= set(WORDS)):
         beside = "the folder " + ", ".join(sorted(names)) if names else "no class folder"
         raise InputError(
-            as_line(
-                f"{shown}/{tables[0].name}: a table that nobody reads, beside {beside}; give the table itself if it "
-                "lists the images, else move it away"
-            )
+            f"{shown}/{tables[0].name}: a table that nobody reads, beside {beside}; give the table itself if it "
+            "lists the images, else move it away"
         )
     if len(names) > 1 and names <= set(WORDS):
         raise InputError(
