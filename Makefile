@@ -2,6 +2,7 @@
 PYTHON ?= python3
 FAULTS ?= 50
 SEED ?= 0
+CHAOS ?=
 WORKERS ?= 2
 MINUTES ?= 10
 QUICK_FIT := --backbone vit_tiny_patch16_224 --rounds 1
@@ -40,7 +41,7 @@ compare: $(READY) ## Run what is missing of the comparison of all methods (hours
 	@$(BIN)/python benchmarks/compare.py --write
 
 chaos: $(READY) ## Kill, stop and fill what two workers need, FAULTS times; compare what they make.
-	@$(BIN)/python benchmarks/chaos.py --faults $(FAULTS) --seed $(SEED)
+	@$(BIN)/python benchmarks/chaos.py --faults $(FAULTS) --seed $(SEED) $(CHAOS)
 
 bench: $(READY) ## Measure speed as ratios (minutes); REFERENCE=PATH adds the released code, FULL=1 takes an hour.
 	@$(BIN)/python benchmarks/fit_speed.py $(if $(FULL),,$(QUICK_FIT)) $(if $(REFERENCE),--reference $(REFERENCE))
