@@ -52,7 +52,7 @@ def opened(line: bytes, key: Path | None) -> Json:
 def check_files(root: Path, statement: Json) -> Json:
     """Check every file that a statement describes. Return the digests in each folder of a step, by name."""
     told, files = statement["predicate"], dict[str, Any]()
-    for entry in [*statement["subject"], *told["materials"]]:
+    for entry in [*statement["subject"], *told["materials"], *told["classifier"]]:
         name, digest = entry["name"], entry["digest"]["sha256"]
         top, kind, step, *rest = parts = [*name.split("/"), ""]
         require(top and ".." not in parts and (root / name).is_file(), f"{name}: not in the checkout")

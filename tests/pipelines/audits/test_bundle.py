@@ -203,6 +203,7 @@ def test_one_flipped_bit_of_any_file_of_the_bundle_is_found_and_the_file_named(p
         (lambda its: its[1]["predicate"]["journal"][0].update(by="Bo"), "t01: the journal is another"),
         (lambda its: its[1]["subject"][0].update(name="../step.json"), "../step.json: not in the checkout"),
         (lambda its: its[1]["subject"][0].update(name="/dev/null"), "/dev/null: not in the checkout"),
+        (lambda its: its[1]["predicate"]["classifier"][0]["digest"].update(sha256="0"), "not the file of the bundle"),
         (lambda its: its[1].update(predicateType="urn:other"), "a statement is of other types"),
         (lambda its: [its[n]["predicate"]["chain"].update(head="0" * 64) for n in range(3)], "the head is"),
         (lambda its: its.pop() and [i["predicate"]["chain"].update(steps=1) for i in its], "metrics.json: it is of 2"),
