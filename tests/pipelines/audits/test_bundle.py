@@ -341,6 +341,10 @@ def test_what_cannot_sign_is_one_line_and_leaves_the_bundle_as_it_was(project: P
         assert fault in error
         assert len(error) <= 300
         assert BUNDLE.read_bytes() == before
+    for line in ('{"stage":', "[]", '{"stage": "fit@t01"}'):
+        JOURNAL.write_text(f"{JOURNAL.read_text().splitlines()[0]}\n{line}")
+        error = said_here(project, "audit", "bundle", str(BUNDLE), status=2)[1]
+        assert "ledger/journal.jsonl: " in error
     Path("artifacts/fit/t01/fit.json").write_text("{}")
     assert "a chain that does not hold" in said_here(project, "audit", "bundle", str(BUNDLE), status=2)[1]
     assert BUNDLE.read_bytes() == before
