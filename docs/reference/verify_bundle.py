@@ -52,11 +52,10 @@ def opened(line: bytes, key: Path | None) -> Json:
 def check_files(root: Path, statement: Json) -> Json:
     """Check every file that a statement describes. Return the digests in each folder of a step, by name."""
     told, files = statement["predicate"], dict[str, Any]()
-    for entry in [*statement["subject"], *told["materials"]]:
+    for entry in [*statement["subject"], *told["materials"], *told["classifier"]]:
         name, digest = entry["name"], entry["digest"]["sha256"]
         top, kind, step, *rest = parts = [*name.split("/"), ""]
-        require(top in ("artifacts", "ledger") and ".." not in parts, f"{name}: no file of a step")
-        require((root / name).is_file(), f"{name}: the file is missing")
+        require(top and ".." not in parts and (root / name).is_file(), f"{name}: not in the checkout")
         with (root / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         require(found == digest, f"{name}: not the file of the bundle")
@@ -73,15 +72,16 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
     model, folder, split = files[f"model/{step}"], root / "artifacts/model" / step, root / "artifacts/split"
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     rows = [
-        ("step", step, verdict["step"]),
         ("previous record", record["previous"], before.get("record")),
         ("previous verdict", verdict["previous"], before.get("verdict")),
         ("files of the model", {**record["files"], "step.json": model["step.json"]}, model),
         ("names of these files", there, set(model)),
-        ("backbone", record["backbone"], before.get("backbone", record["backbone"])),
+        ("step and backbone", [step, record["backbone"]], [verdict["step"], (before or record)["backbone"]]),
     ]
     if before:
-        images = files.get(f"train/{step}", {"train.arrow": record["split"]["images"]})["train.arrow"]
+        receipt = root / "ledger/retired" / step / "receipt.json"  # stands for images that were deleted
+        packed = files.get(f"train/{step}", {}).get("train.arrow")
+        images = packed or json.loads(receipt.read_bytes())["train"]["sha256"]
         kept = 0 if record["needs_old_images"] else 1 if record["method"] == "finetune" else 2
         frozen = ("head/", "directions/")[:kept]
         rows += [
@@ -132,12 +132,12 @@ def main() -> None:
         told, files = statement["predicate"], check_files(root, statement)
         step, place = told["record"]["step"], {"position": position, "steps": last, "head": head}
         before = check_step(root, told, files, before)
-        require(told["chain"] == place, f"{step}: the bundle has it at another place: {told['chain']}")
+        require(told["chain"] == place, f"{step}: not its place in a chain of {last} steps: {told['chain']}")
         require(all(line in journal.values() for line in told["journal"]), f"{step}: the journal is another")
         sys.stdout.write(f"{step:6}  holds  {before['verdict'][:12]}\n")
-    steps, known = json.loads((root / "metrics.json").read_bytes())["steps"], asked.expect or head
+    steps, found = json.loads((root / "metrics.json").read_bytes())["steps"], before["verdict"]
     require(steps == last, f"metrics.json: it is of {steps} steps, the bundle of {last}")
-    require(before["verdict"] == head == known, f"the head is {before['verdict']}, expected {known}")
+    require(found == head == (asked.expect or head), f"the head is {found}, expected {asked.expect or head}")
     sys.stdout.write(f"the bundle holds; its head is {head}\n")
 
 

@@ -107,7 +107,15 @@ class _Ledger:
     def _journal(self) -> list[dict[str, Any]]:
         """The lines of the journal. None where nothing was computed here."""
         lines = _JOURNAL.read_bytes().splitlines() if _JOURNAL.is_file() else []
-        return [json.loads(line) for line in lines]
+        try:
+            found = [json.loads(line) for line in lines]
+            if all(isinstance(its["stage"], str) and isinstance(its["output"], dict) for its in found):
+                return found
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise InputError(
+            f"{_JOURNAL}: a line of it is none of a journal; restore the file from version control"
+        )
 
     def statement(self, step: str) -> dict[str, Any]:
         """Return a statement of in-toto: the model folder of a step was made as its predicate says."""

@@ -188,20 +188,22 @@ def test_one_flipped_bit_of_any_file_of_the_bundle_is_found_and_the_file_named(p
     assert verdict_of().startswith("t02: names of these files: ")
     Path("artifacts/model/t02/head/t09.safetensors").unlink()
     Path("artifacts/fit/t02/fit.json").unlink()
-    assert verdict_of().startswith("artifacts/fit/t02/fit.json: the file is missing")
+    assert verdict_of().startswith("artifacts/fit/t02/fit.json: not in the checkout")
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda its: its.pop(), "t00: the bundle has it at another place"),
-        (lambda its: its.pop(1), "t00: the bundle has it at another place"),
+        (lambda its: its.pop(), "t00: not its place in a chain of "),
+        (lambda its: its.pop(1), "t00: not its place in a chain of "),
         (lambda its: its.reverse(), "t02: previous record"),
-        (lambda its: its.append(its[2]), "t00: the bundle has it at another place"),
+        (lambda its: its.append(its[2]), "t00: not its place in a chain of "),
         (lambda its: its[1]["predicate"]["record"]["parameters"].update(seed=7), "t01/step.json: not the record"),
         (lambda its: its[1]["predicate"]["verdict"].update(approved=1), "t01/verdict.json: not the verdict"),
         (lambda its: its[1]["predicate"]["journal"][0].update(by="Bo"), "t01: the journal is another"),
-        (lambda its: its[1]["subject"][0].update(name="../step.json"), "../step.json: no file of a step"),
+        (lambda its: its[1]["subject"][0].update(name="../step.json"), "../step.json: not in the checkout"),
+        (lambda its: its[1]["subject"][0].update(name="/dev/null"), "/dev/null: not in the checkout"),
+        (lambda its: its[1]["predicate"]["classifier"][0]["digest"].update(sha256="0"), "not the file of the bundle"),
         (lambda its: its[1].update(predicateType="urn:other"), "a statement is of other types"),
         (lambda its: [its[n]["predicate"]["chain"].update(head="0" * 64) for n in range(3)], "the head is"),
         (lambda its: its.pop() and [i["predicate"]["chain"].update(steps=1) for i in its], "metrics.json: it is of 2"),
@@ -339,6 +341,10 @@ def test_what_cannot_sign_is_one_line_and_leaves_the_bundle_as_it_was(project: P
         assert fault in error
         assert len(error) <= 300
         assert BUNDLE.read_bytes() == before
+    for line in ('{"stage":', "[]", '{"stage": "fit@t01"}'):
+        JOURNAL.write_text(f"{JOURNAL.read_text().splitlines()[0]}\n{line}")
+        error = said_here(project, "audit", "bundle", str(BUNDLE), status=2)[1]
+        assert "ledger/journal.jsonl: " in error
     Path("artifacts/fit/t01/fit.json").write_text("{}")
     assert "a chain that does not hold" in said_here(project, "audit", "bundle", str(BUNDLE), status=2)[1]
     assert BUNDLE.read_bytes() == before
