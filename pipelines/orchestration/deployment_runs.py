@@ -82,7 +82,7 @@ class DeploymentRuns:
         found = self._client.read_artifacts(
             artifact_filter=ArtifactFilter(
                 flow_run_id=ArtifactFilterFlowRunId(any_=[run]),
-                key=ArtifactFilterKey(any_=[artifact_key(key)]),
+                key=ArtifactFilterKey(any_=[artifact_key(project_name(), key)]),
             )
         )
         if not found:
@@ -115,4 +115,4 @@ def leave_table(key: str, rows: Sequence[Mapping[str, Any]]) -> None:
     from prefect.artifacts import create_table_artifact
 
     with refusals_in_one_line(key), within(patience()):
-        create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(key))
+        create_table_artifact(table=[dict(row) for row in rows], key=artifact_key(project_name(), key))

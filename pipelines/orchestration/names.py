@@ -30,9 +30,9 @@ def inbox_resource(project: str) -> str:
     return f"sdlora.inbox.{project}"
 
 
-def artifact_key(name: str) -> str:
-    """Return the key of an artifact of this project. Prefect takes lower case, digits and dashes."""
-    return f"{project_name()}-{name}"
+def artifact_key(project: str, name: str) -> str:
+    """Return the key of an artifact of a project. Prefect takes lower case, digits and dashes."""
+    return f"{project}-{name}"
 
 
 def project_name() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from pipelines.orchestration.names import artifact_key
+from pipelines.orchestration.names import artifact_key, project_name
 from pipelines.orchestration.server import patience
 from pipelines.runtime.deadline import within
 
@@ -36,7 +36,7 @@ class ProgressArtifact:
             with within(patience()):
                 if self._id is None:
                     title = "".join(c if c.isalnum() else "-" for c in self._title.lower())
-                    key = artifact_key(f"progress-{title}")
+                    key = artifact_key(project_name(), f"progress-{title}")
                     self._id = create_progress_artifact(percent, key=key, description=text)  # type: ignore[assignment]
                 else:
                     update_progress_artifact(self._id, percent, description=text)

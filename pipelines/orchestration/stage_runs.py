@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.ledger import journal
-from pipelines.orchestration.names import artifact_key
+from pipelines.orchestration.names import artifact_key, project_name
 from pipelines.orchestration.progress_artifact import ProgressArtifact
 from pipelines.orchestration.server import PREFECT_SETTINGS, patience, server_missing
 from pipelines.project.environment import PARENT_FLOW_RUN
@@ -200,9 +200,10 @@ def _publish(result: StageResult, label: str) -> None:
 
     name = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
     try:
-        create_table_artifact(table=result.rows, key=artifact_key(name))
+        project = project_name()
+        create_table_artifact(table=result.rows, key=artifact_key(project, name))
         name = "documents"
         for name, text in result.documents().items():
-            create_markdown_artifact(text, key=artifact_key(name))
+            create_markdown_artifact(text, key=artifact_key(project, name))
     except Exception as trouble:
         log_line(f"prefect: no {name} of {label} ({one_line(trouble)})")

@@ -92,7 +92,8 @@ def test_two_projects_on_one_server_keep_apart(
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         for project in ("birds", "cats"):
             named = text.replace("project: null", f"project: {project}")
-            Path("params.yaml").write_text(named.replace("pool: gpu ", f"pool: {project} "))
+            cats = named.replace("pool: gpu ", f"pool: {project} ")
+            Path("params.yaml").write_text(cats)
             lines = deploy()
             assert f"sdlora.inbox.{project} names a folder of data/inbox" in lines[0]
         Path("params.yaml").write_text(named.replace("pool: gpu ", "pool: birds "))
@@ -105,10 +106,17 @@ def test_two_projects_on_one_server_keep_apart(
             for flow in ("learn", "sweep", "tend")
         }
         assert set(map(frozenset, made.values())) == {frozenset({"birds", "cats"})}
+        for worker in ("one", "two"):
+            client.send_worker_heartbeat("cats", worker, heartbeat_interval_seconds=30)
+        Path("params.yaml").write_text(cats)
+        with pytest.raises(InputError, match=r"^workers\.branch: found null, but 2 workers take runs"):
+            deploy()
+        Path("params.yaml").write_text(cats.replace("branch: null", "branch: learned"))
+        deploy()
         mine = [automation for automation in client.read_automations() if "birds:" in automation.name]
-        cats = str(client.read_deployment_by_name("learn/cats").id)
+        other = str(client.read_deployment_by_name("learn/cats").id)
         assert len(mine) == 3
-        assert not [automation.name for automation in mine if cats in automation.model_dump_json()]
+        assert not [automation.name for automation in mine if other in automation.model_dump_json()]
 
 
 @pytest.mark.parametrize(
