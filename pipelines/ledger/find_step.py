@@ -1,21 +1,26 @@
 """The model folder that a command is given: by its path, or by its step."""
 
+import os
 import re
 from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
-from pipelines.project.layout import MODELS
+from pipelines.project.layout import MODELS, project_root
 
 
 def find_model(which: str | None) -> Path:
-    """Return a model folder by its path, or by its step's name or number (t03, 3). None for the latest step."""
-    steps = sorted(path for path in MODELS.glob("t*") if re.fullmatch(r"t[0-9]+", path.name))
+    """Return a model folder by its path, or by its step's name or number (t03, 3). None for the latest step.
+
+    Steps are those of the project that this folder is in.
+    """
+    models = Path(os.path.relpath(project_root(Path.cwd()) or ".")) / MODELS
+    steps = sorted(path for path in models.glob("t*") if re.fullmatch(r"t[0-9]+", path.name))
     known = [path.name for path in steps if path.name != "t00"]
     if which is None:
         if not known:
-            raise InputError(f"{MODELS}: no step there yet; run `sdlora run`, or name a model folder")
-        return MODELS / max(known, key=natural_key)
+            raise InputError(f"{models}: no step there yet; run `sdlora run`, or name a model folder")
+        return models / max(known, key=natural_key)
     if not re.fullmatch(r"t?[0-9]+", which) or Path(which).is_dir():
         if not (Path(which) / "step.json").is_file():
             raise InputError(
@@ -26,6 +31,6 @@ def find_model(which: str | None) -> Path:
     if name not in known:
         there = f"there are {', '.join(known)}" if known else "there are none"
         raise InputError(
-            f"{MODELS}: no step {name} with classes ({there}); `dvc checkout` or `sdlora run` makes it"
+            f"{models}: no step {name} with classes ({there}); `dvc checkout` or `sdlora run` makes it"
         )
-    return MODELS / name
+    return models / name

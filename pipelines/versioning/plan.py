@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
 
 if TYPE_CHECKING:
@@ -239,14 +239,3 @@ def record_as_it_is(names: Iterable[str]) -> None:
                 stage.save(run_cache=False)
                 stage.commit()
             stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
-
-
-@contextlib.contextmanager
-def dvc_errors() -> Iterator[None]:
-    """Turn what DVC says of a broken or busy project into one line."""
-    from dvc.exceptions import DvcException
-
-    try:
-        yield
-    except DvcException as error:
-        raise InputError(f"dvc: {' '.join(str(error).split())}") from error
