@@ -3,6 +3,7 @@
 import os
 
 from pipelines.project.environment import STAGE_SOCKET
+from pipelines.runtime.surroundings import settle
 
 SPIN = "3000"
 """How often a thread of torch's looks for work before it sleeps. By GNU OpenMP's own rule it hardly ever sleeps, and
@@ -12,6 +13,7 @@ images a second, with this 330; with both free 790 and 710."""
 
 def main() -> None:
     """Hand a stage's command to a fork server if there is one, else run it here."""
+    settle()
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is loaded
     if STAGE_SOCKET in os.environ or "DVC_STAGE" in os.environ:
         import sys

@@ -10,9 +10,25 @@ from pipelines.audits.retrain import retrain
 from pipelines.audits.sign import check_signatures
 from pipelines.audits.verify import verify
 from pipelines.project.errors import FaultError
+from pipelines.versioning.project_lock import no_run
+
+_NOT_VERIFIED = 3
+"""The exit status while a run is at work, which changes the files."""
 
 
 def show_verification(*, as_json: bool, signers: Path | None, again: list[str]) -> int:
+    """Verify the chain while no run changes it. Return the exit status."""
+    with no_run() as alone:
+        if alone:
+            return _verified(as_json=as_json, signers=signers, again=again)
+    line = "a run is at work: not verified"
+    if as_json:
+        line = json.dumps({"holds": None, "fault": line}, indent=2)
+    sys.stdout.write(f"{line}\n")
+    return _NOT_VERIFIED
+
+
+def _verified(*, as_json: bool, signers: Path | None, again: list[str]) -> int:
     """Verify the chain, then its signatures, then learn the steps of `again` once more. Return the exit status.
 
     The status is 1 if something does not hold: nothing after it is looked at.

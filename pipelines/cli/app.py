@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipelines.cli.place import enter_project
 from pipelines.cli.stages import StageGroup, stage_commands
 from pipelines.project.errors import GateClosedError, InputError
-from pipelines.project.layout import require_project
 
 # Everything else is imported by the command that needs it: `--help` and `status` load no torch, no Prefect.
 
@@ -131,11 +131,11 @@ def run(
     program has trained is trained again with --retrain only. Killed at any moment, the same command goes on. Each stage
     is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
     """
-    require_project()
+    caller = enter_project()
     if params is not None:
         from pipelines.planning.experiments import lay_over
 
-        for line in lay_over(params, seed=seed, force=force):
+        for line in lay_over(caller.path(params), seed=seed, force=force):
             typer.echo(line)
         if dry:
             return
@@ -153,7 +153,7 @@ def keep() -> None:
     For after an upgrade: nothing is computed, and ledger/kept says what was kept. Only stages of which nothing but the
     code changed are kept.
     """
-    require_project()
+    enter_project()
     from pipelines.planning.keep import keep as work
 
     for line in work():
@@ -163,7 +163,7 @@ def keep() -> None:
 @app.command()
 def status() -> None:
     """Show which stages are done, which are stale, and why."""
-    require_project()
+    enter_project()
     from pipelines.orchestration.status import show_status
 
     show_status()
@@ -184,7 +184,7 @@ def plan(
     ] = False,
 ) -> None:
     """Divide the classes of a folder, or of a benchmark, into tasks."""
-    require_project()
+    caller = enter_project()
     if (source is None) == (benchmark is None):
         raise InputError("plan: give either a folder of images or --benchmark NAME")
     if benchmark is not None:
@@ -197,7 +197,9 @@ def plan(
         from pipelines.planning import tasks as edit
 
         assert source is not None
-        lines = edit.plan(source, tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force)
+        lines = edit.plan(
+            caller.path(source), tasks=tasks, classes_per_task=classes_per_task, seed=seed, force=force
+        )
     for line in lines:
         typer.echo(line)
 
@@ -214,10 +216,10 @@ def add_task(
 
     `sdlora run` then trains that task only.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.planning import tasks as edit
 
-    for line in edit.add_task(source, classes=classes):
+    for line in edit.add_task(caller.path(source), classes=classes):
         typer.echo(line)
 
 
@@ -230,7 +232,7 @@ def merge(
     Their tasks come after ours, and `sdlora run` then learns those only. What both changed otherwise is refused in one
     line, and everything is as it was before.
     """
-    require_project()
+    enter_project()
     from pipelines.planning.merge import merge as work
 
     for line in work(branch):
@@ -248,7 +250,7 @@ def approve(
     Written to params.yaml, and from there into the ledger; it holds for the results that are there now, and for no
     others. Look at them first: `sdlora audit diff`.
     """
-    require_project()
+    enter_project()
     from pipelines.planning.approvals import approve as write
     from pipelines.planning.approvals import keep_other_gates
 
@@ -270,7 +272,7 @@ def retire(
     Raw images and packed training images go from the project, DVC's cache and every DVC remote. Packed test images
     stay. Ended anywhere, the same command goes on. The receipt is ledger/retired/TASK/receipt.json.
     """
-    require_project()
+    enter_project()
     from pipelines.audits.retire.command import retire as work
 
     raise SystemExit(work(task, by=by, why=why, dry=dry, yes=yes))
@@ -283,7 +285,7 @@ def deploy() -> None:
     On the server of PREFECT_API_URL it makes or renews what `workers` in params.yaml describes: work pool, deployment,
     schedule, and the rules that start again what has died.
     """
-    require_project()
+    enter_project()
     from pipelines.orchestration.deploy import deploy as make
     from pipelines.orchestration.deploy import require_server
 
@@ -315,10 +317,10 @@ def sweep(
     On the workers of PREFECT_API_URL, or here if it is not set. Stages that chains have in common are computed once.
     Killed at any moment, the same command goes on. Exit status 1 says that some chain failed.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.sweeps.command import run_sweep as work
 
-    raise SystemExit(work(values, out=out, local=local, yes=yes))
+    raise SystemExit(work(values, out=caller.optional(out), local=local, yes=yes))
 
 
 @audit.command("verify")
@@ -336,10 +338,10 @@ def audit_verify(
     One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
     not in the workspace is read from DVC's cache or remote.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.audits.outcome import show_verification
 
-    raise SystemExit(show_verification(as_json=json, signers=signers, again=retrain or []))
+    raise SystemExit(show_verification(as_json=json, signers=caller.optional(signers), again=retrain or []))
 
 
 @audit.command("sign")
@@ -347,10 +349,10 @@ def audit_sign(
     key: Annotated[Path, typer.Option(help="Private SSH key, or the public one of a key in ssh-agent.")],
 ) -> None:
     """Sign the head of the ledger, once the whole chain has been verified."""
-    require_project()
+    caller = enter_project()
     from pipelines.audits.sign import sign
 
-    for line in sign(key):
+    for line in sign(caller.path(key)):
         typer.echo(line)
 
 
@@ -373,10 +375,16 @@ def audit_bundle(
     One in-toto statement for each step, each in a DSSE envelope. docs/reference/verify_bundle.py checks them
     with Python alone.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.audits.bundle import bundle
 
-    for line in bundle(file, key=key, certificates=certificates, signatures=model_signatures):
+    lines = bundle(
+        caller.path(file),
+        key=caller.optional(key),
+        certificates=caller.optional(certificates),
+        signatures=caller.optional(model_signatures),
+    )
+    for line in lines:
         typer.echo(line)
 
 
@@ -395,10 +403,10 @@ def audit_bom(
 
     Backbone with licence and hash, images of every task by digest, steps, versions of libraries.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.audits.bom import bill
 
-    for line in bill(file, step=step, export=export):
+    for line in bill(caller.path(file), step=step, export=caller.optional(export)):
         typer.echo(line)
 
 
@@ -417,10 +425,11 @@ def audit_diff(
     Accuracy with intervals, flipped images with exact tests (corrected for many
     looks), where errors went, calibration, features, magnitudes and weights.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.audits.diff import diff
 
-    diff(then, now, features=features, as_json=json, page=html)
+    then, now = caller.path_or_name(then), caller.path_or_name(now)
+    diff(then, now, features=features, as_json=json, page=caller.optional(html))
 
 
 @audit.command("show")
@@ -437,7 +446,7 @@ def audit_show(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show the history of one class, one image or one task."""
-    require_project()
+    caller = enter_project()
     if sum(given is not None for given in (class_name, image, task)) != 1:
         raise InputError("audit show: give one of --class, --image and --task")
     from pipelines.audits.show.class_history import show_class
@@ -447,7 +456,7 @@ def audit_show(
     if class_name is not None:
         show_class(class_name, as_json=json)
     elif image is not None:
-        show_image(image, as_json=json)
+        show_image(caller.path_or_name(image), as_json=json)
     else:
         assert task is not None
         show_task(task, as_json=json)
@@ -468,10 +477,10 @@ def doctor(
 
     Ends with status 2 if there is an error, with 0 if there are warnings only.
     """
-    require_project()
+    caller = enter_project()
     from pipelines.planning.doctor.command import doctor as examine
 
-    raise SystemExit(examine(source, as_json=as_json, quick=quick))
+    raise SystemExit(examine(caller.optional(source), as_json=as_json, quick=quick))
 
 
 @app.command()

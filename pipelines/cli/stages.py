@@ -18,7 +18,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipelines.project.layout import CODE_STAGE, RAW, STAGES, require_project
+from pipelines.cli.place import enter_project
+from pipelines.project.layout import CODE_STAGE, RAW, STAGES
 
 _TYPES: dict[str, Any] = {"str": str, "int": int, "Path": Path}
 """The types that a parameter of a stage can have."""
@@ -70,9 +71,9 @@ def _command(name: str) -> Any:  # noqa: ANN401 - a class that typer does not ex
         parameters.append(out.replace(default=None))
 
     def call(**arguments: Any) -> None:  # noqa: ANN401 - the stage's own arguments
-        require_project()
-        if name == "fetch" and arguments["out"] is None:
-            arguments["out"] = RAW / arguments["name"]
+        caller = enter_project(above=name in _VISIBLE)
+        if name == "fetch":
+            arguments["out"] = caller.optional(arguments["out"]) or RAW / arguments["name"]
         _run(source, arguments)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

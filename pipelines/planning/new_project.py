@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
-from pipelines.project.layout import DVC, DVC_YAML, PARAMS
+from pipelines.project.layout import DVC, DVC_YAML, PARAMS, refuse_braces
 
 _PACKAGED = resources.files("pipelines.planning") / "template"
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -47,8 +47,9 @@ def new_project(folder: Path, *, example: bool = False) -> list[str]:
     With `example`, its tasks are those of the handwritten digits; else it has none yet.
 
     Raises:
-        InputError: a file of that name says something else; then nothing is written.
+        InputError: a file of that name says something else, or DVC does not work there; then nothing is written.
     """
+    refuse_braces(folder.resolve())
     files = project_files(folder.resolve().name, example=example)
     taken = [name for name, text in files.items() if _differs(folder / name, text)]
     if taken:

@@ -106,6 +106,24 @@ class StageName(NamedTuple):
         return self.kind if self.item is None else f"{self.kind}@{self.item}"
 
 
+def project_root(folder: Path) -> Path | None:
+    """Return the project that a folder is in: the nearest above that is one, in the same repository of DVC or Git."""
+    for place in (folder, *folder.parents):
+        if (place / PARAMS).is_file() and (place / DVC_YAML).is_file():
+            return place
+        if (place / DVC).is_dir() or (place / ".git").exists():
+            return None
+    return None
+
+
+def refuse_braces(folder: Path) -> None:
+    """Refuse a project's folder whose path has braces: DVC takes them for names of values."""
+    if {"{", "}"} & set(str(folder)):
+        raise InputError(
+            f"{folder}: DVC takes no braces in the path of a project; move it, or rename the folder"
+        )
+
+
 def require_project() -> None:
     """Refuse to work anywhere but in a project's folder."""
     for path in (PARAMS, DVC_YAML):

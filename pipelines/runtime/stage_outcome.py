@@ -28,12 +28,18 @@ class StageOutcome(NamedTuple):
     """the error in one line"""
 
 
-def leave_outcome(outcome: StageOutcome) -> bool:
-    """Leave the outcome for whoever runs this stage. Return whether somebody asked for it."""
+def leave_outcome(outcome: StageOutcome, *, keep_failure: bool = False) -> bool:
+    """Leave the outcome for whoever runs this stage. Return whether somebody asked for it.
+
+    With `keep_failure` one that the stage has left of its own failure stays.
+    """
     path = os.environ.get(OUTCOME_FILE)
-    if path:
+    if not path:
+        return False
+    left = read_outcome(Path(path)) if keep_failure else None
+    if left is None or not left.status:
         Path(path).write_text(json.dumps(outcome._asdict()) + "\n", encoding="utf-8")
-    return bool(path)
+    return True
 
 
 def read_outcome(path: Path) -> StageOutcome | None:

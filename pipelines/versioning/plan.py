@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
 from pipelines.project.leftovers import leftovers
 from pipelines.project.regular_files import require_regular_files
 from pipelines.versioning.artifacts import folder_md5
+from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.pointers import pointer_of
 
@@ -339,14 +339,3 @@ def _adopts(stage: DvcStage, key: str) -> bool:
         dep.hash_info.value[key] = now
         return True
     return False
-
-
-@contextlib.contextmanager
-def dvc_errors() -> Iterator[None]:
-    """Turn what DVC says of a broken or busy project into one line."""
-    from dvc.exceptions import DvcException
-
-    try:
-        yield
-    except DvcException as error:
-        raise InputError(f"dvc: {' '.join(str(error).split())}") from error

@@ -12,8 +12,9 @@ from pipelines.project.files import write_whole
 from pipelines.project.layout import TRAINED, UNPUSHED, StageName
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
+from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
-from pipelines.versioning.plan import Plan, dvc_errors
+from pipelines.versioning.plan import Plan
 from pipelines.versioning.pointers import pointer_of
 from pipelines.versioning.repro import StageFailedError, reproduce_stage, run_dvc
 

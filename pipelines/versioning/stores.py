@@ -9,7 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from pipelines.project.layout import DVC_YAML, PARAMS
-from pipelines.versioning.plan import dvc_errors, needs_of
+from pipelines.versioning.dvc_failures import dvc_errors
+from pipelines.versioning.plan import needs_of
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dvc.exceptions import DvcException
 
+from pipelines.project.errors import InputError
+from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.repro import StageFailedError, reproduce_stage
+from tests.support.fuzzing import assert_answered
 
 DVC_YAML = """
 stages:
@@ -63,3 +70,49 @@ def test_an_output_is_from_the_cache_where_nothing_ran(project: Path) -> None:
     (project / "dvc.lock").unlink()
     assert reproduce_stage("gate@t01", pull=False) is True
     assert (project / "open").read_text() == "open\n"
+
+
+def test_what_the_system_refuses_dvc_is_the_line_of_a_stage_that_ended_well(project: Path) -> None:
+    """Here the cache is a file; a full disk, a limit on files and a cache of another user are such errors too."""
+    (project / ".dvc" / "cache").touch()
+    with pytest.raises(StageFailedError) as found:
+        reproduce_stage("gate@t01", pull=False)
+    assert re.fullmatch(r"error: dvc: (Not a directory|File exists) \(.*/\.dvc/cache.*\)", str(found.value))
+    assert found.value.status == 2
+    assert not found.value.interrupted
+
+
+def test_a_stage_that_has_said_why_it_failed_is_the_one_that_is_heard(project: Path) -> None:
+    (project / "gate").write_text(refusal("input", "error: gate: no"))
+    (project / ".dvc" / "cache").touch()
+    with pytest.raises(StageFailedError, match="error: gate: no"):
+        reproduce_stage("gate@t01", pull=False)
+
+
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "", "a/b"),
+            "the disk is full (a/b): nothing half-written was kept; make room",
+        ),
+        (OSError(errno.EFBIG, "File too large", "a/b"), "File too large (a/b)"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "raw/own/ant"),
+            "Permission denied (raw/own/ant)",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", ".dvc/cache"), "Read-only file system (.dvc/cache)"),
+        (
+            sqlite3.OperationalError("attempt to write a readonly database"),
+            "attempt to write a readonly database",
+        ),
+    ],
+)
+def test_what_dvc_says_of_the_system_is_one_line_with_its_place(cause: Exception, line: str) -> None:
+    failure = DvcException("failed to do it")
+    failure.__cause__ = cause
+    with pytest.raises(InputError) as found, dvc_errors():
+        raise failure
+    assert str(found.value).startswith("dvc: ")
+    assert line in str(found.value)
+    assert_answered(found.value)
