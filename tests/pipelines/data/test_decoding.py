@@ -18,6 +18,7 @@ from PIL import Image
 from pipelines.data.decoding import open_picture, opened_picture, picture_hash, strict_pictures
 from pipelines.data.source_files import image_bytes
 from tests.support.case_files import (
+    GREY_TAGS,
     RGB,
     chunk,
     encoded,
@@ -184,6 +185,8 @@ def test_a_pgm_of_16_bits_is_read_by_its_own_range() -> None:
     [
         pytest.param(grey_tiff(sample_format=2), "its pixels are whole numbers without a range (mode I)", id="signed"),
         pytest.param(grey_tiff(2), "it is a TIFF of 2 channels of 16-bit whole numbers, which is not read", id="alpha"),
+        pytest.param(grey_tiff(3), "it is a TIFF of 3 channels of 16-bit whole numbers, which is not", id="three"),
+        pytest.param(grey_tiff()[:60], "it is no image that Pillow knows", id="cut-off"),
         pytest.param(grey_tiff(bits=64, sample_format=3), "a TIFF of 1 channel of 64-bit floating-point", id="doubles"),
         pytest.param(encoded(Image.new("F", (2, 2)), "TIFF"), "floating-point numbers without a range", id="floats"),
         pytest.param(encoded(Image.new("LAB", (2, 2)), "TIFF"), "its colours are L*a*b* (mode LAB)", id="lab"),
@@ -199,6 +202,29 @@ def test_upper_bits_are_what_is_seen_of_sixteen() -> None:
 
     for data in (encoded(Image.fromarray(values)), encoded(Image.fromarray(values), "TIFF")):
         np.testing.assert_array_equal(pixels(data), values >> 8)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_channels_in_planes_of_their_own_are_read_in_any_number_of_bits(bits: int, order: str) -> None:
+    values = np.arange(48).reshape(3, 4, 4) * (5 if bits == 8 else 1300)
+    planes = values.astype(f"{order}u{bits // 8}")
+    tags = {**GREY_TAGS, 258: (3, [bits] * 3), 262: (3, [2]), 277: (3, [3]), 284: (3, [2])}
+
+    found = pixels(tiff(tags, *(plane.tobytes() for plane in planes), order=order))
+
+    np.testing.assert_array_equal(found.transpose(2, 0, 1), planes if bits == 8 else planes >> 8)
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_one_channel_is_read_whether_it_is_said_to_be_a_plane_or_not(bits: int, white: int) -> None:
+    values = np.arange(16, dtype=f"<u{bits // 8}") * (10 if bits == 8 else 3000)
+    tags = {**GREY_TAGS, 258: (3, [bits]), 262: (3, [white]), 277: (3, [1])}
+
+    found = [pixels(tiff({**tags, 284: (3, [planes])}, values.tobytes())) for planes in (1, 2)]
+
+    np.testing.assert_array_equal(*found)
 
 
 # ---- files
