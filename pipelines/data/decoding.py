@@ -334,17 +334,17 @@ def _on_white(picture: Image) -> Image:
     from PIL import Image
 
     white = Image.new("RGB", picture.size, "white")
-    for box in _strips(picture):
-        part = picture.crop(box)
+    for box, part in _strips(picture):
         white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
     return white
 
 
-def _strips(picture: Image) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the boxes of a picture's rows, some at a time: a copy of all of them would take its memory again."""
+def _strips(picture: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
+    """Yield a picture's rows, some at a time, and where they are: what is made of all would take its memory again."""
     height = max(1, _STRIP_PIXELS // picture.width)
     for top in range(0, picture.height, height):
-        yield 0, top, picture.width, min(top + height, picture.height)
+        box = 0, top, picture.width, min(top + height, picture.height)
+        yield box, picture if height >= picture.height else picture.crop(box)
 
 
 def picture_hash(picture: Image) -> str:
@@ -353,8 +353,8 @@ def picture_hash(picture: Image) -> str:
     Grey, colour and palette, opaque and transparent alike: only what shows on white counts.
     """
     digest = hashlib.sha256(f"RGBA {picture.width}x{picture.height}\n".encode())
-    for box in _strips(picture):
-        digest.update(picture.crop(box).convert("RGBA").tobytes())
+    for _, part in _strips(picture):
+        digest.update(part.convert("RGBA").tobytes())
     return digest.hexdigest()
 
 
