@@ -29,13 +29,17 @@ _IMAGE_BYTES = 512 * 2**20
 """Size of an image file at most."""
 
 
+LINE = 300
+"""Characters of a line that a person reads, at most."""
+
+
 def as_line(text: str) -> str:
-    """Return a text as a terminal shows it, of at most 300 characters: of a longer one the beginning and the end."""
+    """Return a text as a terminal shows it, and not longer than a line: of a longer one the beginning and the end."""
     if not text.isprintable():
         text = "".join(
             c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
         )
-    return text if len(text) <= 300 else f"{text[:180]} … {text[-117:]}"
+    return text if len(text) <= LINE else f"{text[: LINE - 120]} … {text[-117:]}"
 
 
 class Fault(NamedTuple):
