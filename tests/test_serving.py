@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pipelines.data.decoding import open_picture
 from pipelines.serving.export import export
 from pipelines.serving.exports.subject import Subject, reference_logits
 from sdlora.ledger import record_hash
-from tests.support.chains import encoded, make_chain, picture
+from tests.support.case_files import chunk, encoded, with_chunks
+from tests.support.chains import make_chain, picture
 from tests.support.repository import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/how-to/serving.md").read_text(encoding="utf-8")
@@ -42,14 +44,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(models: Path) -> Iterator[str]:
-    """Where the page's server answers, in a process that cannot import this package."""
+    """Where the page's server answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = (
-        "import sys; sys.modules['sdlora'] = sys.modules['pipelines'] = None; import uvicorn; uvicorn.main()"
-    )
-    command = [sys.executable, "-c", program, "server:app", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "server:app", "--host", "127.0.0.1", "--port", str(port)]
     environment = {key: value for key, value in os.environ.items() if key != "MODEL"}
     process = subprocess.Popen(
         command,
@@ -97,7 +96,25 @@ def test_the_server_says_which_step_answers(models: Path, address: str) -> None:
     }
 
 
-def test_the_server_refuses_what_is_no_image(address: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        pytest.param(b"no image", "it is no image that Pillow knows", id="none"),
+        pytest.param(encoded(Image.new("LAB", (9, 9)), "TIFF"), "its colours are L*a*b*", id="lab"),
+        pytest.param(encoded(Image.new("F", (9, 9)), "TIFF"), "its pixels are floating-point", id="floats"),
+    ],
+)
+def test_the_server_refuses_what_predict_refuses_and_says_the_same(
+    address: str, data: bytes, fault: str
+) -> None:
     with pytest.raises(urllib.error.HTTPError, match="400") as refused:
-        ask(f"{address}/predict", b"no image")
+        ask(f"{address}/predict", data)
+    assert fault in json.load(refused.value)["detail"]
     refused.value.close()
+
+
+def test_the_server_reads_a_picture_whose_text_is_broken(address: str) -> None:
+    plain = encoded(picture(0, mode="RGB"))
+    broken = with_chunks(plain, chunk(b"tEXt", b"a\0b", checksum=1))
+
+    assert ask(f"{address}/predict", broken) == ask(f"{address}/predict", plain)

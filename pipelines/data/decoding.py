@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipelines.data.metadata import unknown_kind, without_metadata
+from pipelines.data.metadata import in_one_plane, unknown_kind, without_metadata
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming
@@ -181,7 +181,7 @@ def _begun(data: _Encoded) -> Iterator[ImageFile]:
 
     _quieten_libraries()
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = _with_planes(Image.open(io.BytesIO(data), formats=_FORMATS), data)
     except Image.UnidentifiedImageError:
         raise ValueError(unknown_kind(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -194,6 +194,28 @@ def _begun(data: _Encoded) -> Iterator[ImageFile]:
                 f"it is {image.width}×{image.height}, one side more than {_LONGEST} times the other; cut it"
             )
         yield image
+
+
+def _with_planes(image: ImageFile, data: _Encoded) -> ImageFile:
+    """Return an opened picture. Of a TIFF whose channels stand in planes Pillow would read some bits and not others."""
+    from PIL import Image, TiffImagePlugin
+
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image
+    tags = image.tag_v2
+    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2:
+        return image
+    if tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) == 1:
+        return Image.open(io.BytesIO(in_one_plane(data)), formats=("TIFF",))
+    if set(tags.get(TiffImagePlugin.BITSPERSAMPLE, ())) == {16}:
+        order = "L" if bytes(data[:2]) == b"II" else "B"
+        image.tile = [
+            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
+            if tile.codec_name == "raw" and isinstance(tile.args, tuple)
+            else tile
+            for tile in image.tile
+        ]
+    return image
 
 
 def _fault(error: Exception) -> str:
@@ -312,17 +334,17 @@ def _on_white(picture: Image) -> Image:
     from PIL import Image
 
     white = Image.new("RGB", picture.size, "white")
-    for box in _strips(picture):
-        part = picture.crop(box)
+    for box, part in _strips(picture):
         white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
     return white
 
 
-def _strips(picture: Image) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the boxes of a picture's rows, some at a time: a copy of all of them would take its memory again."""
+def _strips(picture: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
+    """Yield a picture's rows, some at a time, and where they are: what is made of all would take its memory again."""
     height = max(1, _STRIP_PIXELS // picture.width)
     for top in range(0, picture.height, height):
-        yield 0, top, picture.width, min(top + height, picture.height)
+        box = 0, top, picture.width, min(top + height, picture.height)
+        yield box, picture if height >= picture.height else picture.crop(box)
 
 
 def picture_hash(picture: Image) -> str:
@@ -331,8 +353,8 @@ def picture_hash(picture: Image) -> str:
     Grey, colour and palette, opaque and transparent alike: only what shows on white counts.
     """
     digest = hashlib.sha256(f"RGBA {picture.width}x{picture.height}\n".encode())
-    for box in _strips(picture):
-        digest.update(picture.crop(box).convert("RGBA").tobytes())
+    for _, part in _strips(picture):
+        digest.update(part.convert("RGBA").tobytes())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.data.decoding import in_parallel, opened_picture, strict_pictures
 from pipelines.data.source_files import PARTS, Fault, Found, image_bytes
+from pipelines.project.display import MESSAGE, as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import UNREADABLE
@@ -70,15 +71,19 @@ def read_pictures(
 
 
 def refuse_unreadable(task: str, images: Sequence[Found], faults: dict[int, str]) -> None:
-    """Refuse a task of which images cannot be read: three in the error, all in a file where there are more."""
+    """Refuse a task of which images cannot be read: up to three in the error, all in a file where there are more."""
     path = UNREADABLE / f"{task}.txt"
     path.unlink(missing_ok=True)
     if faults:
-        lines = [f"{images[index].path} ({fault})" for index, fault in faults.items()]
-        rest = f" and {len(lines) - 3} more, all of them in {path}" if len(lines) > 3 else ""
+        lines = [as_line(f"{images[index].path} ({fault})") for index, fault in faults.items()]
+        for shown in (3, 2, 1):
+            rest = f" and {len(lines) - shown} more, all of them in {path}" if len(lines) > shown else ""
+            line = f"cannot read {', '.join(lines[:shown])}{rest}; replace or remove what is broken"
+            if len(line) <= MESSAGE:
+                break
         if rest:
             write_whole(path, ("\n".join(lines) + "\n").encode())
-        raise InputError(f"cannot read {', '.join(lines[:3])}{rest}; replace or remove what is broken")
+        raise InputError(as_line(line))
 
 
 def perceptual_hash(picture: Image) -> str:

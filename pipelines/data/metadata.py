@@ -18,37 +18,17 @@ _INFLATED = 2**20
 """Bytes of a colour profile in a PNG at most, as Pillow has it."""
 
 _TIFF_PIXELS = {
-    *(
-        256,
-        257,
-        258,
-        259,
-        262,
-        266,
-        273,
-        277,
-        278,
-        279,
-        284,
-        292,
-        293,
-        317,
-        320,
-        322,
-        323,
-        324,
-        325,
-        332,
-        338,
-    ),
-    *(339, 347, 512, 513, 514, 519, 520, 521, 529, 530, 531, 532),
-}
+    256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347,
+    512, 513, 514, 519, 520, 521, 529, 530, 531, 532,
+}  # fmt: skip
 """Tags of a TIFF that its pixels are decoded by."""
 _TIFF_USED = {274, 34675}
 """How the camera was held, and the colour profile."""
-_BITS, _PHOTOMETRIC, _SAMPLES, _SAMPLE_FORMAT = 258, 262, 277, 339
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339
 _TIFF_TYPES = {1: 1, 3: 2, 4: 4, 16: 8}
 """Types of whole numbers in a TIFF, and their bytes."""
+_WIDE = (12, 16, 24, 32, 64)
+"""Bits of a channel of which many kinds are not read."""
 _NUMBERS = {1: "whole numbers", 2: "signed whole numbers", 3: "floating-point numbers"}
 
 
@@ -68,15 +48,29 @@ def unknown_kind(data: bytes | memoryview | pa.Buffer) -> str:
     if not len(data):
         return "it is empty"
     tags = {entry.tag: entry for entry in _tiff_entries(bytes(data))}
-    if _BITS not in tags:
+    samples, bits = _first(tags.get(_SAMPLES), default=1), _first(tags.get(_BITS), default=1)
+    kind = _first(tags.get(_SAMPLE_FORMAT), default=1)
+    colours = {2: (3, 4), 5: (4,)}.get(_first(tags.get(_PHOTOMETRIC), default=0), (1,))
+    if bits not in _WIDE or (
+        bits == 16 and kind == 1 and samples in colours
+    ):  # of that kind Pillow reads whole ones
         return "it is no image that Pillow knows"
-    samples = _first(tags.get(_SAMPLES), default=1)
-    bits, kind = _first(tags[_BITS], default=1), _first(tags.get(_SAMPLE_FORMAT), default=1)
     channels = "1 channel" if samples == 1 else f"{samples} channels"
     return (
         f"it is a TIFF of {channels} of {bits}-bit {_NUMBERS.get(kind, 'values')}, which is not read; "
         "save it with 8 bits, as grey or RGB"
     )
+
+
+def in_one_plane(data: bytes | memoryview | pa.Buffer) -> bytes:
+    """Return a TIFF without the word that its channels stand in planes of their own: one channel always does."""
+    patched = bytearray(data)
+    for entry in _tiff_entries(bytes(data)):
+        if entry.tag == _PLANES:
+            patched[entry.place : entry.place + entry.size] = (1).to_bytes(
+                entry.size, "little" if patched[:2] == b"II" else "big"
+            )
+    return bytes(patched)
 
 
 def _bare_png(data: bytes) -> bytes | None:
@@ -116,6 +110,10 @@ class _Entry(NamedTuple):
     tag: int
     raw: bytes
     """the entry as it stands in the file"""
+    place: int
+    """where its values begin"""
+    size: int
+    """bytes of each; 0 where they are no whole numbers"""
     values: list[int]
     """whole numbers that stand in the entry itself or where it points to, the first few of them"""
 
@@ -144,14 +142,14 @@ def _tiff_entries(data: bytes) -> Iterator[_Entry]:
             tag, kind, number = struct.unpack_from(f"{order}HH{place}", data, at)
             size = _TIFF_TYPES.get(kind)
             values: list[int] = []
+            inside = at + length - (8 if big else 4)
             if size is not None and number:
-                inside = at + length - (8 if big else 4)
                 if number * size > (8 if big else 4):
                     (inside,) = struct.unpack_from(order + place, data, inside)
                 letter = {1: "B", 2: "H", 4: "I", 8: "Q"}[size]
                 shown = min(number, 8, max(0, (len(data) - inside) // size))
                 values = list(struct.unpack_from(f"{order}{shown}{letter}", data, inside))
-            yield _Entry(tag, data[at : at + length], values)
+            yield _Entry(tag, data[at : at + length], inside, size or 0, values)
     except (struct.error, OverflowError):
         return
 

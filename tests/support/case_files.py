@@ -55,34 +55,38 @@ def keyed_png(rows: np.ndarray, bits: int, key: Sequence[int]) -> bytes:
     )
 
 
-def tiff(tags: dict[int, tuple[int, Sequence[int]]], pixels: bytes) -> bytes:
-    """Return a TIFF of one strip with these tags, each with its type (3 for 16 bits, 4 for 32) and values."""
-    tags = {**tags, 273: (4, [8]), 279: (4, [len(pixels)])}
+Tags = dict[int, tuple[int, Sequence[int]]]
+"""Tags of a TIFF, each with its type (3 for 16 bits, 4 for 32) and values."""
+GREY_TAGS: Tags = {256: (4, [4]), 257: (4, [4]), 259: (3, [1]), 262: (3, [1]), 278: (4, [4])}
+"""Those of 4×4 grey pixels without how many bits they have."""
+
+
+def tiff(tags: Tags, *strips: bytes, order: str = "<") -> bytes:
+    """Return a TIFF of some strips."""
+    starts = [8 + sum(map(len, strips[:number])) for number in range(len(strips))]
+    tags = {**tags, 273: (4, starts), 279: (4, [len(strip) for strip in strips])}
     entries, behind = [], b""
-    directory = 8 + len(pixels)
+    directory = 8 + sum(map(len, strips))
     after = directory + 2 + 12 * len(tags) + 4
     for tag, (kind, values) in sorted(tags.items()):
-        body = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        body = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
         if len(body) > 4:
-            place = struct.pack("<I", after + len(behind))
+            place = struct.pack(f"{order}I", after + len(behind))
             behind += body
         else:
             place = body.ljust(4, b"\0")
-        entries.append(struct.pack("<HHI", tag, kind, len(values)) + place)
-    header = struct.pack("<2sHI", b"II", 42, directory)
-    return header + pixels + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4) + behind
+        entries.append(struct.pack(f"{order}HHI", tag, kind, len(values)) + place)
+    header = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, directory)
+    count = struct.pack(f"{order}H", len(tags))
+    return b"".join([header, *strips, count, *entries, bytes(4), behind])
 
 
 def grey_tiff(samples: int = 1, *, bits: int = 16, sample_format: int = 1) -> bytes:
-    """Return a TIFF of 4×4 pixels of grey, and of alpha where there are two samples."""
-    tags: dict[int, tuple[int, Sequence[int]]] = {
-        256: (4, [4]),
-        257: (4, [4]),
+    """Return a TIFF of grey pixels, with alpha where there are two samples."""
+    tags = {
+        **GREY_TAGS,
         258: (3, [bits] * samples),
-        259: (3, [1]),
-        262: (3, [1]),
         277: (3, [samples]),
-        278: (4, [4]),
         339: (3, [sample_format] * samples),
     }
     if samples == 2:

@@ -21,6 +21,7 @@ from pipelines.data.duplicates import (
 from pipelines.data.source_files import Found
 from pipelines.project.errors import InputError
 from tests.support.case_files import encoded
+from tests.support.fuzzing import assert_line
 
 
 def scene(seed: int, size: int = 160) -> Image.Image:
@@ -186,3 +187,17 @@ def test_all_that_cannot_be_read_are_in_a_file_and_a_mended_task_has_none(
     assert "and 2 more, all of them in .sdlora/unreadable/t01.txt; replace or remove" in str(caught.value)
     refuse_unreadable("t01", images, {})
     assert not report.exists()
+
+
+def test_a_line_about_unreadable_images_names_as_many_as_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = [Found(Path("x" * 120, f"{i}\u202f.png"), "train", "a", f"{i}.png") for i in range(3)]
+
+    with pytest.raises(InputError) as caught:
+        refuse_unreadable("t01", images, dict.fromkeys(range(3), "it is a pipe, not a file"))
+
+    assert_line(str(caught.value))
+    assert " and 2 more, all of them in .sdlora/unreadable/t01.txt" in str(caught.value)
+    assert len(Path(".sdlora/unreadable/t01.txt").read_text().splitlines()) == 3

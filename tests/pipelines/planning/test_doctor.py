@@ -212,6 +212,7 @@ def test_warnings_alone_end_with_status_0(capsys: pytest.CaptureFixture[str]) ->
     [
         pytest.param(lambda: None, "data/raw/own: the folder is missing; put images there", id="missing"),
         pytest.param(lambda: OWN.mkdir(), "data/raw/own: no class folders there", id="empty"),
+        pytest.param(lambda: OWN.touch(), "data/raw/own: a file, not a folder; give the folder", id="file"),
     ],
 )
 def test_a_source_that_is_none_is_an_error(make: Callable[[], None], fault: str) -> None:
@@ -378,6 +379,50 @@ def test_what_will_be_left_out_is_a_warning() -> None:
     findings = found()
     assert list(findings) == [("warning", "same picture")]
     assert findings["warning", "same picture"].where == [f"{OWN}/test/good/old.png"]
+
+
+def test_what_the_class_that_came_first_keeps_is_a_warning() -> None:
+    choose("duplicates: refuse", "duplicates: keep_first")
+    fill(OWN, "good", seed=1000)
+    shutil.copy("data/raw/first/train/1/0.png", OWN / "train/good/old.png")
+    shutil.copy("data/raw/first/train/1/1.png", OWN / "test/good/old.png")
+
+    findings = found()
+    assert list(findings) == [("warning", "same picture")]
+    assert findings["warning", "same picture"].where == [
+        f"{OWN}/train/good/old.png", f"{OWN}/test/good/old.png",
+    ]  # fmt: skip
+
+
+def test_an_archive_is_said_to_be_one() -> None:
+    Path("data/raw/x.zip").write_bytes(b"PK")
+
+    assert found(Path("data/raw/x.zip"))["error", "source"].what == (
+        "data/raw/x.zip: an archive, which is not read; unpack it and give the folder"
+    )
+
+
+def test_validation_images_without_tests_are_one_fault() -> None:
+    fill(OWN, "good", seed=1000)
+    fill(OWN, "better", seed=2000)
+    (OWN / "test").rename(OWN / "val")
+
+    (error,) = (finding for finding in examine(OWN, quick=True) if finding.level == "error")
+    assert len(error.where) == 1
+    assert "rename val to test" in error.where[0]
+
+
+def test_what_other_programs_leave_is_counted_and_a_table_is_said_not_to_be_read() -> None:
+    fill(OWN, "good", seed=1000)
+    (OWN / "labels.csv").touch()
+    for place in (OWN, OWN / "train/good", OWN / "test/good"):
+        (place / "Thumbs.db").touch()
+        (place / "@eaDir").mkdir()
+
+    assert found()["warning", "source"].where == ["data/raw/own/labels.csv, a table"]
+    (litter,) = (one for one in examine(OWN, quick=True) if one.check == "source" and one.level == "ok")
+    assert litter.what == "6 things of other programs, left out"
+    assert litter.where == ["@eaDir: 3", "Thumbs.db: 3"]
 
 
 def test_small_and_dark_images_are_a_warning() -> None:

@@ -50,6 +50,18 @@ def test_the_shipped_tasks_are_those_of_plan() -> None:
     assert text() == before
 
 
+def test_a_table_beside_class_folders_is_said_to_be_read_by_nobody() -> None:
+    make_classes("data/raw/own", "cat", "dog")
+    Path("data/raw/own/labels.csv").touch()
+    line = (
+        "warning: data/raw/own/labels.csv: a table that nobody reads, because the folders say the classes; give the"
+        " table itself if it should"
+    )
+
+    assert add_task("data/raw/own")[-1] == line
+    assert plan("data/raw/own", tasks=2, force=True)[-1] == line
+
+
 def test_planning_changes_no_byte_outside_the_block() -> None:
     write(text() + "# the end\n")
 

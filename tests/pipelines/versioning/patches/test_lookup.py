@@ -125,3 +125,12 @@ def test_a_project_that_a_stage_writes_to_is_not_read(project: Path) -> None:
     Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(project / "out/t2"): entry}, "read": {}}))
     with pytest.raises(InputError, match="dvc"):
         read_plan(["t1", "t2", "t3"])
+
+
+def test_what_dvc_would_read_without_end_is_refused_before_it_reads(project: Path) -> None:
+    os.mkfifo("shared/pipe.png")
+
+    with pytest.raises(
+        InputError, match=r"^shared/pipe\.png: a pipe among the files, which is not read; remove"
+    ):
+        read_plan(["t1", "t2", "t3"])
