@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.data.packed import read_images
 from pipelines.project.files import read_json, sha256_of
+from pipelines.project.schemas import Metrics
 from pipelines.project.settings import Gate
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def results_of(evaluation: Path) -> str:
 
 def measured_in(evaluation: Path, before: Path) -> dict[str, float | None]:
     """Return what `measure` says of two evaluation folders, that of a step and that of the step before."""
-    was = read_json(before / "metrics.json")
+    was = read_json(before / "metrics.json", Metrics)
     return measure(
-        read_json(evaluation / "metrics.json"),
+        read_json(evaluation / "metrics.json", Metrics),
         was,
         read_images(evaluation / "predictions.arrow"),
         read_images(before / "predictions.arrow") if was["tasks"] else None,
