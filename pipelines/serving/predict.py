@@ -150,10 +150,10 @@ def _decoded_batches(
 
 
 def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
-    from pipelines.data.decoding import open_picture
+    from pipelines.serving.preparation import picture_pixels
 
     try:
-        return preprocessing.pixels(open_picture(Path(name).read_bytes()))
+        return picture_pixels(Path(name).read_bytes(), preprocessing)
     except OSError as error:
         return error.strerror or type(error).__name__
     except ValueError as error:
