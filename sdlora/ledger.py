@@ -109,7 +109,12 @@ def require_files(folder: Path, record: Mapping[str, Any], needed: Iterable[str]
             f"{folder / RECORD}: its files lack {unnamed}; restore the folder with `dvc checkout`"
         )
     for name, expected in record["files"].items():
-        found = file_sha256(folder / name)
+        try:
+            found = file_sha256(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{folder / name}: it is missing; get the whole folder (`dvc checkout`, `dvc pull` or `dvc get`)"
+            ) from None
         if found != expected:
             raise ValueError(
                 f"{folder / name}: changed since the step was frozen (sha256 {found[:12]}, its record says "
