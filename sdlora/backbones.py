@@ -1,10 +1,11 @@
 """Backbones: timm vision transformers by name, the packaged one among them, and the folder a chain starts from."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import timm
 from timm.models import (
@@ -14,13 +15,19 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from sdlora.adapters import projection_norms
-from sdlora.ledger import RECORD, record_bytes
-from sdlora.tensors import file_sha256, mapped_tensors, write_tensors
+from sdlora.ledger import RECORD, file_sha256, read_record, record_bytes, require_files
+from sdlora.records import FORMAT, Format, Name, Number, Rule, Sha256, WholeNumber, read_record_file, shown
+from sdlora.tensor_checks import require_finite
+from sdlora.tensors import mapped_tensors, write_tensors
 
-WEIGHTS, DESCRIPTION = "backbone.safetensors", "backbone.json"
+WEIGHTS, _DESCRIPTION = "backbone.safetensors", "backbone.json"
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+"""What a program that holds a model within its own writes before the names of its tensors."""
+_CLASSIFIERS = ("head", "head_dist", "fc", "classifier")
+"""What a classifier may be called, beside the name that timm has for the model's own."""
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 _packaged = resources.files("sdlora") / "weights"
@@ -36,6 +43,35 @@ def glyph_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:  # 
     return build_model_with_cfg(
         VisionTransformer, "glyph_vit", pretrained, **{**GLYPH_VIT["architecture"], **kwargs}
     )
+
+
+_SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+_Side = Annotated[int, Rule(range(1, 8193).__contains__, "1 to 8192")]
+_Positive = Annotated[float, Rule(lambda value: 1e-6 <= value <= 1e6, "a number from 1e-6 to 1e6")]
+_Share = Annotated[float, Rule(lambda value: 0.1 <= value <= 10, "a number from 0.1 to 10")]
+
+
+class _Pictures(TypedDict):
+    """How the images are prepared. `Preprocessing.of` reads it."""
+
+    input_size: Annotated[list[_Side], Rule(lambda sizes: len(sizes) == 3, "channels, height and width")]
+    mean: list[Number]
+    std: list[_Positive]
+    interpolation: Name
+    crop_pct: _Share
+    crop_mode: Name
+
+
+class _Described(TypedDict):
+    """What backbone.json holds."""
+
+    format: NotRequired[Format]
+    name: Name
+    features: WholeNumber
+    # Nothing but sizes may reach timm: it takes names of files too, of kinds that can run code.
+    model_args: dict[Annotated[str, Rule(_SIZES.__contains__, f"one of {', '.join(_SIZES)}")], _Side]
+    pretrained_cfg: _Pictures
+    sha256: Sha256
 
 
 class Backbone(NamedTuple):
@@ -57,6 +93,7 @@ def create_backbone(
     weights: Path | None = None,
     image_size: int | None = None,
     input_normalisation: str = "model",
+    say: Callable[[str], object] = lambda line: None,
 ) -> Backbone:
     """Return the timm model `name` without its classifier, with its own pre-trained weights or those of a local file.
 
@@ -66,6 +103,7 @@ def create_backbone(
         image_size: side of the images in pixels where it is not the model's own; its position embedding is resampled.
         input_normalisation: `model` for the mean and standard deviation of the model's own configuration, `none` for
             pixels in [0, 1] as they are, which is what the papers' code feeds whatever the model expects.
+        say: told in a line what was made of the names in the file, if anything.
 
     Raises:
         ValueError: timm has no such model or no weights for it, the tag is missing, the file is not the model's, or the
@@ -73,15 +111,14 @@ def create_backbone(
         FileNotFoundError: the weights are missing, or cannot be fetched.
     """
     _require_pinned(name)
-    if weights is not None:
-        _require_weights(weights)
+    source = _hub_source(name) if weights is None else _file_source(name, weights, say)
     arguments = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(
             name,
             pretrained=True,
             num_classes=0,
-            pretrained_cfg_overlay=_safe_source(name, weights),
+            pretrained_cfg_overlay=source,
             **arguments,
         )
     except FileNotFoundError as error:
@@ -93,8 +130,7 @@ def create_backbone(
             f"the weights of {name} could not be fetched: {_first_line(error)}"
         ) from error
     except RuntimeError as error:
-        source = weights or name
-        raise ValueError(f"{source}: no weights that fit {name}: {_first_line(error)}") from error
+        raise ValueError(f"{weights or name}: no weights that fit {name}: {_misfit(error)}") from error
     except (TypeError, AssertionError) as error:
         if image_size is None:
             raise
@@ -102,19 +138,51 @@ def create_backbone(
             f"backbone.image_size: {name} does not take images of {image_size}×{image_size} "
             f"({_first_line(error)}); write null or a multiple of its patch size"
         ) from error
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        # timm knows foreign files by one of their names, and takes the others to be there.
+        raise ValueError(f"{weights or name}: no weights that fit {name}: {_first_line(error)}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
     return Backbone(
         model=model.eval(),
         description=_describe(name, model, arguments, normalised=input_normalisation == "model"),
     )
 
 
-def _require_weights(weights: Path) -> None:
-    """Refuse a file of weights that is missing, not whole, or of a format that can run code."""
+def _file_source(name: str, weights: Path, say: Callable[[str], object]) -> dict[str, Any]:
+    """Return the weights of a file so that timm takes all of them or raises, as for its own name of the model.
+
+    The classifier is left out, and what a wrapper wrote before every other name.
+    """
     if weights.suffix != ".safetensors":
         raise ValueError(f"{weights}: only .safetensors files are loaded (other formats can run code)")
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such weight file; correct backbone.weights or set it to null")
-    mapped_tensors(weights)  # a ValueError where it is not whole
+    tensors = mapped_tensors(weights)
+    require_finite(weights, {key: value for key, value in tensors.items() if value.is_floating_point()})
+    known = get_pretrained_cfg(name)
+    own = (known and known.classifier) or ()
+    classifiers = {*_CLASSIFIERS, *((own,) if isinstance(own, str) else own)}
+    bare, prefix = _without_wrapper(tensors, classifiers)
+    if prefix:
+        say(f"{weights}: {shown(prefix)} stands before the names of its tensors; it was taken off")
+    kept = {key: value for key, value in bare.items() if key.rpartition(".")[0] not in classifiers}
+    if not kept:
+        raise ValueError(f"{weights}: no weights that fit {name}: it holds nothing but a classifier")
+    # With a classifier of no class on both sides timm leaves nothing out, and lets nothing be missing.
+    return {"state_dict": kept, "num_classes": 0, "label_offset": 0, "custom_load": False}
+
+
+def _without_wrapper(
+    tensors: Mapping[str, Tensor], classifiers: Collection[str]
+) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors without what a wrapper wrote before all names but a classifier's, and what that was."""
+    bare, taken = dict(tensors), ""
+    while True:
+        others = [key for key in bare if key.rpartition(".")[0] not in classifiers]
+        prefix = next((p for p in _WRAPPERS if others and all(key.startswith(p) for key in others)), None)
+        if prefix is None:
+            return bare, taken
+        bare, taken = {key.removeprefix(prefix): value for key, value in bare.items()}, taken + prefix
 
 
 def _require_pinned(name: str) -> None:
@@ -134,10 +202,8 @@ def _require_pinned(name: str) -> None:
         )
 
 
-def _safe_source(name: str, weights: Path | None) -> dict[str, Any]:
-    """Return where timm takes the weights from: a .safetensors file or nothing, for every other format can run code."""
-    if weights is not None:
-        return {"file": str(weights), "custom_load": False}
+def _hub_source(name: str) -> dict[str, Any]:
+    """Return where timm takes its own weights: a .safetensors file or nothing, for every other format can run code."""
     config = get_pretrained_cfg(name, allow_unregistered=False)
     if config is None or config.file:
         return {}
@@ -151,9 +217,27 @@ def _safe_source(name: str, weights: Path | None) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what went wrong. Of a state dict that does not fit, the heading and the first fault."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    return shown(lines[0].strip(), 120)
+
+
+def _misfit(error: RuntimeError) -> str:
+    """Return what torch or timm says of tensors that do not fit: three names of each kind of fault."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    faults = [
+        f"{word} {', '.join(shown(name, 30) for name in names[:3])}{_more(len(names) - 3)}"
+        for word, start in (("it lacks", "Missing key"), ("the model has no", "Unexpected key"))
+        for names in (re.findall(r'"([^"]*)"', " ".join(line for line in lines if line.startswith(start))),)
+        if names
+    ]
+    sizes = [line for line in lines if line.startswith("size mismatch")]
+    if sizes:
+        faults.append(f"{shown(sizes[0].rstrip('.'), 120)}{_more(len(sizes) - 1)}")
+    return "; ".join(faults) or _first_line(error)
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
 
 
 def _describe(
@@ -189,8 +273,10 @@ def write_backbone(folder: Path, backbone: Backbone) -> dict[str, Any]:
     """Write the frozen base of a chain, step t00: weights, description and ledger record, into `folder`."""
     write_tensors(folder / WEIGHTS, backbone.model.state_dict())
     digest = file_sha256(folder / WEIGHTS)
-    (folder / DESCRIPTION).write_bytes(record_bytes({**backbone.description, "sha256": digest}))
+    described = {**backbone.description, "format": FORMAT, "sha256": digest}
+    (folder / _DESCRIPTION).write_bytes(record_bytes(described))
     record: Mapping[str, Any] = {
+        "format": FORMAT,
         "step": "t00",
         "previous": None,
         "classes": [],
@@ -198,10 +284,29 @@ def write_backbone(folder: Path, backbone: Backbone) -> dict[str, Any]:
         "directions": [],
         "backbone": digest,
         "norms": projection_norms(backbone.model),
-        "files": {name: file_sha256(folder / name) for name in (DESCRIPTION, WEIGHTS)},
+        "files": {name: file_sha256(folder / name) for name in (_DESCRIPTION, WEIGHTS)},
     }
     (folder / RECORD).write_bytes(record_bytes(record))
     return dict(record)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return what the folder of step t00 says of the backbone.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is no such description, or of a model that timm does not have.
+    """
+    path = folder / _DESCRIPTION
+    description: dict[str, Any] = read_record_file(path, _Described)
+    pictures = description["pretrained_cfg"]
+    if not len(pictures["mean"]) == len(pictures["std"]) == pictures["input_size"][0]:
+        raise ValueError(
+            f"{path}: input_size, mean and std are not of the same number of channels; restore the file"
+        )
+    if not timm.is_model(description["name"].partition(".")[0]):
+        raise ValueError(f"{path}: timm {timm.__version__} has no model {shown(description['name'])}")
+    return description
 
 
 def read_backbone(folder: Path) -> Backbone:
@@ -209,18 +314,26 @@ def read_backbone(folder: Path) -> Backbone:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights are not those that the description names.
+        ValueError: a file is not the one that the record names, or does not hold what it must.
     """
-    description = json.loads((folder / DESCRIPTION).read_bytes())
-    path = folder / WEIGHTS
-    found = file_sha256(path)
-    if found != description["sha256"]:
-        raise ValueError(
-            f"{path}: changed since the chain began (sha256 {found[:12]}, expected {description['sha256'][:12]}); "
-            "restore it with `dvc checkout`"
+    record = read_record(folder)
+    require_files(folder, record, (_DESCRIPTION, WEIGHTS))
+    description, path = read_description(folder), folder / WEIGHTS
+    if not description["sha256"] == record["backbone"] == record["files"][WEIGHTS]:
+        raise ValueError(f"{folder}: {_DESCRIPTION} and {RECORD} name different weights; restore the folder")
+    tensors = mapped_tensors(path)
+    require_finite(path, {key: value for key, value in tensors.items() if value.is_floating_point()})
+    try:
+        model = timm.create_model(
+            description["name"], pretrained=False, num_classes=0, **description["model_args"]
         )
-    model = timm.create_model(
-        description["name"], pretrained=False, num_classes=0, **description["model_args"]
-    )
-    model.load_state_dict(mapped_tensors(path))
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        fault = _misfit(error) if isinstance(error, RuntimeError) else _first_line(error)
+        raise ValueError(f"{path}: not the weights of {shown(description['name'])}: {fault}") from error
+    if model.num_features != description["features"]:
+        raise ValueError(
+            f"{folder / _DESCRIPTION}: {description['features']} features, but {description['name']} has "
+            f"{model.num_features}; restore the file"
+        )
     return Backbone(model=model.eval(), description=description)

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sdlora.ledger import read_record
+from sdlora.records import regular_size, shown
+from sdlora.tensor_checks import check_tensors, direction_shapes
 
 _Array = NDArray[np.float64]
 
@@ -51,23 +54,41 @@ def read_update(folder: Path) -> Update:
 
     Raises:
         FileNotFoundError: the folder, its record or a file that the record names is missing.
+        ValueError: one of them does not hold what it must.
     """
     record: Mapping[str, Any] = read_record(folder)
     targets = tuple(record.get("targets", []))
+    sizes: dict[str, int] = {}
+
+    def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, NDArray[Any]]:
+        tensors = _arrays(folder / name)
+        check_tensors(folder / name, tensors, shapes, sizes)
+        return tensors
+
     directions = {}
-    for task in record.get("directions", []):
-        tensors = load_file(folder / f"directions/{task}.safetensors")
+    for task in record["directions"]:
+        tensors = read(f"directions/{task}.safetensors", direction_shapes(task, targets))
         directions[task] = {
             target: Pair(_double(tensors[f"{target}.up"]), _double(tensors[f"{target}.down"]))
             for target in targets
         }
-    path = folder / "magnitudes.safetensors"
-    held = load_file(path) if directions else {}
+    held = {}
+    if directions:
+        held = read("magnitudes.safetensors", dict.fromkeys(directions, (len(targets),)))
     return Update(
         targets=targets,
         directions=directions,
         magnitudes={task: _double(held[task]) for task in directions},
     )
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    regular_size(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, ValueError) as error:
+        fault = shown(str(error), 100)
+        raise ValueError(f"{path}: not a whole safetensors file ({fault}); restore it") from error
 
 
 def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:

@@ -1,6 +1,6 @@
 """The model of a step: an adapted backbone with a growing head, and the plain tensors it is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +54,12 @@ class IncrementalClassifier(nn.Module):
         self.feature_size: int = backbone.num_features  # type: ignore[assignment]
         self._targets = inject_adapters(backbone, targets)
         self.head = GrowingHead()
-        for block in learned.rows.values():
+        for task, block in learned.rows.items():
+            if block.weight.shape[1] != self.feature_size:
+                raise ValueError(
+                    f"the rows of {task} are of {block.weight.shape[1]} features, this backbone has "
+                    f"{self.feature_size}: they were made on another one"
+                )
             self.head.grow(block)
         self.requires_grad_(False)
 
@@ -62,6 +67,12 @@ class IncrementalClassifier(nn.Module):
     def targets(self) -> Mapping[str, Directions]:
         """The directions by target name, in the order of the blocks."""
         return self._targets
+
+    def hold(self, learned: ModelState) -> None:
+        """Hold the directions that were learned, with their magnitudes, and train none."""
+        if learned.directions:
+            magnitudes = torch.stack([learned.magnitudes[task] for task in learned.directions])
+            self.set_directions(learned.directions, magnitudes, trained=False)
 
     def set_directions(
         self,
@@ -78,12 +89,29 @@ class IncrementalClassifier(nn.Module):
                 beyond the tasks of `frozen` belongs to the direction that `train_direction` adds.
             trained: whether the magnitudes are.
         """
+        self._require_fitting(frozen)
         like = next(self.backbone.parameters())
         magnitudes = magnitudes.to(like)
         columns = [nn.Parameter(column.clone(), requires_grad=trained) for column in magnitudes.unbind(1)]
         for index, (name, directions) in enumerate(self._targets.items()):
             held = [Factors(*(part.to(like) for part in factors[name])) for factors in frozen.values()]
             directions.set_frozen(held, columns[index if len(columns) > 1 else 0])
+
+    def _require_fitting(self, frozen: Mapping[str, Mapping[str, Factors]]) -> None:
+        """Refuse directions of another backbone: other targets, another order of them, or other sizes."""
+        for task, direction in frozen.items():
+            if list(direction) != list(self._targets):
+                raise ValueError(
+                    f"the direction of {task} is of {len(direction)} targets ({_some(direction)}), this backbone has "
+                    f"{len(self._targets)} ({_some(self._targets)}): it was made on another one"
+                )
+            for name, at in self._targets.items():
+                found = direction[name].up.shape[0], direction[name].down.shape[1]
+                if found != (at.rows, at.columns):
+                    raise ValueError(
+                        f"the direction of {task} at {name} is {found[0]}×{found[1]}, this backbone has "
+                        f"{at.rows}×{at.columns} there: it was made on another one"
+                    )
 
     def train_direction(
         self,
@@ -123,18 +151,17 @@ class IncrementalClassifier(nn.Module):
             return self.head(features.to(self.head.weights[0].dtype))
 
 
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:2]) + ", …"
+
+
 def adapted_classifier(backbone: nn.Module, learned: ModelState) -> IncrementalClassifier:
     """Return the step's model with its directions still apart from the weights, nothing trainable.
 
     Changes `backbone`.
     """
     model = IncrementalClassifier(backbone, learned, targets=learned.targets)
-    if learned.directions:
-        missing = [task for task in learned.directions if task not in learned.magnitudes]
-        if missing:
-            raise ValueError(f"directions without magnitudes: {', '.join(missing)}")
-        magnitudes = torch.stack([learned.magnitudes[task] for task in learned.directions])
-        model.set_directions(learned.directions, magnitudes, trained=False)
+    model.hold(learned)
     return model.eval()
 
 

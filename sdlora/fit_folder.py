@@ -2,19 +2,52 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sdlora.adapters import Factors
 from sdlora.head import HeadBlock
-from sdlora.ledger import record_bytes
+from sdlora.ledger import ClassEntry, record_bytes
 from sdlora.methods import FitResult
+from sdlora.records import (
+    FORMAT,
+    Format,
+    Name,
+    Sha256,
+    TaskId,
+    WholeNumber,
+    read_record_file,
+    regular_size,
+    shown,
+)
+from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
 from sdlora.tensors import read_tensors, write_tensors
 
 _FACTORS, FIT_MAGNITUDES = "factors.safetensors", "magnitudes.safetensors"
 _HEAD, _MEMORY = "head.safetensors", "memory.safetensors"
 _CURVE, _DESCRIPTION = "curve.csv", "fit.json"
+
+
+class _Split(TypedDict):
+    """What of a task's training images is read here: train.json."""
+
+    images: Sha256
+
+
+class _FitDescription(TypedDict):
+    """What of fit.json is read here. It says more, for those who audit it."""
+
+    format: NotRequired[Format]
+    task: TaskId
+    classes: list[ClassEntry]
+    targets: list[Name]
+    split: _Split
+    adapter: dict[str, object]
+    code: Name
+    training: dict[str, object]
+    seed: WholeNumber
 
 
 class EpochRecord(NamedTuple):
@@ -49,42 +82,81 @@ def write_fit(
     for row in curve:
         writer.writerow([row.step, row.epoch, *(f"{value:.6g}" for value in row[2:])])
     (folder / _CURVE).write_text(text.getvalue())
-    (folder / _DESCRIPTION).write_bytes(record_bytes({**description, "targets": list(fit.factors)}))
+    described = {**description, "format": FORMAT, "targets": list(fit.factors)}
+    (folder / _DESCRIPTION).write_bytes(record_bytes(described))
 
 
 def read_curve(folder: Path) -> list[EpochRecord]:
-    """Return the training curve of a fit folder, one record per epoch."""
-    with (folder / _CURVE).open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        return [
-            EpochRecord(
-                int(row["step"]), int(row["epoch"]), *(float(row[name]) for name in EpochRecord._fields[2:])
-            )
-            for row in rows
-        ]
+    """Return the training curve of a fit folder, one record per epoch.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is no training curve.
+    """
+    path = folder / _CURVE
+    regular_size(path)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            heading, *rows = list(csv.reader(file)) or [[]]
+        if any(len(row) != len(EpochRecord._fields) for row in [heading, *rows]):
+            raise ValueError(f"expected {','.join(EpochRecord._fields)} in every line")
+        curve = [EpochRecord(int(row[0]), int(row[1]), *(float(value) for value in row[2:])) for row in rows]
+        if not all(math.isfinite(value) for record in curve for value in record):
+            raise ValueError("a number is not finite")
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{path}: not a training curve ({shown(str(error), 100)}); restore it") from None
+    return curve
 
 
-def read_fit(folder: Path, *, task: str, targets: Sequence[str], tasks: Sequence[str]) -> FitResult:
-    """Return the result of the fit of `task`.
+def read_fit_description(folder: Path) -> dict[str, Any]:
+    """Return what a fit says of itself.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is no such description.
+    """
+    description: dict[str, Any] = read_record_file(folder / _DESCRIPTION, _FitDescription)
+    return description
+
+
+def read_fit(folder: Path, description: Mapping[str, Any], *, tasks: Sequence[str]) -> FitResult:
+    """Return the result of a fit.
 
     Args:
-        targets: target names in the order of the model, as the fit's description holds them.
+        description: what the fit says of itself.
         tasks: ids of the tasks so far, in order of arrival.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not whole.
+        ValueError: a file is not whole, or does not hold what it must.
     """
-    tensors, magnitudes = read_tensors(folder / _FACTORS), read_tensors(folder / FIT_MAGNITUDES)
+    task, targets = description["task"], description["targets"]
+    sizes = {f"classes of {task}": len(description["classes"])}
+    factors = read_tensors(folder / _FACTORS)
+    check_tensors(folder / _FACTORS, factors, direction_shapes(task, targets), sizes)
+    magnitudes = read_tensors(folder / FIT_MAGNITUDES)
+    held = [name for name in tasks if name in magnitudes]
+    check_tensors(folder / FIT_MAGNITUDES, magnitudes, dict.fromkeys(held, ("magnitudes",)), sizes)
+    if held and sizes["magnitudes"] not in (1, len(targets)):
+        raise ValueError(
+            f"{folder / FIT_MAGNITUDES}: {sizes['magnitudes']} magnitudes of each task for {len(targets)} targets; "
+            "restore the file"
+        )
     rows = read_tensors(folder / _HEAD)
+    trained = [name for name in tasks if f"{name}.weight" in rows or name == task]
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for name in trained:
+        shapes |= {
+            f"{name}.weight": (f"classes of {name}", "features"),
+            f"{name}.bias": (f"classes of {name}",),
+        }
+    check_tensors(folder / _HEAD, rows, shapes, sizes)
+    memory = read_tensors(folder / _MEMORY)
+    require_finite(folder / _MEMORY, memory)
     return FitResult(
         task=task,
-        factors={target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets},
-        magnitudes={name: magnitudes[name] for name in tasks if name in magnitudes},
-        head={
-            name: HeadBlock(weight=rows[f"{name}.weight"], bias=rows[f"{name}.bias"])
-            for name in tasks
-            if f"{name}.weight" in rows
-        },
-        memory=read_tensors(folder / _MEMORY),
+        factors={target: Factors(factors[f"{target}.up"], factors[f"{target}.down"]) for target in targets},
+        magnitudes={name: magnitudes[name] for name in held},
+        head={name: HeadBlock(weight=rows[f"{name}.weight"], bias=rows[f"{name}.bias"]) for name in trained},
+        memory=memory,
     )

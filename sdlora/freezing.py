@@ -9,6 +9,7 @@ from torch import Tensor
 from sdlora.classifier import ModelState
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
+from sdlora.methods.method import keep_as_before
 from sdlora.statistics import class_statistics, drifted
 
 _Features = Callable[[ModelState], Tensor]
@@ -35,9 +36,11 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
     """Return what has been learned after the step: the method's directions and magnitudes, and the trained rows of the
     head.
 
-    Tensors of earlier steps are handed on as they are. Needs no model.
+    Tensors of earlier steps are handed on as they are. Where neither a direction nor magnitudes were trained (a task of
+    one class), the features stay what they were. Needs no model.
     """
-    frozen = method.freeze(before, fit, settings=settings)
+    keep = method.freeze if fit.factors or fit.magnitudes else keep_as_before
+    frozen = keep(before, fit, settings=settings)
 
     def whole(kept: Frozen) -> ModelState:
         return ModelState(

@@ -25,6 +25,9 @@ _RATE, _DECAY = 0.005, 5e-4
 leaves accuracy behind on held-out images (docs/explanation/method.md)."""
 _SHRINKAGE = 0.05
 """Of `lda`: the part of the pooled covariance that is spread evenly, against classes with few images."""
+_LEAST = 0.01
+"""Of `ncm` and `lda`: the least variance of a feature, as a share of the mean square of the classes' means. Single or
+flat images have less, down to rounding, and logits, which are divided by it, would have no bound."""
 
 
 class _Settle(Protocol):
@@ -59,8 +62,7 @@ def class_means(
     """
     variance = torch.cat([_variances(s) * s.images.double() for s in statistics.values()]).sum()
     variance = variance / torch.cat([s.images for s in statistics.values()]).sum()
-    # Classes of one image each have no variance; any scale names the same nearest mean.
-    variance = variance if variance > 0 else torch.ones_like(variance)
+    variance = torch.maximum(variance, _least_variance(statistics))
     blocks = {}
     for task, (_, mean, _, _) in statistics.items():
         weight = mean.double() / variance
@@ -83,9 +85,9 @@ def discriminant(
         total += torch.einsum("cik,cjk->ij", scaled, scaled)
         total += torch.eye(size, dtype=torch.float64) * (count.double() * spread.double()).sum()
         images += float(count.sum())
-    pooled = total / images
-    even = torch.eye(size, dtype=torch.float64) * (pooled.trace() / size).clamp_min(1e-12)
-    inverse = torch.linalg.inv((1 - _SHRINKAGE) * pooled + _SHRINKAGE * even)
+    pooled, unit = total / images, torch.eye(size, dtype=torch.float64)
+    pooled += unit * (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
+    inverse = torch.linalg.inv((1 - _SHRINKAGE) * pooled + _SHRINKAGE * unit * (pooled.trace() / size))
     blocks = {}
     for task, (_, mean, _, _) in statistics.items():
         weight = mean.double() @ inverse
@@ -138,6 +140,12 @@ def samples(statistics: ClassStatistics, *, generator: torch.Generator) -> Tenso
     around = torch.randn(classes, _SAMPLES, size, generator=generator)
     drawn = statistics.mean[:, None] + inside @ statistics.factors.transpose(1, 2)
     return (drawn + around * statistics.spread.sqrt()[:, None, None]).reshape(-1, size)
+
+
+def _least_variance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
+    """Return the least variance of a feature that is believed, a scalar. Of means that are all 0 any will do."""
+    square = torch.cat([s.mean for s in statistics.values()]).double().square().mean()
+    return _LEAST * square if square > 0 else torch.ones_like(square)
 
 
 def _variances(statistics: ClassStatistics) -> Tensor:

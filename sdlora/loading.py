@@ -67,7 +67,10 @@ def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
     """Return what `folder` and its chain's backbone hold. Raises as `load` does."""
     base_folder = backbone or folder.resolve().parent / "t00"
     if not (base_folder / RECORD).is_file():
-        raise FileNotFoundError(f"{base_folder}: no backbone there (step t00 of the chain); say where it is")
+        raise FileNotFoundError(
+            f"{base_folder}: step t00, the backbone of the chain, is missing; get it too, beside {folder.name} "
+            "(`dvc get REPO artifacts/model/t00`), or say where it is"
+        )
     learned, record = read_model(folder)
     if not learned.rows:
         raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")

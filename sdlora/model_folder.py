@@ -1,6 +1,7 @@
 """A model folder: what a step leaves behind, exact to the bit, and checked against its record when it is read."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from sdlora.adapters import Factors
 from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
-from sdlora.ledger import RECORD, read_record, record_bytes
-from sdlora.statistics import ClassStatistics
-from sdlora.tensors import file_sha256, read_tensors, write_tensors
+from sdlora.ledger import RECORD, file_sha256, read_record, record_bytes, require_files
+from sdlora.records import FORMAT
+from sdlora.statistics import ClassStatistics, statistics_shapes
+from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
+from sdlora.tensors import read_tensors, write_tensors
 
 MAGNITUDES, _MEMORY = "magnitudes.safetensors", "memory.safetensors"
 
@@ -44,7 +47,8 @@ def write_model(
     if learned.memory:
         write_tensors(folder / _MEMORY, learned.memory)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-    written = {**record, "files": {name: file_sha256(folder / name) for name in names}}
+    hashes = {name: file_sha256(folder / name) for name in names}
+    written = {**record, "format": FORMAT, "files": hashes}
     (folder / RECORD).write_bytes(record_bytes(written))
     return written
 
@@ -65,35 +69,51 @@ def read_model(folder: Path) -> tuple[ModelState, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder, its record or a file that the record names is missing.
-        ValueError: a file is not the one that the record names (its hash differs).
+        ValueError: a file is not the one that the record names (its hash differs), or does not hold what it must.
     """
     record = read_record(folder)
-    for name, expected in record["files"].items():
-        found = file_sha256(folder / name)
-        if found != expected:
-            raise ValueError(
-                f"{folder / name}: changed since the step was frozen (sha256 {found[:12]}, its record says "
-                f"{expected[:12]}); restore it with `dvc checkout`"
-            )
-    targets = record.get("targets", [])
+    targets, tasks, files = record.get("targets", []), record["tasks"], record["files"]
+    of_tasks = [
+        "head",
+        *(kind for kind in ("settled", "statistics") if any(f.startswith(kind) for f in files)),
+    ]
+    needed = [f"{kind}/{task}.safetensors" for kind in of_tasks for task in tasks]
+    needed += [f"directions/{task}.safetensors" for task in record["directions"]]
+    needed += [MAGNITUDES] if record["directions"] else []
+    require_files(folder, record, needed)
+    classes = Counter(entry["task"] for entry in record["classes"])
+    sizes: dict[str, int] = {}
+
+    def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, torch.Tensor]:
+        tensors = read_tensors(folder / name)
+        check_tensors(folder / name, tensors, shapes, sizes)
+        return tensors
+
     directions, head, settled, statistics = {}, {}, {}, {}
-    for task in record.get("directions", []):
-        tensors = read_tensors(folder / f"directions/{task}.safetensors")
+    for task in record["directions"]:
+        tensors = read(f"directions/{task}.safetensors", direction_shapes(task, targets))
         directions[task] = {
             target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets
         }
-    for task in record.get("tasks", []):
-        head[task] = HeadBlock(**read_tensors(folder / f"head/{task}.safetensors"))
-        if f"settled/{task}.safetensors" in record["files"]:
-            settled[task] = HeadBlock(**read_tensors(folder / f"settled/{task}.safetensors"))
-        if f"statistics/{task}.safetensors" in record["files"]:
-            statistics[task] = ClassStatistics(**read_tensors(folder / f"statistics/{task}.safetensors"))
-    memory = read_tensors(folder / _MEMORY) if _MEMORY in record["files"] else {}
-    magnitudes = read_tensors(folder / MAGNITUDES) if (folder / MAGNITUDES).is_file() else {}
-    ordered = {task: magnitudes[task] for task in directions if task in magnitudes}
+    for task in tasks:
+        rows: dict[str, tuple[int | str, ...]] = {
+            "weight": (classes[task], "features"),
+            "bias": (classes[task],),
+        }
+        head[task] = HeadBlock(**read(f"head/{task}.safetensors", rows))
+        if "settled" in of_tasks:
+            settled[task] = HeadBlock(**read(f"settled/{task}.safetensors", rows))
+        if "statistics" in of_tasks:
+            shapes = statistics_shapes(classes[task])
+            statistics[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
+    memory = read_tensors(folder / _MEMORY) if _MEMORY in files else {}
+    require_finite(folder / _MEMORY, memory)
+    magnitudes = {}
+    if directions:
+        magnitudes = read(MAGNITUDES, dict.fromkeys(directions, (len(targets),)))
     learned = ModelState(
         directions=directions,
-        magnitudes=ordered,
+        magnitudes={task: magnitudes[task] for task in directions},
         head=head,
         settled=settled,
         statistics=statistics,

@@ -22,6 +22,16 @@ class ClassStatistics(NamedTuple):
     """(classes,): the mean variance of the directions that are left."""
 
 
+def statistics_shapes(classes: int) -> dict[str, tuple[int | str, ...]]:
+    """Return the shapes of the fields, for `check_tensors`."""
+    return {
+        "images": (classes,),
+        "mean": (classes, "features"),
+        "factors": (classes, "features", "principal directions"),
+        "spread": (classes,),
+    }
+
+
 def class_statistics(features: Tensor, labels: Tensor, *, rank: int) -> ClassStatistics:
     """Statistics of features (n, d) by label (n,) 0 … classes − 1. `rank` principal directions per class.
 

@@ -1,12 +1,14 @@
 """Tensors in safetensors files: sorted keys, fixed metadata, so that equal tensors give equal bytes."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from sdlora.records import regular_size, shown
 
 _METADATA = {"format": "pt"}
 
@@ -30,11 +32,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole safetensors file.
     """
-    data = path.read_bytes()
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); make it again") from error
+    regular_size(path)
+    with _whole(path):
+        return safetensors.torch.load(path.read_bytes())
 
 
 def mapped_tensors(path: Path) -> dict[str, Tensor]:
@@ -44,13 +44,16 @@ def mapped_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole safetensors file.
     """
-    try:
+    regular_size(path)
+    with _whole(path):
         return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); make it again") from error
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Name the file that safetensors, or torch, cannot make tensors of."""
+    try:
+        yield
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        fault = shown(str(error), 100)
+        raise ValueError(f"{path}: not a whole safetensors file ({fault}); make it again") from error

@@ -115,7 +115,8 @@ class Fit:
         # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
         self.model = model.eval().to(device)
         self._dtype = next(model.backbone.parameters()).dtype
-        self._labels = self._begin(tasks)
+        self._labels = _labels_of(tasks).to(device)
+        self._begin(tasks)
         self._grown = list(tasks)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._kept = self._snapshot_parameters()
@@ -131,32 +132,26 @@ class Fit:
         self._constant = self._constant_features()
         self.curve: list[EpochRecord] = []
 
-    def _begin(self, tasks: Mapping[str, TaskImages]) -> Tensor:
-        """Have the method prepare the model, and give the head the rows of the tasks.
-
-        Returns:
-            The labels (n,) of all images among the new rows, on the device.
-        """
-        self._method.begin(
-            self.model,
-            self._before,
-            task=self.task,
-            settings=self._settings,
-            batches=self._batches,
-            generator=generator_for(self.seed, "directions", self.task),
-        )
-        labels, classes = [], 0
+    def _begin(self, tasks: Mapping[str, TaskImages]) -> None:
+        """Have the method prepare the model, and give the head the rows of the tasks."""
+        if self.lone:
+            self.model.hold(self._before)
+        else:
+            self._method.begin(
+                self.model,
+                self._before,
+                task=self.task,
+                settings=self._settings,
+                batches=self._batches,
+                generator=generator_for(self.seed, "directions", self.task),
+            )
         for name, (_, own) in tasks.items():
-            count = int(own.max()) + 1
             generator = generator_for(self.seed, "head", name)
-            block = initial_block(count, self.model.feature_size, generator=generator)
+            block = initial_block(int(own.max()) + 1, self.model.feature_size, generator=generator)
             self.model.head.grow(HeadBlock(*(part.to(self._dtype) for part in block)))
-            labels.append(own.long() + classes)
-            classes += count
-        if self._method.trains_head:
+        if self._method.trains_head and not self.lone:
             self.model.head.train_newest(len(tasks))
         self.model.to(self._device)
-        return torch.cat(labels).to(self._device)
 
     def _snapshot_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that a snapshot holds.
@@ -173,8 +168,13 @@ class Fit:
         return self._device
 
     @property
+    def lone(self) -> bool:
+        """Whether there is one class only: a softmax over one logit has no gradient, so nothing is trained."""
+        return not self._labels.any()
+
+    @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole fit. None where the method trains nothing."""
+        """Optimiser steps of the whole fit. None where nothing is trained."""
         return self.schedule.epochs * self._steps_per_epoch if self._trained else 0
 
     @property
@@ -373,8 +373,8 @@ class Fit:
         self._order = torch.empty(0, dtype=torch.long)
 
     def result(self) -> FitResult:
-        """Return what was learned, raw, on the CPU."""
-        targets = self.model.targets
+        """Return what was learned, raw, on the CPU. Nothing of a direction that was not trained."""
+        targets = {} if self.lone else self.model.targets
         factors = {
             name: Factors(up=_copy(target.up), down=_copy(target.down))
             for name, target in targets.items()
@@ -397,12 +397,27 @@ class Fit:
             task=self.task,
             factors=factors,
             magnitudes=dict(zip(tasks, stacked, strict=True)),
-            head={
+            head={self.task: self._lone_row()}
+            if self.lone
+            else {
                 name: HeadBlock(_copy(weight), _copy(bias))
                 for name, (weight, bias) in zip(self._grown, blocks, strict=True)
             },
             memory={name: _copy(tensor) for name, tensor in memory.items()},
         )
+
+    @torch.no_grad()
+    def _lone_row(self) -> HeadBlock:
+        """Return the row of a class that no other was learned beside: its mean feature, as long as the earlier rows.
+
+        A row that is left as it was drawn, or 0, hardly ever wins against trained ones (docs/explanation/method.md).
+        """
+        total = sum(self._features(batch).double().sum(0) for batch in self._batches())
+        assert isinstance(total, Tensor)
+        lengths = [block.weight.norm(dim=1) for block in self._before.head.values()]
+        length = torch.cat(lengths).mean().item() if lengths else 1.0
+        row = length * nn.functional.normalize(total, dim=0).to(self._dtype)
+        return HeadBlock(weight=_copy(row[None]), bias=torch.zeros(1, dtype=self._dtype))
 
 
 def _require_images(tasks: Mapping[str, TaskImages], method: Method) -> None:
@@ -412,6 +427,15 @@ def _require_images(tasks: Mapping[str, TaskImages], method: Method) -> None:
             raise ValueError(f"{name}: no training image")
     if len(tasks) != 1 and not method.joint:
         raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
+
+
+def _labels_of(tasks: Mapping[str, TaskImages]) -> Tensor:
+    """Return the labels (n,) of all images among the new rows."""
+    labels, classes = [], 0
+    for _, own in tasks.values():
+        labels.append(own.long() + classes)
+        classes += int(own.max()) + 1
+    return torch.cat(labels)
 
 
 def _copy(parameter: Tensor) -> Tensor:

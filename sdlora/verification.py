@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdlora.ledger import RECORD, read_record, record_hash
+from sdlora.ledger import RECORD, file_sha256, read_record, record_hash
 from sdlora.methods import METHODS
 from sdlora.model_folder import MAGNITUDES
-from sdlora.tensors import file_sha256, read_tensors
+from sdlora.tensors import read_tensors
 
 
 class _Fault(NamedTuple):
@@ -36,19 +36,19 @@ def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[_Fa
     except FileNotFoundError:
         yield _Fault(RECORD, "the file is missing")
         return
-    except ValueError:
-        yield _Fault(RECORD, "it is not JSON")
+    except ValueError as error:
+        yield _Fault(RECORD, str(error).removeprefix(f"{folder / RECORD}: "))
         return
-    if record.get("step") != step:
-        yield _Fault(RECORD, f"it is the record of {record.get('step')}, expected {step}")
+    if record["step"] != step:
+        yield _Fault(RECORD, f"it is the record of {record['step']}, expected {step}")
     earlier: dict[str, Any] | None = None
     if before is None:
-        if record.get("previous") is not None:
+        if record["previous"] is not None:
             yield _Fault(RECORD, "it names a step before, but the chain begins here")
     else:
         earlier, expected = read_record(before), record_hash(before)
-        if record.get("previous") != expected:
-            found = str(record.get("previous"))[:12]
+        if record["previous"] != expected:
+            found = str(record["previous"])[:12]
             yield _Fault(RECORD, f"its step before is {found}, but that record's hash is {expected[:12]}")
         yield from _broken_continuity(record, earlier, step)
     yield from _changed_files(folder, record, before)
@@ -59,17 +59,17 @@ def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[_Fa
 
 def _broken_continuity(record: dict[str, Any], earlier: dict[str, Any], step: str) -> Iterator[_Fault]:
     """Facts that only ever grow, or never change."""
-    if record.get("backbone") != earlier["backbone"]:
+    if record["backbone"] != earlier["backbone"]:
         yield _Fault(RECORD, "its backbone is not that of the step before")
-    if record.get("tasks") != [*earlier["tasks"], step]:
+    if record["tasks"] != [*earlier["tasks"], step]:
         yield _Fault(RECORD, f"its tasks are not those of the step before and {step}")
-    if record.get("classes", [])[: len(earlier["classes"])] != earlier["classes"]:
+    if record["classes"][: len(earlier["classes"])] != earlier["classes"]:
         yield _Fault(RECORD, "the classes of the step before are not its first ones")
 
 
 def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) -> Iterator[_Fault]:
     """Files that are missing, too many, or not those whose hashes the record holds."""
-    recorded = record.get("files", {})
+    recorded = record["files"]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
     yield from (_Fault(name, "the file is missing") for name in sorted(recorded.keys() - present))
     yield from (
@@ -109,7 +109,7 @@ def _moved(record: dict[str, Any], earlier: dict[str, Any]) -> Iterator[_Fault]:
     kept = [] if method.replaces else [f"directions/{task}.safetensors" for task in earlier["directions"]]
     kept += [] if method.joint else [f"head/{task}.safetensors" for task in earlier["tasks"]]
     for name in kept:
-        was, now = earlier["files"].get(name), record.get("files", {}).get(name)
+        was, now = earlier["files"].get(name), record["files"].get(name)
         if was is not None and now != was:
             found = "is gone" if now is None else f"was {was[:12]} and is {now[:12]}"
             yield _Fault(name, f"it was frozen at an earlier step, and {found}")
@@ -124,7 +124,7 @@ def _wrong_magnitudes(folder: Path, record: dict[str, Any]) -> Iterator[_Fault]:
         found = read_tensors(path)
     except ValueError:
         return
-    directions, targets = record.get("directions", []), record.get("targets", [])
+    directions, targets = record["directions"], record.get("targets", [])
     if sorted(found) != sorted(directions):
         yield _Fault(
             MAGNITUDES, f"it is of {', '.join(sorted(found))}, the directions are {', '.join(directions)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.data.decoding import open_picture
 from pipelines.serving.export import export
 from pipelines.serving.exports.subject import Subject, reference_logits
+from pipelines.serving.predict import PredictionSettings, predict
 from sdlora.ledger import record_hash
 from tests.support.case_files import chunk, encoded, with_chunks
 from tests.support.chains import make_chain, picture
@@ -44,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(models: Path) -> Iterator[str]:
-    """Where the page's server answers."""
+    """Where the page's server answers, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,21 +99,51 @@ def test_the_server_says_which_step_answers(models: Path, address: str) -> None:
     }
 
 
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_text(size: int) -> bytes:
+    """A PNG with a text chunk of so many bytes."""
+    text = PngInfo()
+    text.add_text("note", "x" * size, zip=True)
+    return saved(picture(1), "PNG", pnginfo=text)
+
+
 @pytest.mark.parametrize(
-    ("data", "fault"),
+    "data",
     [
-        pytest.param(b"no image", "it is no image that Pillow knows", id="none"),
-        pytest.param(encoded(Image.new("LAB", (9, 9)), "TIFF"), "its colours are L*a*b*", id="lab"),
-        pytest.param(encoded(Image.new("F", (9, 9)), "TIFF"), "its pixels are floating-point", id="floats"),
+        pytest.param(b"no image", id="no-image"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(saved(Image.new("LAB", (40, 30)), "TIFF"), id="lab"),
+        pytest.param(saved(Image.new("F", (40, 30), 0.5), "TIFF"), id="float"),
+        pytest.param(saved(Image.new("I", (40, 30), 7), "TIFF"), id="32-bit"),
+        pytest.param(saved(Image.new("I;16", (40, 30), 7), "PNG"), id="16-bit"),
+        pytest.param(saved(Image.new("L", (2, 500)), "PNG"), id="strip"),
+        pytest.param(saved(picture(1), "PNG")[:200], id="cut-off"),
+        pytest.param(with_text(3_000_000), id="large-text"),
     ],
 )
-def test_the_server_refuses_what_predict_refuses_and_says_the_same(
-    address: str, data: bytes, fault: str
+def test_the_server_reads_and_refuses_what_predict_does_and_says_the_same(
+    models: Path, address: str, data: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
-        ask(f"{address}/predict", data)
-    assert fault in json.load(refused.value)["detail"]
-    refused.value.close()
+    (tmp_path / "it.png").write_bytes(data)
+    chosen = PredictionSettings(
+        top=1, batch_size=None, device="cpu", precision="fp32", format="jsonl", out=tmp_path / "out.jsonl"
+    )
+    status = predict(models / "t02", None, [str(tmp_path / "it.png")], chosen)
+    said = json.loads((tmp_path / "out.jsonl").read_text())
+
+    if status:
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            ask(f"{address}/predict", data)
+        with refused.value:
+            assert json.load(refused.value)["detail"] == said["error"]
+    else:
+        assert ask(f"{address}/predict", data)["class"] == said["predictions"][0]["class"]
 
 
 def test_the_server_reads_a_picture_whose_text_is_broken(address: str) -> None:

@@ -74,11 +74,21 @@ def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
 
 def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
     """Return one image of a table as the backbone takes it, uint8 (channels, height, width)."""
-    with contextlib.ExitStack() as held:
-        try:
-            picture = held.enter_context(opened_picture(table["image"][index].as_buffer()))
-        except ValueError as error:
-            raise InputError(f"{table['id'][index]}: {error}; replace the image") from None
+    try:
+        return picture_pixels(table["image"][index].as_buffer(), preprocessing)
+    except ValueError as error:
+        raise InputError(f"{table['id'][index]}: {error}; replace the image") from None
+
+
+def picture_pixels(data: _Encoded, preprocessing: Preprocessing) -> np.ndarray:
+    """Return an encoded picture as the backbone takes it, uint8 (channels, height, width).
+
+    The one way for stages, `sdlora predict` and a server. To be called within `strict_pictures`.
+
+    Raises:
+        ValueError: one line says why it cannot be.
+    """
+    with opened_picture(data) as picture:
         return preprocessing.pixels(picture)
 
 

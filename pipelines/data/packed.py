@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, read_json, sha256_of
+from pipelines.project.schemas import TrainingImages
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +101,7 @@ def training_images(described: Path, images: Path) -> Path:
         described: The `train.json` of a task.
         images: The folder that has a folder of training images for each task.
     """
-    description = read_json(described)
+    description = read_json(described, TrainingImages)
     folder = images / description["task"]
     path = folder / PACKED
     if not path.is_file():

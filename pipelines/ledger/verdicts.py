@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.data.packed import read_images
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
+from pipelines.project.schemas import Metrics
 from pipelines.project.settings import Gate
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def measured_in(evaluation: Path, before: Path, on: Literal["test", "validation"
     Raises:
         InputError: the step has no images of its own that could be measured on.
     """
-    metrics, was = (read_json(folder / "metrics.json") for folder in (evaluation, before))
+    metrics, was = (read_json(folder / "metrics.json", Metrics) for folder in (evaluation, before))
     if on == "test":
         old = read_images(before / "predictions.arrow") if was["tasks"] else None
         return measure(metrics, was, read_images(evaluation / "predictions.arrow"), old)

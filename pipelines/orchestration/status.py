@@ -9,6 +9,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import EVALUATIONS, METRICS, REPORT, StageName
 from pipelines.project.params import Params
+from pipelines.project.schemas import Headline, Metrics
 from pipelines.reports.format import percent
 from pipelines.versioning.plan import Plan, read_plan
 
@@ -24,7 +25,7 @@ def print_summary(params: Params) -> None:
     """Print the accuracy matrix and where the files are."""
     from rich.console import Console
 
-    metrics = read_json(METRICS)
+    metrics = read_json(METRICS, Headline)
     console = Console()
     if len(params.tasks) <= _TASKS_IN_THE_TABLE:
         console.print(_accuracy_table(params))
@@ -46,7 +47,7 @@ def _accuracy_table(params: Params) -> Table:
     for heading in ("after", *tasks):
         table.add_column(heading, justify="right")
     for step in tasks:
-        accuracy: list[float] = read_json(EVALUATIONS / step / "metrics.json")["accuracy"]
+        accuracy: list[float] = read_json(EVALUATIONS / step / "metrics.json", Metrics)["accuracy"]
         cells = [f"{100 * value:.1f}" for value in accuracy]
         table.add_row(step, *cells, *[""] * (len(tasks) - len(cells)))
     return table

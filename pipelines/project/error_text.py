@@ -13,8 +13,8 @@ from pipelines.project.errors import InputError
 def user_message(error: BaseException) -> str | None:
     """Return one line for an error that the user can mend, or None for a bug of this program.
 
-    The user can mend bad input, a file that cannot be read or written, and a ValueError that this code raised on
-    purpose.
+    The user can mend bad input, a file that cannot be read or written, and a ValueError, or an OSError without a number
+    of the system's, that this code raised on purpose.
     """
     if isinstance(error, InputError):
         return one_line(error)
@@ -25,7 +25,7 @@ def user_message(error: BaseException) -> str | None:
                 f"the disk is full{where}: nothing half-written was kept; make room and run the same again"
             )
         return as_line(f"{error.strerror}{where}")
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, ValueError | OSError) and _raised_here(error):
         return one_line(error)
     return None
 

@@ -15,8 +15,9 @@
     └── _TimeIsUpError        ends a wait, and becomes a TimeoutError (pipelines.runtime.deadline)
 
 Those that name a place stand there, because they hold what only that room knows. Any other exception is a bug, and
-shown with its traceback, but for a file that the system does not give or take, and a `ValueError` that the library
-raises for a value that it cannot work with: those are one line too (`pipelines.project.error_text`).
+shown with its traceback, but for a file that the system does not give or take, and a `ValueError` or
+`FileNotFoundError` that the library raises for what it cannot work with: those are one line too
+(`pipelines.project.error_text`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.project.errors import InputError
+from sdlora import records
 
 
 @contextmanager
@@ -49,15 +50,17 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSON 
     write_whole(path, text.encode())
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Read a JSON file that an earlier stage left. An `InputError` names it when it is missing or damaged."""
+def read_json(path: Path, kind: Any = object) -> Any:  # noqa: ANN401 - a type, and a value of it
+    """Read a JSON file that an earlier stage left, within the bounds of `sdlora.records.read_bounded_json`.
+
+    An `InputError` names it when it is missing or damaged, or not of the type (`pipelines.project.schemas`).
+    """
     try:
-        return json.loads(path.read_bytes())
+        return records.read_bounded_json(path, kind)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: the file is missing; run `sdlora run`, which makes it") from None
     except ValueError as error:
-        fault = " ".join(str(error).split())
-        raise InputError(f"{path}: not a JSON file ({fault}); delete it and run `sdlora run`") from None
+        raise InputError(f"{error}; delete it and run `sdlora run`") from None
 
 
 def sha256_of(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
+from pipelines.project.schemas import ClassMap, Metrics, SampleCounts
 from sdlora import metrics as measure
 
 if TYPE_CHECKING:
@@ -88,12 +89,14 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
     steps = [needed(artifacts / "model" / task / "step.json") for task in ("t00", *tasks)]
     origin, *records = [read_json(step) for step in steps]
     verdicts = [needed(artifacts / "gate" / task / "verdict.json") for task in ("t00", *tasks)]
-    counts = [read_json(needed(artifacts / "split" / task / "split.json"))["counts"] for task in tasks]
+    counts = [
+        read_json(needed(artifacts / "split" / task / "split.json"), SampleCounts)["counts"] for task in tasks
+    ]
     last = tasks[-1]
     return History(
         tasks=tasks,
         classes=sorted(
-            read_json(needed(artifacts / "split" / last / "classes.json"))["classes"],
+            read_json(needed(artifacts / "split" / last / "classes.json"), ClassMap)["classes"],
             key=lambda entry: entry["label"],
         ),
         evaluations=evaluations,
@@ -126,7 +129,7 @@ def needed(path: Path) -> Path:
 def _read_evaluation(folder: Path, tasks: list[str]) -> Record:
     """Read one evaluation, which must be of just these tasks, in this order."""
     path = needed(folder / "metrics.json")
-    evaluation = read_json(path)
+    evaluation = read_json(path, Metrics)
     if evaluation["tasks"] != tasks:
         raise InputError(
             f"{path} is of the tasks {', '.join(evaluation['tasks'])},"

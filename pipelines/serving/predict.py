@@ -156,11 +156,10 @@ def _decoded_batches(
 
 
 def _pixels(name: str, preprocessing: Preprocessing) -> np.ndarray | str:
-    from pipelines.data.decoding import opened_picture
+    from pipelines.data.decoding import picture_pixels
 
     try:
-        with opened_picture(image_bytes(Path(name))) as picture:
-            return preprocessing.pixels(picture)
+        return picture_pixels(image_bytes(Path(name)), preprocessing)
     except OSError as error:
         return error.strerror or type(error).__name__
     except ValueError as error:

@@ -6,6 +6,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.settings import BackboneChoice
+from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult, stage
 
 
@@ -40,6 +41,7 @@ def backbone(*, out: Path) -> StageResult:
         weights=Path(choice.weights) if choice.weights else None,
         image_size=choice.image_size,
         input_normalisation=choice.input_normalisation,
+        say=lambda line: log_line(f"backbone: {line}"),
     )
     with whole_folder(out) as folder:
         record = write_backbone(folder, created)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, whole_folder, write_json
 from pipelines.project.params import read_params
+from pipelines.project.schemas import ClassMap, TaskList
 from pipelines.project.settings import Evaluation
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
@@ -46,11 +47,11 @@ def evaluate(
 
     settings = read_params("evaluation", Evaluation)
     set_deterministic(read_params("training.deterministic", bool), tf32=settings.precision == "tf32")
-    seen = read_json(classes)
+    seen = read_json(classes, ClassMap)
     classifier, description = _classifier_of(model, backbone, seen["classes"], settings, origin=classes)
     preprocessing = Preprocessing.of(description)
     packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
-    held = read_json(validation / "tasks.json")["tasks"]
+    held = read_json(validation / "tasks.json", TaskList)["tasks"]
     wanted = [name for name in seen["tasks"] if name in held]
     selecting = {name: PackedImages(validation / f"{name}.arrow", preprocessing) for name in wanted}
     predictions, confidences = _predict(

@@ -13,6 +13,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.project.schemas import ClassMap, TrainingImages
 from pipelines.project.settings import Adapter, Training
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
 from pipelines.runtime.console import log_line
@@ -105,6 +106,8 @@ def fit(
             description=_description(learner, choices, train, classes),
         )
     store.forget_old()
+    if learner.lone:
+        log_line(f"fit {task}: one class has nothing to be told from, so no direction is trained")
     if learner.step > first:
         where = f"{group.size} × {learner.device.type}" if group.size > 1 else f"{learner.device}"
         log_line(
@@ -133,7 +136,7 @@ def _description(learner: "Fit", choices: _Choices, train: Path, classes: Path) 
         "task": learner.task,
         "classes": _own_classes(learner.task, classes),
         "adapter": choices.adapter.of_the_fit,
-        "split": read_json(train),
+        "split": read_json(train, TrainingImages),
         "code": code_hash(fit.fn),
         "versions": library_versions(),
         "training": choices.decisive,
@@ -290,14 +293,14 @@ def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) 
             f"{path}: the images of {name} are missing, and a joint method learns all of them with {task}; restore "
             f"them (`dvc checkout {path.parent}`, `dvc pull {path.parent}`), or choose another adapter.method"
         )
-    if sha256_of(path) != record["images"][name]:
+    if sha256_of(path) != record.get("images", {}).get(name):
         raise InputError(f"{path}: changed since {name} was learned; run `sdlora run` from the first task")
     return path
 
 
 def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
     """Return the entries of the class map that arrive with `task`, in label order."""
-    return [entry for entry in read_json(classes)["classes"] if entry["task"] == task]
+    return [entry for entry in read_json(classes, ClassMap)["classes"] if entry["task"] == task]
 
 
 def _check_continues(record: dict[str, Any], adapter: Adapter, before: Path, targets: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from pipelines.data.packed import read_images, training_images
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
-from pipelines.project.files import read_json, sha256_of, whole_folder
+from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
@@ -63,7 +63,7 @@ def freeze(
     learned, record = read_model(before)
     _require_head(adapter, record, before)
     tasks = [*record["tasks"], task]
-    result = read_fit(fit, task=task, targets=described["targets"], tasks=tasks)
+    result = read_fit(fit, described, tasks=tasks)
     features = _TrainingFeatures(train, images, backbone)
     step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
     with whole_folder(out) as folder:
@@ -134,7 +134,9 @@ def _frozen(
 
 def _described_fit(fit: Path, task: str, adapter: Adapter) -> dict[str, Any]:
     """Return what a fit says of itself, if it is the fit of `task` that `params.yaml` asks for."""
-    described: dict[str, Any] = read_json(fit / "fit.json")
+    from sdlora.fit_folder import read_fit_description
+
+    described = read_fit_description(fit)
     if described["task"] != task:
         raise InputError(f"{fit}: this is the fit of {described['task']}, expected {task}; run `sdlora run`")
     if described["adapter"] != adapter.of_the_fit:

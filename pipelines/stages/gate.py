@@ -7,6 +7,7 @@ from pipelines.ledger.verdicts import broken, in_a_verdict, measured_in, results
 from pipelines.project.errors import GateClosedError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params
+from pipelines.project.schemas import SampleDigest
 from pipelines.project.settings import Approval, Gate, Task
 from pipelines.runtime.stage import StageResult, stage
 
@@ -55,7 +56,7 @@ def gate(
                 "step": task,
                 "previous": sha256_of(before / "verdict.json"),
                 "record": sha256_of(model / "step.json"),
-                "samples": read_json(split)["digest"],
+                "samples": read_json(split, SampleDigest)["digest"],
                 "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
                 "measured": measured,
                 "limits": in_a_verdict(limits),

@@ -50,6 +50,7 @@ from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params
+from pipelines.project.schemas import ClassMap
 from pipelines.project.settings import Data, Task
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult, stage
@@ -104,7 +105,7 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     if restored is not None:
         return restored
     names, data = tasks[task].classes, read_params("data", Data)
-    earlier = read_json(before / "classes.json")
+    earlier = read_json(before / "classes.json", ClassMap)
     _refuse_known_classes(task, names, earlier["classes"])
 
     first = len(earlier["classes"])
@@ -198,7 +199,7 @@ def _hand_on(before: Path, folder: Path) -> None:
     """Have the split of a task hold what the one before it holds of all earlier tasks, and nothing else of theirs."""
     for kind in ("test", "validation", "samples"):
         (folder / kind).mkdir(exist_ok=True)
-        for name in (f"{task}.arrow" for task in read_json(before / "classes.json")["tasks"]):
+        for name in (f"{task}.arrow" for task in read_json(before / "classes.json", ClassMap)["tasks"]):
             if kind != "validation" or (before / kind / name).is_file():
                 shutil.copyfile(before / kind / name, folder / kind / name)
             else:

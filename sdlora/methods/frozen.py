@@ -3,7 +3,7 @@
 import torch
 
 from sdlora.classifier import IncrementalClassifier, ModelState
-from sdlora.methods.method import Batches, FitResult, Frozen, Method, Settings
+from sdlora.methods.method import Batches, Method, Settings, keep_as_before
 
 
 def begin(
@@ -18,9 +18,4 @@ def begin(
     """Add nothing: the features stay those of the backbone."""
 
 
-def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
-    """There is no direction to keep."""
-    return Frozen()
-
-
-METHOD = Method(begin=begin, freeze=freeze, targets=())
+METHOD = Method(begin=begin, freeze=keep_as_before, targets=())

@@ -112,13 +112,13 @@ def begin(
 
 def _basis(before: ModelState, path: str, moment: Tensor) -> Tensor | None:
     """Return the remembered span at a module, None in the first step."""
-    if not before.directions:
-        return None
-    if path not in before.memory:
+    if path in before.memory:
+        return before.memory[path].to(moment)
+    if before.directions:
         raise ValueError(
             f"inflora: the step before remembers no inputs of {path}; run `sdlora run` from the first task"
         )
-    return before.memory[path].to(moment)
+    return None
 
 
 def remember(

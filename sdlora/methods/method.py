@@ -40,9 +40,9 @@ class FitResult:
     task: str
     """The id of the task that was learned."""
     factors: Mapping[str, Factors]
-    """Target name → the current direction's factors; empty where the method trains none."""
+    """Target name → the current direction's factors; empty where none was trained."""
     magnitudes: Mapping[str, Tensor]
-    """Task id → (targets,) or, where one magnitude is shared by all of them, (1,)."""
+    """Task id → (targets,) or, where one magnitude is shared by all of them, (1,); empty where none was trained."""
     head: Mapping[str, HeadBlock]
     """Task id → the rows that were trained: those of this task, or of all tasks so far for a joint method."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
@@ -149,6 +149,11 @@ def sum_on(
     """
     model.set_directions(before.directions, torch.ones(len(before.directions) + 1, 1), trained=False)
     model.train_direction(factors, train_down=train_down)
+
+
+def keep_as_before(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
+    """Keep what was there: the step trained nothing of the backbone, so the features stay what they were."""
+    return Frozen(directions=before.directions, magnitudes=before.magnitudes)
 
 
 def keep_as_trained(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:

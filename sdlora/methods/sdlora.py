@@ -1,5 +1,6 @@
 """SD-LoRA (Wu et al., ICLR 2025): a new direction for every task, the magnitudes of all of them trained on."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -49,10 +50,11 @@ def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
 
     The norm is shared out over the two factors (B/√n, A/√n, as the paper's Fig. 1 draws what is stored). Where
     the current direction was normalised in training, its magnitude is what it is. With `settings.compress` the
-    direction is first truncated to the smallest rank that holds that share of its energy.
+    direction is first truncated to the smallest rank that holds that share of its energy. A target that no gradient
+    reaches (the query of a single token) keeps a direction of zeros; where none has another, none is kept.
 
     Raises:
-        ValueError: a direction is zero or not finite, so that it cannot be normalised.
+        ValueError: a direction is not finite.
     """
     exact = _normalised(before, fit, fit.factors, settings=settings)
     if settings.compress is None:
@@ -71,20 +73,24 @@ def _normalised(
     formulation, targets = settings.formulation, list(factors)
     norms = torch.stack([formulation.norm(factors[target]) for target in targets])
     for target, norm in zip(targets, norms.tolist(), strict=True):
-        if not 0 < norm < float("inf"):
+        if not math.isfinite(norm):
             raise ValueError(
-                f"{fit.task}: the direction at {target} has norm {norm} and cannot be "
-                "frozen; it was not trained, or diverged"
+                f"{fit.task}: the direction at {target} has norm {norm}: it diverged; lower training.learning_rate"
             )
-    direction = {
-        target: Factors(up=pair.up / norm.sqrt(), down=pair.down / norm.sqrt())
-        for (target, pair), norm in zip(factors.items(), norms, strict=True)
-    }
     magnitudes = {task: alpha.expand(len(targets)).clone() for task, alpha in fit.magnitudes.items()}
+    if not norms.any():
+        return Frozen(
+            directions=before.directions, magnitudes={task: magnitudes[task] for task in before.directions}
+        )
+    divisors = torch.where(norms > 0, norms, 1).sqrt()
+    direction = {
+        target: Factors(up=pair.up / divisor, down=pair.down / divisor)
+        for (target, pair), divisor in zip(factors.items(), divisors, strict=True)
+    }
     trained = norms
     if formulation.normalise_current:
         whole = torch.stack([formulation.norm(fit.factors[target]) for target in targets])
-        trained = norms / whole
+        trained = norms / torch.where(whole > 0, whole, 1)
     magnitudes[fit.task] = magnitudes[fit.task] * trained
     return Frozen(directions={**before.directions, fit.task: direction}, magnitudes=magnitudes)
 

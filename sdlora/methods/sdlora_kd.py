@@ -75,7 +75,7 @@ def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     stated unit, and can never be met as a Frobenius norm (method.md 2.2).
     """
     whole = sdlora.freeze(before, fit, settings=settings)
-    if not before.directions:
+    if not before.directions or fit.task not in whole.directions:
         return whole
     new = whole.directions[fit.task]
     found = products(before.directions, new, whole.magnitudes[fit.task])

@@ -1,21 +1,25 @@
 """Backbones load by name or from a file, and a chain's first step holds exactly what was loaded."""
 
+import json
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from sdlora.backbones import (
     GLYPH_VIT,
     create_backbone,
     read_backbone,
+    read_description,
     spell_out_attention,
     write_backbone,
 )
-from sdlora.ledger import read_record
-from sdlora.tensors import file_sha256, write_tensors
+from sdlora.ledger import file_sha256, read_record
+from sdlora.tensors import write_tensors
+from tests.support.families import FAMILIES
 from tests.support.repository import REPOSITORY
 from tests.support.tiny_model import tiny_vit
 
@@ -155,13 +159,116 @@ def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         create_backbone("glyph_vit", weights=tmp_path / "other.safetensors")
 
 
+TINY = "tiny_vit.random"
+
+
+def own_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return FAMILIES["tiny_vit"]().state_dict()
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor], said: list[str] | None = None) -> nn.Module:
+    write_tensors(folder / "mine.safetensors", tensors)
+    say = [].append if said is None else said.append
+    return create_backbone(TINY, weights=folder / "mine.safetensors", say=say).model
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "backbone.", "_orig_mod.", "module.model."])
+@pytest.mark.parametrize("classifier", ["head", "fc", "model.head", None])
+def test_what_a_wrapper_wrote_before_all_names_is_taken_off_and_said(
+    prefix: str, classifier: str | None, tmp_path: Path
+) -> None:
+    own, said = own_weights(), []
+    tensors = {f"{prefix}{name}": tensor for name, tensor in own.items()}
+    if classifier is not None:
+        name = classifier.replace("model.", prefix)
+        tensors |= {f"{name}.weight": torch.zeros(5, 24), f"{name}.bias": torch.zeros(5)}
+    found = load(tmp_path, tensors, said).state_dict()
+
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    (line,) = said
+    assert line.endswith(
+        f"mine.safetensors: {prefix} stands before the names of its tensors; it was taken off"
+    )
+
+
+def test_weights_with_their_own_names_are_taken_without_a_word(tmp_path: Path) -> None:
+    said: list[str] = []
+    load(tmp_path, own_weights(), said)
+
+    assert not said
+
+
+def test_missing_weights_are_refused_with_three_of_their_names(tmp_path: Path) -> None:
+    own = {name: tensor for name, tensor in own_weights().items() if "attn" not in name}
+    with pytest.raises(
+        ValueError,
+        match=r"it lacks blocks\.0\.attn\.qkv\.weight, blocks\.0\.attn\.qkv\.bias, blocks\.0\.attn\.proj\.weight "
+        "and 5 more",
+    ):
+        load(tmp_path, own)
+
+
+def test_weights_that_the_model_does_not_have_are_refused_with_three_of_their_names(tmp_path: Path) -> None:
+    more = {f"decoder.{index}.weight": torch.zeros(2) for index in range(4)}
+    with pytest.raises(
+        ValueError,
+        match=r"the model has no decoder\.0\.weight, decoder\.1\.weight, decoder\.2\.weight and 1 more",
+    ):
+        load(tmp_path, {**own_weights(), **more})
+
+
+def test_weights_of_other_names_altogether_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it lacks cls_token, .*; the model has no net\.blocks"):
+        load(tmp_path, {f"net.{name}": tensor for name, tensor in own_weights().items()})
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"size mismatch for norm\.bias"):
+        load(tmp_path, {**own_weights(), "norm.bias": torch.zeros(7)})
+
+
+def test_a_file_of_nothing_but_a_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing but a classifier"):
+        load(tmp_path, {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    own = own_weights()
+    own["norm.weight"][3] = value
+    with pytest.raises(ValueError, match=r"mine\.safetensors: norm\.weight holds NaN or infinity"):
+        load(tmp_path, own)
+
+
+def test_a_file_that_timm_takes_for_a_foreign_one_is_refused_in_one_line(tmp_path: Path) -> None:
+    """By one of its names it is DINOv2's, whose other tensors it lacks."""
+    with pytest.raises(ValueError, match="no weights that fit"):
+        load(tmp_path, {"mask_token": torch.zeros(2), "visual.class_embedding": torch.zeros(2)})
+
+
+def test_a_description_that_names_files_for_timm_is_refused(tmp_path: Path) -> None:
+    """timm would load a pickle from there."""
+    write_backbone(tmp_path, create_backbone("glyph_vit"))
+    described = json.loads((tmp_path / "backbone.json").read_bytes())
+    for change in (
+        {"model_args": {"checkpoint_path": "evil.pth"}},
+        {"name": "local-dir:evil"},
+        {"name": "hf-hub:evil/model"},
+    ):
+        (tmp_path / "backbone.json").write_text(json.dumps({**described, **change}))
+        with pytest.raises(ValueError, match=r"backbone\.json: (a key of model_args|timm .* has no model)"):
+            read_description(tmp_path)
+
+
 def test_changed_weights_of_a_chain_are_noticed(tmp_path: Path) -> None:
     write_backbone(tmp_path, create_backbone("glyph_vit"))
     data = bytearray((tmp_path / "backbone.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "backbone.safetensors").write_bytes(data)
 
-    with pytest.raises(ValueError, match="changed since the chain began"):
+    with pytest.raises(ValueError, match="changed since the step was frozen"):
         read_backbone(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_two_steps_are_learned_and_the_written_model_is_the_trained_one(
     base = tiny_backbone(architecture)
     pixels = torch.randint(0, 256, (6, *base.input_size), dtype=torch.uint8)
     images = torch.rand(3, *base.input_size)
-    write_backbone(tmp_path, base)
+    record = write_backbone(tmp_path, base)
     learned = ModelState()
     for task in ("t01", "t02"):
         fit = Fit(
@@ -114,7 +114,17 @@ def test_two_steps_are_learned_and_the_written_model_is_the_trained_one(
     write_model(
         tmp_path / "model",
         learned,
-        {"tasks": ["t01", "t02"], "directions": ["t01", "t02"], "targets": list(learned.directions["t01"])},
+        {
+            "step": "t02",
+            "previous": "0" * 64,
+            "backbone": record["backbone"],
+            "tasks": ["t01", "t02"],
+            "classes": [
+                {"label": label, "name": f"{label}", "task": f"t0{1 + label // 2}"} for label in range(4)
+            ],
+            "directions": ["t01", "t02"],
+            "targets": list(learned.directions["t01"]),
+        },
     )
     read, _ = read_model(tmp_path / "model")
     merged = merged_classifier(read_backbone(tmp_path).model, read)

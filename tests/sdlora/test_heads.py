@@ -161,6 +161,31 @@ def test_no_movement_is_no_drift_whatever_the_distance() -> None:
     torch.testing.assert_close(drifted(known, old=far, new=far).mean, known.mean)
 
 
+@pytest.mark.parametrize("name", ["ncm", "lda"])
+@pytest.mark.parametrize("each", [1, 2, 20])
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
+def test_logits_of_single_or_flat_images_are_bounded_and_name_the_nearest_mean(
+    name: str, each: int, noise: float
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    centres = 2 * torch.randn(4, SIZE, generator=random)
+    labels = torch.arange(4).repeat_interleave(each)
+    features = centres[labels] + noise * torch.randn(4 * each, SIZE, generator=random)
+    parts = {"t01": labels < 1, "t02": labels >= 1}
+    statistics = {
+        task: class_statistics(features[mine], labels[mine] - labels[mine].min(), rank=2)
+        for task, mine in parts.items()
+    }
+    settle = HEADS[name].settle
+    assert settle is not None
+    found = logits(
+        settle({"t01": zero_rows(1), "t02": zero_rows(3)}, statistics, generator=generator()), features
+    )
+
+    assert torch.equal(found.argmax(1), labels)
+    assert found.abs().max() < 1e4
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_settling_keeps_trained_rows_and_directions(name: str) -> None:
     before = learn(1)

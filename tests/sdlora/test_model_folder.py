@@ -16,13 +16,17 @@ from tests.support.tiny_model import learn
 
 def record(learned: ModelState, step: str) -> dict[str, object]:
     targets = list(next(iter(learned.directions.values()))) if learned.directions else []
+    owners = [task for task, block in learned.head.items() for _ in block.bias]
     return {
         "step": step,
-        "previous": None,
+        "previous": "0" * 64,
+        "backbone": "1" * 64,
         "targets": targets,
         "directions": list(learned.directions),
         "tasks": list(learned.head),
-        "classes": [],
+        "classes": [
+            {"label": label, "name": f"class {label}", "task": task} for label, task in enumerate(owners)
+        ],
     }
 
 

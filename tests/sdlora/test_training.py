@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -141,11 +142,38 @@ def test_the_next_step_of_the_reference_jumps(three_steps: dict[str, ModelState]
     assert (next_step[:, :6] - expected).abs().max() > 1e-3
 
 
-def test_freezing_an_untrained_direction_is_refused_by_name() -> None:
-    result = make_fit(ModelState(), 1).result()
+@pytest.mark.parametrize("method", ["sdlora", "sdlora-kd"])
+def test_a_direction_of_zeros_is_recorded_as_none(method: str) -> None:
+    before = learn(1)
+    result = make_fit(before, 2).result()
+    chosen = settings(compress=0.9, tolerance=1.0)
+    after = freeze(before, result, method=METHODS[method], settings=chosen).learned
 
-    with pytest.raises(ValueError, match=r"t01: the direction at blocks\.0\.attn\.q has norm 0\.0"):
-        freeze(ModelState(), result, method=METHODS["sdlora"], settings=settings())
+    assert list(after.directions) == list(after.magnitudes) == ["t01"]
+    assert torch.equal(after.magnitudes["t01"], before.magnitudes["t01"])
+
+
+def test_a_target_that_no_gradient_reached_keeps_zeros() -> None:
+    result = finish(make_fit(ModelState(), 1))
+    name, pair = next(iter(result.factors.items()))
+    zeros = {**result.factors, name: pair._replace(up=torch.zeros_like(pair.up))}
+    after = freeze(
+        ModelState(), replace(result, factors=zeros), method=METHODS["sdlora"], settings=settings()
+    ).learned
+
+    assert not after.directions["t01"][name].up.any()
+    assert all(part.isfinite().all() for part in after.directions["t01"][name])
+    assert after.magnitudes["t01"].isfinite().all()
+
+
+def test_a_direction_that_diverged_is_refused_by_name() -> None:
+    result = finish(make_fit(ModelState(), 1))
+    broken = {name: pair._replace(up=pair.up / 0) for name, pair in result.factors.items()}
+
+    with pytest.raises(
+        ValueError, match=r"t01: the direction at blocks\.0\.attn\.q has norm (nan|inf): it diverged"
+    ):
+        freeze(ModelState(), replace(result, factors=broken), method=METHODS["sdlora"], settings=settings())
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 8, 11], ids=lambda stop: f"after-step-{stop}")

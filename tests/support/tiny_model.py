@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +78,21 @@ def make_fit(
     backbone: nn.Module | None = None,
     targets: tuple[str, ...] | None = None,
     group: ProcessGroup = SINGLE,
+    lone: Collection[int] = (),
     **changes: str | float | bool,
 ) -> Fit:
-    """The fit of task `t{index}` on the tiny model; a joint method gets all tasks up to it."""
+    """The fit of task `t{index}` on the tiny model; a joint method gets all tasks up to it.
+
+    A task has two classes, and those of `lone` one.
+    """
     first = 1 if METHODS[method].joint else index
     return Fit(
         tiny_vit() if backbone is None else backbone,
         before,
-        tasks={f"t{i:02}": TaskImages(*tiny_task(i)) for i in range(first, index + 1)},
+        tasks={
+            f"t{i:02}": TaskImages(*tiny_task(i, classes=1 if i in lone else 2))
+            for i in range(first, index + 1)
+        },
         mean=[0.5],
         std=[0.5],
         method=METHODS[method],
@@ -111,11 +118,12 @@ def learn(
     method: str = "sdlora",
     chosen: Settings | None = None,
     backbone: Callable[[], nn.Module] = tiny_vit,
+    lone: Collection[int] = (),
 ) -> ModelState:
     """What a chain of `tasks` steps has learned."""
     learned = ModelState()
     for index in range(1, tasks + 1):
-        fit = make_fit(learned, index, method=method, chosen=chosen, backbone=backbone())
+        fit = make_fit(learned, index, method=method, chosen=chosen, backbone=backbone(), lone=lone)
         for _ in fit.run():
             pass
         step = freeze(learned, fit.result(), method=METHODS[method], settings=chosen or settings())

@@ -12,6 +12,7 @@ from pipelines.audits.steps import AuditedProject, Figures, opened_project, scor
 from pipelines.audits.tables import console, interval, plain, print_json, significant, table
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
+from pipelines.project.schemas import SampleCounts
 from pipelines.reports.format import DASH, count, flattened, number, percent
 from pipelines.runtime.console import printable
 
@@ -85,7 +86,7 @@ def _task_history(project: AuditedProject, which: str) -> Figures:
             f"--task {which}: not a task of params.yaml; there are {', '.join(project.params.tasks)}"
         )
     assert step.split is not None
-    task, counts = step.name, read_json(step.split / "split.json")["counts"]
+    task, counts = step.name, read_json(step.split / "split.json", SampleCounts)["counts"]
     rows = []
     for name in project.evaluated():
         later = project.step(name)

@@ -44,11 +44,10 @@ class Subject:
     @property
     def preprocessing(self) -> Preprocessing:
         """How the chain's backbone wants its pictures."""
-        from pipelines.project.files import read_json
-        from sdlora.backbones import DESCRIPTION
+        from sdlora.backbones import read_description
         from sdlora.preprocessing import Preprocessing
 
-        return Preprocessing.of(read_json(self.backbone / DESCRIPTION))
+        return Preprocessing.of(read_description(self.backbone))
 
     def chain(self) -> list[_Link]:
         """Return the records from this step back to t00, as far as their folders lie beside it.

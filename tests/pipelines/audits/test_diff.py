@@ -295,7 +295,7 @@ def test_between_two_runs_a_direction_is_compared_with_its_namesake(project: Pat
     path = other / "artifacts/model/t02/directions/t02.safetensors"
     shutil.copy(other / "artifacts/model/t02/directions/t01.safetensors", path)
     record = read_json(other / "artifacts/model/t02/step.json")
-    record["files"]["directions/t02.safetensors"] = "another"
+    record["files"]["directions/t02.safetensors"] = "f" * 64
     (other / "artifacts/model/t02/step.json").write_text(json.dumps(record))
     found = figures(str(other / "artifacts/model/t02"), "t02")
 

@@ -12,8 +12,8 @@ import pytest
 
 from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
-from sdlora.ledger import record_bytes
-from sdlora.tensors import file_sha256, read_tensors, write_tensors
+from sdlora.ledger import file_sha256, record_bytes
+from sdlora.tensors import read_tensors, write_tensors
 from tests.support.commands import call, call_here, environment, said_here
 
 pytestmark = pytest.mark.slow

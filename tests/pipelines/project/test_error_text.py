@@ -41,5 +41,14 @@ def test_a_value_error_of_ours_is_the_users_and_one_of_a_library_is_a_bug() -> N
     assert user_message(raised(lambda: natural_key(3))) is None  # type: ignore[arg-type]
 
 
+def test_a_missing_file_that_this_code_names_itself_is_the_users(tmp_path: Path) -> None:
+    from sdlora.loading import read_step
+
+    error = raised(lambda: read_step(tmp_path / "t05"))
+    assert isinstance(error, FileNotFoundError)
+    assert user_message(error) == str(error)
+    assert user_message(OSError("a library's own")) is None
+
+
 def test_an_error_of_several_lines_becomes_one() -> None:
     assert user_message(InputError("a\n  b")) == "a b"

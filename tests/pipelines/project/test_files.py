@@ -1,4 +1,5 @@
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipelines.project.files import (
     write_json,
     write_whole,
 )
+from pipelines.project.schemas import ClassMap
 
 
 def names(folder: Path) -> set[str]:
@@ -106,6 +108,14 @@ def test_equal_values_make_equal_json_bytes(tmp_path: Path) -> None:
         pytest.param(None, "the file is missing; run `sdlora run`", id="missing"),
         pytest.param(b"{", r"not a JSON file \(.*\); delete it", id="cut-off"),
         pytest.param(b"\xff", r"not a JSON file \(.*\); delete it", id="not-text"),
+        pytest.param(b"NaN", r"not a JSON file \(a number that is NaN\); delete it", id="nan"),
+        pytest.param(b"1e999", r"not a JSON file \(a number that is 1e999\); delete it", id="infinite"),
+        pytest.param(
+            b'{"a": 1, "a": 2}', r"not a JSON file \(a key stands twice .*\); delete it", id="twice"
+        ),
+        pytest.param(b"[" * 100_000, r"more than 64 levels deep; delete it", id="deep"),
+        pytest.param(b"[" * 70 + b"]" * 70, r"more than 64 levels deep; delete it", id="deeper-than-allowed"),
+        pytest.param(b"9" * 5000, r"not a JSON file \(.*\); delete it", id="long-number"),
     ],
 )
 def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, fault: str) -> None:
@@ -114,6 +124,44 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None
 
     with pytest.raises(InputError, match=rf"a\.json: {fault}"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ([], "it is an object|it is a list, expected an object"),
+        ({"classes": []}, "it lacks tasks"),
+        ({"classes": {}, "tasks": []}, "classes is an object, expected a list"),
+        ({"classes": [], "tasks": ["t1"]}, r"tasks\[0\] is 't1', expected a step such as t03"),
+        (
+            {"classes": [{"label": True, "name": "a", "task": "t01"}], "tasks": []},
+            r"classes\[0\]\.label is True, expected a whole",
+        ),
+        (
+            {"classes": [{"label": 0, "name": "a\nb", "task": "t01"}], "tasks": []},
+            r"classes\[0\]\.name is .*, expected one line",
+        ),
+        (
+            {"classes": [{"label": -1, "name": "a", "task": "t01"}], "tasks": []},
+            r"classes\[0\]\.label is -1, expected",
+        ),
+    ],
+)
+def test_json_of_another_type_is_refused_with_the_place(tmp_path: Path, value: object, fault: str) -> None:
+    write_json(tmp_path / "classes.json", value)
+
+    with pytest.raises(InputError, match=rf"classes\.json: ({fault}).*; delete it and run `sdlora run`"):
+        read_json(tmp_path / "classes.json", ClassMap)
+
+
+def test_a_large_file_and_a_pipe_are_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(20 * 2**30)
+    os.mkfifo(tmp_path / "pipe.json")
+
+    for name, fault in (("large", "it has 21,474,836,480 bytes"), ("pipe", "not a regular file")):
+        with pytest.raises(InputError, match=fault):
+            read_json(tmp_path / f"{name}.json")
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:

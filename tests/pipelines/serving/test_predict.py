@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli.app import app
 from pipelines.data.packed import read_images
+from pipelines.project.error_text import user_message
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json
 from pipelines.runtime.devices import choose_bf16, choose_device
@@ -53,6 +55,39 @@ def run(*arguments: str, stdin: bytes = b"", status: int = 0) -> str:
 
 def rows(*arguments: str, **options: object) -> list[dict[str, object]]:
     return [json.loads(line) for line in run(*arguments, "--format", "jsonl", **options).splitlines()]
+
+
+def line_of(*arguments: str) -> str | None:
+    """The line that a command which cannot be done ends with."""
+    error = CliRunner().invoke(app, ["predict", *arguments]).exception
+    assert error is not None
+    return user_message(error)
+
+
+def test_a_step_by_itself_is_refused_with_what_else_to_get(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `dvc get REPO artifacts/model/t02` leaves it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "artifacts/model/t02", "t02")
+    picture(0).save("a.png")
+
+    said = line_of("t02", "a.png")
+    assert said is not None
+    assert said.endswith(
+        "t00: step t00, the backbone of the chain, is missing; get it too, beside t02 "
+        "(`dvc get REPO artifacts/model/t00`), or say where it is"
+    )
+    shutil.copytree(made / "artifacts/model/t00", "t00")
+    assert "class " in run("t02", "a.png")
+    Path("t02/head/t01.safetensors").unlink()
+    said = line_of("t02", "a.png")
+    assert said is not None
+    assert said.startswith("t02/head/t01.safetensors: it is missing; get the whole folder")
+    Path("t02/step.json").unlink()
+    said = line_of("t02", "a.png")
+    assert said is not None
+    assert said.startswith("t02: no model folder (no step.json in it)")
 
 
 def test_predictions_are_those_of_the_evaluation(project: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pipelines.stages.split import split
 from sdlora.classifier import IncrementalClassifier
 from sdlora.ledger import record_hash
 from sdlora.methods import METHODS
+from sdlora.verification import faults_of_step
 from tests.support.folders import contents
 from tests.support.parameters import PARAMS, settings
 from tests.support.steps import run_fit
@@ -117,6 +118,33 @@ def test_an_absorbed_direction_is_in_the_ledger_with_what_it_changed(project: Pa
     assert record["freezing"]["absorbed"] == 1
     assert 0 <= record["freezing"]["residual"] <= 1
     assert 0 <= record["freezing"]["output_change"] < 1
+
+
+@pytest.mark.parametrize("lone", ["t01", "t02"])
+def test_a_step_of_one_class_is_recorded_without_a_direction_and_verified(project: Path, lone: str) -> None:
+    text = settings(formulation="paper", head="aligned")
+    Path("params.yaml").write_text(
+        text.replace('"a", "b"' if lone == "t01" else '"c", "d"', '"a"' if lone == "t01" else '"c"')
+    )
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        split(
+            task,
+            source=Path("pictures"),
+            before=Path(f"split/{before}"),
+            out=Path(f"split/{task}"),
+            images=Path(f"train/{task}"),
+        )
+        run_step(task, before)
+        run_evaluation(task)
+    record = read_json(Path("model/t02/step.json"))
+    other = "t02" if lone == "t01" else "t01"
+
+    assert record["directions"] == list(record["magnitudes"]) == [other]
+    assert read_json(Path(f"model/{lone}/step.json"))["rank"] == 0
+    assert read_json(Path(f"fit/{lone}/fit.json"))["steps"] == 0
+    assert len(record["classes"]) == 3
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        assert not list(faults_of_step(Path(f"model/{task}"), task, Path(f"model/{before}")))
 
 
 @pytest.mark.parametrize("stage", ["fit", "freeze"])

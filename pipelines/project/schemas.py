@@ -1,0 +1,61 @@
+"""What the JSON files that stages leave hold, as far as it is read: types for `read_json`."""
+
+from __future__ import annotations
+
+from typing import Annotated, NotRequired, TypedDict
+
+from sdlora.ledger import ClassEntry
+from sdlora.records import Name, Number, Rule, Sha256, TaskId, WholeNumber
+
+_Images = Annotated[int, Rule(range(1, 2**53).__contains__, "a number of images, at least 1")]
+
+
+class ClassMap(TypedDict):
+    """classes.json: all classes so far, in the order of their labels, and all tasks."""
+
+    classes: list[ClassEntry]
+    tasks: list[TaskId]
+
+
+class TaskList(TypedDict):
+    """validation/tasks.json: the tasks that have validation images."""
+
+    tasks: list[TaskId]
+
+
+class TrainingImages(TypedDict):
+    """train.json: what describes a task's training images."""
+
+    task: TaskId
+    images: Sha256
+
+
+class SampleDigest(TypedDict):
+    """split.json: one hash for all samples of a task."""
+
+    digest: Sha256
+
+
+class SampleCounts(TypedDict):
+    """split.json: class → part → how many images."""
+
+    counts: dict[Name, dict[Name, WholeNumber]]
+
+
+class Metrics(TypedDict):
+    """metrics.json of a step: images of each task's test, how many are right, and their share."""
+
+    tasks: list[TaskId]
+    accuracy: list[Number]
+    samples: list[_Images]
+    correct: list[WholeNumber]
+    validation_samples: NotRequired[list[WholeNumber]]
+    validation_correct: NotRequired[list[WholeNumber]]
+
+
+class Headline(TypedDict):
+    """metrics.json of a chain."""
+
+    last_accuracy: Number | None
+    average_accuracy: Number | None
+    forgetting: Number | None
