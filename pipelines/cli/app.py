@@ -364,20 +364,26 @@ def audit_show(
     task: Annotated[
         str | None, typer.Option(metavar="TASK", help="What a task's step was, and what became of it.")
     ] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What each image in a folder went into, as JSON.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show the history of one class, one image or one task."""
+    """Show the history of one class, one image or one task, and what images went into."""
     require_project()
-    if sum(given is not None for given in (class_name, image, task)) != 1:
-        raise InputError("audit show: give one of --class, --image and --task")
+    if sum(given is not None for given in (class_name, image, task, files)) != 1:
+        raise InputError("audit show: give one of --class, --image, --task and --files")
     from pipelines.audits.show.class_history import show_class
     from pipelines.audits.show.image_history import show_image
+    from pipelines.audits.show.lineage import show_files
     from pipelines.audits.show.task_history import show_task
 
     if class_name is not None:
         show_class(class_name, as_json=json)
     elif image is not None:
         show_image(image, as_json=json)
+    elif files is not None:
+        show_files(files)
     else:
         assert task is not None
         show_task(task, as_json=json)
