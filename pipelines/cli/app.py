@@ -304,20 +304,36 @@ def audit_verify(
     signers: Annotated[
         Path | None, typer.Option(help="File of allowed signers (ssh-keygen): whose the signatures are.")
     ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="HEAD", help="Head that the chain must have, now or at an earlier step."),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Read the objects in DVC's cache too, and ask its remotes.")
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Derive again all that follows without training, and compare every byte."
+        ),
+    ] = False,
     retrain: Annotated[
-        list[str] | None, typer.Option(help="Learn this step again and compare every byte; repeatable.")
+        list[str] | None,
+        typer.Option(help="Learn this step again and compare every byte; repeatable; all for all steps."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock.
+    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock, journal.
 
     One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
-    not in the workspace is read from DVC's cache or remote.
+    not in the workspace is read from DVC's cache or remote. --recompute and --retrain work in a folder of their own;
+    ended anywhere, the same command goes on.
     """
     require_project()
-    from pipelines.audits.outcome import show_verification
+    from pipelines.audits.outcome import Checks, show_verification
 
-    raise SystemExit(show_verification(as_json=json, signers=signers, again=retrain or []))
+    checks = Checks(signers=signers, expect=expect, cache=cache, recompute=recompute, retrain=retrain or ())
+    raise SystemExit(show_verification(checks, as_json=json))
 
 
 @audit.command("sign")
