@@ -9,15 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.audits.verify import StepVerification, verify
+from pipelines.audits.verify import verify
+from pipelines.ledger.journal import heads_of, read_journal
 from pipelines.ledger.receipts import read_receipts, receipt_of
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import sha256_of, write_whole
-from pipelines.project.layout import SIGNATURES
+from pipelines.project.layout import JOURNAL, SIGNATURES
 
 NAMESPACE = "sdlora-ledger"
 """What a signature is for: one of another namespace, such as git's, is none of the ledger."""
-_STATEMENT = r"sdlora ledger\nstep (t[0-9]+)\nhead ([0-9a-f]{64})\nreceipts ([0-9a-f]{64}|none)\n"
+_HASH = "[0-9a-f]{64}"
+_STATEMENT = (
+    rf"sdlora ledger\nstep (t[0-9]+)\nhead ({_HASH})\nreceipts ({_HASH}|none)\n"
+    rf"(?:steps ([0-9]+)\njournal ({_HASH}(?: {_HASH})*|none)\n)?"
+)
+"""The last two lines are not in statements that version 0.1 has signed."""
 
 
 class _Signature(NamedTuple):
@@ -33,9 +39,9 @@ class _Signature(NamedTuple):
 def sign(key: Path) -> list[str]:
     """Verify the whole chain, sign its head with an SSH key, and return lines to print.
 
-    The statement is a file of four lines (the last is the hash of the newest receipt of deleted images),
-    `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong into version control. `ssh-keygen -Y
-    verify` needs nothing of ours to check them (docs/how-to/verify.md).
+    The statement is a file of six lines, `ledger/signatures/STEP`, its signature `STEP.sig` beside it; both belong into
+    version control. It names the last step, its head, the newest receipt of deleted images, the number of steps and the
+    heads of the journal. `ssh-keygen -Y verify` needs nothing of ours to check it (docs/how-to/verify.md).
     """
     if not key.is_file():
         raise InputError(f"{key}: no such key; make one with `ssh-keygen -t ed25519 -f {key}`")
@@ -44,9 +50,14 @@ def sign(key: Path) -> list[str]:
         raise InputError(
             f"{findings[-1].step}: {findings[-1].fault}; a chain that does not hold is not signed"
         )
-    last = _head_of(findings)
-    statement = SIGNATURES / last.step
-    text = f"sdlora ledger\nstep {last.step}\nhead {last.record}\nreceipts {newest_receipt()}\n".encode()
+    heads = {finding.step: finding.head for finding in findings if finding.head}
+    last = next(reversed(heads))
+    told = " ".join(heads_of(read_journal())) or "none"
+    statement = SIGNATURES / last
+    text = (
+        f"sdlora ledger\nstep {last}\nhead {heads[last]}\nreceipts {newest_receipt()}\n"
+        f"steps {len(heads) - 1}\njournal {told}\n"
+    ).encode()
     # Signed on the way through, so that nothing is there until all of it is.
     done = _ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], text=text)
     if done.returncode:
@@ -54,14 +65,9 @@ def sign(key: Path) -> list[str]:
     write_whole(statement, text)
     write_whole(statement.with_suffix(".sig"), done.stdout)
     return [
-        f"{statement}.sig: {last.step} signed, head {last.record}",
+        f"{statement}.sig: {last} signed, head {heads[last]}",
         f"commit {SIGNATURES}; `sdlora audit verify --signers FILE` checks it",
     ]
-
-
-def _head_of(findings: list[StepVerification]) -> StepVerification:
-    """Return the last step that was verified: its hash is the head of the chain."""
-    return [finding for finding in findings if finding.record][-1]
 
 
 def newest_receipt() -> str:
@@ -88,11 +94,17 @@ def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator
         found = re.fullmatch(_STATEMENT, statement.read_text() if statement.is_file() else "")
         if found is None:
             raise FaultError(f"{statement}: not the statement that {path.name} signs")
-        step, head, receipts = found.groups()
-        if heads.get(step) != head:
+        step, head, receipts, steps, told = found.groups()
+        if step not in heads:
+            raise FaultError(
+                f"{path}: it signs {step}, and the chain ends at {list(heads)[-1]}; sign anew, or remove it"
+            )
+        if heads[step] != head:
             raise FaultError(
                 f"{path}: it signs another ledger (head {head[:12]} at {step}); sign anew, or remove it"
             )
+        if steps is not None:
+            _check_extent(path, steps, told, list(heads).index(step))
         signature = _check(path, statement.read_bytes(), step, signers)
         if step == list(heads)[-1]:
             if receipts != newest:
@@ -104,6 +116,21 @@ def check_signatures(heads: Mapping[str, str], signers: Path | None) -> Iterator
     if signers is not None and not signed:
         raise FaultError(
             f"{SIGNATURES}: nobody whom {signers} knows has signed the head of the chain ({list(heads)[-1]})"
+        )
+
+
+def _check_extent(path: Path, steps: str, told: str, number: int) -> None:
+    """Check the number of steps, and that the journal still has the lines, that a statement names."""
+    if int(steps) != number:
+        raise FaultError(
+            f"{path}: it signs a chain of {steps} steps, and these are {number}; sign anew, or remove it"
+        )
+    known = read_journal()
+    missing = [line for line in told.split() if told != "none" and line not in known]
+    if missing:
+        raise FaultError(
+            f"{path}: it signs a line of the journal that was changed or is missing ({missing[0][:12]}); restore "
+            f"{JOURNAL} from version control"
         )
 
 

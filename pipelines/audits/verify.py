@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipelines.audits.lock_entries import check_declared, check_read, check_recorded, check_source
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, samples_digest
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
+from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
@@ -19,6 +22,7 @@ from pipelines.project.files import read_json, sha256_of
 from pipelines.project.layout import (
     ARTIFACTS,
     CODE,
+    CODE_STAGE,
     EVALUATIONS,
     FITS,
     GATES,
@@ -33,6 +37,8 @@ from pipelines.project.layout import (
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
+from pipelines.versioning.stores import DeclaredStage, read_dvc_project
+from sdlora.ledger import record_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,47 +51,72 @@ class StepVerification(NamedTuple):
     files: int
     """How many files were read."""
     record: str
-    """The hash of its verdict, which holds that of its record and of the verdict before; empty where there is none."""
+    """The hash of its record, step.json; empty where there is none."""
+    head: str
+    """The hash of its verdict, which holds that of the record and of the verdict before; empty where there is none."""
     fault: str | None
     """The first thing that does not hold: the file, and what is wrong with it."""
     receipt: str = ""
     """The hash of the receipt of its deleted images; empty where they are there."""
+    results: Mapping[str, str] = MappingProxyType({})
+    """Stage → the hash of the file that stands for what it left."""
 
 
 def verify() -> Iterator[StepVerification]:
     """Verify step after step, from the files, until something does not hold.
 
     Of every step: all outputs of its stages are those of dvc.lock, by their bytes; its model folder is what its record
-    and the step before say; the images, the fit and the evaluation are those that the record and each other name. What
-    is not in the workspace is read from DVC's cache, or fetched from its remote.
+    and the step before say; the images, the fit and the evaluation are those that the record and each other name; what
+    dvc.lock says of its stages is what dvc.yaml, params.yaml, its record and its source say. What is not in the
+    workspace is read from DVC's cache, or fetched from its remote.
     """
     params = Params.load()
     lock = read_lock(params)
+    declared = read_dvc_project(Path.cwd()).stages
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
         place = ArtifactStore(lock, Path(scratch))
         before: Path | None = None
         for step in ("t00", *params.tasks):
-            retired = step in params.tasks and params.tasks[step].retired
+            stages = [stage for stage in declared if _step_of(stage, params) == step]
             try:
-                files, model = _verify_step(place, step, before)
-                receipt = _check_receipt(place, step, retired=retired)
-            except FaultError as fault:
-                yield StepVerification(step, 0, "", str(fault))
-                return
-            except InputError as fault:  # a file that is damaged names itself
-                yield StepVerification(step, 0, "", str(fault))
+                files, model = _verify_step(place, step, before, stages)
+                if step != "t00":
+                    check_source(params, step, _samples_of(place, step))
+                receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
+            except (FaultError, InputError) as fault:  # a file that is damaged names itself
+                yield StepVerification(step, 0, "", "", str(fault))
                 return
             head = sha256_of(place.find(GATES / step) / "verdict.json")
-            yield StepVerification(step, files, head, None, receipt)
+            results = dict(_results_of(place, stages)) if before else {}
+            yield StepVerification(step, files, record_hash(model), head, None, receipt, results)
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             _check_metrics(place, params)
-            _check_inputs(place, [stage for stage in lock.deps if StageName.parse(stage).item is None])
+            rest = [stage for stage in declared if _step_of(stage, params) is None]
+            check_declared(lock, rest)
+            check_read(place, rest)
         except FaultError as fault:
-            yield StepVerification("report", 0, "", str(fault))
+            yield StepVerification("report", 0, "", "", str(fault))
             return
-        yield StepVerification("report", files, "", None)
+        yield StepVerification("report", files, "", "", None)
+
+
+def _step_of(stage: DeclaredStage, params: Params) -> str | None:
+    """Return the step that a stage belongs to. None where it is of the chain as a whole, or brings a data set."""
+    kind, item = StageName.parse(stage.name)
+    if kind in (CODE_STAGE, "start", "backbone"):
+        return "t00"
+    return item if item in params.tasks else None
+
+
+def _results_of(place: ArtifactStore, stages: Iterable[DeclaredStage]) -> Iterator[tuple[str, str]]:
+    """Yield stages with the hash of the file that stands for what each left, as the journal names it."""
+    for stage in stages:
+        files = (place.find(Path(out)) / name for out in stage.outs for name in RECORDS)
+        path = next((path for path in files if path.is_file()), None)
+        if path is not None:
+            yield stage.name, sha256_of(path)
 
 
 def check_bytes(place: ArtifactStore, path: str) -> int:
@@ -110,7 +141,9 @@ def check_bytes(place: ArtifactStore, path: str) -> int:
     return len(names)
 
 
-def _verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[int, Path]:
+def _verify_step(
+    place: ArtifactStore, step: str, before: Path | None, stages: Sequence[DeclaredStage]
+) -> tuple[int, Path]:
     """Verify all outputs of one step. Return how many files were read, and its model folder."""
     from sdlora.verification import faults_of_step
 
@@ -122,13 +155,19 @@ def _verify_step(place: ArtifactStore, step: str, before: Path | None) -> tuple[
     except (AttributeError, KeyError, TypeError, IndexError):
         raise FaultError(f"{MODELS / step}/step.json: it is not a record of a step") from None
     kinds = ["model", "split", "evaluation", "gate"] + ([] if step == "t00" else ["train", "fit"])
-    files = sum(check_bytes(place, (ARTIFACTS / kind / step).as_posix()) for kind in kinds)
+    outs = [(ARTIFACTS / kind / step).as_posix() for kind in kinds]
+    if before is None and str(CODE) in place.lock.outs:  # each stage reads the fingerprint of its code
+        outs.append(str(CODE))
+    files = sum(check_bytes(place, out) for out in outs)
+    check_declared(place.lock, stages)
+    check_read(place, stages)
     if step != "t00":
         record = read_json(model / "step.json")
         _check_origins(place, step, record)
         check_split(place, step, record)
         _check_evaluation(place, step, record)
         _check_verdict(place, step, record)
+        check_recorded(place.lock, step, record, read_json(place.find(GATES / step) / "verdict.json"))
     return files, model
 
 
@@ -150,7 +189,6 @@ def _check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{MODELS / step}/step.json: its {name} do not follow from the fit")
-    _check_inputs(place, [stage for stage in place.lock.deps if StageName.parse(stage).item == step])
 
 
 def _check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
@@ -168,14 +206,6 @@ def _check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
             )
 
 
-def _check_inputs(place: ArtifactStore, stages: Iterable[str]) -> None:
-    """Check that what a stage read is what another one made, by the hashes of both in dvc.lock."""
-    for stage in stages:
-        for path, md5 in place.lock.deps[stage].items():
-            if (place.md5(path) or md5) != md5:
-                raise FaultError(f"{LOCK}: {stage} read another {path} than the one that was made")
-
-
 def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
     """Check that the packed pictures are the samples of the ledger, bytes and all.
 
@@ -183,7 +213,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
     """
     folder = SPLITS / step
     split, train = place.find(folder), place.find(TRAINED / step) / PACKED
-    rows = [SampleRow(**row) for row in read_images(split / f"samples/{step}.arrow").to_pylist()]
+    rows = _samples_of(place, step)
     described = read_json(split / "split.json")
     if (samples_digest(rows), samples_digest(row for row in rows if row.split == "train")) != (
         described["digest"],
@@ -207,6 +237,12 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
     _check_handed_on(place, folder, split, record["tasks"])
     _check_apart(folder, split, rows, record["tasks"][:-1])
+
+
+def _samples_of(place: ArtifactStore, step: str) -> list[SampleRow]:
+    """Return all samples of a step, in their order."""
+    path = place.find(SPLITS / step) / f"samples/{step}.arrow"
+    return [SampleRow(**row) for row in read_images(path).to_pylist()]
 
 
 def _check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:

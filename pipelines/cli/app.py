@@ -328,20 +328,42 @@ def audit_verify(
     signers: Annotated[
         Path | None, typer.Option(help="File of allowed signers (ssh-keygen): whose the signatures are.")
     ] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="HEAD", help="Head that the chain must have, now or at an earlier step."),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Read the objects in DVC's cache too, and ask its remotes.")
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Derive again all that follows without training, and compare every byte."
+        ),
+    ] = False,
     retrain: Annotated[
-        list[str] | None, typer.Option(help="Learn this step again and compare every byte; repeatable.")
+        list[str] | None,
+        typer.Option(help="Learn this step again and compare every byte; repeatable; all for all steps."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock.
+    """Verify the whole chain from its files: ledger, frozen tensors, dvc.lock, journal.
 
     One line for each step; exit status 1 at the first thing that does not hold, with step, file and tensor. What is
-    not in the workspace is read from DVC's cache or remote.
+    not in the workspace is read from DVC's cache or remote. --recompute and --retrain work in a folder of their own;
+    ended anywhere, the same command goes on.
     """
     caller = enter_project()
-    from pipelines.audits.outcome import show_verification
+    from pipelines.audits.outcome import Checks, show_verification
 
-    raise SystemExit(show_verification(as_json=json, signers=caller.optional(signers), again=retrain or []))
+    checks = Checks(
+        signers=caller.optional(signers),
+        expect=expect,
+        cache=cache,
+        recompute=recompute,
+        retrain=retrain or (),
+    )
+    raise SystemExit(show_verification(checks, as_json=json))
 
 
 @audit.command("sign")
@@ -443,20 +465,26 @@ def audit_show(
     task: Annotated[
         str | None, typer.Option(metavar="TASK", help="What a task's step was, and what became of it.")
     ] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What each image in a folder went into, as JSON.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show the history of one class, one image or one task."""
+    """Show the history of one class, one image or one task, and what images went into."""
     caller = enter_project()
-    if sum(given is not None for given in (class_name, image, task)) != 1:
-        raise InputError("audit show: give one of --class, --image and --task")
+    if sum(given is not None for given in (class_name, image, task, files)) != 1:
+        raise InputError("audit show: give one of --class, --image, --task and --files")
     from pipelines.audits.show.class_history import show_class
     from pipelines.audits.show.image_history import show_image
+    from pipelines.audits.show.lineage import show_files
     from pipelines.audits.show.task_history import show_task
 
     if class_name is not None:
         show_class(class_name, as_json=json)
     elif image is not None:
         show_image(caller.path_or_name(image), as_json=json)
+    elif files is not None:
+        show_files(caller.path(files))
     else:
         assert task is not None
         show_task(task, as_json=json)

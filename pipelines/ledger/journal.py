@@ -37,7 +37,7 @@ RECORDS = ("step.json", "verdict.json", "fit.json", "metrics.json", "split.json"
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class JournalLine(Section):
+class _JournalLine(Section):
     """A line of the journal: a stage that was computed."""
 
     model_config = ConfigDict(extra="ignore")  # what a later version adds is no fault
@@ -99,16 +99,16 @@ def keep_cost(
         )
 
 
-def read_journal() -> dict[str, JournalLine]:
+def read_journal() -> dict[str, _JournalLine]:
     """Return all lines by their hash, in the order of the file.
 
     Raises:
         InputError: a line is none of a journal, or one that another line names is missing.
     """
-    lines: dict[str, JournalLine] = {}
+    lines: dict[str, _JournalLine] = {}
     for number, data in enumerate(_lines_of(_content()), start=1):
         try:
-            lines[_hash_of(data)] = JournalLine.model_validate_json(data)
+            lines[_hash_of(data)] = _JournalLine.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "JSON"
@@ -126,7 +126,7 @@ def read_journal() -> dict[str, JournalLine]:
     return lines
 
 
-def heads_of(lines: Mapping[str, JournalLine]) -> list[str]:
+def heads_of(lines: Mapping[str, _JournalLine]) -> list[str]:
     """Return the hashes of the lines that no other names, sorted: together they stand for the whole journal."""
     return sorted(lines.keys() - {name for line in lines.values() for name in line.previous})
 

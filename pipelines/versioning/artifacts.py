@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipelines.project.errors import FaultError, InputError
-from pipelines.project.layout import LOCK, StageName
+from pipelines.project.layout import LOCK, PARAMS, StageName
 from pipelines.project.params import Params
 from pipelines.project.settings import Fetch
 from pipelines.project.yaml_text import read_lock_file
@@ -24,10 +24,14 @@ class Lock:
 
     outs: Mapping[str, str]
     """Path → md5, of every output of every stage."""
+    made: Mapping[str, Sequence[str]]
+    """Stage → the paths of its outputs."""
     deps: Mapping[str, Mapping[str, str]]
     """Stage → path → md5 of what it read."""
     commands: Mapping[str, str]
     """Stage → the command line that made its outputs: that of dvc.yaml, with the task filled in."""
+    parameters: Mapping[str, Mapping[str, Any]]
+    """Stage → what it read of params.yaml, by dotted key."""
 
 
 def read_lock(params: Params) -> Lock:
@@ -42,14 +46,18 @@ def read_lock(params: Params) -> Lock:
             if StageName.parse(name).item in (None, *items)  # DVC keeps those of removed tasks
         }
         outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+        made = {name: [out["path"] for out in stage.get("outs", [])] for name, stage in stages.items()}
         deps = {
             name: {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if "md5" in dep}
             for name, stage in stages.items()
         }
         commands = {name: str(stage["cmd"]) for name, stage in stages.items()}
-    except (AttributeError, KeyError, TypeError):
+        parameters = {
+            name: dict(stage.get("params", {}).get(str(PARAMS), {})) for name, stage in stages.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{LOCK}: not what DVC writes; restore it from version control") from None
-    return Lock(outs, deps, commands)
+    return Lock(outs, made, deps, commands, parameters)
 
 
 class ObjectStore:
@@ -89,6 +97,7 @@ class ArtifactStore:
         (scratch / "objects").mkdir()
         self._objects = ObjectStore(scratch / "objects")
         self._checked: dict[str, Mapping[str, str]] = {}
+        self._here: dict[str, str | None] = {}
 
     def checked(self, path: str) -> bool:
         """Return whether an output has been compared with dvc.lock."""
@@ -118,6 +127,12 @@ class ArtifactStore:
             return None
         hashes = {f"{out}/{name}": md5 for out in outs for name, md5 in self._checked[out].items()}
         return folder_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in hashes.items()})
+
+    def workspace_md5(self, path: str) -> str | None:
+        """Return the md5 of what no stage made, as it lies in the workspace. None where it is not there."""
+        if path not in self._here:
+            self._here[path] = _md5_here(Path(path))
+        return self._here[path]
 
     def find(self, path: Path) -> Path:
         """Return where an output can be read."""
@@ -166,6 +181,20 @@ class ArtifactStore:
                 )
             found[entry["relpath"]] = file
         return found
+
+
+def _md5_here(path: Path) -> str | None:
+    """Return DVC's hash of a file or folder in the workspace, from all bytes of it. None where there is none."""
+    if not path.is_dir():
+        return md5_of(path) if path.is_file() else None
+    from dvc.fs import LocalFileSystem
+    from dvc.repo import Repo
+
+    with contextlib.closing(Repo()) as repo:
+        root = path.absolute()
+        places = repo.dvcignore.walk(LocalFileSystem(), str(root))
+        files = [Path(place) / name for place, _, names in places for name in names]
+    return folder_md5({file.relative_to(root).as_posix(): md5_of(file) for file in files})
 
 
 def _md5_of_listing(path: Path) -> str:

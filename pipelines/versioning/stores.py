@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from pipelines.project.layout import DVC_YAML, PARAMS
+from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.plan import needs_of
 
@@ -46,6 +47,7 @@ def read_dvc_project(root: Path) -> _DvcProject:
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
         stages = repo.stage.load_all(str(DVC_YAML))
         needs = needs_of(stages)
+        chosen = read_yaml(read_text(PARAMS), origin=str(PARAMS))
         return _DvcProject(
             stages=tuple(
                 DeclaredStage(
@@ -53,7 +55,11 @@ def read_dvc_project(root: Path) -> _DvcProject:
                     command=stage.cmd,
                     deps=tuple(dep.def_path for dep in stage.deps),
                     outs=tuple(out.def_path for out in stage.outs),
-                    params=tuple(dep.read_params() for dep in stage.deps if dep.def_path == str(PARAMS)),
+                    params=tuple(  # DVC itself would read the file anew for each
+                        {key: value_at(chosen, tuple(key.split("."))) for key in dep.params}
+                        for dep in stage.deps
+                        if dep.def_path == str(PARAMS)
+                    ),
                     needs=frozenset(needs[stage.addressing]),
                 )
                 for stage in stages

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.audits.show.class_history import TOP
+from pipelines.audits.show.lineage import Lineage
 from pipelines.audits.steps import (
     AuditedProject,
     AuditedStep,
@@ -48,6 +50,8 @@ def show_image(which: str, *, as_json: bool) -> None:
         )
     else:
         out.print(printable(f"{which}: no image of any task is this picture"), markup=False, soft_wrap=True)
+    for line in _lineage_lines(found):
+        out.print(printable(line), markup=False, soft_wrap=True)
     rows = []
     for row in found["steps"]:
         guesses = [f"{guess['class']} {percent(guess['probability'])}" for guess in row["guesses"]]
@@ -61,10 +65,33 @@ def show_image(which: str, *, as_json: bool) -> None:
     )
 
 
+def _lineage_lines(found: Figures) -> Iterator[str]:
+    """Yield what the image went into, in sentences."""
+    for image in found["known"]:
+        for step in image["went_into"]:
+            for name, files in (
+                ("was trained on it", step["files"] if step["trained_on_it"] else []),
+                ("holds what was made of it", step["as_they_were"]),
+                ("carries on what was made of it", _carried(step)),
+            ):
+                if files:
+                    yield f"{step['step']} {name}: {', '.join(files)}"
+        if image["tested_in"]:
+            yield f"{image['part']} image of {', '.join(image['tested_in'])}"
+    yield "it is in test" if found["in_test"] else "it is in no test"
+
+
+def _carried(step: Figures) -> list[str]:
+    """Return the files that a step has made of those of an image that it was not trained on."""
+    return (
+        [] if step["trained_on_it"] else [name for name in step["files"] if name not in step["as_they_were"]]
+    )
+
+
 def _image_history(project: AuditedProject, which: str) -> Figures:
     """Return the best guesses of every step for a file, or for a test image by its id. Whether the first one is right.
 
-    `known` are the images of the chain that show the very same picture, whatever file it is in.
+    `known` are the images of the chain that show the very same picture, in whatever file, and what they went into.
     """
     import torch
 
@@ -80,8 +107,8 @@ def _image_history(project: AuditedProject, which: str) -> Figures:
             picture = open_picture(data)
         except ValueError as error:
             raise InputError(f"{printable(which)}: {error}") from None
-    known = _known_as(last, picture_hash(picture), hashlib.sha256(data).hexdigest())
-    truths = {entry["class"] for entry in known}
+    found = Lineage(project).of(hashlib.sha256(data).hexdigest(), picture_hash(picture))
+    truths = {entry["class"] for entry in found["known"]}
     set_deterministic(True)
     device: torch.device = choose_device("auto")
     base = read_base(last)
@@ -113,7 +140,7 @@ def _image_history(project: AuditedProject, which: str) -> Figures:
                 }
             )
             bar.update(done)
-    return {"image": which, "known": known, "steps": rows}
+    return {"image": which, **found, "steps": rows}
 
 
 def _image_bytes(last: AuditedStep, which: str) -> bytes:
@@ -133,15 +160,3 @@ def _image_bytes(last: AuditedStep, which: str) -> bytes:
     if which in known:
         raise InputError(f"{printable(which)}: the test images of {task} are gone; name a file of it instead")
     raise InputError(f"{printable(which)}: no such file, and no test image of this id{near(which, known)}")
-
-
-def _known_as(step: AuditedStep, pixels: str, file: str) -> list[Figures]:
-    """Return the images of the chain that show a picture, by its `picture_hash`, or are the very file."""
-    found = []
-    for row in samples_of(step):
-        if row["pixels"] == pixels or row["sha256"] == file:
-            owner = step.classes[row["label"]]
-            found.append(
-                {"id": row["id"], "part": row["split"], "class": owner["name"], "task": owner["task"]}
-            )
-    return found

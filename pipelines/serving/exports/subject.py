@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.project.errors import InputError
-from pipelines.project.files import write_json
+from pipelines.project.files import sha256_of, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,11 +88,17 @@ class Subject:
         }
 
     def described_ledger(self, step: Step) -> dict[str, Any]:
-        """Return which step this is, and what it came from."""
-        head, *earlier = self.chain()
+        """Return which step this is, and what it came from.
+
+        `sha256` is the hash of its record, `head` that of its verdict, which signatures name: null where no folder of
+        verdicts lies beside that of the models.
+        """
+        last, *earlier = self.chain()
+        verdict = self.model.resolve().parent.parent / "gate" / last.step / "verdict.json"
         return {
-            "step": head.step,
-            "sha256": head.sha256,
+            "step": last.step,
+            "sha256": last.sha256,
+            "head": sha256_of(verdict) if verdict.is_file() else None,
             "earlier": [link._asdict() for link in earlier],
             "record": step.record,
         }

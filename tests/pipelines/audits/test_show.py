@@ -15,10 +15,12 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
-from pipelines.data.packed import read_images
+from pipelines.data.decoding import picture_hash
+from pipelines.data.packed import SampleRow, read_images, write_samples
 from pipelines.project.files import read_json, sha256_of
 from sdlora.ledger import record_hash
 from tests.support.audited_project import EACH, Answer, make_audited
+from tests.support.chains import encoded, picture
 from tests.support.commands import call_here, said_here
 
 
@@ -189,6 +191,53 @@ def test_a_file_that_shows_a_known_picture_is_recognised_in_whatever_format(
     assert (found["known"], {row["right"] for row in found["steps"]}) == ([], {None})
 
 
+def test_what_the_images_of_a_folder_went_into_is_told_by_bytes_and_by_picture(
+    project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "files"
+    (folder / "sub").mkdir(parents=True)
+    trained = picture(999)
+    (folder / "same.png").write_bytes(encoded(trained))
+    trained.save(folder / "sub/other format.bmp")
+    table = read_images(Path("artifacts/split/t03/test/t02.arrow"))
+    (folder / "tested.png").write_bytes(table["image"][0].as_py())
+    (folder / "unknown.png").write_bytes(encoded(picture(998)))
+    (folder / "no picture.txt").write_text("text")
+    samples = Path("artifacts/split/t03/samples/t01.arrow")
+    rows = [SampleRow(**row) for row in read_images(samples).to_pylist()]
+    samples.unlink()  # the table of before may still be mapped
+    hashes = {"sha256": sha256_of(folder / "same.png"), "pixels": picture_hash(trained)}
+    write_samples(samples, [rows[0]._replace(**hashes), *rows[1:]])
+    found = json.loads(run("--files", str(folder)))["files"]
+
+    assert {name: [its["same_bytes"] for its in told["known"]] for name, told in found.items()} == {
+        "no picture.txt": [],
+        "same.png": [True],
+        "sub/other format.bmp": [False],
+        "tested.png": [True],
+        "unknown.png": [],
+    }
+    assert [name for name, told in found.items() if told["in_test"]] == ["tested.png"]
+    assert found["tested.png"]["known"][0]["tested_in"] == ["t02", "t03"]
+    known = found["same.png"]["known"][0]
+    assert (known["id"], known["part"], known["class"]) == (rows[0].id, "train", "c0")
+    steps = known["went_into"]
+    assert [(step["step"], step["trained_on_it"]) for step in steps] == [
+        ("t01", True),
+        ("t02", False),
+        ("t03", False),
+    ]
+    assert steps[0]["files"] == [
+        "directions/t01.safetensors",
+        "head/t01.safetensors",
+        "magnitudes.safetensors",
+    ]
+    assert steps[2]["as_they_were"] == ["directions/t01.safetensors", "head/t01.safetensors"]
+    lines = run("--image", str(folder / "same.png")).splitlines()
+    assert lines[1] == f"t01 was trained on it: {', '.join(steps[0]['files'])}"
+    assert "it is in no test" in lines
+
+
 def test_an_image_is_shown_in_80_columns(project: Path) -> None:
     text = run("--image", image(2, 3, 0))
     assert "t02/test/c3/0.png: a test image of class c3, of t02" in text
@@ -231,8 +280,8 @@ def test_a_task_is_shown_in_80_columns(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "audit show: give one of --class, --image and --task"),
-        (["--class", "c0", "--task", "t01"], "audit show: give one of --class, --image and --task"),
+        ([], "audit show: give one of --class, --image, --task and --files"),
+        (["--class", "c0", "--task", "t01"], "audit show: give one of --class, --image, --task and --files"),
         (["--class", "C0"], "t03 knows no class 'C0'; did you mean 'c0'"),
         (["--task", "t00"], "--task t00: not a task of params.yaml; there are t01, t02, t03"),
         (["--task", "t07"], "there is no step 't07'; there are t00, t01, t02, t03"),

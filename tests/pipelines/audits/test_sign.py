@@ -11,7 +11,9 @@ import pytest
 
 from pipelines.audits.sign import NAMESPACE, check_signatures, sign
 from pipelines.audits.verify import verify
+from pipelines.ledger.journal import heads_of, read_journal
 from pipelines.project.errors import FaultError, InputError
+from pipelines.project.layout import JOURNAL
 from tests.support.commands import call_here
 
 pytestmark = [
@@ -45,7 +47,7 @@ def project(signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def heads() -> dict[str, str]:
-    return {finding.step: finding.record for finding in verify() if finding.record}
+    return {finding.step: finding.head for finding in verify() if finding.head}
 
 
 def test_a_signature_names_who_the_file_of_signers_says(project: Path) -> None:
@@ -64,7 +66,43 @@ def test_openssh_alone_checks_a_signature(project: Path) -> None:
         [*command, "-s", f"{statement}.sig"], input=statement.read_bytes(), capture_output=True
     )
     assert done.returncode == 0
-    assert statement.read_text() == f"sdlora ledger\nstep t02\nhead {heads()['t02']}\nreceipts none\n"
+    (line,) = heads_of(read_journal())
+    assert statement.read_text() == (
+        f"sdlora ledger\nstep t02\nhead {heads()['t02']}\nreceipts none\nsteps 2\njournal {line}\n"
+    )
+
+
+def resign(text: str) -> None:
+    """Sign another statement in place of the one that is there."""
+    done = subprocess.run(
+        ["ssh-keygen", "-Y", "sign", "-f", "../ana", "-n", NAMESPACE],
+        input=text.encode(),
+        capture_output=True,
+    )
+    Path("ledger/signatures/t02").write_text(text)
+    Path("ledger/signatures/t02.sig").write_bytes(done.stdout)
+
+
+def test_a_signature_of_before_there_were_six_lines_holds(project: Path) -> None:
+    text = Path("ledger/signatures/t02").read_text()
+    resign(text.partition("steps")[0])
+    (found,) = check_signatures(heads(), Path("../signers"))
+    assert found.by == "ana@example.org"
+
+
+def test_a_chain_cut_short_and_a_journal_cut_short_are_found_by_a_signature(project: Path) -> None:
+    known = heads()
+    cut = {step: head for step, head in known.items() if step != "t02"}
+    with pytest.raises(FaultError, match=r"t02\.sig: it signs t02, and the chain ends at t01"):
+        list(check_signatures(cut, None))
+    with pytest.raises(FaultError, match=r"t02\.sig: it signs a chain of 2 steps, and these are 1"):
+        list(check_signatures({"t00": known["t00"], "t02": known["t02"]}, None))
+    JOURNAL.write_bytes(b"".join(JOURNAL.read_bytes().splitlines(keepends=True)[:-1]))
+    read_journal()
+    with pytest.raises(
+        FaultError, match=r"t02\.sig: it signs a line of the journal that was changed or is missing"
+    ):
+        list(check_signatures(known, None))
 
 
 def test_a_key_that_nobody_knows_is_a_fault(project: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,17 @@ def test_a_finished_chain_holds_and_says_its_head(project: Path) -> None:
 
     assert status == 0
     assert [line.split()[:2] for line in lines[:-1]] == [
-        [s, "holds"] for s in ("t00", "t01", "t02", "report")
+        [s, "holds"] for s in ("t00", "t01", "t02", "report", "journal")
     ]
     assert lines[-1] == f"the chain holds; its head is {head}"
-    report = json.loads(call_here(project, "audit", "verify", "--json"))
+    report = json.loads(call_here(project, "audit", "verify", "--json", "--expect", head))
     assert (report["holds"], report["head"]) == (True, head)
+    last = report["steps"][2]
+    assert (last["record"], last["head"]) == (file_sha256(project / "artifacts/model/t02/step.json"), head)
+    journal = report["journal"]
+    assert (journal["results"], journal["told"], journal["beyond"]) == (10, 10, [])
+    lines = (project / "ledger/journal.jsonl").read_bytes().splitlines()
+    assert journal["heads"] == [hashlib.sha256(lines[-1]).hexdigest()]
 
 
 def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(project: Path) -> None:
@@ -320,13 +328,9 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     lines = call_here(project, "audit", "verify", "--retrain", "t02").splitlines()
 
     assert lines[-2].startswith("t02     learned again in ")
+    assert not list(Path(tempfile.gettempdir()).glob(f"sdlora-again-{os.getuid()}/*"))
     assert not store.exists()  # a checkpoint would have learned nothing again
     assert sorted(path for path in project.rglob("*") if path.is_file()) == before
-
-    (project / "params.yaml").write_text(params.replace("  momentum: 0.9", "  momentum: 0.8"))
-    report = json.loads(call_here(project, "audit", "verify", "--retrain", "t01", "--json", status=1))
-    assert (report["holds"], report["retrained"]) == (False, [])
-    assert report["fault"].startswith("artifacts/fit/t01/curve.csv: learned again it is another")
 
 
 @pytest.mark.parametrize(
@@ -340,13 +344,13 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     ],
 )
 def test_nothing_but_the_stage_itself_on_the_projects_own_files_is_run_again(command: str) -> None:
-    from pipelines.audits.retrain import _arguments
+    from pipelines.audits.rederivation import _arguments
     from pipelines.project.errors import FaultError
     from pipelines.project.layout import StageName
     from pipelines.versioning.artifacts import Lock
 
     with pytest.raises(FaultError, match=r"dvc\.lock: the command of fit@t01 is none of this program's"):
-        _arguments(Lock({}, {}, {"fit@t01": command}), StageName("fit", "t01"))
+        _arguments(Lock({}, {}, {}, {"fit@t01": command}, {}), StageName("fit", "t01"))
 
 
 def test_a_step_is_learned_again_by_the_commands_of_dvc_yaml(project: Path) -> None:
@@ -363,6 +367,40 @@ def test_a_step_is_learned_again_by_the_commands_of_dvc_yaml(project: Path) -> N
 def test_a_step_that_does_not_exist_is_not_learned_again(project: Path) -> None:
     _, said = said_here(project, "audit", "verify", "--retrain", "t09", status=2)
     assert said == "error: --retrain t09: there is no such task; known are t01, t02\n"
+
+
+def test_a_head_that_the_chain_has_not_is_a_fault_and_an_earlier_one_none(project: Path) -> None:
+    earlier = file_sha256(project / "artifacts/gate/t01/verdict.json")
+    assert "t01     has the head that was expected" in call_here(
+        project, "audit", "verify", "--expect", earlier
+    )
+    said = call_here(project, "audit", "verify", "--expect", "0" * 64, status=1)
+    assert "and none of its steps has 000000000000: it was cut short, or made anew" in said
+    _, said = said_here(project, "audit", "verify", "--expect", "0" * 12, status=2)
+    assert said.startswith("error: --expect: not a head, which is 64 hexadecimal digits")
+
+
+def test_a_line_of_the_journal_that_was_changed_is_found(project: Path) -> None:
+    path = project / "ledger/journal.jsonl"
+    path.write_text(path.read_text().replace('"images": 12', '"images": 13', 1))
+    assert "the chain does not hold at the journal" in call_here(project, "audit", "verify", status=1)
+
+
+def test_a_cached_object_that_was_changed_is_found_with_cache_and_a_remote_says_what_it_has(
+    project: Path, tmp_path: Path
+) -> None:
+    call(project, "dvc", "remote", "add", "-q", "-d", "store", str(tmp_path / "remote"))
+    call(project, "dvc", "push", "-q", "evaluate@t01")
+    report = json.loads(call_here(project, "audit", "verify", "--cache", "--json"))
+    cache, remote = (report["stored"][name] for name in ("the cache", "remote store"))
+    assert cache["objects"] == cache["needed"] == remote["needed"]
+    assert remote["objects"] == 3
+    cached = [path for path in (project / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
+    flip(max(cached, key=lambda path: path.stat().st_size), 100_000)
+    assert first_fault() is None
+    said = call_here(project, "audit", "verify", "--cache", status=1)
+    assert "its bytes are not those of its name" in said
+    assert said.endswith("the chain does not hold at what is stored\n")
 
 
 def test_without_a_lock_there_is_nothing_to_verify(project: Path) -> None:

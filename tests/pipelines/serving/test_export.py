@@ -159,6 +159,7 @@ def test_an_export_carries_classes_preprocessing_and_the_ledgers_head(
     assert found["preprocessing.json"]["input_size"] == [3, 16, 16]
     assert found["preprocessing.json"]["crop_pct"] == 0.9
     assert found["ledger.json"]["sha256"] == record_hash(models / "t02")
+    assert found["ledger.json"]["head"] is None  # no verdict lies beside these models
     assert found["ledger.json"]["earlier"] == [
         {"step": step, "sha256": record_hash(models / step)} for step in ("t01", "t00")
     ]

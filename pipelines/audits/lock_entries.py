@@ -1,0 +1,95 @@
+"""Whether dvc.lock says of finished stages what dvc.yaml, params.yaml, the records and the source folders say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.packed import SampleRow
+from pipelines.data.sources import task_images
+from pipelines.project.errors import FaultError
+from pipelines.project.files import sha256_of
+from pipelines.project.layout import CODE_STAGE, DVC_YAML, GATES, LOCK, MODELS, PARAMS, StageName
+from pipelines.project.params import Params
+from pipelines.project.yaml_text import value_at
+from pipelines.versioning.artifacts import ArtifactStore, Lock
+from pipelines.versioning.stores import DeclaredStage
+
+
+def check_declared(lock: Lock, stages: Iterable[DeclaredStage]) -> None:
+    """Check that dvc.lock has every stage as dvc.yaml and params.yaml have it: command, files, parameters."""
+    for stage in stages:
+        name = stage.name
+        if name not in lock.commands:
+            raise FaultError(f"{LOCK}: it does not know {name}; run `sdlora run`")
+        if stage.command != lock.commands[name]:
+            raise FaultError(f"{DVC_YAML}: the command of {name} is not the one that {LOCK} says was run")
+        if {*stage.deps} - {str(PARAMS)} != {*lock.deps[name]} or not {*stage.outs} <= {*lock.outs}:
+            raise FaultError(f"{DVC_YAML}: {name} reads or leaves other files than {LOCK} says")
+        declared = {key: value for values in stage.params for key, value in values.items()}
+        made_with = lock.parameters[name]
+        for key in sorted({*declared, *made_with}):
+            if declared.get(key) != made_with.get(key):
+                found, was = (_short(values.get(key)) for values in (declared, made_with))
+                raise FaultError(
+                    f"{PARAMS}: {key} is {found}, but {LOCK} says that {name} was run with {was}; `sdlora run` "
+                    "brings it up to date"
+                )
+
+
+def check_recorded(lock: Lock, step: str, record: Mapping[str, Any], verdict: Mapping[str, Any]) -> None:
+    """Check that the parameters that dvc.lock has of a step's stages are those of its record and its verdict."""
+    kinds = ("split", "fit", "freeze", "gate")
+    read = {kind: lock.parameters.get(str(StageName(kind, step)), {}) for kind in kinds}
+    for key, value in [*read["fit"].items(), *read["freeze"].items()]:
+        known = value_at(record["parameters"], tuple(key.split(".")))
+        if known != value:
+            raise FaultError(
+                f"{MODELS / step}/step.json: {key} is {_short(known)}, but {_short(value)} in {LOCK}"
+            )
+    classes = [entry["name"] for entry in record["classes"] if entry["task"] == step]
+    task = value_at(read["split"], (f"tasks.{step}",))
+    if [value_at(task, ("classes",)), value_at(task, ("after",))] != [classes, ["t00", *record["tasks"]][-2]]:
+        raise FaultError(f"{MODELS / step}/step.json: its classes, or its step before, are others in {LOCK}")
+    limits, approved = value_at(read["gate"], ("gate",)), verdict["approved"]
+    if limits != verdict["limits"]:
+        raise FaultError(
+            f"{GATES / step}/verdict.json: gate is {_short(verdict['limits'])}, but {_short(limits)} in {LOCK}"
+        )
+    approval = value_at(read["gate"], ("approvals", step)) or value_at(read["gate"], (f"approvals.{step}",))
+    if approved and approved != {key: value_at(approval, (key,)) for key in ("by", "why")}:
+        raise FaultError(f"{GATES / step}/verdict.json: {LOCK} knows no such approval of {step}")
+
+
+def check_read(place: ArtifactStore, stages: Iterable[DeclaredStage]) -> None:
+    """Check that what stages read, by dvc.lock, is what others made, or what lies in the workspace if it is there."""
+    for stage in stages:
+        if stage.name == CODE_STAGE:  # it hashes the program, of which the fingerprints say what counts
+            continue
+        for path, md5 in place.lock.deps[stage.name].items():
+            made = place.md5(path)
+            if (made or place.workspace_md5(path) or md5) != md5:
+                than = "the one that was made" if made else "the one that is there"
+                raise FaultError(f"{LOCK}: {stage.name} read another {path} than {than}")
+
+
+def check_source(params: Params, step: str, samples: Iterable[SampleRow]) -> None:
+    """Check that the images of a step are those of its source, byte for byte, where the source is here."""
+    task = params.tasks[step]
+    source = Path(task.source)
+    if task.retired or not source.is_dir():
+        return
+    listed = task_images(source, task.classes, manifest=task.manifest, data=params.data)
+    files = {f"{step}/{found.part}/{found.name}/{found.file}": found.path for found in listed}
+    for sample in samples:
+        path = files.get(sample.id)
+        if path is None or sha256_of(path) != sample.sha256:
+            raise FaultError(f"{path or source}: {sample.id} of the ledger is not the picture there")
+
+
+def _short(value: object) -> str:
+    """Return a value as JSON, on one line that is not too long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
