@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pipelines.project.files import write_whole
 from pipelines.project.layout import EVALUATIONS, PARAMS
 from pipelines.project.names import line_fault
 from pipelines.project.params import Params
-from pipelines.project.params_text import with_lines
+from pipelines.project.params_text import entry_lines, with_lines
 from pipelines.project.settings import Approval
 from pipelines.project.yaml_text import read_text
 from pipelines.versioning.plan import adopt_param
@@ -41,10 +40,10 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
         {"by": by.strip(), "why": why.strip(), "evaluation": results_of(results), "limits": sorted(faults)}
     )
     known: Mapping[str, Approval] = {**params.approvals, task: entry}
-    lines = {
-        name: json.dumps(known[name].model_dump(mode="json"), ensure_ascii=False) for name in sorted(known)
-    }
-    changed = with_lines(text, "approvals", [f"{name}: {value}" for name, value in lines.items()])
+    lines = [
+        line for name in sorted(known) for line in entry_lines(name, known[name].model_dump(mode="json"))
+    ]
+    changed = with_lines(text, "approvals", lines)
     if Params.parse(changed, origin=f"{path} (not changed)").approvals != known:
         raise InputError(
             f"{path}: its approvals are written in a way that cannot be edited safely; edit by hand"

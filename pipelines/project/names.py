@@ -29,6 +29,11 @@ def line_fault(text: str) -> str | None:
     return _with_remedy(next(_line_faults(text, _LONGEST), None))
 
 
+def text_fault(text: str) -> str | None:
+    """Why a text is none of lines that can be written and read everywhere."""
+    return line_fault(text.replace("\n", " "))
+
+
 def name_fault(text: str) -> str | None:
     """Why a text is no name."""
     return _with_remedy(next(_line_faults(text, _LONGEST_PART), None))

@@ -1,5 +1,6 @@
 """Edits of the text of `params.yaml`. Every byte outside the edited lines stays as it is, comments too."""
 
+import io
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -19,9 +20,58 @@ def task_line(key: str, task: Task) -> str:
     return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
 
 
+def entry_lines(key: str, value: object, indent: int = 2) -> list[str]:
+    """Return an entry of a block of params.yaml as DVC would write it, without its indent."""
+    return [line[indent:] for line in _entry(key, value, indent)]
+
+
+def _task_value(task: Task) -> dict[str, object]:
+    value = {"after": task.after, "source": task.source, "manifest": task.manifest, "classes": task.classes}
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def _entry(key: str, value: object, indent: int) -> list[str]:
+    """Return the lines of an entry as DVC would write them: `dvc exp run -S` leaves such lines alone."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.default_flow_style = False
+    around: dict[str, object] = {key: _node(value, in_brackets=not _needs_lines(value))}
+    for _ in range(indent // 2):
+        around = {"_": around}
+    stream = io.StringIO()
+    yaml.dump(around, stream)
+    return stream.getvalue().splitlines()[indent // 2 :]
+
+
+def _needs_lines(value: object) -> bool:
+    """Return whether a text in a value stands on a line of its own, because DVC could not read it in brackets."""
+    if isinstance(value, Mapping):
+        return any(_needs_lines(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return any(map(_needs_lines, value))
+    return isinstance(value, str) and (":" in value or value.startswith("?"))
+
+
+def _node(value: object, *, in_brackets: bool) -> Any:  # noqa: ANN401 - ruamel's
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(value, Mapping):
+        node: Any = CommentedMap({key: _node(item, in_brackets=in_brackets) for key, item in value.items()})
+    elif isinstance(value, list | tuple):
+        node = CommentedSeq(_node(item, in_brackets=in_brackets) for item in value)
+    else:
+        return value
+    if in_brackets or not value:
+        node.fa.set_flow_style()
+    return node
+
+
 def with_block(text: str, tasks: Mapping[str, Task]) -> str:
     """Return the text with its `tasks` block, or its end if it has none, replaced."""
-    return with_lines(text, "tasks", [task_line(key, task) for key, task in tasks.items()])
+    return with_lines(
+        text, "tasks", [line for key, task in tasks.items() for line in entry_lines(key, _task_value(task))]
+    )
 
 
 def with_lines(text: str, name: str, lines: Sequence[str]) -> str:
@@ -61,14 +111,9 @@ def with_line(text: str, key: str, task: Task) -> str:
     end = "\r\n" if "\r\n" in text else "\n"
     position = _line_end(text, _last_index(last_key, last_value))
     start = "" if text[:position].endswith(end) else end
-    return (
-        text[:position]
-        + start
-        + " " * last_key.start_mark.column
-        + task_line(key, task)
-        + end
-        + text[position:]
-    )
+    lines = entry_lines(key, _task_value(task))
+    indent = " " * last_key.start_mark.column
+    return text[:position] + start + "".join(f"{indent}{line}{end}" for line in lines) + text[position:]
 
 
 def with_task(text: str, key: str, task: Task) -> str:
@@ -80,7 +125,11 @@ def with_task(text: str, key: str, task: Task) -> str:
         for name, value in nodes[1].value
         if name.value == key
     )
-    return text[:start] + task_line(key, task) + text[end:]
+    if nodes[1].flow_style:
+        return text[:start] + task_line(key, task) + text[end:]
+    newline = "\r\n" if "\r\n" in text else "\n"
+    column = start - text.rfind("\n", 0, start) - 1
+    return text[:start] + f"{newline}{' ' * column}".join(entry_lines(key, _task_value(task))) + text[end:]
 
 
 def without_fetch(text: str, names: Collection[str]) -> str:
@@ -89,11 +138,7 @@ def without_fetch(text: str, names: Collection[str]) -> str:
     assert nodes is not None
     key, value = nodes
     held = read_yaml(text, origin=str(PARAMS))["fetch"]
-    lines = [
-        f"{name}: {json.dumps(entry, ensure_ascii=False)}"
-        for name, entry in held.items()
-        if name not in names
-    ]
+    lines = [line for name, entry in held.items() if name not in names for line in entry_lines(name, entry)]
     if lines:
         return with_lines(text, "fetch", lines)
     end = "\r\n" if "\r\n" in text else "\n"
@@ -151,20 +196,23 @@ def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
     Where the key is not there yet it becomes the last one of its block; whether it may be there is not asked.
     """
     found = yaml_nodes(text)
-    new = flow(value)
+    _, parent = found.get(keys[:-1], (None, None))
+    new = flow(value) if parent is not None and parent.flow_style else _value_text(value)
     newline = "\r\n" if "\r\n" in text else "\n"
     if keys in found:
         key, node = found[keys]
         start, end = node.start_mark.index, _last_index(key, node)
         if end <= start or (node.id != "scalar" and not node.flow_style):  # nothing, or lines of a block
-            start, new = text.index(":", key.end_mark.index) + 1, f" {new}"
+            start, new = text.index(":", key.end_mark.index) + 1, f" {new}" if new else ""
             end = max(start, end)
         rest = text[end:]
         if comment := re.match(r" +(?=#)", rest):
             room = len(comment[0]) + (end - start) - len(new)
             rest = " " * max(2, room) + rest[len(comment[0]) :]
+        elif not new:
+            start = len(text[:start].rstrip(" "))
         return text[:start] + new + rest
-    line = f"{flow(keys[-1])}: {new}"
+    line = f"{flow(keys[-1])}: {new}".rstrip()
     if len(keys) == 1:
         return f"{text}{'' if text.endswith(newline) else newline}{line}{newline}"
     key, block = found.get(keys[:-1], (None, None))
@@ -177,6 +225,13 @@ def with_value(text: str, keys: tuple[str, ...], value: object) -> str:
     position = _line_end(text, position)
     start = "" if text[:position].endswith("\n") else newline
     return f"{text[:position]}{start}{' ' * last_key.start_mark.column}{line}{newline}{text[position:]}"
+
+
+def _value_text(value: object) -> str:
+    """Return a value as DVC would write it behind a key, on one line where it has brackets."""
+    if _needs_lines(value):
+        return flow(value)
+    return " ".join(line.strip() for line in _entry("_", value, 2)).removeprefix("_:").strip()
 
 
 def flow(value: object) -> str:

@@ -18,6 +18,7 @@ from pipelines.project.names import (
     path_fault,
     project_fault,
     source_fault,
+    text_fault,
 )
 
 UNFIT = "unfit"
@@ -40,6 +41,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 _Line = Annotated[str, _checked(line_fault)]
+_Lines = Annotated[str, _checked(text_fault)]
 _Name = Annotated[str, _checked(name_fault)]
 _Path = Annotated[str, _checked(path_fault)]
 _Source = Annotated[str, _checked(source_fault)]
@@ -312,7 +314,7 @@ class Approval(Section):
 
     by: _Line
     """who decided"""
-    why: _Line
+    why: _Lines
     """the reason"""
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the results that were looked at: it holds for no others"""

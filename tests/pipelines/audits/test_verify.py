@@ -319,7 +319,7 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     store = tmp_path / "store"
     params = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(
-        params.replace("checkpoint_store: null", f"checkpoint_store: {store}").replace(
+        params.replace("checkpoint_store:  ", f"checkpoint_store: {store}").replace(
             "checkpoint_seconds: 30 ", "checkpoint_seconds: 0.0001 "
         )
     )

@@ -53,7 +53,7 @@ def test_deploying_twice_leaves_one_of_everything(prefect_url: str, monkeypatch:
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         deploy()
-        Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "0 3 * * *"'))
+        Path("params.yaml").write_text(text.replace("schedule:  ", 'schedule: "0 3 * * *"'))
         lines = deploy()
         assert "by the schedule 0 3 * * * (UTC)" in lines[0]
         found = {made.flow_id: made for made in client.read_deployments()}
@@ -72,7 +72,7 @@ def test_deploying_twice_leaves_one_of_everything(prefect_url: str, monkeypatch:
             == 1 + len(automations("birds", Params.load().workers, [deployment.id]))
         )
 
-        Path("params.yaml").write_text(text.replace("schedule: null", 'schedule: "99 3 * * *"'))
+        Path("params.yaml").write_text(text.replace("schedule:  ", 'schedule: "99 3 * * *"'))
         with pytest.raises(InputError, match=r"workers\.schedule: 99 3 "):
             deploy()
         Path("params.yaml").write_text(text)

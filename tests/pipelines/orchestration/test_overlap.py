@@ -125,12 +125,12 @@ def test_where_all_is_in_the_cache_nothing_is_computed(project: Path) -> None:
 def test_a_gate_that_has_lost_its_limit_lets_the_next_fit_begin(project: Path) -> None:
     """What refused has left nothing, and its evaluation is up to date."""
     (project / "gate").rename(project / "decide")
-    (project / "gate").write_text('#!/bin/sh\ngrep -q "new_task: null" params.yaml && exec ./decide $1\n')
+    (project / "gate").write_text('#!/bin/sh\ngrep -q "new_task:  " params.yaml && exec ./decide $1\n')
     (project / "gate").chmod(0o755)
-    replace(project / "params.yaml", "  new_task: null", "  new_task: 0.5")
+    replace(project / "params.yaml", "  new_task:  ", "  new_task: 0.5")
     assert run_pipeline() == 1
     assert not (project / "artifacts/gate/t01").exists()
-    replace(project / "params.yaml", "  new_task: 0.5", "  new_task: null")
+    replace(project / "params.yaml", "  new_task: 0.5", "  new_task:  ")
     ran(project)
     assert run_pipeline() == 0
     done = ran(project)
@@ -139,7 +139,7 @@ def test_a_gate_that_has_lost_its_limit_lets_the_next_fit_begin(project: Path) -
 
 
 def test_with_a_limit_the_next_fit_waits_for_the_verdict(project: Path) -> None:
-    replace(project / "params.yaml", "  new_task: null", "  new_task: 0.5")
+    replace(project / "params.yaml", "  new_task:  ", "  new_task: 0.5")
     assert run_pipeline() == 0
     done = ran(project)
     assert done.index("evaluate t01 ends") < done.index("gate t01") < done.index("fit t02 begins")

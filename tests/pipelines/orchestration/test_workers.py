@@ -173,7 +173,7 @@ def test_a_closed_gate_suspends_the_run_until_somebody_says_who_and_why(site: Si
     for name, script in (("gate", GATE), ("evaluate", EVALUATE_FOR_REAL)):
         (one / name).write_text(script, encoding="utf-8")
         (one / name).chmod(0o755)
-    limits = (one / "params.yaml").read_text(encoding="utf-8").replace("  new_task: null", "  new_task: 0.9")
+    limits = (one / "params.yaml").read_text(encoding="utf-8").replace("  new_task:  ", "  new_task: 0.9")
     (one / "params.yaml").write_text(limits, encoding="utf-8")
     start = ("artifacts/evaluation/t00", '{"step": "t00", "tasks": [], "correct": [], "samples": []}')
     (one / start[0]).mkdir(parents=True)

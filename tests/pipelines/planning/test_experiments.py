@@ -320,7 +320,7 @@ def test_trained_tasks_of_another_plan_stay_unless_forced() -> None:
     ("before", "keys", "value", "after"),
     [
         ("a: 1\n", ("a",), 2, "a: 2\n"),
-        ("a: 1", ("a",), "x y", 'a: "x y"'),
+        ("a: 1", ("a",), "x y", "a: x y"),
         ("a: 1   # why\n", ("a",), 20, "a: 20  # why\n"),
         ("a: 1 # why\n", ("a",), 20, "a: 20  # why\n"),
         ("a:   # why\nb: 1\n", ("a",), 2, "a: 2  # why\nb: 1\n"),

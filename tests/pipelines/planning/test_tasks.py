@@ -1,11 +1,12 @@
 from pathlib import Path
 
 import pytest
+from dvc.utils.serialize import modify_yaml
 
 from pipelines.planning.tasks import add_task, plan, task_sizes
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params
-from pipelines.project.params_text import with_task, without_fetch
+from pipelines.project.params_text import entry_lines, with_lines, with_task, with_value, without_fetch
 from pipelines.project.settings import Task
 from tests.support.repository import REPOSITORY
 
@@ -67,8 +68,8 @@ def test_planning_changes_no_byte_outside_the_block() -> None:
 
     lines = plan("data/raw/digits", classes_per_task=5, seed=0)
 
-    new = '  t01: {after: t00, source: data/raw/digits, classes: ["2", "8", "4", "9", "1"]}\n'
-    new += '  t02: {after: t01, source: data/raw/digits, classes: ["6", "7", "3", "0", "5"]}\n'
+    new = "  t01: {after: t00, source: data/raw/digits, classes: ['2', '8', '4', '9', '1']}\n"
+    new += "  t02: {after: t01, source: data/raw/digits, classes: ['6', '7', '3', '0', '5']}\n"
     assert text() == head_of(text()) + "tasks:\n" + new + "# the end\n"
     assert head_of(text()) == head_of(SHIPPED.read_text())
     assert lines[0] == "params.yaml: 10 classes of data/raw/digits in 2 tasks, in the order of seed 0"
@@ -204,7 +205,8 @@ def test_adding_a_task_appends_one_line_and_changes_no_other_byte() -> None:
     lines = add_task("data/raw/own")
 
     line = r't06: {after: t05, source: data/raw/own, classes: ["grand piano", "the \"no\"", "zebra"]}'
-    assert text() == before + f"  {line}\n"
+    written = 't06: {after: t05, source: data/raw/own, classes: [grand piano, the "no", zebra]}'
+    assert text() == before + f"  {written}\n"
     assert lines == ["params.yaml: added t06, 3 classes", line]
     assert classes()["t06"] == ("grand piano", 'the "no"', "zebra")
 
@@ -334,7 +336,8 @@ def test_a_block_of_any_style_gets_its_next_line(block: str, expected: str) -> N
 
     add_task("data/raw/own")
 
-    new = '{after: t01, source: data/raw/own, classes: ["zebra"]}'
+    name = '"zebra"' if "tasks: {" in block else "zebra"
+    new = f"{{after: t01, source: data/raw/own, classes: [{name}]}}"
     assert text() == head + expected.replace("t02: NEW", f"t02: {new}")
 
 
@@ -384,12 +387,12 @@ def test_nothing_is_added_to_a_file_that_is_broken() -> None:
         (
             "tasks:\n  t01: {after: t00, source: a/b, classes: [x]}  # first\n"
             "  t02: {after: t01, source: a/b, classes: [y]}\n",
-            'tasks:\n  t01: {after: t00, source: c/d, classes: ["x"]}  # first\n'
+            "tasks:\n  t01: {after: t00, source: c/d, classes: [x]}  # first\n"
             "  t02: {after: t01, source: a/b, classes: [y]}\n",
         ),
         (
             "tasks:\n  t01:\n    after: t00\n    source: a/b\n    classes: [x]\n# end\n",
-            'tasks:\n  t01: {after: t00, source: c/d, classes: ["x"]}\n# end\n',
+            "tasks:\n  t01: {after: t00, source: c/d, classes: [x]}\n# end\n",
         ),
         (
             "tasks: {t01: {after: t00, source: a/b, classes: [x]}, t02: {after: t01, source: a/b, classes: [y]}}\n",
@@ -411,10 +414,28 @@ def test_a_task_is_replaced_where_it_stands(block: str, expected: str) -> None:
         ("fetch: {digits: {seed: 0}}\ndata: 1\n", "fetch: {}\ndata: 1\n"),
         (
             "fetch:\n  mnist: {}\n  digits:\n    seed: 0\n  imagenet-r: {split: coda-prompt}\ndata: 1\n",
-            'fetch:\n  mnist: {}\n  imagenet-r: {"split": "coda-prompt"}\ndata: 1\n',
+            "fetch:\n  mnist: {}\n  imagenet-r: {split: coda-prompt}\ndata: 1\n",
         ),
     ],
     ids=["lines", "flow", "among-others"],
 )
 def test_a_data_set_is_taken_out_of_fetch(block: str, expected: str) -> None:
     assert without_fetch("# top\n" + block, ["digits"]) == "# top\n" + expected
+
+
+def test_dvc_would_write_what_is_written(project: Path) -> None:
+    names = ["12:30", "? q", "no", "007", "a, b", "#a", "نمی\u200cدانم"]
+    make_classes("data/raw/own", *names)
+    make_classes("data/raw/long", *(f"a class of a long name {number}" for number in range(40)))
+    add_task("data/raw/own")
+    add_task("data/raw/long")
+    write(with_value(with_value(text(), ("adapter", "targets"), ["q", "k"]), ("gate", "fall"), 0.05))
+    write(with_value(text(), ("adapter", "targets"), None))
+    approval = {"by": "A. B: C", "why": "why not?", "evaluation": "0f" * 32, "limits": ["fall"]}
+    write(with_lines(text(), "approvals", entry_lines("t01", approval)))
+    before = text()
+    with modify_yaml("params.yaml"):
+        pass
+    assert text() == before
+    assert sorted(classes()["t06"]) == sorted(names)
+    assert len(classes()["t07"]) == 40

@@ -131,25 +131,25 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="an-unknown-method",
         ),
         pytest.param(
-            "weights: null ", "weights: model.pth ",
+            "weights:  ", "weights: model.pth ",
             'backbone.weights: expected the path of a .safetensors file, found "model.pth";'
             " other formats are not loaded",
             id="weights-that-could-run-code",
         ),
         pytest.param(
-            "weights: null ", "weights: mine.safetensors ",
+            "weights:  ", "weights: mine.safetensors ",
             "backbone.sha256: found null, expected the hash of mine.safetensors;"
             " write what `sha256sum` prints of it",
             id="weights-without-their-hash",
         ),
         pytest.param(
-            "sha256: null ", "sha256: 12ab ",
+            "sha256:  ", "sha256: 12ab ",
             'backbone.sha256: expected 64 hexadecimal digits, found "12ab";'
             " write what `sha256sum` prints of the file",
             id="a-short-hash",
         ),
         pytest.param(
-            "sha256: null ", f"sha256: {'0f' * 32} ",
+            "sha256:  ", f"sha256: {'0f' * 32} ",
             "backbone.sha256: found a hash without backbone.weights; name the file, or set it to null",
             id="a-hash-without-weights",
         ),
@@ -193,7 +193,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "seed: 1993", "seed: 1993\nseed: 7",
-            "line 4: the key 'seed' stands there a second time; remove one of the two",
+            "line 5: the key 'seed' stands there a second time; remove one of the two",
             id="a-key-twice",
         ),
         pytest.param(
@@ -203,12 +203,12 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "seed: 1993", "seed: 1993\n\tx: 1",
-            "line 4: not valid YAML (found a tab character that violates indentation); mend that line",
+            "line 5: not valid YAML (found a tab character that violates indentation); mend that line",
             id="a-tab",
         ),
         pytest.param(
             "seed: 1993", "seed: !!python/name:os.system 1",
-            'line 3: a tag ("tag:yaml.org,2002:python/name:os.system"); write the value without it',
+            'line 4: a tag ("tag:yaml.org,2002:python/name:os.system"); write the value without it',
             id="a-python-object",
         ),
         pytest.param(
@@ -284,7 +284,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-manifest-of-another-kind",
         ),
         pytest.param(
-            "validation: null", "validation: none",
+            "validation:  ", "validation: none",
             'data.validation: expected a number, found the text "none"; remove the quotes or correct it',
             id="no-validation-in-words",
         ),
@@ -338,7 +338,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-rank-schedule-of-other-keys",
         ),
         pytest.param(
-            "targets: null", "targets: []",
+            "targets:  ", "targets: []",
             "adapter.targets: the list is empty; name at least one, or write null",
             id="no-targets",
         ),
@@ -348,17 +348,17 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-rank-schedule-of-numbers",
         ),
         pytest.param(
-            "penalty: null", "penalty: 0.5",
+            "penalty:  ", "penalty: 0.5",
             "adapter.penalty: found 0.5, but sdlora does not read it; write null",
             id="a-penalty-that-no-one-reads",
         ),
         pytest.param(
-            "targets: null", "targets: [q, q]",
+            "targets:  ", "targets: [q, q]",
             "adapter.targets: found q, q; name each projection once",
             id="a-target-twice",
         ),
         pytest.param(
-            "targets: null", "targets: [q, w]",
+            "targets:  ", "targets: [q, w]",
             'adapter.targets[1]: expected one of q, k, v, proj, fc1, fc2, found "w"',
             id="an-unknown-target",
         ),
@@ -387,10 +387,10 @@ def test_broken_params_are_one_clear_line(old: str, new: str, fault: str) -> Non
         pytest.param("seed: 1993", "-1", "seed: expected at least 0", id="seed"),
         pytest.param("rank: 10", "0", "adapter.rank: expected at least 1", id="rank"),
         pytest.param("tolerance: 0.5", "1.5", "adapter.tolerance: expected at most 1", id="tolerance"),
-        pytest.param("compress: null", "0", "adapter.compress: expected more than 0", id="compress"),
-        pytest.param("penalty: null", "-1", "adapter.penalty: expected at least 0", id="penalty"),
+        pytest.param("compress:  ", "0", "adapter.compress: expected more than 0", id="compress"),
+        pytest.param("penalty:  ", "-1", "adapter.penalty: expected at least 0", id="penalty"),
         pytest.param("covariance_rank: 16", "0", "covariance_rank: expected at least 1", id="covariance"),
-        pytest.param("magnitude_start: null", "0", "magnitude_start: expected more than 0", id="magnitude"),
+        pytest.param("magnitude_start:  ", "0", "magnitude_start: expected more than 0", id="magnitude"),
         pytest.param("learning_rate: 0.01", "0", "learning_rate: expected more than 0", id="learning-rate"),
         pytest.param("momentum: 0.9", "1", "momentum: expected less than 1", id="momentum"),
         pytest.param("momentum: 0.9", "-0.1", "momentum: expected at least 0", id="negative-momentum"),
@@ -400,7 +400,7 @@ def test_broken_params_are_one_clear_line(old: str, new: str, fault: str) -> Non
         pytest.param("crop_scale: 1.0", "1.1", "crop_scale: expected at most 1", id="crop-above"),
         pytest.param("crop_scale: 1.0", "0", "crop_scale: expected more than 0", id="crop-below"),
         pytest.param("test_fraction: 0.2 ", "1", "data.test_fraction: expected less than 1", id="fraction"),
-        pytest.param("validation: null", "1", "data.validation: expected less than 1", id="validation"),
+        pytest.param("validation:  ", "1", "data.validation: expected less than 1", id="validation"),
         pytest.param("max_pixels: 178_956_970", "0", "max_pixels: expected at least 1", id="pixels"),
         pytest.param("checkpoint_seconds: 30", "0", "checkpoint_seconds: expected more than 0", id="seconds"),
     ],
@@ -516,7 +516,7 @@ def test_a_missing_source_says_how_to_get_it() -> None:
 
 def test_the_paper_cannot_start_from_a_direction_without_a_norm() -> None:
     text = shipped_with("formulation: continuous ", "formulation: paper ").replace(
-        "initial_up: null", "initial_up: zero"
+        "initial_up:  ", "initial_up: zero"
     )
 
     assert fault_of(text).startswith("params.yaml: adapter.initial_up: zero gives a direction without a norm")
@@ -549,7 +549,7 @@ def test_the_formulation_keeps_what_is_not_chosen() -> None:
             id="reduced-ranks-without-any",
         ),
         pytest.param(
-            {"method: sdlora ": "method: olora ", "compress: null": "compress: 0.9"},
+            {"method: sdlora ": "method: olora ", "compress:  ": "compress: 0.9"},
             "compress: found 0.9, but olora does not read it",
             id="compression-of-another-method",
         ),
@@ -586,14 +586,14 @@ def test_the_names_that_can_be_chosen_are_those_of_the_library() -> None:
     ("old", "new", "fault"),
     [
         pytest.param(
-            "schedule: null", "schedule: daily", "workers.schedule: expected a cron line", id="schedule"
+            "schedule:  ", "schedule: daily", "workers.schedule: expected a cron line", id="schedule"
         ),
         pytest.param("inbox: data/inbox", "inbox: /data", 'workers.inbox: "/data" is absolute', id="inbox"),
         pytest.param("inbox: data/inbox", "inbox: ../data", "not a folder inside the project", id="outside"),
         pytest.param(
-            "branch: null", "branch: -f", 'workers.branch: "-f" is no name as Git has them', id="branch"
+            "branch:  ", "branch: -f", 'workers.branch: "-f" is no name as Git has them', id="branch"
         ),
-        pytest.param("push: null", "push: origin", "workers.branch: found nothing (null)", id="push alone"),
+        pytest.param("push:  ", "push: origin", "workers.branch: found nothing (null)", id="push alone"),
         pytest.param(
             "heartbeat_seconds: 30", "heartbeat_seconds: 5", "expected at least 30, found 5", id="heartbeat"
         ),
@@ -609,7 +609,7 @@ def test_workers_that_could_not_work_are_refused(old: str, new: str, fault: str)
     assert "\n" not in found
 
 
-_SOURCE, _STORE = "source: data/raw/own", "checkpoint_store: null"
+_SOURCE, _STORE = "source: data/raw/own", "checkpoint_store:  "
 
 
 @pytest.mark.parametrize(
@@ -628,12 +628,12 @@ _SOURCE, _STORE = "source: data/raw/own", "checkpoint_store: null"
         pytest.param(_SOURCE, f"{_SOURCE}, manifest: {'a' * 252}.csv", "has 256 bytes", id="long manifest"),
         pytest.param(_SOURCE, f"{_SOURCE}, manifest: '${{seed}}.csv'", "has ${, which DVC would", id="replaced"),
         pytest.param("classes: [zebra]", "classes: ['${seed}']", "classes[0]: \"${seed}\" has ${", id="class"),
-        pytest.param("weights: null", 'weights: "a\\0.safetensors"', "backbone.weights: \"a\\u0000", id="weights"),
+        pytest.param("weights:  ", 'weights: "a\\0.safetensors"', "backbone.weights: \"a\\u0000", id="weights"),
         pytest.param(_STORE, 'checkpoint_store: "a\\nb"', "checkpoint_store: \"a\\nb\" has", id="store"),
         pytest.param("inbox: data/inbox", "inbox: .sdlora/inbox", "workers.inbox: ", id="inbox"),
-        pytest.param("branch: null", "branch: a..b", "workers.branch: ", id="branch of two dots"),
-        pytest.param("branch: null", "branch: a/.b", "workers.branch: ", id="branch with a hidden part"),
-        pytest.param("branch: null", "branch: a.lock", "workers.branch: ", id="branch like a lock"),
+        pytest.param("branch:  ", "branch: a..b", "workers.branch: ", id="branch of two dots"),
+        pytest.param("branch:  ", "branch: a/.b", "workers.branch: ", id="branch with a hidden part"),
+        pytest.param("branch:  ", "branch: a.lock", "workers.branch: ", id="branch like a lock"),
         pytest.param("pool: gpu", 'pool: "a\\e[1m"', "workers.pool: ", id="pool that colours a terminal"),
     ],
 )  # fmt: skip

@@ -62,7 +62,7 @@ def limit(**limits: float) -> None:
     """Set limits in params.yaml."""
     text = Path("params.yaml").read_text(encoding="utf-8")
     for name, value in limits.items():
-        text = text.replace(f"\n  {name}: null", f"\n  {name}: {value}")
+        text = text.replace(f"\n  {name}:  ", f"\n  {name}: {value}")
     Path("params.yaml").write_text(text, encoding="utf-8")
 
 
@@ -229,9 +229,9 @@ def test_what_breaks_no_limit_needs_no_approval(project: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "by", "why", "fault"),
     [
-        ("t09", "me", "x", "approve: there is no task 't09'; known are t01, t02"),
-        ("t02", " ", "x", "approve: --by ' ': write a line of text"),
-        ("t02", "me", "a\nb", "approve: --why 'a.nb': write a line of text"),
+        ("t09", "me", "x", "approve: there is no task t09; known are t01, t02"),
+        ("t02", " ", "x", r'approve: --by: " " is empty; write another'),
+        ("t02", "me", "a\nb", r'approve: --why: "a.nb" has a line break'),
     ],
 )
 def test_an_approval_that_says_nothing_is_refused(

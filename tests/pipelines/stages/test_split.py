@@ -500,7 +500,7 @@ def test_validation_images_are_taken_from_train_and_handed_on() -> None:
     undivided("data/raw/flat")
     run_of("data/raw/flat", "t01")
     plain = parts_of("t01")
-    choose("validation: null", "validation: 0.25")
+    choose("validation:  ", "validation: 0.25")
 
     summary = run_of("data/raw/flat", "t01")
     run_of("data/raw/flat", "t02")
@@ -546,7 +546,7 @@ def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:
 
 
 def test_a_picture_of_validation_is_refused_in_train() -> None:
-    choose("validation: null", "validation: 0.5")
+    choose("validation:  ", "validation: 0.5")
     copy("train/cat/9.png", "val/cat/1.png")
 
     assert (

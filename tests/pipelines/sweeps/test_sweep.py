@@ -289,8 +289,8 @@ def test_a_workspace_has_the_code_of_its_beginning_the_images_and_the_caches(pro
     (project / "params.yaml").write_text(
         (project / "params.yaml")
         .read_text()
-        .replace("weights: null", "weights: mine.safetensors")
-        .replace("sha256: null", f"sha256: {'a' * 64}")
+        .replace("weights:  ", "weights: mine.safetensors")
+        .replace("sha256:  ", f"sha256: {'a' * 64}")
     )
     before = read_plan(["t01", "t02"])
     (chain,) = make_chains(read_axes(["adapter.rank=3"]))
@@ -356,8 +356,8 @@ def test_a_worker_with_other_code_and_paths_that_lead_out_are_refused(
     (chain,) = make_chains(read_axes(["seed=3"]))
     with pytest.raises(InputError, match=r"has other code"):
         run_chain("x", "chain", chain.params, read_project().code[::-1], Attempts(uuid4()))
-    out = chain.params.replace("weights: null", "weights: ../../../../mine.safetensors")
-    out = out.replace("sha256: null", f"sha256: {'a' * 64}")
+    out = chain.params.replace("weights:  ", "weights: ../../../../mine.safetensors")
+    out = out.replace("sha256:  ", f"sha256: {'a' * 64}")
     with pytest.raises(InputError, match="leads out of the project"):
         make_workspace(read_project(), "x", "chain", out)
     assert not (project / ".sdlora/sweeps/x").exists()
