@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from sdlora.ledger import read_record
-from sdlora.records import regular_size, shown
-from sdlora.tensor_checks import check_tensors, direction_shapes
+from sdlora.tensor_checks import check_tensors, direction_shapes, read_arrays
 
 _Array = NDArray[np.float64]
 
@@ -61,7 +58,7 @@ def read_update(folder: Path) -> Update:
     sizes: dict[str, int] = {}
 
     def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, NDArray[Any]]:
-        tensors = _arrays(folder / name)
+        tensors = read_arrays(folder / name)
         check_tensors(folder / name, tensors, shapes, sizes)
         return tensors
 
@@ -80,15 +77,6 @@ def read_update(folder: Path) -> Update:
         directions=directions,
         magnitudes={task: _double(held[task]) for task in directions},
     )
-
-
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    regular_size(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, KeyError, ValueError) as error:
-        fault = shown(str(error), 100)
-        raise ValueError(f"{path}: not a whole safetensors file ({fault}); restore it") from error
 
 
 def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:

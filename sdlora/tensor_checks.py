@@ -1,12 +1,30 @@
-"""What tensors a file may hold: by name, type and shape, and finite. Torch's or numpy's, so without torch."""
+"""What tensors a file may hold: by name, type and shape, and finite. Torch's or numpy's, so it loads no torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from sdlora.records import shown
+from sdlora.records import regular_size, shown
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a file as arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole safetensors file.
+    """
+    regular_size(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, ValueError) as error:
+        fault = shown(str(error), 100)
+        raise ValueError(f"{path}: not a whole safetensors file ({fault}); restore it") from error
 
 
 def check_tensors(

@@ -14,6 +14,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.schemas import ClassMap, Metrics, SampleCounts
 from sdlora import metrics as measure
+from sdlora.tensor_checks import read_arrays
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,13 +155,8 @@ def validation_accuracy(evaluation: Record) -> float | None:
 
 def _read_magnitudes(path: Path) -> dict[str, np.ndarray]:
     """Read task → magnitudes (targets,). A method without directions has none, or no file."""
-    from safetensors.numpy import load_file
-
-    return (
-        {task: values.astype(np.float64).ravel() for task, values in load_file(path).items()}
-        if path.exists()
-        else {}
-    )
+    found = read_arrays(path) if path.exists() else {}
+    return {task: values.astype(np.float64).ravel() for task, values in found.items()}
 
 
 def _read_curve(path: Path) -> list[dict[str, float]]:

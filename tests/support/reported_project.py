@@ -101,6 +101,9 @@ def write_project(
         record = {
             "step": task,
             "previous": previous,
+            "backbone": "0" * 64,
+            "tasks": tasks[: i + 1],
+            "classes": list(known),
             "method": method,
             "formulation": "continuous",
             "head": "aligned",
