@@ -25,6 +25,7 @@ from pipelines.project.layout import (
     EVALUATIONS,
     FITS,
     GATES,
+    JOURNAL,
     LEDGER,
     MODELS,
     SPLITS,
@@ -37,7 +38,6 @@ from sdlora.ledger import RECORD
 
 _PREDICATE = "urn:sdlora:ledger-step:v1"
 """The type of what a statement says of a step. Where a field gets another meaning, its version changes."""
-_JOURNAL = LEDGER / "journal.jsonl"
 _MADE_BY = {"split": SPLITS, "fit": FITS, "freeze": MODELS, "evaluate": EVALUATIONS, "gate": GATES}
 """Stage → where it leaves the files of a step."""
 _CLASSIFIER = ("head", "settled", "statistics")
@@ -106,7 +106,7 @@ class _Ledger:
     @cached_property
     def _journal(self) -> list[dict[str, Any]]:
         """The lines of the journal. None where nothing was computed here."""
-        lines = _JOURNAL.read_bytes().splitlines() if _JOURNAL.is_file() else []
+        lines = JOURNAL.read_bytes().splitlines() if JOURNAL.is_file() else []
         try:
             found = [json.loads(line) for line in lines]
             if all(isinstance(its["stage"], str) and isinstance(its["output"], dict) for its in found):
@@ -114,7 +114,7 @@ class _Ledger:
         except (ValueError, TypeError, KeyError):
             pass
         raise InputError(
-            f"{_JOURNAL}: a line of it is none of a journal; restore the file from version control"
+            f"{JOURNAL}: a line of it is none of a journal; restore the file from version control"
         )
 
     def statement(self, step: str) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def other_parameter(old: str, new: str) -> None:
 
 def other_limits() -> None:
     """As if a limit had been kept that nobody had set."""
-    _edit_text(PARAMS, "  fall: null", "  fall: 0.5")
+    _edit_text(PARAMS, "  fall:", "  fall: 0.5")
     for step in ("t01", "t02"):
         _edit_json(GATES / step / "verdict.json", lambda verdict: verdict["limits"].update(fall=0.5))
     seal(page=True)
@@ -194,7 +194,7 @@ def other_limits() -> None:
 
 def forged_approval() -> None:
     """As if a person had let through a step that breaks a limit."""
-    _edit_text(PARAMS, "  calibration_error: null", "  calibration_error: 0.0")
+    _edit_text(PARAMS, "  calibration_error:", "  calibration_error: 0.0")
     said = {"by": "Ana", "why": "looked at it"}
     for step in ("t01", "t02"):
         _edit_json(

@@ -91,7 +91,7 @@ def test_two_projects_on_one_server_keep_apart(
     monkeypatch.setenv("PREFECT_API_URL", prefect_url)
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         for project in ("birds", "cats"):
-            named = text.replace("project: null", f"project: {project}")
+            named = text.replace("  project:", f"  project: {project}")
             cats = named.replace("pool: gpu ", f"pool: {project} ")
             Path("params.yaml").write_text(cats)
             lines = deploy()
@@ -111,7 +111,7 @@ def test_two_projects_on_one_server_keep_apart(
         Path("params.yaml").write_text(cats)
         with pytest.raises(InputError, match=r"^workers\.branch: found null, but 2 workers take runs"):
             deploy()
-        Path("params.yaml").write_text(cats.replace("branch: null", "branch: learned"))
+        Path("params.yaml").write_text(cats.replace("  branch:", "  branch: learned"))
         deploy()
         mine = [automation for automation in client.read_automations() if "birds:" in automation.name]
         other = str(client.read_deployment_by_name("learn/cats").id)

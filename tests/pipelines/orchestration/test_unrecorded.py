@@ -102,7 +102,7 @@ def test_a_run_without_a_record_learns_what_the_branch_says_and_commits_nothing(
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     shipped = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").partition("tasks:\n")[0]
-    params = shipped.replace("branch: null", f"branch: {BRANCH}") + TASKS
+    params = shipped.replace("  branch:", f"  branch: {BRANCH}") + TASKS
     scripts = {"fit": FIT, "evaluate": EVALUATE, "report": REPORT}
     ignored = "/ran\n/artifacts/\n/.sdlora/\n/metrics.json\n"
     folder = make_project(

@@ -285,7 +285,7 @@ def hold_out(task: str, rows: list[ROW]) -> None:
 
 def on_validation() -> None:
     text = Path("params.yaml").read_text(encoding="utf-8")
-    text = text.replace("\n  validation: null", "\n  validation: 0.1").replace(
+    text = text.replace("\n  validation:", "\n  validation: 0.1").replace(
         "\n  on: test", "\n  on: validation"
     )
     Path("params.yaml").write_text(text, encoding="utf-8")
