@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.yaml_text import read_text
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
 
@@ -57,6 +58,7 @@ def read_plan(tasks: Iterable[str], *, partial_checkout: bool = False) -> Plan:
     With `partial_checkout`, what dvc.lock names and this machine does not hold is no reason to run a stage: it is in
     the remote.
     """
+    read_text(DVC_YAML)  # which says if the file is none of its kind
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 
