@@ -45,6 +45,8 @@ def dvc_errors() -> Iterator[None]:
         ) from error
     except DvcException as error:
         raise InputError(f"dvc: {_system_fault(error) or one_line(error)}") from error
+    except RecursionError:
+        raise InputError("dvc.yaml: more levels than DVC can read; restore it from version control") from None
     except sqlite3.Error as error:
         raise InputError(f"dvc: {_system_fault(error)}") from error
 

@@ -15,6 +15,7 @@ from pipelines.project.fingerprints import code_files
 from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
 from pipelines.project.leftovers import leftovers
 from pipelines.project.regular_files import require_regular_files
+from pipelines.project.yaml_text import read_text
 from pipelines.versioning.artifacts import folder_md5
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
@@ -68,6 +69,7 @@ def read_plan(tasks: Collection[str], *, partial_checkout: bool = False) -> Plan
     A finished stage needs no images, and what removed tasks have left changes nothing. With `partial_checkout`, what
     dvc.lock names and this machine does not hold is no reason to run a stage either: it is in the remote.
     """
+    read_text(DVC_YAML)  # which says if the file is none of its kind
     with dvc_errors():
         from dvc.repo import Repo, lock_repo
 

@@ -14,6 +14,7 @@ from dvc.exceptions import DvcException
 
 from pipelines.project.errors import InputError
 from pipelines.versioning.dvc_failures import dvc_errors
+from pipelines.versioning.plan import read_plan
 from pipelines.versioning.repro import StageFailedError, reproduce_stage
 from tests.support.fuzzing import assert_answered
 
@@ -115,4 +116,23 @@ def test_what_dvc_says_of_the_system_is_one_line_with_its_place(cause: Exception
         raise failure
     assert str(found.value).startswith("dvc: ")
     assert line in str(found.value)
+    assert_answered(found.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stages: " + "[" * 20_000 + "]" * 20_000,
+        "# " + "x" * 5_000_000,
+        "stages: {a: b: c}",
+        "stages: &a [*a]",
+        "\x00",
+    ],
+    ids=["levels", "comment", "syntax", "itself", "binary"],
+)
+def test_a_dvc_yaml_that_nobody_writes_is_one_line(text: str, project: Path) -> None:
+    (project / "dvc.yaml").write_text(text)
+    with pytest.raises(InputError) as found:
+        read_plan([])
+    assert "dvc.yaml" in str(found.value)
     assert_answered(found.value)
