@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -54,8 +55,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_evaluation(Path("artifacts/evaluation/t02"), SECOND)
     for task in ("t01", "t02"):
         write_json(Path(f"artifacts/model/{task}/step.json"), {"step": task})
-        write_json(Path(f"artifacts/split/{task}/split.json"), {"digest": f"digest of {task}"})
+        write_json(Path(f"artifacts/split/{task}/split.json"), {"digest": digest_of(task)})
     return tmp_path
+
+
+def digest_of(task: str) -> str:
+    """What stands for the digest of a task's samples."""
+    return hashlib.sha256(task.encode()).hexdigest()
 
 
 def limit(**limits: float) -> None:
@@ -130,7 +136,7 @@ def test_verdicts_are_a_chain_from_the_first_step_to_the_last(project: Path) -> 
         verdict = read_json(Path(f"artifacts/gate/{task}/verdict.json"))
         assert verdict["previous"] == sha256_of(Path(f"artifacts/gate/{before}/verdict.json"))
         assert verdict["record"] == sha256_of(Path(f"artifacts/model/{task}/step.json"))
-        assert verdict["samples"] == f"digest of {task}"
+        assert verdict["samples"] == digest_of(task)
         assert verdict["evaluation"] == {
             path.name: sha256_of(path) for path in Path(f"artifacts/evaluation/{task}").iterdir()
         }
