@@ -243,7 +243,6 @@ def test_a_merged_chain_learns_one_step(
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "tester@example.org")
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     preload_nothing(monkeypatch)
-    run_pipeline()
     git("add", "-A")
     git("commit", "-qm", "first")
     for branch, task in (("theirs", THEIRS.splitlines(keepends=True)[0]), ("ours", OURS)):
