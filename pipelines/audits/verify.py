@@ -80,9 +80,10 @@ def verify() -> Iterator[StepVerification]:
             stages = [stage for stage in declared if _step_of(stage, params) == step]
             try:
                 files, model = _verify_step(place, step, before, stages)
+                receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
+                check_declared(lock, stages)
                 if step != "t00":
                     check_source(params, step, _samples_of(place, step))
-                receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
             except (FaultError, InputError) as fault:  # a file that is damaged names itself
                 yield StepVerification(step, 0, "", "", str(fault))
                 return
@@ -159,7 +160,6 @@ def _verify_step(
     if before is None and str(CODE) in place.lock.outs:  # each stage reads the fingerprint of its code
         outs.append(str(CODE))
     files = sum(check_bytes(place, out) for out in outs)
-    check_declared(place.lock, stages)
     check_read(place, stages)
     if step != "t00":
         record = read_json(model / "step.json")

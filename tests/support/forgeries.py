@@ -160,11 +160,6 @@ def other_curve() -> None:
     seal(page=True)
 
 
-def other_versions() -> None:
-    _edit_json(MODELS / "t02/step.json", lambda record: record["versions"].update(torch="0.0"))
-    seal()
-
-
 def other_recorded_seed() -> None:
     _edit_json(MODELS / "t02/step.json", lambda record: record["parameters"].update(seed=1))
     seal()
@@ -182,14 +177,6 @@ def other_seed() -> None:
 def other_parameter(old: str, new: str) -> None:
     _edit_text(PARAMS, old, new)
     seal_lock()
-
-
-def other_limits() -> None:
-    """As if a limit had been kept that nobody had set."""
-    _edit_text(PARAMS, "  fall:", "  fall: 0.5")
-    for step in ("t01", "t02"):
-        _edit_json(GATES / step / "verdict.json", lambda verdict: verdict["limits"].update(fall=0.5))
-    seal(page=True)
 
 
 def forged_approval() -> None:
@@ -356,7 +343,6 @@ FORGERIES: dict[str, Forgery] = {
     ),
     "the raw fit": other_fit,
     "the curve of a fit, and the report": other_curve,
-    "the versions in a record": other_versions,
     "a parameter in a record": other_recorded_seed,
     "a parameter in records, fits, `params.yaml` and lock": other_seed,
     "`params.yaml` and lock: the learning rate": partial(
@@ -367,7 +353,6 @@ FORGERIES: dict[str, Forgery] = {
         "precision: fp32             # fp32 | tf32 | bf16, as",
         "precision: bf16             # as",
     ),
-    "limits in verdicts, `params.yaml` and lock, and the report": other_limits,
     "an approval, and the limit that it lets break": forged_approval,
     "the code in a record": other_recorded_code,
     "the code in a record, and a note that it was kept": said_to_be_kept,

@@ -61,8 +61,9 @@ echo "$1 after $2" >> artifacts/model/$1
 EVALUATE = f"""#!/bin/sh
 echo "evaluate $1" >> ran
 mkdir -p artifacts/evaluation/$1
-case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
-echo "{{\\"accuracy\\": [$accuracy]}}" > artifacts/evaluation/$1/metrics.json
+counts='"tasks": ["t01", "t02"], "accuracy": [0.75, 1.0], "samples": [8, 8], "correct": [6, 8]'
+test $1 = t01 && counts='"tasks": ["t01"], "accuracy": [0.875], "samples": [8], "correct": [7]'
+echo "{{$counts}}" > artifacts/evaluation/$1/metrics.json
 {LEAVE}
 """
 REPORT = f"""#!/bin/sh

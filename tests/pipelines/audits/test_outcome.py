@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.audits.outcome import show_verification
+from pipelines.audits.outcome import Checks, show_verification
 from pipelines.project.errors import InputError
 from pipelines.versioning.project_lock import no_run, only_run
 from tests.support.commands import call_here
@@ -28,7 +28,7 @@ def test_nothing_is_verified_while_a_run_is_at_work(project: Path) -> None:
         said = json.loads(call_here(project, "audit", "verify", "--json", status=3))
         assert said == {"holds": None, "fault": "a run is at work: not verified"}
     with pytest.raises(InputError, match=r"dvc\.lock: the file is missing"):
-        show_verification(as_json=False, signers=None, again=[])
+        show_verification(Checks(), as_json=False)
 
 
 def test_audits_read_at_once_and_keep_a_run_away(project: Path) -> None:

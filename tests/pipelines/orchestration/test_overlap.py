@@ -54,8 +54,9 @@ echo "evaluate $1 begins" >> ran
 i=0; while test -f slow && ! grep -q "fit t02 begins" ran && test $i -lt 900; do sleep 0.1; i=$((i+1)); done
 test -f broken && echo "why it broke" >&2 && exit 3
 mkdir -p artifacts/evaluation/$1
-case $1 in t01) accuracy="0.875" ;; *) accuracy="0.75, 1.0" ;; esac
-echo "{\\"accuracy\\": [$accuracy]}" > artifacts/evaluation/$1/metrics.json
+counts='"tasks": ["t01", "t02"], "accuracy": [0.75, 1.0], "samples": [8, 8], "correct": [6, 8]'
+test $1 = t01 && counts='"tasks": ["t01"], "accuracy": [0.875], "samples": [8], "correct": [7]'
+echo "{$counts}" > artifacts/evaluation/$1/metrics.json
 echo "evaluate $1 ends" >> ran
 """
 EVALUATE += f"{LEAVE}\n"
