@@ -222,22 +222,27 @@ def _first_line(error: Exception) -> str:
 
 
 def _misfit(error: RuntimeError) -> str:
-    """Return what torch or timm says of tensors that do not fit: three names of each kind of fault."""
+    """Return what torch or timm says of tensors that do not fit: three names of the first kind of fault, and how many
+    there are of the others.
+    """
     lines = [line.strip() for line in str(error).splitlines()]
-    faults = [
-        f"{word} {', '.join(shown(name, 30) for name in names[:3])}{_more(len(names) - 3)}"
-        for word, start in (("it lacks", "Missing key"), ("the model has no", "Unexpected key"))
-        for names in (re.findall(r'"([^"]*)"', " ".join(line for line in lines if line.startswith(start))),)
-        if names
-    ]
-    sizes = [line for line in lines if line.startswith("size mismatch")]
-    if sizes:
-        faults.append(f"{shown(sizes[0].rstrip('.'), 120)}{_more(len(sizes) - 1)}")
-    return "; ".join(faults) or _first_line(error)
 
+    def quoted(start: str) -> list[str]:
+        return re.findall(r'"([^"]*)"', " ".join(line for line in lines if line.startswith(start)))
 
-def _more(count: int) -> str:
-    return f" and {count} more" if count > 0 else ""
+    sizes = [line.split()[3].rstrip(":") for line in lines if line.startswith("size mismatch for ")]
+    faults = {
+        "it lacks": quoted("Missing key"),
+        "the model has no": quoted("Unexpected key"),
+        "another size has": sizes,
+    }
+    found = [(words, names) for words, names in faults.items() if names]
+    if not found:
+        return _first_line(error)
+    (words, names), *others = found
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    rest = "".join(f"; {other} {len(its)}" for other, its in others)
+    return f"{words} {', '.join(shown(name, 30) for name in names[:3])}{more}{rest}"
 
 
 def _describe(

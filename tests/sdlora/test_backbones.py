@@ -220,12 +220,12 @@ def test_weights_that_the_model_does_not_have_are_refused_with_three_of_their_na
 
 
 def test_weights_of_other_names_altogether_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"it lacks cls_token, .*; the model has no net\.blocks"):
+    with pytest.raises(ValueError, match=r"it lacks cls_token, .*; the model has no 30$"):
         load(tmp_path, {f"net.{name}": tensor for name, tensor in own_weights().items()})
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"size mismatch for norm\.bias"):
+    with pytest.raises(ValueError, match=r"another size has norm\.bias$"):
         load(tmp_path, {**own_weights(), "norm.bias": torch.zeros(7)})
 
 

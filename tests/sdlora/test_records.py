@@ -330,6 +330,18 @@ def test_a_format_of_a_later_version_is_refused_and_none_is_the_first(copied: Ca
         read_model(models / "t02")
 
 
+def test_a_description_of_another_model_is_refused_in_one_line(copied: Callable[[], Path]) -> None:
+    """Found by a search: the line had 357 characters."""
+    models = copied()
+    path = models / "t00/backbone.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "name": "vit_base_patch16_224"}))
+    rehash(models)
+
+    with pytest.raises(ValueError, match="not the weights of vit_base_patch16_224: it lacks") as refused:
+        use_model(models)
+    assert_answered(refused.value)
+
+
 def test_directions_of_another_order_of_targets_are_refused(copied: Callable[[], Path]) -> None:
     """A magnitude would scale the direction of another target."""
     models = copied()
