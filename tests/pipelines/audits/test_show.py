@@ -183,7 +183,9 @@ def test_a_file_that_shows_a_known_picture_is_recognised_in_whatever_format(
     png.write_bytes(table["image"][table["id"].to_pylist().index(key)].as_py())
     Image.open(png).save(tmp_path / "file.bmp")
     found = figures("--image", str(tmp_path / "file.bmp"))
-    assert found["known"] == [{"id": key, "part": "test", "class": "c3", "task": "t02"}]
+    (known,) = found["known"]
+    told = {"id": key, "part": "test", "class": "c3", "task": "t02", "same_bytes": False}
+    assert known == {**told, "went_into": [], "tested_in": ["t02", "t03"]}
     assert [row["right"] is None for row in found["steps"]] == [True, False, False]
 
     Image.new("RGB", (20, 20)).save(tmp_path / "other.png")
