@@ -171,7 +171,7 @@ def other_seed() -> None:
     for step in ("t01", "t02"):
         _edit_json(FITS / step / "fit.json", lambda fit: fit.update(seed=1994))
         _edit_json(MODELS / step / "step.json", lambda record: record["parameters"].update(seed=1994))
-    seal()
+    seal(page=True)
 
 
 def other_parameter(old: str, new: str) -> None:
@@ -221,7 +221,7 @@ def other_code(kind: str) -> None:
         if kind == "fit":
             _edit_json(FITS / step / "fit.json", lambda fit: fit.update(code=sha256_of(path)))
             _edit_json(MODELS / step / "step.json", lambda record: record["code"].update(fit=sha256_of(path)))
-    seal()
+    seal(page=kind == "fit")
 
 
 def other_command() -> None:
@@ -344,7 +344,7 @@ FORGERIES: dict[str, Forgery] = {
     "the raw fit": other_fit,
     "the curve of a fit, and the report": other_curve,
     "a parameter in a record": other_recorded_seed,
-    "a parameter in records, fits, `params.yaml` and lock": other_seed,
+    "a parameter in records, fits, `params.yaml`, lock and report": other_seed,
     "`params.yaml` and lock: the learning rate": partial(
         other_parameter, "learning_rate: 0.01", "learning_rate: 0.02"
     ),
@@ -356,7 +356,7 @@ FORGERIES: dict[str, Forgery] = {
     "an approval, and the limit that it lets break": forged_approval,
     "the code in a record": other_recorded_code,
     "the code in a record, and a note that it was kept": said_to_be_kept,
-    "the code of `fit`, in records and lock": partial(other_code, "fit"),
+    "the code of `fit`, in records, lock and report": partial(other_code, "fit"),
     "the code of `evaluate`, and the lock": partial(other_code, "evaluate"),
     "a command in `dvc.yaml`, and the lock": other_command,
     "predictions, and all figures": other_predictions,
