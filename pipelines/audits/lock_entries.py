@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipelines.data.packed import SampleRow
 from pipelines.data.sources import task_images
+from pipelines.ledger.verdicts import in_a_verdict
 from pipelines.project.errors import FaultError
 from pipelines.project.files import sha256_of
 from pipelines.project.layout import CODE_STAGE, DVC_YAML, GATES, LOCK, MODELS, PARAMS, RETIRED, StageName
 from pipelines.project.params import Params
+from pipelines.project.settings import Gate
 from pipelines.project.yaml_text import value_at
 from pipelines.versioning.artifacts import ArtifactStore, Lock
 from pipelines.versioning.stores import DeclaredStage
@@ -54,13 +58,21 @@ def check_recorded(lock: Lock, step: str, record: Mapping[str, Any], verdict: Ma
     if [value_at(task, ("classes",)), value_at(task, ("after",))] != [classes, ["t00", *record["tasks"]][-2]]:
         raise FaultError(f"{MODELS / step}/step.json: its classes, or its step before, are others in {LOCK}")
     limits, approved = value_at(read["gate"], ("gate",)), verdict["approved"]
-    if limits != verdict["limits"]:
+    if _as_in_a_verdict(limits) != verdict["limits"]:
         raise FaultError(
             f"{GATES / step}/verdict.json: gate is {_short(verdict['limits'])}, but {_short(limits)} in {LOCK}"
         )
     approval = value_at(read["gate"], ("approvals", step)) or value_at(read["gate"], (f"approvals.{step}",))
     if approved and approved != {key: value_at(approval, (key,)) for key in ("by", "why")}:
         raise FaultError(f"{GATES / step}/verdict.json: {LOCK} knows no such approval of {step}")
+
+
+def _as_in_a_verdict(limits: object) -> object:
+    """Return what dvc.lock has of a gate in the form of a verdict. As it is where it is none of a gate."""
+    try:
+        return in_a_verdict(Gate.model_validate(limits))
+    except ValidationError:
+        return limits
 
 
 def check_read(place: ArtifactStore, stages: Iterable[DeclaredStage]) -> None:

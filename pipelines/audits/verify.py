@@ -10,8 +10,18 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from pipelines.audits.lock_entries import check_declared, check_read, check_recorded, check_source
-from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, samples_digest
+from pipelines.data.packed import (
+    PACKED,
+    TRAINING,
+    ImageRow,
+    SampleRow,
+    read_images,
+    read_samples,
+    samples_digest,
+)
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import read_notes
@@ -35,6 +45,7 @@ from pipelines.project.layout import (
     StageName,
 )
 from pipelines.project.params import Params
+from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, Verdict
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
 from pipelines.versioning.stores import DeclaredStage, read_dvc_project
@@ -42,6 +53,10 @@ from sdlora.ledger import record_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_ANSWERS = ("id", "label", "prediction", "confidence")
+"""Columns of a file of predictions."""
 
 
 class StepVerification(NamedTuple):
@@ -162,12 +177,14 @@ def _verify_step(
     files = sum(check_bytes(place, out) for out in outs)
     check_read(place, stages)
     if step != "t00":
-        record = read_json(model / "step.json")
+        record = read_json(model / "step.json", AuditedRecord)
         _check_origins(place, step, record)
         check_split(place, step, record)
         _check_evaluation(place, step, record)
         _check_verdict(place, step, record)
-        check_recorded(place.lock, step, record, read_json(place.find(GATES / step) / "verdict.json"))
+        check_recorded(
+            place.lock, step, record, read_json(place.find(GATES / step) / "verdict.json", Verdict)
+        )
     return files, model
 
 
@@ -214,7 +231,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
     folder = SPLITS / step
     split, train = place.find(folder), place.find(TRAINED / step) / PACKED
     rows = _samples_of(place, step)
-    described = read_json(split / "split.json")
+    described = read_json(split / "split.json", Split)
     if (samples_digest(rows), samples_digest(row for row in rows if row.split == "train")) != (
         described["digest"],
         record["split"]["digest"],
@@ -222,7 +239,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
         raise FaultError(f"{folder}/samples/{step}.arrow: not the samples of the ledger")
     if described["counts"] != _counts_of(rows, record["classes"], described["counts"]):
         raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
-    if read_json(split / "classes.json")["classes"] != record["classes"]:
+    if read_json(split / "classes.json", ClassMap)["classes"] != record["classes"]:
         raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
     packed = {"train": (TRAINED / step / PACKED, train)}
     packed |= {
@@ -232,7 +249,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
     for part, (name, path) in packed.items():
         mine = [row for row in rows if row.split == part]
         if path.exists():
-            _check_pictures(name, read_images(path), mine)
+            _check_pictures(name, read_images(path, *ImageRow._fields), mine)
         elif mine and part != "train":  # of the training images `check_receipt` asks why
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
     _check_handed_on(place, folder, split, record["tasks"])
@@ -242,7 +259,7 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
 def _samples_of(place: ArtifactStore, step: str) -> list[SampleRow]:
     """Return all samples of a step, in their order."""
     path = place.find(SPLITS / step) / f"samples/{step}.arrow"
-    return [SampleRow(**row) for row in read_images(path).to_pylist()]
+    return read_samples(path)
 
 
 def _check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:
@@ -327,15 +344,15 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
         raise FaultError(f"{path}: the receipt is missing; restore it from version control")
     if there:
         raise FaultError(f"{train}: {path} says that it was deleted; run `sdlora retire {step}` again")
-    split, model = place.find(SPLITS / step), place.find(MODELS / step)
-    record = read_json(model / "step.json")
-    samples = read_images(split / f"samples/{step}.arrow").to_pylist()
+    model = place.find(MODELS / step)
+    record = read_json(model / "step.json", AuditedRecord)
+    samples = _samples_of(place, step)
     expected = {
         "train": (receipt.train.path, receipt.train.sha256) == (train.as_posix(), record["images"][step]),
         "record": receipt.record == sha256_of(model / "step.json"),
         "classes": list(receipt.classes) == [its["name"] for its in record["classes"] if its["task"] == step],
         "images": [(image.id, image.sha256) for image in receipt.images]
-        == [(row["id"], row["sha256"]) for row in samples if row["split"] == "train"],
+        == [(row.id, row.sha256) for row in samples if row.split == "train"],
         "stages": all(
             place.md5(f"{kept.out}/{name}") == md5
             for kept in receipt.stages.values()
@@ -360,8 +377,11 @@ def _check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) -
     split = place.find(SPLITS / step)
     folder = EVALUATIONS / step
     found = place.find(folder)
-    predictions, metrics = read_images(found / "predictions.arrow"), read_json(found / "metrics.json")
-    tests = {task: read_images(split / "test" / f"{task}.arrow") for task in record["tasks"]}
+    predictions, metrics = (
+        read_images(found / "predictions.arrow", *_ANSWERS),
+        read_json(found / "metrics.json", Metrics),
+    )
+    tests = {task: read_images(split / "test" / f"{task}.arrow", "id", "label") for task in record["tasks"]}
     for column in ("id", "label"):
         expected = [value for table in tests.values() for value in table[column].to_pylist()]
         if predictions[column].to_pylist() != expected:
@@ -381,20 +401,24 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
     Its numbers follow.
     """
     folder, before = GATES / step, ("t00", *record["tasks"])[-2]
-    verdict = read_json(place.find(folder) / "verdict.json")
+    verdict = read_json(place.find(folder) / "verdict.json", Verdict)
     evaluation, earlier = (place.find(EVALUATIONS / name) for name in (step, before))
     expected = {
         "step": step,
         "previous": sha256_of(place.find(GATES / before) / "verdict.json"),
         "record": sha256_of(place.find(MODELS / step) / "step.json"),
-        "samples": read_json(place.find(SPLITS / step) / "split.json")["digest"],
+        "samples": read_json(place.find(SPLITS / step) / "split.json", Split)["digest"],
         "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
         "measured": measured_in(evaluation, earlier, verdict["limits"].get("on", "test")),
     }
     for name, value in expected.items():
         if verdict.get(name) != value:
             raise FaultError(f"{folder}/verdict.json: its {name} is not what follows from the files")
-    faults = broken(Gate.model_validate(verdict["limits"]), verdict["measured"])
+    try:
+        limits = Gate.model_validate(verdict["limits"])
+    except ValidationError:
+        raise FaultError(f"{folder}/verdict.json: its limits are none of a gate") from None
+    faults = broken(limits, verdict["measured"])
     if verdict["broken"] != faults or (faults and not verdict["approved"]):
         raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
 
@@ -403,9 +427,11 @@ def _check_metrics(place: ArtifactStore, params: Params) -> None:
     """Check that metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 
-    evaluations = [read_json(place.find(EVALUATIONS / task) / "metrics.json") for task in params.tasks]
+    evaluations = [
+        read_json(place.find(EVALUATIONS / task) / "metrics.json", Metrics) for task in params.tasks
+    ]
     last = list(params.tasks)[-1]
-    classes = read_json(place.find(MODELS / last) / "step.json")["classes"]
+    classes = read_json(place.find(MODELS / last) / "step.json", AuditedRecord)["classes"]
     if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations):
         raise FaultError("metrics.json: it does not follow from the evaluations")
 

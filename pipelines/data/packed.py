@@ -74,14 +74,18 @@ def samples_digest(samples: Iterable[SampleRow]) -> str:
     return digest.hexdigest()
 
 
-def read_images(path: Path) -> pa.Table:
-    """Open a file of images or samples, memory-mapped. An `InputError` names a missing or damaged one."""
+def read_images(path: Path, *needed: str) -> pa.Table:
+    """Open a file of images or samples, memory-mapped. An `InputError` names a missing or damaged one.
+
+    Args:
+        path: The file.
+        needed: Columns that it must have.
+    """
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate(full=True)
-        return table
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing; run `sdlora run`, which makes it") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -89,6 +93,17 @@ def read_images(path: Path) -> pa.Table:
             raise
         fault = " ".join(str(error).split())
         raise InputError(f"{path}: not an Arrow file ({fault}); delete it and run `sdlora run`") from None
+    if lacking := [name for name in needed if name not in table.column_names]:
+        raise InputError(f"{path}: it has no column {lacking[0]}; delete it and run `sdlora run`")
+    return table
+
+
+def read_samples(path: Path) -> list[SampleRow]:
+    """Return the samples of a file. An `InputError` names one that is missing, damaged or of something else."""
+    try:
+        return [SampleRow(**row) for row in read_images(path).to_pylist()]
+    except TypeError:  # other columns
+        raise InputError(f"{path}: not a file of samples; delete it and run `sdlora run`") from None
 
 
 def training_images(described: Path, images: Path) -> Path:

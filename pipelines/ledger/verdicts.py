@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_ANSWERS = ("id", "label", "prediction", "confidence")
+"""Columns of a file of predictions that are measured."""
+
+
 def measure(
     metrics: Mapping[str, Any], was: Mapping[str, Any], now: pa.Table, before: pa.Table | None
 ) -> dict[str, float | None]:
@@ -108,8 +112,8 @@ def measured_in(evaluation: Path, before: Path, on: Literal["test", "validation"
     """
     metrics, was = (read_json(folder / "metrics.json", Metrics) for folder in (evaluation, before))
     if on == "test":
-        old = read_images(before / "predictions.arrow") if was["tasks"] else None
-        return measure(metrics, was, read_images(evaluation / "predictions.arrow"), old)
+        old = read_images(before / "predictions.arrow", *_ANSWERS) if was["tasks"] else None
+        return measure(metrics, was, read_images(evaluation / "predictions.arrow", *_ANSWERS), old)
     now, old = (_validation_of(folder) for folder in (evaluation, before))
     counted = [_counts(step["step"], table) for step, table in ((metrics, now), (was, old))]
     if now is None or metrics["step"] not in counted[0]["tasks"]:
@@ -122,7 +126,7 @@ def measured_in(evaluation: Path, before: Path, on: Literal["test", "validation"
 
 def _validation_of(evaluation: Path) -> pa.Table | None:
     path = evaluation / "validation.arrow"
-    return read_images(path) if path.is_file() else None
+    return read_images(path, "task", *_ANSWERS) if path.is_file() else None
 
 
 def _counts(step: str, table: pa.Table | None) -> dict[str, Any]:

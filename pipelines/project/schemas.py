@@ -42,6 +42,10 @@ class SampleCounts(TypedDict):
     counts: dict[Name, dict[Name, WholeNumber]]
 
 
+class Split(SampleDigest, SampleCounts):
+    """split.json: both."""
+
+
 class Metrics(TypedDict):
     """metrics.json of a step: images of each task's test, how many are right, and their share."""
 
@@ -51,6 +55,47 @@ class Metrics(TypedDict):
     correct: list[WholeNumber]
     validation_samples: NotRequired[list[WholeNumber]]
     validation_correct: NotRequired[list[WholeNumber]]
+
+
+class SplitDescription(TypedDict):
+    """What a record has of train.json."""
+
+    digest: Sha256
+
+
+class Approved(TypedDict):
+    """Who let a step through that breaks a limit, and why."""
+
+    by: Name
+    why: Name
+
+
+class AuditedRecord(TypedDict):
+    """step.json of a step that learned a task, as far as an audit reads it beside what the library does."""
+
+    tasks: list[TaskId]
+    classes: list[ClassEntry]
+    images: dict[TaskId, Sha256]
+    split: SplitDescription
+    fit: dict[Name, Sha256]
+    code: dict[Name, Sha256]
+    metrics: object
+    learned_magnitudes: object
+    parameters: dict[Name, object]
+
+
+class Verdict(TypedDict):
+    """verdict.json of a step that learned a task."""
+
+    step: TaskId
+    previous: Sha256
+    record: Sha256
+    samples: Sha256
+    evaluation: dict[Name, Sha256]
+    measured: dict[Name, Number | None]
+    limits: dict[Name, object]
+    broken: dict[Name, str]
+    approved: Approved | None
 
 
 class Headline(TypedDict):

@@ -38,7 +38,7 @@ from pipelines.data.packed import (
     TRAINING,
     ImageRow,
     SampleRow,
-    read_images,
+    read_samples,
     samples_digest,
     write_images,
     write_samples,
@@ -272,8 +272,8 @@ def _read_task(
 def _earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
     """Yield what the pictures of the tasks before are compared by."""
     for task in tasks:
-        for row in read_images(before / "samples" / f"{task}.arrow").to_pylist():
-            yield _print_of(SampleRow(**row), shown=f"{row['id']} of an earlier task")
+        for row in read_samples(before / "samples" / f"{task}.arrow"):
+            yield _print_of(row, shown=f"{row.id} of an earlier task")
 
 
 def _print_of(sample: SampleRow, *, shown: str) -> Print:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.audits.retire.stored_images import objects_of, stores
-from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images
+from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, read_samples
 from pipelines.data.source_files import refuse
 from pipelines.data.sources import read_source
 from pipelines.ledger.receipts import Kept, Packed, Picture, RawFile, Receipt, read_receipts, receipt_of
@@ -43,7 +43,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     split, model = SPLITS / task, MODELS / task
     record = read_record(model)
     train = TRAINED / task / PACKED
-    samples = [SampleRow(**row) for row in read_images(split / f"samples/{task}.arrow").to_pylist()]
+    samples = read_samples(split / f"samples/{task}.arrow")
     trained = [sample for sample in samples if sample.split == "train"]
     verdicts = [GATES / name / "verdict.json" for name in params.tasks]
     receipts = read_receipts()
