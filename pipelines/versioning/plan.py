@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pipelines.project.fingerprints import code_files
-from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, RETIRED, StageName
 from pipelines.project.leftovers import leftovers
 from pipelines.project.regular_files import require_regular_files
 from pipelines.project.yaml_text import read_text
@@ -134,8 +134,9 @@ def _excused(
     """Return for each stage what DVC finds and what is no reason to run it: a path, and what happened to it.
 
     Of a finished stage, images that no stage makes may be gone, as long as a file of DVC's that stands for them has
-    the hash that dvc.lock has. With `elsewhere` so may all that is what dvc.lock names: what was read must be what its
-    maker left, by the hashes of both.
+    the hash that dvc.lock has. A receipt of deleted images may not: nothing else tells what was deleted. With
+    `elsewhere` so may all that is what dvc.lock names: what was read must be what its maker left, by the hashes of
+    both.
     """
     makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
     kept: dict[PurePath, Any] = {}
@@ -155,7 +156,9 @@ def _excused(
             excused |= {
                 (str(dep), "deleted")
                 for dep in gone
-                if (elsewhere or not _maker_of(dep, makers)) and _as_made(dep, {**kept, **makers})
+                if (elsewhere or not _maker_of(dep, makers))
+                and PurePath(RETIRED) not in PurePath(dep.def_path).parents
+                and _as_made(dep, {**kept, **makers})
             }
             outs = [out for out in stage.outs if elsewhere and out.use_cache and not out.exists]
             excused |= {(str(out), what) for out in outs for what in ("deleted", "not in cache")}

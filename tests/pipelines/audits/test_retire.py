@@ -488,9 +488,8 @@ def test_what_would_be_another_step_is_refused_in_one_line(retired: Path) -> Non
         "fit t01: its images were deleted (ledger/retired/t01/receipt.json), so it cannot be made again, but "
         "params.yaml: training.epochs is 13, and was 12; put it back"
     )
-    Path("params.yaml").write_text(
-        text.replace('classes: ["a", "b"]', 'classes: ["b", "a"]'), encoding="utf-8"
-    )
+    assert "classes: [a, b]" in text
+    Path("params.yaml").write_text(text.replace("classes: [a, b]", "classes: [b, a]"), encoding="utf-8")
     with pytest.raises(InputError, match=r"tasks\.t01\.classes changed; put them back"):
         run_fit()
     Path("params.yaml").write_text(text, encoding="utf-8")
