@@ -57,13 +57,13 @@ class Metrics(TypedDict):
     validation_correct: NotRequired[list[WholeNumber]]
 
 
-class SplitDescription(TypedDict):
+class _SplitDescription(TypedDict):
     """What a record has of train.json."""
 
     digest: Sha256
 
 
-class Approved(TypedDict):
+class _Approved(TypedDict):
     """Who let a step through that breaks a limit, and why."""
 
     by: Name
@@ -76,7 +76,7 @@ class AuditedRecord(TypedDict):
     tasks: list[TaskId]
     classes: list[ClassEntry]
     images: dict[TaskId, Sha256]
-    split: SplitDescription
+    split: _SplitDescription
     fit: dict[Name, Sha256]
     code: dict[Name, Sha256]
     metrics: object
@@ -95,7 +95,7 @@ class Verdict(TypedDict):
     measured: dict[Name, Number | None]
     limits: dict[Name, object]
     broken: dict[Name, str]
-    approved: Approved | None
+    approved: _Approved | None
 
 
 class Headline(TypedDict):

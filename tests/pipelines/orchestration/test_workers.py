@@ -121,7 +121,7 @@ def test_new_images_become_a_task_and_anything_else_is_refused(site: Site) -> No
     changed = site.call("git", "show", "--name-only", "--format=%s", BRANCH, folder=site.root / "origin")
     assert changed.split("\n") == ["Learn animals", "", "dvc.lock", "metrics.json", "params.yaml"]
     params = site.call("git", "show", f"{BRANCH}:params.yaml", folder=site.root / "origin")
-    assert 't03: {after: t02, source: data/inbox/animals, classes: ["zebra"]}' in params
+    assert "t03: {after: t02, source: data/inbox/animals, classes: [zebra]}" in params
     ran = (site.root / "one/ran").read_text().splitlines()
     assert ran == ["fit t01", "evaluate t01", "fit t02", "evaluate t02", "fit t03", "evaluate t03", "report"]
 
@@ -175,7 +175,10 @@ def test_a_closed_gate_suspends_the_run_until_somebody_says_who_and_why(site: Si
         (one / name).chmod(0o755)
     limits = (one / "params.yaml").read_text(encoding="utf-8").replace("  new_task:  ", "  new_task: 0.9")
     (one / "params.yaml").write_text(limits, encoding="utf-8")
-    start = ("artifacts/evaluation/t00", '{"step": "t00", "tasks": [], "correct": [], "samples": []}')
+    start = (
+        "artifacts/evaluation/t00",
+        '{"step": "t00", "tasks": [], "accuracy": [], "correct": [], "samples": []}',
+    )
     (one / start[0]).mkdir(parents=True)
     (one / start[0] / "metrics.json").write_text(start[1], encoding="utf-8")
     person = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")

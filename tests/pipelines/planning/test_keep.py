@@ -72,7 +72,7 @@ def test_a_comment_a_docstring_and_a_moved_module_leave_everything_up_to_date(
     project: Path, call: Call
 ) -> None:
     lock = (project / "dvc.lock").read_text().partition("\n  code:")
-    edit(project / "sdlora" / "tensors.py", "import", "# a comment\nimport")
+    edit(project / "sdlora" / "tensors.py", "from collections.abc", "# a comment\nfrom collections.abc")
     edit(file_with(project, "class Adapter(Section)"), '"""What a task adds', '"""All that a task adds')
     shutil.move(project / "sdlora" / "seeding.py", project / "sdlora" / "random_numbers.py")
     for path in [*(project / "sdlora").rglob("*.py"), *(project / "pipelines").rglob("*.py")]:
@@ -162,7 +162,7 @@ def test_retrain_trains_again(project: Path, call: Call) -> None:
 def test_a_stage_does_not_run_with_other_code_than_dvc_has_hashed(project: Path, call: Call) -> None:
     settings = environment()
     assert "PYTHONPATH" not in settings or str(project) not in settings["PYTHONPATH"].split(os.pathsep)
-    edit(project / "sdlora" / "tensors.py", "import", "# a comment\nimport")
+    edit(project / "sdlora" / "tensors.py", "from collections.abc", "# a comment\nfrom collections.abc")
     for command in (["sdlora", "run"], ["dvc", "repro", "-f", "code"]):
         done = subprocess.run(command, cwd=project, env=settings, capture_output=True, text=True, timeout=100)
         assert done.returncode != 0
