@@ -113,6 +113,7 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
     """
     from prefect.flow_runs import suspend_flow_run
 
+    answered: set[str] = set()
     while True:
         try:
             return finish(attempts.progressed, before_each=attempts.exit_if_superseded)
@@ -120,13 +121,17 @@ def _finish_through_gates(attempts: Attempts) -> Rows:
             step = failure.closed_gate
             if step is None:
                 raise
+            key = f"{step}-{results_of(evaluation_of(step))}"
+            if key in answered:  # an answer that does not open the gate is not asked for again
+                raise
             question = _Decision.with_initial_data(description=f"{failure}")
             with refusals_in_one_line(LEARN):
                 decision = suspend_flow_run(
                     wait_for_input=question,
-                    key=f"{step}-{results_of(evaluation_of(step))}",
+                    key=key,
                     timeout=_DECISION_SECONDS,
                 )
+        answered.add(key)
         for line in _let_through(step, decision):
             echo(line)
 
