@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.stages.backbone import backbone
-from pipelines.stages.split import split
 from pipelines.stages.start import start
 from tests.support.parameters import settings
 from tests.support.pictures import paint
+from tests.support.task_splits import split_task
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(out=Path("split/t00"), evaluation=Path("evaluation/t00"), gate=Path("gate/t00"))
         backbone(out=Path("model/t00"))
         for task, before in (("t01", "t00"), ("t02", "t01")):
-            split(
-                task,
-                source=Path("pictures"),
-                before=Path(f"split/{before}"),
-                out=Path(f"split/{task}"),
-                images=Path(f"train/{task}"),
-            )
+            split_task(task, before)
     return root
 
 

@@ -19,7 +19,6 @@ from pipelines.project.files import read_json, sha256_of
 from pipelines.stages.backbone import backbone
 from pipelines.stages.evaluate import evaluate
 from pipelines.stages.freeze import freeze
-from pipelines.stages.split import split
 from sdlora.classifier import IncrementalClassifier
 from sdlora.ledger import record_hash
 from sdlora.methods import METHODS
@@ -27,6 +26,7 @@ from sdlora.verification import faults_of_step
 from tests.support.folders import contents
 from tests.support.parameters import PARAMS, settings
 from tests.support.steps import run_fit
+from tests.support.task_splits import split_task
 
 
 def run_step(task: str, before: str) -> None:
@@ -127,13 +127,7 @@ def test_a_step_of_one_class_is_recorded_without_a_direction_and_verified(projec
         text.replace('"a", "b"' if lone == "t01" else '"c", "d"', '"a"' if lone == "t01" else '"c"')
     )
     for task, before in (("t01", "t00"), ("t02", "t01")):
-        split(
-            task,
-            source=Path("pictures"),
-            before=Path(f"split/{before}"),
-            out=Path(f"split/{task}"),
-            images=Path(f"train/{task}"),
-        )
+        split_task(task, before)
         run_step(task, before)
         run_evaluation(task)
     record = read_json(Path("model/t02/step.json"))
@@ -257,13 +251,7 @@ def test_validation_images_are_evaluated_beside_the_tests_and_never_trained_on(p
     plain = read_json(Path("evaluation/t01/metrics.json"))
     Path("params.yaml").write_text(settings(validation="0.4"))
     for task, before in (("t01", "t00"), ("t02", "t01")):
-        split(
-            task,
-            source=Path("pictures"),
-            before=Path(f"split/{before}"),
-            out=Path(f"split/{task}"),
-            images=Path(f"train/{task}"),
-        )
+        split_task(task, before)
         run_step(task, before)
         run_evaluation(task)
     metrics = read_json(Path("evaluation/t02/metrics.json"))
