@@ -131,9 +131,9 @@ def heads_of(lines: Mapping[str, _JournalLine]) -> list[str]:
     return sorted(lines.keys() - {name for line in lines.values() for name in line.previous})
 
 
-def joined(theirs: bytes, mine: bytes) -> bytes:
-    """Return the journal that has the lines of both, each once: those of `theirs` as they stand, then the others."""
-    lines = dict.fromkeys([*_lines_of(theirs), *_lines_of(mine)])
+def joined(first: bytes, second: bytes) -> bytes:
+    """Return the journal that has the lines of both, each once: those of `first` as they stand, then the others."""
+    lines = dict.fromkeys([*_lines_of(first), *_lines_of(second)])
     return b"".join(line + b"\n" for line in lines)
 
 

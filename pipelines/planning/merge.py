@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.ledger.journal import joined
 from pipelines.planning.experiments import leaves
 from pipelines.planning.tasks import known_tasks
 from pipelines.project.errors import InputError
@@ -14,6 +15,7 @@ from pipelines.project.files import write_whole
 from pipelines.project.git import committed, merged_text, run_git
 from pipelines.project.layout import JOURNAL, LOCK, METRICS, PARAMS, StageName
 from pipelines.project.params_text import (
+    entry_lines,
     task_line,
     with_block_of,
     with_line,
@@ -178,7 +180,7 @@ def _what(task: Mapping[str, Any]) -> str:
 
 
 def _with_approvals(text: str, kept: Mapping[str, Any]) -> str:
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in kept.items()]
+    lines = [line for key, value in kept.items() for line in entry_lines(key, value)]
     return with_lines(text, "approvals", lines) if lines else with_value(text, ("approvals",), {})
 
 
@@ -246,13 +248,10 @@ def _commit(commit: str, branch: str, files: Mapping[str, bytes | None], lines: 
 
 
 def _settle(name: str) -> bool:
-    """Settle a conflict of the journal: of a file of lines all are kept, of others ours. False for other files."""
-    if not Path(name).is_relative_to(JOURNAL):
+    """Settle a conflict of the journal by keeping the lines of both. False for other files."""
+    if Path(name) != JOURNAL:
         return False
-    base, ours, theirs = (committed(f":{stage}", name) for stage in (1, 2, 3))
-    text = ours or theirs
-    if ours and theirs and name.endswith(".jsonl"):
-        text = merged_text(base or b"", ours, theirs, union=True)
-    write_whole(Path(name), text or b"")
+    ours, theirs = (committed(f":{stage}", name) or b"" for stage in (2, 3))
+    write_whole(JOURNAL, joined(ours, theirs))
     run_git("add", "--", name)
     return True

@@ -31,17 +31,11 @@ def committed(commit: str, name: str) -> bytes | None:
     return None if done.returncode else done.stdout
 
 
-def merged_text(base: bytes, ours: bytes, theirs: bytes, *, union: bool = False) -> bytes | None:
-    """Return the text with the changes of both sides. None where both changed the same lines.
-
-    With `union` such lines are taken from both, ours first.
-    """
+def merged_text(base: bytes, ours: bytes, theirs: bytes) -> bytes | None:
+    """Return the text with the changes of both sides. None where both changed the same lines."""
     with TemporaryDirectory(prefix="sdlora-") as folder:
         files = [Path(folder, name) for name in ("ours", "base", "theirs")]
         for path, text in zip(files, (ours, base, theirs), strict=True):
             path.write_bytes(text)
-        done = subprocess.run(
-            ["git", "merge-file", "-p", "-q", *(["--union"] if union else []), *map(str, files)],
-            capture_output=True,
-        )
+        done = subprocess.run(["git", "merge-file", "-p", "-q", *map(str, files)], capture_output=True)
     return None if done.returncode else done.stdout
