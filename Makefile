@@ -52,10 +52,13 @@ clean: ## Remove the environment and what tools leave; results stay.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The exact versions of requirements.lock, checked by hash, and this package as it stands in the tree.
+# The exact versions of requirements.lock, checked by hash, and this package as it stands in the tree. The lock is
+# whole, so pip resolves nothing (--no-deps). Where a package asks for another's extra, pip would look at releases newer
+# than the lock and refuse them (https://github.com/pypa/pip/issues/9644). `pip check` says if anything is missing.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
