@@ -229,6 +229,7 @@ def chain(names: Sequence[str], model: str, tag: str) -> None:
             images=artifacts / "train" / task,
         )  # fmt: skip
         classes = json.loads((artifacts / "split" / task / "classes.json").read_bytes())["classes"]
+        earlier = learned
         learned = ModelState(
             directions={
                 **learned.directions,
@@ -245,13 +246,13 @@ def chain(names: Sequence[str], model: str, tag: str) -> None:
             "step": task,
             "previous": record_hash(artifacts / "model" / before),
             "backbone": digest,
-            "tasks": list(learned.head),
-            "classes": classes,
+            "after": before,
+            "classes": [entry for entry in classes if entry["task"] == task],
             "directions": list(learned.directions),
             "targets": list(targets),
             "method": "sdlora",
         }
-        write_model(artifacts / "model" / task, learned, record, before=artifacts / "model" / before)
+        write_model(artifacts / "model" / task, learned, record, before=earlier)
 
 
 # ---- 2. split

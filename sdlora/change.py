@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sdlora.ledger import read_record
+from sdlora.ledger import Beside, read_record, require_files
 from sdlora.tensor_checks import check_tensors, direction_shapes, read_arrays
 
 _Array = NDArray[np.float64]
@@ -46,20 +46,24 @@ class Update:
         return weighted_sum([(scales[task], pairs[target]) for task, pairs in self.directions.items()])
 
 
-def read_update(folder: Path) -> Update:
-    """Read what a model folder adds to the backbone.
+def read_update(folder: Path, *, beside: Beside | None = None) -> Update:
+    """Read what the steps up to that of a model folder add to the backbone.
+
+    Args:
+        beside: where the folders of earlier steps are; None where they lie beside `folder`.
 
     Raises:
         FileNotFoundError: the folder, its record or a file that the record names is missing.
         ValueError: one of them does not hold what it must.
     """
-    record: Mapping[str, Any] = read_record(folder)
+    record: Mapping[str, Any] = read_record(folder, beside=beside)
     targets = tuple(record.get("targets", []))
     sizes: dict[str, int] = {}
 
     def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, NDArray[Any]]:
-        tensors = read_arrays(folder / name)
-        check_tensors(folder / name, tensors, shapes, sizes)
+        path = require_files(folder, record, [name], beside=beside)[name]
+        tensors = read_arrays(path)
+        check_tensors(path, tensors, shapes, sizes)
         return tensors
 
     directions = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters, target_of
+from sdlora.drift import DriftMap
 from sdlora.head import GrowingHead, HeadBlock
 from sdlora.statistics import ClassStatistics
 
@@ -27,7 +28,9 @@ class ModelState:
     settled: Mapping[str, HeadBlock] = field(default_factory=dict)
     """Task id → the rows that are used in their place, anew at every step; empty where the trained ones are."""
     statistics: Mapping[str, ClassStatistics] = field(default_factory=dict)
-    """Task id → what a head remembers of its classes; empty where the head needs none."""
+    """Task id → what was taken of its classes at its own step; empty where the head needs none."""
+    drift: Mapping[str, DriftMap] = field(default_factory=dict)
+    """Step → how it moved the features; those that moved none have none."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """What the method keeps for its next step; empty for most."""
 

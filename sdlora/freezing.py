@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from sdlora.classifier import ModelState
+from sdlora.drift import carried, drift_map
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
-from sdlora.statistics import class_statistics, drifted
+from sdlora.statistics import class_statistics
 
 _Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
@@ -48,6 +49,7 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
             magnitudes=kept.magnitudes,
             head={**before.head, **fit.head},
             statistics=before.statistics,
+            drift=before.drift,
             memory=fit.memory,
         )
 
@@ -79,8 +81,9 @@ def recompute_head(
 ) -> ModelState:
     """Return what has been learned, with all rows of the head settled from the statistics of the classes.
 
-    The trained rows stay beside them, frozen as ever. The statistics of earlier classes are moved along with the
-    features, as far as the task's images show it; those of the task's own are taken in the new feature space.
+    The trained rows stay beside them, frozen as ever. How the features moved is learned from the task's images alone.
+    The statistics of earlier classes stay as they were taken; the rows are made of them as all maps since carry them.
+    Those of the task's own classes are taken in the new feature space.
 
     Args:
         before: what had been learned before the step, its statistics included.
@@ -96,11 +99,13 @@ def recompute_head(
             "bring them up to date with `sdlora run`"
         )
     new = features(learned)
-    statistics = dict(before.statistics)
-    if statistics and (learned.directions or before.directions):
+    drift = dict(before.drift)
+    if before.statistics and (learned.directions or before.directions):
         old = features(before)
-        statistics = {name: drifted(known, old=old, new=new) for name, known in statistics.items()}
-    rank = covariance_rank if head.covariance else 0
-    statistics[task] = class_statistics(new, labels, rank=min(rank, new.shape[1]))
-    settled = head.settle({**learned.head, **before.settled}, statistics, generator=generator)
-    return replace(learned, settled=settled, statistics=statistics)
+        if not torch.equal(old, new):
+            drift[task] = drift_map(old, new)
+    rank = min(covariance_rank if head.covariance else 0, new.shape[1])
+    statistics = {**before.statistics, task: class_statistics(new, labels, rank=rank)}
+    now = carried(statistics, drift, tasks=list(statistics))
+    settled = head.settle({**learned.head, **before.settled}, now, generator=generator)
+    return replace(learned, settled=settled, statistics=statistics, drift=drift)

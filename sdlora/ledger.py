@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from sdlora.records import (
     FileName,
-    Format,
     Name,
     Number,
+    Rule,
     Sha256,
     TaskId,
     WholeNumber,
@@ -19,6 +20,10 @@ from sdlora.records import (
 )
 
 RECORD = "step.json"
+OWN_FILES = 2
+"""The format of a record that names its step's own files, and the record before. One of format 1 (or of none) names all
+files so far, which its folder holds: step t00, and every step made before there was this format."""
+_FORMATS = (1, OWN_FILES)
 
 
 class ClassEntry(TypedDict):
@@ -32,11 +37,16 @@ class ClassEntry(TypedDict):
 class _StepRecord(TypedDict):
     """What of a record is read here. It says more, for those who audit it."""
 
-    format: NotRequired[Format]
+    format: NotRequired[
+        Annotated[
+            int, Rule(_FORMATS.__contains__, "1 or 2; a newer version of this program wrote it, install that")
+        ]
+    ]
     step: TaskId
+    after: NotRequired[TaskId]
     previous: Sha256 | None
     backbone: Sha256
-    tasks: list[TaskId]
+    tasks: NotRequired[list[TaskId]]
     classes: list[ClassEntry]
     directions: list[TaskId]
     files: dict[FileName, Sha256]
@@ -47,6 +57,13 @@ class _StepRecord(TypedDict):
     method: NotRequired[Name]
     formulation: NotRequired[Name]
     head: NotRequired[Name]
+
+
+Beside = Callable[[str], Path]
+"""The model folder of another step of the same chain, by its name."""
+
+_LASTING = re.compile(r"(directions|head|statistics|drift)/.*")
+"""Files that later steps stand on where they lie. The others are made anew at every step."""
 
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -66,8 +83,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a model folder, which is as a record is.
+def read_own_record(folder: Path) -> dict[str, Any]:
+    """Return the record in a model folder, which says what its step has made and names the record before.
 
     Raises:
         FileNotFoundError: the folder or its record is missing.
@@ -75,51 +92,178 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECORD
     record: dict[str, Any] = read_record_file(path, _StepRecord)
-    tasks, targets = record["tasks"], record.get("targets", [])
-    faults = {
-        "its last task is not its step": record["step"] != (tasks[-1] if tasks else "t00"),
-        "a task stands twice": len(set(tasks)) < len(tasks),
-        "a target stands twice": len(set(targets)) < len(targets),
-        "a direction is of no task, or stands twice": not _part_of(record["directions"], tasks),
-        "its labels are not 0, 1, 2, …": [entry["label"] for entry in record["classes"]]
-        != list(range(len(record["classes"]))),
-        "the tasks of its classes are not its tasks": list(
-            dict.fromkeys(e["task"] for e in record["classes"])
-        )
-        != tasks,
-        "a name stands for two classes": len({e["name"] for e in record["classes"]}) < len(record["classes"]),
-    }
-    if fault := next((text for text, wrong in faults.items() if wrong), None):
-        raise ValueError(f"{path}: {fault}; restore the file")
+    needed = "after" if names_own_files(record) else "tasks"
+    if needed not in record:
+        raise ValueError(f"{path}: it lacks {needed}; restore the file")
     return record
 
 
-def require_files(folder: Path, record: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
-    """Hold that the files of a folder are those that its record names.
+def read_record(folder: Path, *, beside: Beside | None = None) -> dict[str, Any]:
+    """Return what the record of a step and all records before it say of the chain so far.
+
+    It is the step's own record with `tasks`, `classes`, `images` and `files` of all steps so far, and with `owners`:
+    the name of each file that it stands on → the step whose folder holds it.
 
     Args:
-        needed: what the record must name.
+        beside: where the folders of earlier steps are; None where they lie beside `folder`.
+
+    Raises:
+        FileNotFoundError: the folder, its record or one before is missing.
+        ValueError: one of them is no record, or not the one that its successor names.
+    """
+    chain = JoinedRecords()
+    record: dict[str, Any] = {}
+    for each, own in reversed(list(_records_back(folder, beside))):
+        record = chain.add(each, own)
+    return record
+
+
+def _records_back(folder: Path, beside: Beside | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the folder and the record of a step, and of each step before, as far back as the chain is needed."""
+    own = read_own_record(folder)
+    yield folder, own
+    find: Beside = beside or folder.resolve().parent.joinpath
+    seen = {own["step"]}
+    while names_own_files(own):
+        successor, earlier = own, find(own["after"])
+        try:
+            found = record_hash(earlier)
+            own = read_own_record(earlier)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(
+                f"{earlier / RECORD}: it is missing, and step {successor['step']} stands on it; get the model folders "
+                "of all steps before too (`dvc pull artifacts/model`), or export the step"
+            ) from None
+        if found != successor["previous"] or own["step"] in seen:
+            raise ValueError(
+                f"{earlier / RECORD}: not the record that step {successor['step']} was made from (sha256 {found[:12]}, "
+                f"expected {str(successor['previous'])[:12]}); restore it with `dvc checkout`"
+            )
+        seen.add(own["step"])
+        yield earlier, own
+
+
+class JoinedRecords:
+    """What the records of a chain say together, step by step. Each is looked at once, however long the chain."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] | None = None
+        """What `add` has returned last."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tasks: list[str] = []
+        self._classes: list[ClassEntry] = []
+        self._images: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        self._owners: dict[str, str] = {}
+        self._names: set[str] = set()
+        self._directions: set[str] = set()
+        self._passing: list[str] = []
+
+    def add(self, folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a step's own record with what the records before it say, as `read_record` does.
+
+        Its lists and dictionaries are those of the chain: they grow when the next record is added.
+
+        Args:
+            folder: the model folder of the step, for what is said of it.
+
+        Raises:
+            ValueError: the record cannot follow the one before.
+        """
+        if not names_own_files(own):
+            self._begin()
+        tasks = [own["step"]] if names_own_files(own) else own["tasks"]
+        if fault := self._fault(own, tasks):
+            raise ValueError(f"{folder / RECORD}: {fault}; restore the file")
+        self._tasks += tasks
+        self._classes += own["classes"]
+        self._images |= own.get("images", {})
+        self._names |= {entry["name"] for entry in own["classes"]}
+        self._let_go({*own["directions"]})
+        self._passing = [name for name in own["files"] if not _LASTING.fullmatch(name)]
+        self._files |= own["files"]
+        self._owners |= dict.fromkeys(own["files"], own["step"])
+        self.record = {
+            **own,
+            "tasks": self._tasks,
+            "classes": self._classes,
+            "images": self._images,
+            "files": self._files,
+            "owners": self._owners,
+        }
+        return self.record
+
+    def _fault(self, own: Mapping[str, Any], tasks: list[str]) -> str | None:
+        """Return what of a record cannot be, after those before it."""
+        first, added, targets = len(self._classes), own["classes"], own.get("targets", [])
+        known, directions = {*self._tasks, *tasks}, own["directions"]
+        last = self.record["step"] if self.record else None
+        faults = {
+            f"it comes after {own.get('after')}, not after {last}": names_own_files(own)
+            and own["after"] != last,
+            "its last task is not its step": own["step"] != (tasks[-1] if tasks else "t00"),
+            "a task stands twice": len(known) < len(self._tasks) + len(tasks),
+            "a target stands twice": len({*targets}) < len(targets),
+            "a direction is of no task, or stands twice": len({*directions} & known) < len(directions),
+            "its labels are not 0, 1, 2, …": [e["label"] for e in added]
+            != list(range(first, first + len(added))),
+            "the tasks of its classes are not its tasks": list(dict.fromkeys(e["task"] for e in added))
+            != tasks,
+            "a name stands for two classes": len({e["name"] for e in added} - self._names) < len(added),
+        }
+        return next((text for text, wrong in faults.items() if wrong), None)
+
+    def _let_go(self, directions: set[str]) -> None:
+        """Forget what a new step does not stand on: files that every step makes anew, directions that it replaced."""
+        replaced = [f"directions/{task}.safetensors" for task in self._directions - directions]
+        for name in {*self._passing, *replaced} & self._files.keys():
+            del self._files[name], self._owners[name]
+        self._directions = directions
+
+
+def names_own_files(own: Mapping[str, Any]) -> bool:
+    """Return whether a record names its step's own files alone, and the record before."""
+    return bool(own.get("format") == OWN_FILES)
+
+
+def require_files(
+    folder: Path, record: Mapping[str, Any], needed: Iterable[str], *, beside: Beside | None = None
+) -> dict[str, Path]:
+    """Return where files are that a record names, and hold that they are those.
+
+    Args:
+        record: as `read_record` returns it.
+        needed: names of files.
+        beside: where the folders of earlier steps are; None where they lie beside `folder`.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is another, or not named.
     """
-    if unnamed := next((name for name in needed if name not in record["files"]), None):
-        raise ValueError(
-            f"{folder / RECORD}: its files lack {unnamed}; restore the folder with `dvc checkout`"
-        )
-    for name, expected in record["files"].items():
+    find: Beside = beside or folder.resolve().parent.joinpath
+    places = {}
+    for name in needed:
+        if name not in record["files"]:
+            raise ValueError(
+                f"{folder / RECORD}: its files lack {name}; restore the folder with `dvc checkout`"
+            )
+        owner, expected = record["owners"][name], record["files"][name]
+        path = (folder if owner == record["step"] else find(owner)) / name
         try:
-            found = file_sha256(folder / name)
+            found = file_sha256(path)
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
-                f"{folder / name}: it is missing; get the whole folder (`dvc checkout`, `dvc pull` or `dvc get`)"
+                f"{path}: it is missing; get the whole folder (`dvc checkout`, `dvc pull` or `dvc get`)"
             ) from None
         if found != expected:
             raise ValueError(
-                f"{folder / name}: changed since the step was frozen (sha256 {found[:12]}, its record says "
-                f"{expected[:12]}); restore it with `dvc checkout`"
+                f"{path}: changed since the step was frozen (sha256 {found[:12]}, its record says {expected[:12]}); "
+                "restore it with `dvc checkout`"
             )
+        places[name] = path
+    return places
 
 
 def _part_of(some: list[str], known: list[str]) -> bool:

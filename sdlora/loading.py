@@ -12,7 +12,7 @@ from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
 from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
-from sdlora.ledger import RECORD
+from sdlora.ledger import RECORD, read_own_record
 from sdlora.model_folder import read_model
 from sdlora.preprocessing import Preprocessing
 
@@ -71,15 +71,16 @@ def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
             f"{base_folder}: step t00, the backbone of the chain, is missing; get it too, beside {folder.name} "
             "(`dvc get REPO artifacts/model/t00`), or say where it is"
         )
-    learned, record = read_model(folder)
-    if not learned.rows:
-        raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")
-    base = read_backbone(base_folder)
-    if base.description["sha256"] != record["backbone"]:
+    own, base = read_own_record(folder), read_backbone(base_folder)
+    if base.description["sha256"] != own["backbone"]:
         raise ValueError(
-            f"{folder}: it began from another backbone (sha256 {record['backbone'][:12]}) than the one in "
+            f"{folder}: it began from another backbone (sha256 {own['backbone'][:12]}) than the one in "
             f"{base_folder} ({base.description['sha256'][:12]}); say where its own is"
         )
+    beside = folder.resolve().parent.joinpath
+    learned, record = read_model(folder, beside=lambda step: base_folder if step == "t00" else beside(step))
+    if not learned.rows:
+        raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")
     return Step(base, learned, record)
 
 

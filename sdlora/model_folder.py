@@ -1,8 +1,7 @@
 """A model folder: what a step leaves behind, exact to the bit, and checked against its record when it is read."""
 
-import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,113 +9,142 @@ import torch
 
 from sdlora.adapters import Factors
 from sdlora.classifier import ModelState
+from sdlora.drift import DRIFT_SHAPES, DriftMap
 from sdlora.head import HeadBlock
-from sdlora.ledger import RECORD, file_sha256, read_record, record_bytes, require_files
-from sdlora.records import FORMAT
+from sdlora.ledger import OWN_FILES, RECORD, Beside, file_sha256, read_record, record_bytes, require_files
 from sdlora.statistics import ClassStatistics, statistics_shapes
 from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
 from sdlora.tensors import read_tensors, write_tensors
 
-MAGNITUDES, _MEMORY = "magnitudes.safetensors", "memory.safetensors"
+MAGNITUDES, CLASSIFIER, _MEMORY = "magnitudes.safetensors", "classifier.safetensors", "memory.safetensors"
 
 
 def write_model(
-    folder: Path, learned: ModelState, record: Mapping[str, Any], *, before: Path | None = None
+    folder: Path, learned: ModelState, record: Mapping[str, Any], *, before: ModelState
 ) -> dict[str, Any]:
-    """Write `learned` and its ledger record into the existing `folder`. Returns the record as written.
+    """Write what a step has made, and its ledger record, into the existing `folder`. Return the record as written.
 
     Files: `directions/TASK.safetensors` (`TARGET.up`, `TARGET.down`), `head/TASK.safetensors` (`weight`, `bias`),
-    `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets), where the head is settled
-    `settled/TASK.safetensors` (the rows in use) and `statistics/TASK.safetensors` (the fields of `ClassStatistics`),
-    where the method needs it `memory.safetensors`, and
-    `step.json`, which is `record` with the hash of every other file. A file that the folder `before` holds of the
-    same name and with the same tensors is copied, so a frozen direction keeps its bytes whatever wrote them.
+    `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets). Where the head is made
+    from statistics `statistics/TASK.safetensors` (the fields of `ClassStatistics`), `drift/TASK.safetensors` (those of
+    `DriftMap`) if the features moved, and `classifier.safetensors` (`TASK.weight`, `TASK.bias`: the rows in use). Where
+    the method needs it `memory.safetensors`. `step.json` is `record` with the hash of every other file. What `before`
+    holds already is not written again: it lies in the folder of an earlier step.
     """
-    for task, direction in learned.directions.items():
-        tensors = {}
-        for target, factors in direction.items():
-            tensors[f"{target}.up"], tensors[f"{target}.down"] = factors
-        _write_or_copy(folder, f"directions/{task}.safetensors", tensors, before)
-    for task, block in learned.head.items():
-        _write_or_copy(folder, f"head/{task}.safetensors", block._asdict(), before)
-    for task, block in learned.settled.items():
-        _write_or_copy(folder, f"settled/{task}.safetensors", block._asdict(), before)
-    for task, statistics in learned.statistics.items():
-        _write_or_copy(folder, f"statistics/{task}.safetensors", statistics._asdict(), before)
+    for kind, held, tensors in (
+        ("directions", before.directions, {t: _named_factors(d) for t, d in learned.directions.items()}),
+        ("head", before.head, {t: block._asdict() for t, block in learned.head.items()}),
+        ("statistics", before.statistics, {t: s._asdict() for t, s in learned.statistics.items()}),
+        ("drift", before.drift, {t: drift._asdict() for t, drift in learned.drift.items()}),
+    ):
+        for task, named in tensors.items():
+            if task not in held or not _same(named, held[task]):
+                write_tensors(folder / kind / f"{task}.safetensors", named)
     write_tensors(folder / MAGNITUDES, learned.magnitudes)
+    if learned.settled:
+        write_tensors(folder / CLASSIFIER, _named_rows(learned.settled))
     if learned.memory:
         write_tensors(folder / _MEMORY, learned.memory)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
     hashes = {name: file_sha256(folder / name) for name in names}
-    written = {**record, "format": FORMAT, "files": hashes}
+    written = {**record, "format": OWN_FILES, "files": hashes}
     (folder / RECORD).write_bytes(record_bytes(written))
     return written
 
 
-def _write_or_copy(folder: Path, name: str, tensors: Mapping[str, torch.Tensor], before: Path | None) -> None:
-    earlier = before / name if before else None
-    if earlier and earlier.is_file():
-        held = read_tensors(earlier)
-        if held.keys() == tensors.keys() and all(torch.equal(held[key], tensors[key]) for key in held):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(earlier, folder / name)
-            return
-    write_tensors(folder / name, tensors)
+def _named_factors(direction: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    return {
+        f"{target}.{name}": part
+        for target, pair in direction.items()
+        for name, part in pair._asdict().items()
+    }
 
 
-def read_model(folder: Path) -> tuple[ModelState, dict[str, Any]]:
-    """Return what the steps up to this one have learned, and the step's record.
+def _named_rows(blocks: Mapping[str, HeadBlock]) -> dict[str, torch.Tensor]:
+    return {
+        f"{task}.{name}": part for task, block in blocks.items() for name, part in block._asdict().items()
+    }
+
+
+def _same(named: Mapping[str, torch.Tensor], held: Any) -> bool:  # noqa: ANN401 - one of four kinds
+    """Return whether what is held of a task has these tensors, bit for bit."""
+    known = _named_factors(held) if isinstance(held, Mapping) else held._asdict()
+    return named.keys() == known.keys() and all(torch.equal(named[name], known[name]) for name in named)
+
+
+def read_model(
+    folder: Path, *, beside: Beside | None = None, statistics: bool = False
+) -> tuple[ModelState, dict[str, Any]]:
+    """Return what the steps up to this one have learned, and what their records say, as `read_record` does.
+
+    Args:
+        beside: where the folders of earlier steps are; None where they lie beside `folder`.
+        statistics: whether class statistics and drift maps are read too, which only a new classifier is made from.
 
     Raises:
-        FileNotFoundError: the folder, its record or a file that the record names is missing.
-        ValueError: a file is not the one that the record names (its hash differs), or does not hold what it must.
+        FileNotFoundError: a folder, a record or a file that is needed is missing.
+        ValueError: a file is not the one that its record names (its hash differs), or does not hold what it must.
     """
-    record = read_record(folder)
+    record = read_record(folder, beside=beside)
     targets, tasks, files = record.get("targets", []), record["tasks"], record["files"]
-    of_tasks = [
-        "head",
-        *(kind for kind in ("settled", "statistics") if any(f.startswith(kind) for f in files)),
-    ]
-    needed = [f"{kind}/{task}.safetensors" for kind in of_tasks for task in tasks]
-    needed += [f"directions/{task}.safetensors" for task in record["directions"]]
-    needed += [MAGNITUDES] if record["directions"] else []
-    require_files(folder, record, needed)
     classes = Counter(entry["task"] for entry in record["classes"])
     sizes: dict[str, int] = {}
 
     def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, torch.Tensor]:
-        tensors = read_tensors(folder / name)
-        check_tensors(folder / name, tensors, shapes, sizes)
+        path = require_files(folder, record, [name], beside=beside)[name]
+        tensors = read_tensors(path)
+        check_tensors(path, tensors, shapes, sizes)
         return tensors
 
-    directions, head, settled, statistics = {}, {}, {}, {}
+    directions, head, known, drift = {}, {}, {}, {}
     for task in record["directions"]:
         tensors = read(f"directions/{task}.safetensors", direction_shapes(task, targets))
         directions[task] = {
             target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets
         }
     for task in tasks:
-        rows: dict[str, tuple[int | str, ...]] = {
-            "weight": (classes[task], "features"),
-            "bias": (classes[task],),
-        }
-        head[task] = HeadBlock(**read(f"head/{task}.safetensors", rows))
-        if "settled" in of_tasks:
-            settled[task] = HeadBlock(**read(f"settled/{task}.safetensors", rows))
-        if "statistics" in of_tasks:
+        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _row_shapes(classes[task])))
+        if statistics and f"statistics/{task}.safetensors" in files:
             shapes = statistics_shapes(classes[task])
-            statistics[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
-    memory = read_tensors(folder / _MEMORY) if _MEMORY in files else {}
-    require_finite(folder / _MEMORY, memory)
-    magnitudes = {}
-    if directions:
-        magnitudes = read(MAGNITUDES, dict.fromkeys(directions, (len(targets),)))
+            known[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
+        if statistics and f"drift/{task}.safetensors" in files:
+            drift[task] = DriftMap(**read(f"drift/{task}.safetensors", DRIFT_SHAPES))
+    magnitudes = read(MAGNITUDES, dict.fromkeys(directions, (len(targets),))) if directions else {}
+    memory = {}
+    if _MEMORY in files:
+        path = require_files(folder, record, [_MEMORY], beside=beside)[_MEMORY]
+        memory = read_tensors(path)
+        require_finite(path, memory)
     learned = ModelState(
         directions=directions,
         magnitudes={task: magnitudes[task] for task in directions},
         head=head,
-        settled=settled,
-        statistics=statistics,
+        settled=_rows_in_use(record, classes, read),
+        statistics=known,
+        drift=drift,
         memory=memory,
     )
     return learned, record
+
+
+def _rows_in_use(
+    record: Mapping[str, Any], classes: Mapping[str, int], read: Callable[..., dict[str, torch.Tensor]]
+) -> dict[str, HeadBlock]:
+    """Return the rows that are used in place of the trained ones, by task. Nothing where the trained ones are."""
+    tasks, files = record["tasks"], record["files"]
+    if CLASSIFIER in files:
+        shapes = {
+            f"{task}.{name}": shape for task in tasks for name, shape in _row_shapes(classes[task]).items()
+        }
+        rows = read(CLASSIFIER, shapes)
+        return {task: HeadBlock(rows[f"{task}.weight"], rows[f"{task}.bias"]) for task in tasks}
+    if any(name.startswith("settled/") for name in files):  # a record of format 1
+        return {
+            task: HeadBlock(**read(f"settled/{task}.safetensors", _row_shapes(classes[task])))
+            for task in tasks
+        }
+    return {}
+
+
+def _row_shapes(classes: int) -> dict[str, tuple[int | str, ...]]:
+    return {"weight": (classes, "features"), "bias": (classes,)}

@@ -57,22 +57,3 @@ def _principal(scaled: Tensor) -> tuple[Tensor, Tensor]:
     """Variances (m,), falling, and directions (d, m) of centred samples (n, d) divided by √(n − 1)."""
     _, values, right = torch.linalg.svd(scaled, full_matrices=False)
     return values.square(), right.T
-
-
-def drifted(statistics: ClassStatistics, *, old: Tensor, new: Tensor) -> ClassStatistics:
-    """Return the statistics with every mean moved as the images near it moved (Yu et al., CVPR 2020, semantic drift).
-
-    μ_c ← μ_c + Σᵢ wᵢ (newᵢ − oldᵢ) / Σᵢ wᵢ,  wᵢ = exp(−‖oldᵢ − μ_c‖² / 2σ²)
-
-    Args:
-        old: (n, d) features of the current task's images under the model before the step, paired with
-        new: (n, d) under the model after it.
-
-    σ² is the mean over classes of the smallest ‖oldᵢ − μ_c‖², a scale that the features have themselves (the
-    source normalises its features and fixes σ). Covariances stay.
-    """
-    before, after = old.double(), new.double()
-    distances = torch.cdist(statistics.mean.double(), before).square()
-    scale = distances.min(dim=1).values.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    weights = torch.softmax(-distances / (2 * scale), dim=1)
-    return statistics._replace(mean=(statistics.mean.double() + weights @ (after - before)).float())

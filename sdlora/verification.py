@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from sdlora.ledger import RECORD, file_sha256, read_record, record_hash
+from sdlora.ledger import RECORD, JoinedRecords, file_sha256, names_own_files, read_own_record, record_hash
 from sdlora.methods import METHODS
 from sdlora.model_folder import MAGNITUDES
 from sdlora.tensors import read_tensors
@@ -20,56 +18,60 @@ class _Fault(NamedTuple):
     what: str
 
 
-def faults_of_step(folder: Path, step: str, before: Path | None) -> Iterator[_Fault]:
-    """Yield what in a model folder does not hold. Nothing if all does.
+def faults_of_step(folder: Path, step: str, chain: JoinedRecords, *, before: Path | None) -> Iterator[_Fault]:
+    """Yield what in a model folder does not hold. Nothing if all does, and then its record is added to `chain`.
 
-    Held are: the record is of `step` and holds the hash of the record before; the files are those of the record, with
-    its hashes; what was frozen before (directions, trained rows of the head, classes, backbone) is there unchanged; the
-    magnitudes are those of the record, one for each direction and target.
+    Held are: the record is of `step`, names the step before and holds the hash of its record; the files are those of
+    the record, with its hashes; none of them takes the place of what an earlier step froze (directions, trained rows of
+    the head); the backbone stays; the magnitudes are those of the record, one for each direction and target.
 
     Args:
         folder: the model folder of `step`.
-        before: that of the step before, already verified; None for step t00, which starts the chain.
+        chain: the records of all steps before, already verified.
+        before: the model folder of the step before; None for step t00, which starts the chain.
     """
+    earlier = chain.record
     try:
-        record = read_record(folder)
+        own = read_own_record(folder)
+        chain.add(folder, own)
     except FileNotFoundError:
         yield _Fault(RECORD, "the file is missing")
         return
     except ValueError as error:
         yield _Fault(RECORD, str(error).removeprefix(f"{folder / RECORD}: "))
         return
-    if record["step"] != step:
-        yield _Fault(RECORD, f"it is the record of {record['step']}, expected {step}")
-    earlier: dict[str, Any] | None = None
-    if before is None:
-        if record["previous"] is not None:
+    if own["step"] != step:
+        yield _Fault(RECORD, f"it is the record of {own['step']}, expected {step}")
+    if before is None or earlier is None:
+        if own["previous"] is not None:
             yield _Fault(RECORD, "it names a step before, but the chain begins here")
     else:
-        earlier, expected = read_record(before), record_hash(before)
-        if record["previous"] != expected:
-            found = str(record["previous"])[:12]
+        expected = record_hash(before)
+        if own["previous"] != expected:
+            found = str(own["previous"])[:12]
             yield _Fault(RECORD, f"its step before is {found}, but that record's hash is {expected[:12]}")
-        yield from _broken_continuity(record, earlier, step)
-    yield from _changed_files(folder, record, before)
+        yield from _broken_continuity(own, earlier, step)
+    yield from _changed_files(folder, own)
     if earlier is not None:
-        yield from _moved(record, earlier)
-        yield from _wrong_magnitudes(folder, record)
+        yield from _moved(own, earlier)
+        yield from _wrong_magnitudes(folder, own)
 
 
-def _broken_continuity(record: dict[str, Any], earlier: dict[str, Any], step: str) -> Iterator[_Fault]:
+def _broken_continuity(own: dict[str, Any], earlier: dict[str, Any], step: str) -> Iterator[_Fault]:
     """Facts that only ever grow, or never change."""
-    if record["backbone"] != earlier["backbone"]:
+    if own["backbone"] != earlier["backbone"]:
         yield _Fault(RECORD, "its backbone is not that of the step before")
-    if record["tasks"] != [*earlier["tasks"], step]:
+    if names_own_files(own):  # it has no tasks and classes but its own
+        return
+    if own["tasks"] != [*earlier["tasks"], step]:
         yield _Fault(RECORD, f"its tasks are not those of the step before and {step}")
-    if record["classes"][: len(earlier["classes"])] != earlier["classes"]:
+    if own["classes"][: len(earlier["classes"])] != earlier["classes"]:
         yield _Fault(RECORD, "the classes of the step before are not its first ones")
 
 
-def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) -> Iterator[_Fault]:
+def _changed_files(folder: Path, own: dict[str, Any]) -> Iterator[_Fault]:
     """Files that are missing, too many, or not those whose hashes the record holds."""
-    recorded = record["files"]
+    recorded = own["files"]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
     yield from (_Fault(name, "the file is missing") for name in sorted(recorded.keys() - present))
     yield from (
@@ -78,41 +80,37 @@ def _changed_files(folder: Path, record: dict[str, Any], before: Path | None) ->
     for name in sorted(recorded.keys() & present):
         found = file_sha256(folder / name)
         if found != recorded[name]:
-            where = _changed_tensor(folder / name, before / name if before else None)
-            yield _Fault(name, f"{where}; its sha256 is {found[:12]}, the record says {recorded[name][:12]}")
+            yield _Fault(
+                name,
+                f"the file was changed; its sha256 is {found[:12]}, the record says {recorded[name][:12]}",
+            )
 
 
-def _changed_tensor(path: Path, earlier: Path | None) -> str:
-    """Return which tensor of a changed file differs from that file of the step before, as far as can be said."""
-    try:
-        tensors = read_tensors(path)
-    except ValueError:
-        return "the file is damaged"
-    if earlier is None or not earlier.is_file():
-        return "the file was changed"
-    held = read_tensors(earlier)
-    differing = [
-        name
-        for name in sorted(tensors.keys() | held.keys())
-        if name not in tensors or name not in held or not torch.equal(tensors[name], held[name])
-    ]
-    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-    return f"the tensor {differing[0]}{more} was changed" if differing else "the file was changed"
-
-
-def _moved(record: dict[str, Any], earlier: dict[str, Any]) -> Iterator[_Fault]:
-    """Files of earlier tasks that had to stay what they were, by the hashes of both records."""
-    method = METHODS.get(record.get("method", ""))
+def _moved(own: dict[str, Any], earlier: dict[str, Any]) -> Iterator[_Fault]:
+    """Files of earlier tasks that had to stay what they were."""
+    method = METHODS.get(own.get("method", ""))
     if method is None:
-        yield _Fault(RECORD, f"its method {record.get('method')!r} is unknown")
+        yield _Fault(RECORD, f"its method {own.get('method')!r} is unknown")
         return
+    # What the chain says has the step itself among its tasks by now.
     kept = [] if method.replaces else [f"directions/{task}.safetensors" for task in earlier["directions"]]
-    kept += [] if method.joint else [f"head/{task}.safetensors" for task in earlier["tasks"]]
+    kept += (
+        []
+        if method.joint
+        else [f"head/{task}.safetensors" for task in earlier["tasks"] if task != own["step"]]
+    )
+    if not names_own_files(own):
+        for name in kept:
+            was, now = earlier["files"].get(name), own["files"].get(name)
+            if was is not None and now != was:
+                found = "is gone" if now is None else f"was {was[:12]} and is {now[:12]}"
+                yield _Fault(name, f"it was frozen at an earlier step, and {found}")
+        return
     for name in kept:
-        was, now = earlier["files"].get(name), record["files"].get(name)
-        if was is not None and now != was:
-            found = "is gone" if now is None else f"was {was[:12]} and is {now[:12]}"
-            yield _Fault(name, f"it was frozen at an earlier step, and {found}")
+        if name in own["files"]:
+            yield _Fault(name, "it was frozen at an earlier step, and is here again")
+        elif name.startswith("directions/") and Path(name).stem not in own["directions"]:
+            yield _Fault(RECORD, f"{name} was frozen at an earlier step, and is gone")
 
 
 def _wrong_magnitudes(folder: Path, record: dict[str, Any]) -> Iterator[_Fault]:

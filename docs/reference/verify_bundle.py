@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TYPES = ["application/vnd.in-toto+json", "https://in-toto.io/Statement/v1", "urn:sdlora:ledger-step:v1"]
+LASTING = ("directions/", "head/", "statistics/", "drift/")  # files that later steps stand on where they lie
 FILES = ("model/{}/step.json", "gate/{}/verdict.json", "evaluation/{}/metrics.json")
 Json = dict[str, Any]
 
@@ -78,6 +79,11 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
         ("names of these files", there, set(model)),
         ("step and backbone", [step, record["backbone"]], [verdict["step"], (before or record)["backbone"]]),
     ]
+    if record.get("format") == 2:  # it names its own files and classes alone
+        rows.append(("step before", record["after"], before["step"]))
+        lasting = {name: digest for name, digest in before["files"].items() if name.startswith(LASTING)}
+        grown = {"tasks": [*before["tasks"], step], "classes": [*before["classes"], *record["classes"]]}
+        record = {**record, **grown, "files": {**lasting, **record["files"]}}
     if before:
         receipt = root / "ledger/retired" / step / "receipt.json"  # stands for images that were deleted
         packed = files.get(f"train/{step}", {}).get("train.arrow")
@@ -86,6 +92,7 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
         frozen = ("head/", "directions/")[:kept]
         rows += [
             ("tasks", record["tasks"], [*before["tasks"], step]),
+            ("labels", [its["label"] for its in record["classes"]], [*range(len(record["classes"]))]),
             ("earlier classes", before["classes"], record["classes"][: len(before["classes"])]),
             ("images", [record["images"][step]] * 2, [images, record["split"]["images"]]),
             ("training samples", record["split"], json.loads((split / step / "train.json").read_bytes())),

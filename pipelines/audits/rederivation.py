@@ -20,7 +20,16 @@ from pipelines.project.environment import OUTCOME_FILE, STAGE_SOCKET
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
 from pipelines.project.fingerprints import program_fingerprint, stage_fingerprint
-from pipelines.project.layout import ARTIFACTS, CODE, DVC_YAML, LOCK, PARAMS, TRAINED, StageName
+from pipelines.project.layout import (
+    ARTIFACTS,
+    CODE,
+    DVC_YAML,
+    LOCK,
+    PARAMS,
+    TRAINED,
+    StageName,
+    read_beside_deps,
+)
 from pipelines.project.params import Params
 from pipelines.project.provenance import library_versions
 from pipelines.project.yaml_text import read_text, read_yaml
@@ -168,7 +177,7 @@ def _read_by(params: Params, lock: Lock, stage: StageName) -> set[Path]:
     if stage.item and stage.kind in ("fit", "freeze"):
         tasks = tasks_read(params, stage.item) if stage.kind == "fit" else [stage.item]
         found |= {TRAINED / task for task in tasks}
-    return found
+    return found | set(read_beside_deps(stage, list(params.tasks)))
 
 
 def _write_params(path: Path) -> None:

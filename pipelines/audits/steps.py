@@ -147,7 +147,7 @@ class AuditedProject:
             beside=partial(self.find, "model"),
             split=None if name == "t00" else self.find("split", name),
             evaluation=None if name == "t00" else self.find("evaluation", name),
-            record=_read_step_record(model),
+            record=_read_step_record(model, partial(self.find, "model")),
         )
 
     def evaluated(self) -> list[str]:
@@ -171,9 +171,7 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
     """Return the step whose model folder this is. Its evaluation and split are looked for beside it."""
     if not (model / "step.json").is_file():
         raise InputError(f"{shown}: no model folder (no step.json in it); name one, or a step such as t03")
-    record = _read_step_record(model)
     home = model.resolve().parent
-    name = record["step"]
 
     def beside(other: str) -> Path:
         if not (home / other / "step.json").is_file():
@@ -182,6 +180,8 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
             )
         return home / other
 
+    record = _read_step_record(model, beside)
+    name = record["step"]
     split, evaluation = (home.parent / kind / name for kind in ("split", "evaluation"))
     return AuditedStep(
         name=name,
@@ -194,14 +194,11 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
     )
 
 
-def _read_step_record(model: Path) -> Figures:
-    """Return the ledger record of a model folder. An `InputError` where it is none."""
+def _read_step_record(model: Path, beside: Callable[[str], Path]) -> Figures:
+    """Return what the ledger says of the chain up to a step. An `InputError` where its folder holds no record."""
     from sdlora.ledger import read_record
 
-    record = read_record(model)
-    if not isinstance(record, dict) or not {"step", "tasks", "classes", "files"} <= record.keys():
-        raise InputError(f"{model}/step.json: it is not a record of a step; restore it with `dvc checkout`")
-    return record
+    return read_record(model, beside=beside)
 
 
 def read_answers(step: AuditedStep) -> Answers | None:
@@ -325,7 +322,7 @@ def classifier_of(step: AuditedStep, base: Backbone) -> nn.Module:
     from sdlora.devices import best_device
     from sdlora.model_folder import read_model
 
-    learned = ModelState() if step.name == "t00" else read_model(step.model)[0]
+    learned = ModelState() if step.name == "t00" else read_model(step.model, beside=step.beside)[0]
     if step.record["backbone"] != base.description["sha256"]:
         raise InputError(
             f"{step.shown}: it began from another backbone (sha256 {step.record['backbone'][:12]}) than the one "
@@ -336,7 +333,7 @@ def classifier_of(step: AuditedStep, base: Backbone) -> nn.Module:
 
 def ancestors(step: AuditedStep) -> list[str]:
     """Hashes of the records before a step, the last one first, as far back as each is the one that is named."""
-    from sdlora.ledger import read_record, record_hash
+    from sdlora.ledger import read_own_record, record_hash
 
     found: list[str] = []
     previous = step.record.get("previous")
@@ -348,7 +345,7 @@ def ancestors(step: AuditedStep) -> list[str]:
             folder = step.beside(name)
             if record_hash(folder) != previous:
                 break
-            previous = read_record(folder).get("previous")
+            previous = read_own_record(folder).get("previous")
         except (InputError, OSError, ValueError):
             break
     return found

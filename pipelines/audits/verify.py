@@ -49,7 +49,7 @@ from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, V
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
 from pipelines.versioning.stores import DeclaredStage, read_dvc_project
-from sdlora.ledger import record_hash
+from sdlora.ledger import JoinedRecords, record_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,10 +91,11 @@ def verify() -> Iterator[StepVerification]:
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
         place = ArtifactStore(lock, Path(scratch))
         before: Path | None = None
+        chain = JoinedRecords()
         for step in ("t00", *params.tasks):
             stages = [stage for stage in declared if _step_of(stage, params) == step]
             try:
-                files, model = _verify_step(place, step, before, stages)
+                files, model = _verify_step(place, chain, step, before, stages)
                 receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
                 check_declared(lock, stages)
                 if step != "t00":
@@ -108,7 +109,7 @@ def verify() -> Iterator[StepVerification]:
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
-            _check_metrics(place, params)
+            _check_metrics(place, params, chain)
             rest = [stage for stage in declared if _step_of(stage, params) is None]
             check_declared(lock, rest)
             check_read(place, rest)
@@ -158,15 +159,21 @@ def check_bytes(place: ArtifactStore, path: str) -> int:
 
 
 def _verify_step(
-    place: ArtifactStore, step: str, before: Path | None, stages: Sequence[DeclaredStage]
+    place: ArtifactStore,
+    chain: JoinedRecords,
+    step: str,
+    before: Path | None,
+    stages: Sequence[DeclaredStage],
 ) -> tuple[int, Path]:
-    """Verify all outputs of one step. Return how many files were read, and its model folder."""
+    """Verify all outputs of one step, and add its record to those before. Return how many files were read, and its
+    model folder.
+    """
     from sdlora.verification import faults_of_step
 
     model = place.find(MODELS / step)
     # The folder's own record first: it can say which tensor of which file is wrong.
     try:
-        for fault in faults_of_step(model, step, before):
+        for fault in faults_of_step(model, step, chain, before=before):
             raise FaultError(f"{MODELS / step / fault.file}: {fault.what}")
     except (AttributeError, KeyError, TypeError, IndexError):
         raise FaultError(f"{MODELS / step}/step.json: it is not a record of a step") from None
@@ -177,7 +184,9 @@ def _verify_step(
     files = sum(check_bytes(place, out) for out in outs)
     check_read(place, stages)
     if step != "t00":
-        record = read_json(model / "step.json", AuditedRecord)
+        read_json(model / "step.json", AuditedRecord)
+        record = chain.record
+        assert record is not None
         _check_origins(place, step, record)
         check_split(place, step, record)
         _check_evaluation(place, step, record)
@@ -423,15 +432,14 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
         raise FaultError(f"{folder}/verdict.json: it let a step through that breaks a limit")
 
 
-def _check_metrics(place: ArtifactStore, params: Params) -> None:
+def _check_metrics(place: ArtifactStore, params: Params, chain: JoinedRecords) -> None:
     """Check that metrics.json follows from the evaluations."""
     from pipelines.reports.statistics import headline_of
 
     evaluations = [
         read_json(place.find(EVALUATIONS / task) / "metrics.json", Metrics) for task in params.tasks
     ]
-    last = list(params.tasks)[-1]
-    classes = read_json(place.find(MODELS / last) / "step.json", AuditedRecord)["classes"]
+    classes = chain.record["classes"] if chain.record else []
     if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations):
         raise FaultError("metrics.json: it does not follow from the evaluations")
 

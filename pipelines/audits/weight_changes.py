@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def compared_weights(then: AuditedStep, now: AuditedStep, notes: list[str]) -> Figures | None:
     """Magnitudes, sizes of changes, overlaps of directions. None where the weights cannot be compared."""
     from sdlora.change import read_update, relative_changes
-    from sdlora.ledger import read_record
+    from sdlora.ledger import read_own_record
 
     if then.record["backbone"] != now.record["backbone"]:
         notes.append("the two began from different backbones, so their weights are not compared")
         return None
-    before, after = read_update(then.model), read_update(now.model)
-    base = read_record(now.beside("t00"))
+    before, after = read_update(then.model, beside=then.beside), read_update(now.model, beside=now.beside)
+    base = read_own_record(now.beside("t00"))
     targets = dict.fromkeys([*before.targets, *after.targets])
     if missing := [target for target in targets if target not in base.get("norms", {})]:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -104,6 +105,19 @@ class StageName(NamedTuple):
 
     def __str__(self) -> str:
         return self.kind if self.item is None else f"{self.kind}@{self.item}"
+
+
+def read_beside_deps(stage: StageName, tasks: Sequence[str]) -> list[Path]:
+    """Return the outputs of earlier steps that a stage reads, and that no dep but a record which names them stands for.
+
+    Args:
+        stage: The stage of a task.
+        tasks: All tasks, in order of arrival.
+    """
+    kinds = {"split": [SPLITS], "fit": [MODELS], "freeze": [MODELS], "evaluate": [MODELS, SPLITS]}
+    steps = ["t00", *tasks]
+    before = steps[: steps.index(stage.item)] if stage.item in steps else []
+    return [kind / step for kind in kinds.get(stage.kind, []) for step in before]
 
 
 def project_root(folder: Path) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, NotRequired, TypedDict
 
 from sdlora.ledger import ClassEntry
-from sdlora.records import Name, Number, Rule, Sha256, TaskId, WholeNumber
+from sdlora.records import FileName, Name, Number, Rule, Sha256, TaskId, WholeNumber
 
 _Images = Annotated[int, Rule(range(1, 2**53).__contains__, "a number of images, at least 1")]
 
@@ -70,10 +70,15 @@ class _Approved(TypedDict):
     why: Name
 
 
+class RecordedFiles(TypedDict):
+    """The record of a step or of a split: the files of its folder, with their hashes."""
+
+    files: dict[FileName, Sha256]
+
+
 class AuditedRecord(TypedDict):
     """step.json of a step that learned a task, as far as an audit reads it beside what the library does."""
 
-    tasks: list[TaskId]
     classes: list[ClassEntry]
     images: dict[TaskId, Sha256]
     split: _SplitDescription

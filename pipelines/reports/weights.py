@@ -104,17 +104,18 @@ def _find_versions(models: Path, history: History) -> list[dict[str, _Version]]:
     """Return for each step task → the file of its direction, under the first step that has it. Empty if no step has
     any.
 
-    Records name the hash of every file, so what is frozen is recognised, and read once.
+    A step's own record names the directions that it wrote. One of format 1 names all that it has, by their hashes, so
+    what is frozen is recognised, and read once.
     """
     first: dict[tuple[str, str], _Version] = {}
+    known: dict[str, _Version] = {}
     steps = []
     for step, record in zip(history.tasks, history.records, strict=True):
-        found = {}
         for task in record.get("directions", []):
             name = f"directions/{task}.safetensors"
-            version = _Version(task, models / step / name)
-            found[task] = first.setdefault((task, record["files"][name]), version)
-        steps.append(found)
+            if (digest := record["files"].get(name)) is not None:
+                known[task] = first.setdefault((task, digest), _Version(task, models / step / name))
+        steps.append({task: known[task] for task in record.get("directions", [])})
     return steps if any(steps) else []
 
 

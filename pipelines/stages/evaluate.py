@@ -13,6 +13,7 @@ from pipelines.project.schemas import ClassMap, TaskList
 from pipelines.project.settings import Evaluation
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
+from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +99,8 @@ def _classifier_of(
 
     device = best_device()
     base = read_backbone(backbone)
-    learned, record = read_model(model)
+    with whole_folders(model) as found:
+        learned, record = read_model(found(model.name), beside=found)
     if record["classes"] != classes:
         raise InputError(
             f"{model}: its {len(record['classes'])} classes are not the {len(classes)} of {origin}; "

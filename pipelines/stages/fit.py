@@ -22,6 +22,7 @@ from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, other_ranks
 from pipelines.runtime.stage import StageResult, stage
+from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +241,8 @@ def _prepare(
     adapter, settings = choices.adapter, choices.training
     method = METHODS[adapter.method]
     base = read_backbone(backbone)
-    learned, record = read_model(before)
+    with whole_folders(before) as found:
+        learned, record = read_model(found(before.name), beside=found)
     targets = adapter.targets or method.targets
     _check_continues(record, adapter, before, targets)
     preprocessing = Preprocessing.of(base.description)

@@ -17,6 +17,7 @@ from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
 from pipelines.runtime.memory import memory_room
 from pipelines.runtime.stage import StageResult, stage
+from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,9 +35,9 @@ def freeze(
 ) -> StageResult:
     """Freeze what a task learned, and settle the head: the model folder of this step.
 
-    It holds what the step before holds, byte for byte, and what was learned. A head that is settled from statistics,
-    and a freezing that changes the function, need the features of the task's training images; otherwise neither the
-    images nor the backbone are looked at.
+    It holds what this step has made, and its record names the step before, whose files stay where they are. A head that
+    is made from statistics, and a freezing that changes the function, need the features of the task's training images;
+    otherwise neither the images nor the backbone are looked at.
 
     Args:
         task: Task of params.yaml, such as t01.
@@ -60,10 +61,10 @@ def freeze(
     deterministic = read_params("training.deterministic", bool)
     set_deterministic(deterministic)
     described = _described_fit(fit, task, adapter)
-    learned, record = read_model(before)
+    with whole_folders(before) as found:
+        learned, record = read_model(found(before.name), beside=found, statistics=True)
     _require_head(adapter, record, before)
-    tasks = [*record["tasks"], task]
-    result = read_fit(fit, described, tasks=tasks)
+    result = read_fit(fit, described, tasks=[*record["tasks"], task])
     features = _TrainingFeatures(train, images, backbone)
     step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
     with whole_folder(out) as folder:
@@ -73,17 +74,17 @@ def freeze(
             {
                 "step": task,
                 "previous": record_hash(before),
-                "tasks": tasks,
+                "after": record["step"],
                 **_inherited(record, described, task),
                 **_made_with(adapter, described, deterministic=deterministic),
                 **_learned_in(step, task, fit),
             },
-            before=before,
+            before=learned,
         )
     row = {
         "step": task,
         "directions": len(step.learned.directions),
-        "classes": len(written["classes"]),
+        "classes": len(record["classes"]) + len(written["classes"]),
         "record": record_hash(out)[:12],
         "previous": written["previous"][:12],
         **step.facts,
@@ -148,9 +149,9 @@ def _inherited(record: Mapping[str, Any], described: Mapping[str, Any], task: st
     """Return the part of the new record that goes on from the record of the step before."""
     return {
         "backbone": record["backbone"],
-        "classes": [*record["classes"], *described["classes"]],
+        "classes": described["classes"],
         "targets": described["targets"] or record.get("targets", []),
-        "images": {**record.get("images", {}), task: described["split"]["images"]},
+        "images": {task: described["split"]["images"]},
         "split": described["split"],
     }
 

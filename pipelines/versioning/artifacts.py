@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.project.errors import FaultError, InputError
+from pipelines.project.files import read_json
 from pipelines.project.layout import LOCK, PARAMS, StageName
 from pipelines.project.params import Params
+from pipelines.project.schemas import RecordedFiles
 from pipelines.project.settings import Fetch
 from pipelines.project.yaml_text import read_lock_file
 
@@ -136,8 +139,10 @@ class ArtifactStore:
 
     def find(self, path: Path) -> Path:
         """Return where an output can be read."""
-        if path.exists():
-            return path
+        return path if path.exists() else self.linked(path)
+
+    def linked(self, path: Path) -> Path:
+        """Return links to an output in DVC's cache, or in its remote."""
         md5 = self.lock.outs.get(path.as_posix())
         if md5 is None:
             raise FaultError(f"{path}: it is missing, and {LOCK} does not know it; run `sdlora run`")
@@ -181,6 +186,40 @@ class ArtifactStore:
                 )
             found[entry["relpath"]] = file
         return found
+
+
+@contextlib.contextmanager
+def whole_folders(folder: Path, record: str = "step.json") -> Iterator[Callable[[str], Path]]:
+    """Give a function that returns, by name, where an output beside `folder` can be read with all of its files.
+
+    A folder that lacks a file that its record names, or all of them (DVC brings what a stage depends on, and that is
+    the record), is read from DVC's cache or remote. Links to it last as long as this context.
+
+    Args:
+        folder: One of the outputs.
+        record: Name of the record in each.
+    """
+    with contextlib.ExitStack() as stack:
+        store: list[ArtifactStore] = []
+
+        def found(name: str) -> Path:
+            path = folder.parent / name
+            if _is_whole(path, record) or not LOCK.is_file():
+                return path
+            if not store:
+                scratch = stack.enter_context(TemporaryDirectory(prefix="sdlora-earlier-"))
+                store.append(ArtifactStore(read_lock(Params.load()), Path(scratch)))
+            return store[0].linked(path)
+
+        yield found
+
+
+def _is_whole(folder: Path, record: str) -> bool:
+    """Return whether a folder has its record, and every file that this names."""
+    path = folder / record
+    return path.is_file() and all(
+        (folder / file).is_file() for file in read_json(path, RecordedFiles)["files"]
+    )
 
 
 def _md5_here(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
-from pipelines.project.layout import TRAINED, UNPUSHED, StageName
+from pipelines.project.layout import TRAINED, UNPUSHED, StageName, read_beside_deps
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
 from pipelines.versioning.dvc_failures import dvc_errors
@@ -41,7 +41,8 @@ def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
 
     Training images are fetched only where the stage will really look at them.
     """
-    _pull([Path(dep) for dep in plan.deps[name]], plan, params)
+    earlier = read_beside_deps(StageName.parse(name), list(params.tasks))
+    _pull([*map(Path, plan.deps[name]), *earlier], plan, params)
     made = {out for outs in plan.outs.values() for out in outs}
     images = [Path(out) for out in _images_read(name, params) if out in made and not Path(out).exists()]
     if images and not _restore_from_run_cache(name):

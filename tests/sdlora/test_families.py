@@ -12,8 +12,9 @@ from sdlora.backbones import PREPROCESSING, Backbone, read_backbone, write_backb
 from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.freezing import freeze
 from sdlora.methods import METHODS
-from sdlora.model_folder import read_model, write_model
+from sdlora.model_folder import read_model
 from sdlora.training import Fit, TaskImages
+from tests.support.model_chains import write_chain
 from tests.support.tiny_model import schedule, settings
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -90,8 +91,9 @@ def test_two_steps_are_learned_and_the_written_model_is_the_trained_one(
     base = tiny_backbone(architecture)
     pixels = torch.randint(0, 256, (6, *base.input_size), dtype=torch.uint8)
     images = torch.rand(3, *base.input_size)
-    record = write_backbone(tmp_path, base)
+    write_backbone(tmp_path, base)
     learned = ModelState()
+    steps: list[ModelState] = []
     for task in ("t01", "t02"):
         fit = Fit(
             read_backbone(tmp_path).model,
@@ -109,24 +111,9 @@ def test_two_steps_are_learned_and_the_written_model_is_the_trained_one(
         for _ in fit.run():
             pass
         learned = freeze(learned, fit.result(), method=METHODS["sdlora"], settings=settings()).learned
+        steps.append(learned)
         trained = fit.model.eval().features(images)
-    (tmp_path / "model").mkdir()
-    write_model(
-        tmp_path / "model",
-        learned,
-        {
-            "step": "t02",
-            "previous": "0" * 64,
-            "backbone": record["backbone"],
-            "tasks": ["t01", "t02"],
-            "classes": [
-                {"label": label, "name": f"{label}", "task": f"t0{1 + label // 2}"} for label in range(4)
-            ],
-            "directions": ["t01", "t02"],
-            "targets": list(learned.directions["t01"]),
-        },
-    )
-    read, _ = read_model(tmp_path / "model")
+    read, _ = read_model(write_chain(tmp_path / "chain", steps) / "t02")
     merged = merged_classifier(read_backbone(tmp_path).model, read)
 
     torch.testing.assert_close(merged.features(images), trained, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from sdlora.freezing import freeze, recompute_head
 from sdlora.head import HeadBlock
 from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
 from sdlora.methods import METHODS
-from sdlora.statistics import ClassStatistics, class_statistics, drifted
+from sdlora.statistics import class_statistics
 from tests.support.tiny_model import learn, make_fit, settings
 
 SIZE = 6
@@ -133,32 +133,6 @@ def test_samples_have_the_mean_and_covariance_of_the_class() -> None:
 
     torch.testing.assert_close(drawn.mean(0), statistics.mean[0], rtol=0, atol=0.1)
     torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.1, atol=0.15)
-
-
-def test_old_means_follow_a_shift_of_the_whole_space() -> None:
-    features, labels = clouds(1, 3)
-    statistics = class_statistics(features, labels, rank=1)
-    shift = torch.arange(SIZE, dtype=torch.float32)
-    moved = drifted(statistics, old=features, new=features + shift)
-
-    torch.testing.assert_close(moved.mean, statistics.mean + shift, rtol=1e-5, atol=1e-5)
-    assert torch.equal(moved.factors, statistics.factors)
-
-
-def test_an_old_mean_follows_the_images_near_it() -> None:
-    old = torch.cat([torch.zeros(10, SIZE), torch.full((10, SIZE), 9.0)])
-    new = old + torch.cat([torch.full((10, SIZE), 1.0), torch.full((10, SIZE), -1.0)])
-    mean = torch.stack([torch.full((SIZE,), 0.1), torch.full((SIZE,), 8.9)])
-    known = ClassStatistics(torch.tensor([5, 5]), mean, torch.zeros(2, SIZE, 0), torch.ones(2))
-
-    torch.testing.assert_close(drifted(known, old=old, new=new).mean, mean + torch.tensor([[1.0], [-1.0]]))
-
-
-def test_no_movement_is_no_drift_whatever_the_distance() -> None:
-    known = class_statistics(*clouds(1, 3), rank=0)
-    far = torch.full((4, SIZE), 1e6)
-
-    torch.testing.assert_close(drifted(known, old=far, new=far).mean, known.mean)
 
 
 @pytest.mark.parametrize("name", ["ncm", "lda"])

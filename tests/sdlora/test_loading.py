@@ -132,7 +132,7 @@ def test_a_missing_backbone_is_named(chains: dict[str, Path], tmp_path: Path) ->
 
 def test_a_tampered_file_is_named(tmp_path: Path) -> None:
     models = make_chain(tmp_path, "tiny_vit")
-    path = models / "t02/head/t01.safetensors"
+    path = models / "t01/head/t01.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
 
     with pytest.raises(ValueError, match=r"head/t01\.safetensors: changed since the step was frozen"):

@@ -1,5 +1,6 @@
-"""A model folder holds a step exactly, keeps the bytes of earlier ones, and notices every change."""
+"""A model folder holds what its step made, exactly, stands on the folders before, and notices every change."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,123 +8,217 @@ import pytest
 import torch
 
 from sdlora.classifier import ModelState
+from sdlora.drift import DriftMap
 from sdlora.head import HeadBlock
-from sdlora.ledger import record_hash
-from sdlora.model_folder import read_model, write_model
+from sdlora.ledger import JoinedRecords, read_record
+from sdlora.model_folder import read_model
 from sdlora.statistics import class_statistics
+from sdlora.verification import faults_of_step
+from tests.support.model_chains import first_folder, write_chain, write_old_folder, write_step
 from tests.support.tiny_model import learn
 
-
-def record(learned: ModelState, step: str) -> dict[str, object]:
-    targets = list(next(iter(learned.directions.values()))) if learned.directions else []
-    owners = [task for task, block in learned.head.items() for _ in block.bias]
-    return {
-        "step": step,
-        "previous": "0" * 64,
-        "backbone": "1" * 64,
-        "targets": targets,
-        "directions": list(learned.directions),
-        "tasks": list(learned.head),
-        "classes": [
-            {"label": label, "name": f"class {label}", "task": task} for label, task in enumerate(owners)
-        ],
-    }
+Steps = Mapping[str, ModelState]
 
 
-def write(folder: Path, learned: ModelState, step: str, before: Path | None = None) -> Path:
-    folder.mkdir()
-    write_model(folder, learned, record(learned, step), before=before)
-    return folder
+@pytest.fixture(scope="module")
+def steps() -> list[ModelState]:
+    """What a chain has learned after each of three steps, with statistics, maps and rows made of them."""
+    found: list[ModelState] = []
+    random = torch.Generator().manual_seed(0)
+    for place in (1, 2, 3):
+        learned, task = learn(place), f"t{place:02}"
+        before = found[-1] if found else ModelState()
+        known = class_statistics(torch.randn(12, 16, generator=random), torch.arange(12) % 2, rank=2)
+        moved = DriftMap(torch.randn(16, 16, generator=random), torch.randn(16, generator=random))
+        found.append(
+            replace(
+                learned,
+                settled={t: HeadBlock(b.weight + place, b.bias) for t, b in learned.head.items()},
+                statistics={**before.statistics, task: known},
+                drift={**before.drift, **({task: moved} if place > 1 else {})},
+            )
+        )
+    return found
+
+
+@pytest.fixture
+def chain(tmp_path: Path, steps: list[ModelState]) -> Path:
+    return write_chain(tmp_path, steps)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
-    learned = three_steps["continuous"]
-    found, _ = read_model(write(tmp_path / "t03", learned, "t03"))
-
+def require_equal(found: ModelState, learned: ModelState) -> None:
     assert list(found.directions) == list(learned.directions)
     for task, direction in learned.directions.items():
         assert torch.equal(found.magnitudes[task], learned.magnitudes[task])
-        assert torch.equal(found.head[task].weight, learned.head[task].weight)
-        assert torch.equal(found.head[task].bias, learned.head[task].bias)
         for target, factors in direction.items():
-            assert torch.equal(found.directions[task][target].up, factors.up)
-            assert torch.equal(found.directions[task][target].down, factors.down)
+            assert all(
+                torch.equal(*pair) for pair in zip(found.directions[task][target], factors, strict=True)
+            )
+    for kind in ("head", "settled", "statistics", "drift"):
+        one, other = getattr(found, kind), getattr(learned, kind)
+        assert list(one) == list(other), kind
+        for task in other:
+            assert all(torch.equal(*pair) for pair in zip(one[task], other[task], strict=True)), kind
+    assert found.memory.keys() == learned.memory.keys()
+    assert all(torch.equal(found.memory[name], learned.memory[name]) for name in learned.memory)
 
 
-def test_the_folder_holds_one_direction_and_one_head_block_per_task(
-    tmp_path: Path, three_steps: dict[str, ModelState]
-) -> None:
-    folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
-
-    assert contents(folder).keys() == {
-        "directions/t01.safetensors",
-        "directions/t02.safetensors",
-        "directions/t03.safetensors",
-        "head/t01.safetensors",
-        "head/t02.safetensors",
-        "head/t03.safetensors",
-        "magnitudes.safetensors",
-        "step.json",
-    }
+def faults(chain: Path, names: Mapping[str, Path | None]) -> Iterator[str]:
+    joined = JoinedRecords()
+    for step, before in names.items():
+        yield from (
+            f"{step}/{file}: {what}"
+            for file, what in faults_of_step(chain / step, step, joined, before=before)
+        )
 
 
-def test_writing_twice_gives_the_same_bytes(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
-    first = write(tmp_path / "a", three_steps["reference"], "t03")
-    second = write(tmp_path / "b", three_steps["reference"], "t03")
+def test_what_is_written_is_read_back_to_the_bit(chain: Path, steps: list[ModelState]) -> None:
+    for learned, step in zip(steps, ("t01", "t02", "t03"), strict=True):
+        require_equal(read_model(chain / step, statistics=True)[0], learned)
+
+
+def test_statistics_and_maps_are_read_only_for_who_asks(chain: Path) -> None:
+    for path in chain.rglob("statistics/*"):
+        path.unlink()
+    assert not read_model(chain / "t03")[0].statistics
+    with pytest.raises(FileNotFoundError, match=r"statistics/t01\.safetensors: it is missing"):
+        read_model(chain / "t03", statistics=True)
+
+
+def test_a_folder_holds_the_files_of_its_own_step_alone(chain: Path) -> None:
+    for step in ("t02", "t03"):
+        assert contents(chain / step).keys() == {
+            f"directions/{step}.safetensors",
+            f"drift/{step}.safetensors",
+            f"head/{step}.safetensors",
+            f"statistics/{step}.safetensors",
+            "classifier.safetensors",
+            "magnitudes.safetensors",
+            "step.json",
+        }
+
+
+def test_a_record_is_joined_with_those_before(chain: Path) -> None:
+    record = read_record(chain / "t03")
+
+    assert record["tasks"] == ["t01", "t02", "t03"]
+    assert [entry["label"] for entry in record["classes"]] == list(range(6))
+    assert record["owners"]["directions/t01.safetensors"] == "t01"
+    assert record["owners"]["magnitudes.safetensors"] == "t03"
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path: Path, steps: list[ModelState]) -> None:
+    first, second = (write_chain(tmp_path / name, steps) for name in ("a", "b"))
 
     assert contents(first) == contents(second)
-    assert record_hash(first) == record_hash(second)
-
-
-def test_files_of_earlier_tasks_keep_their_bytes(tmp_path: Path) -> None:
-    two, three = learn(2), learn(3)
-    before = write(tmp_path / "t02", two, "t02")
-    after = write(tmp_path / "t03", three, "t03", before=before)
-
-    for name, data in contents(before).items():
-        if name.startswith(("directions/", "head/")):
-            assert contents(after)[name] == data, name
 
 
 @pytest.mark.parametrize(
-    "name", ["directions/t02.safetensors", "head/t01.safetensors", "magnitudes.safetensors"]
+    "name",
+    [
+        "t02/directions/t02.safetensors",
+        "t01/head/t01.safetensors",
+        "t03/magnitudes.safetensors",
+        "t03/classifier.safetensors",
+        "t02/drift/t02.safetensors",
+        "t01/statistics/t01.safetensors",
+    ],
 )
-def test_one_flipped_bit_is_noticed_and_named(
-    name: str, tmp_path: Path, three_steps: dict[str, ModelState]
-) -> None:
-    folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
-    data = bytearray((folder / name).read_bytes())
+def test_one_flipped_bit_is_noticed_and_named(name: str, chain: Path) -> None:
+    data = bytearray((chain / name).read_bytes())
     data[-3] ^= 1
-    (folder / name).write_bytes(data)
+    (chain / name).write_bytes(data)
 
     with pytest.raises(ValueError, match=f"{name}: changed since the step was frozen"):
-        read_model(folder)
+        read_model(chain / "t03", statistics=True)
+    assert any(name in fault for fault in faults(chain, _verified(chain)))
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, three_steps: dict[str, ModelState]) -> None:
-    folder = write(tmp_path / "t03", three_steps["continuous"], "t03")
-    (folder / "head/t02.safetensors").unlink()
+def test_another_record_before_is_noticed_and_named(chain: Path) -> None:
+    path = chain / "t01/step.json"
+    path.write_bytes(path.read_bytes().replace(b'"class 0"', b'"klass 0"'))
 
-    with pytest.raises(FileNotFoundError, match=r"head/t02\.safetensors"):
-        read_model(folder)
+    with pytest.raises(ValueError, match=r"t01/step\.json: not the record that step t02 was made from"):
+        read_model(chain / "t03")
+    assert any(
+        fault.startswith("t02/step.json: its step before is") for fault in faults(chain, _verified(chain))
+    )
 
 
-def test_statistics_settled_rows_and_memory_are_read_back_to_the_bit(tmp_path: Path) -> None:
-    learned = learn(2, method="inflora")
-    rows = {task: HeadBlock(block.weight + 1, block.bias + 1) for task, block in learned.head.items()}
-    known = class_statistics(torch.randn(12, 16), torch.arange(12) % 2, rank=2)
-    held = replace(learned, settled=rows, statistics=dict.fromkeys(learned.head, known))
-    found, _ = read_model(write(tmp_path / "t02", held, "t02"))
+@pytest.mark.parametrize("missing", ["t02/head/t02.safetensors", "t01/step.json"])
+def test_a_missing_file_is_an_error_that_names_it(missing: str, chain: Path) -> None:
+    (chain / missing).unlink()
 
-    assert {"memory.safetensors", "settled/t01.safetensors", "statistics/t02.safetensors"} <= contents(
-        tmp_path / "t02"
-    ).keys()
-    assert all(torch.equal(found.memory[name], held.memory[name]) for name in held.memory)
-    assert all(torch.equal(found.rows[task].weight, rows[task].weight) for task in rows)
-    for task in rows:
-        assert all(torch.equal(*pair) for pair in zip(found.statistics[task], known, strict=True))
-    assert torch.equal(found.head["t01"].weight, learned.head["t01"].weight)
+    with pytest.raises(FileNotFoundError, match=missing):
+        read_model(chain / "t03")
+
+
+def test_folders_of_earlier_steps_may_lie_elsewhere(
+    chain: Path, tmp_path: Path, steps: list[ModelState]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (chain / "t01").rename(tmp_path / "elsewhere/t01")
+
+    def beside(step: str) -> Path:
+        return (tmp_path / "elsewhere" if step == "t01" else chain) / step
+
+    require_equal(read_model(chain / "t03", beside=beside, statistics=True)[0], steps[-1])
+
+
+def test_a_whole_chain_holds(chain: Path) -> None:
+    assert list(faults(chain, _verified(chain))) == []
+
+
+def test_a_frozen_file_that_is_written_again_is_a_fault(tmp_path: Path, steps: list[ModelState]) -> None:
+    chain = write_chain(tmp_path, steps[:1])
+    first = steps[1].head["t01"]
+    again = replace(steps[1], head={**steps[1].head, "t01": HeadBlock(first.weight + 1, first.bias)})
+    write_step(chain, "t02", again, before=steps[0])
+    found = list(faults(chain, {"t00": None, "t01": chain / "t00", "t02": chain / "t01"}))
+
+    assert found == ["t02/head/t01.safetensors: it was frozen at an earlier step, and is here again"]
+
+
+def test_a_folder_of_format_1_holds_all_so_far_and_new_steps_go_on_from_it(
+    tmp_path: Path, steps: list[ModelState]
+) -> None:
+    first_folder(tmp_path)
+    write_old_folder(tmp_path, "t02", steps[1])
+    require_equal(read_model(tmp_path / "t02", statistics=True)[0], replace(steps[1], drift={}))
+
+    # As they were carried to t02: no map of it moves them again.
+    before = replace(steps[1], drift={})
+    after = replace(steps[2], drift={"t03": steps[2].drift["t03"]})
+    write_step(tmp_path, "t03", after, before=before)
+    require_equal(read_model(tmp_path / "t03", statistics=True)[0], after)
+    record = read_record(tmp_path / "t03")
+    assert record["tasks"] == ["t01", "t02", "t03"]
+    assert record["owners"]["directions/t01.safetensors"] == "t02"
+
+
+def test_memory_is_that_of_the_last_step(tmp_path: Path) -> None:
+    one, two = learn(1, method="inflora"), learn(2, method="inflora")
+    chain = write_chain(tmp_path, [one, two])
+
+    require_equal(read_model(chain / "t02")[0], two)
+    assert read_record(chain / "t02")["owners"]["memory.safetensors"] == "t02"
+
+
+def test_a_method_that_replaces_its_direction_holds_the_last_one_alone(tmp_path: Path) -> None:
+    learned = [learn(place, method="finetune") for place in (1, 2)]
+    chain = write_chain(tmp_path, learned, method="finetune")
+
+    require_equal(read_model(chain / "t02")[0], learned[1])
+    assert "directions/t01.safetensors" not in read_record(chain / "t02")["files"]
+    assert list(faults(chain, _verified(chain))) == []
+
+
+def _verified(chain: Path) -> dict[str, Path | None]:
+    names = sorted(path.name for path in chain.iterdir() if path.name.startswith("t"))
+    return {
+        name: chain / before if before else None for name, before in zip(names, [None, *names], strict=False)
+    }

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdlora.change import read_update
+from sdlora.drift import DriftMap
 from sdlora.fit_folder import EpochRecord, read_curve, read_fit, read_fit_description, write_fit
 from sdlora.head import HeadBlock
-from sdlora.ledger import RECORD, file_sha256
+from sdlora.ledger import RECORD, file_sha256, read_own_record, record_hash
 from sdlora.loading import read_step, timm_classifier
 from sdlora.methods import FitResult
 from sdlora.model_folder import read_model, write_model
@@ -65,7 +66,9 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders t00, t02 and fit of a chain with all that a folder may hold."""
     root = tmp_path_factory.mktemp("right")
     models = make_chain(root, "tiny_vit")
-    learned, record = read_model(models / "t02")
+    learned, _ = read_model(models / "t02")
+    before, _ = read_model(models / "t01")
+    own = read_own_record(models / "t02")
     rows = {task: HeadBlock(block.weight + 1, block.bias) for task, block in learned.head.items()}
     known = class_statistics(torch.randn(12, 24), torch.arange(12) % 2, rank=2)
     shutil.rmtree(models / "t02")
@@ -75,10 +78,12 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(
             learned,
             settled=rows,
-            statistics=dict.fromkeys(rows, known),
+            statistics={"t02": known},
+            drift={"t02": DriftMap(torch.eye(24), torch.zeros(24))},
             memory={"blocks.0.attn": torch.eye(24)[:, :3].contiguous()},
         ),
-        record,
+        own,
+        before=before,
     )
     (models / "fit").mkdir()
     write_fit(
@@ -92,7 +97,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
         curve=[EpochRecord(4, 1, 0.5, 0.5, 0.1)],
         description={
             "task": "t02",
-            "classes": record["classes"][2:],
+            "classes": own["classes"],
             "split": {"images": "0" * 64},
             "adapter": {},
             "code": "0" * 64,
@@ -109,7 +114,7 @@ def copied(right: Path, tmp_path: Path) -> Callable[[], Path]:
 
     def make() -> Path:
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
-        for name in ("t00", "t02", "fit"):
+        for name in ("t00", "t01", "t02", "fit"):
             shutil.copytree(right / name, tmp_path / "m" / name)
         return tmp_path / "m"
 
@@ -119,6 +124,7 @@ def copied(right: Path, tmp_path: Path) -> Callable[[], Path]:
 def use_model(models: Path) -> None:
     """Read a step as everybody does, and hold that what is read can be used."""
     read_update(models / "t02")
+    read_model(models / "t02", statistics=True)
     step = read_step(models / "t02")
     with torch.no_grad():
         logits = timm_classifier(step)(torch.full((1, 3, 16, 16), 0.3))
@@ -200,14 +206,13 @@ def changed_tensor(data: st.DataObject, tensors: dict[str, Tensor]) -> None:
 
 def rehash(models: Path) -> None:
     """Let the records name the files as they are, so that nothing but their content can be wrong."""
-    for step in ("t00", "t02"):
+    previous = None
+    for step in ("t00", "t01", "t02"):
         record = json.loads((models / step / RECORD).read_bytes())
         record["files"] = {name: file_sha256(models / step / name) for name in record["files"]}
-        if step == "t00":
-            record["backbone"] = record["files"]["backbone.safetensors"]
-        else:
-            record["backbone"] = file_sha256(models / "t00/backbone.safetensors")
+        record |= {"previous": previous, "backbone": file_sha256(models / "t00/backbone.safetensors")}
         (models / step / RECORD).write_text(json.dumps(record))
+        previous = record_hash(models / step)
 
 
 def test_the_folders_that_are_mutated_are_right(copied: Callable[[], Path]) -> None:
@@ -288,7 +293,7 @@ def test_a_json_file_of_any_content_is_read_or_refused_in_one_line(content: byte
         assert_answered(error)
 
 
-@pytest.mark.parametrize("name", [RECORD, "head/t01.safetensors", "directions/t02.safetensors"])
+@pytest.mark.parametrize("name", [RECORD, "head/t02.safetensors", "directions/t02.safetensors"])
 def test_a_pipe_in_a_model_folder_is_refused_at_once(name: str, copied: Callable[[], Path]) -> None:
     models = copied()
     (models / "t02" / name).unlink()
@@ -300,7 +305,8 @@ def test_a_pipe_in_a_model_folder_is_refused_at_once(name: str, copied: Callable
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["head/t01", "settled/t02", "statistics/t01", "directions/t02", "magnitudes", "memory"]
+    "name",
+    ["head/t02", "classifier", "statistics/t02", "drift/t02", "directions/t02", "magnitudes", "memory"],
 )
 def test_a_row_that_is_no_number_is_refused_with_its_file_and_tensor(
     name: str, value: float, copied: Callable[[], Path]
@@ -314,19 +320,20 @@ def test_a_row_that_is_no_number_is_refused_with_its_file_and_tensor(
     rehash(models)
 
     with pytest.raises(ValueError, match=rf"{name}\.safetensors: {key} holds NaN or infinity"):
-        read_model(models / "t02")
+        read_model(models / "t02", statistics=True)
 
 
 def test_a_format_of_a_later_version_is_refused_and_none_is_the_first(copied: Callable[[], Path]) -> None:
     models = copied()
     path = models / "t02" / RECORD
     record = json.loads(path.read_bytes())
-    assert record.pop("format") == 1
+    assert record.pop("format") == 2
     path.write_text(json.dumps(record))
-    read_model(models / "t02")
-    path.write_text(json.dumps({**record, "format": 2}))
+    with pytest.raises(ValueError, match=r"step\.json: it lacks tasks"):
+        read_model(models / "t02")
+    path.write_text(json.dumps({**record, "format": 3}))
 
-    with pytest.raises(ValueError, match=r"format is 2, expected 1; a newer version .* wrote it"):
+    with pytest.raises(ValueError, match=r"format is 3, expected 1 or 2; a newer version .* wrote it"):
         read_model(models / "t02")
 
 

@@ -44,6 +44,7 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             target: Factors(draw(at.rows, ranks[target]), draw(ranks[target], at.columns))
             for target, at in found.items()
         }
+        earlier = learned
         learned = ModelState(
             directions={**learned.directions, task: direction} if directions else {},
             magnitudes={**learned.magnitudes, task: 1 + draw(len(found))} if directions else {},
@@ -54,18 +55,18 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             "step": task,
             "previous": record_hash(models / before),
             "backbone": _backbone_hash(models),
-            "tasks": list(learned.head),
+            "after": before,
             "classes": [
-                {"label": label, "name": f"class {label} | ä", "task": f"t{1 + label // 2:02}"}
-                for label in range(2 * index)
+                {"label": label, "name": f"class {label} | ä", "task": task}
+                for label in (2 * index - 2, 2 * index - 1)
             ],
             "directions": list(learned.directions),
             "targets": list(found) if directions else [],
             "method": "sdlora" if directions else "frozen",
         }
-        write_model(models / task, learned, record, before=models / before)
-        for earlier in learned.head:
-            pack(root / f"artifacts/split/{task}/test/{earlier}.arrow", seed=int(earlier[1:]))
+        write_model(models / task, learned, record, before=earlier)
+        for tested in learned.head:
+            pack(root / f"artifacts/split/{task}/test/{tested}.arrow", seed=int(tested[1:]))
     return models
 
 

@@ -32,7 +32,7 @@ from pipelines.project.settings import Task
 from pipelines.project.yaml_text import read_lock_file
 from pipelines.versioning.artifacts import md5_of
 from pipelines.versioning.plan import Plan, read_plan
-from sdlora.ledger import read_record
+from sdlora.ledger import read_own_record
 
 
 def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
@@ -41,7 +41,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     _refuse_joint(params)
     _require_done(task, entry, read_plan(params.tasks))
     split, model = SPLITS / task, MODELS / task
-    record = read_record(model)
+    record = read_own_record(model)
     train = TRAINED / task / PACKED
     samples = read_samples(split / f"samples/{task}.arrow")
     trained = [sample for sample in samples if sample.split == "train"]

@@ -54,12 +54,12 @@ class Subject:
 
         Each is checked to be the one that its successor names.
         """
-        from sdlora.ledger import read_record, record_hash
+        from sdlora.ledger import read_own_record, read_record, record_hash
 
-        record = read_record(self.model)
+        record = read_record(self.model, beside=self._beside)
         links = [_Link(record["step"], record_hash(self.model))]
         for step in ["t00", *record["tasks"]][-2::-1]:
-            folder = self.backbone if step == "t00" else self.model.resolve().parent / step
+            folder = self._beside(step)
             links.append(_Link(step, record["previous"]))
             if not (folder / "step.json").is_file():
                 break
@@ -68,8 +68,11 @@ class Subject:
                     f"{folder}: its record is not the one that {links[-2].step} was made from "
                     f"({record['previous'][:12]}); restore the chain with `dvc checkout`"
                 )
-            record = read_record(folder)
+            record = read_own_record(folder)
         return links
+
+    def _beside(self, step: str) -> Path:
+        return self.backbone if step == "t00" else self.model.resolve().parent / step
 
     def carry(self, folder: Path, step: Step) -> None:
         """Write what every export carries: classes.json, preprocessing.json and ledger.json."""
