@@ -16,7 +16,7 @@ from sdlora.statistics import ClassStatistics, statistics_shapes
 from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
 from sdlora.tensors import read_tensors, write_tensors
 
-MAGNITUDES, CLASSIFIER, _MEMORY = "magnitudes.safetensors", "classifier.safetensors", "memory.safetensors"
+MAGNITUDES, _CLASSIFIER, _MEMORY = "magnitudes.safetensors", "classifier.safetensors", "memory.safetensors"
 
 
 def write_model(
@@ -42,7 +42,7 @@ def write_model(
                 write_tensors(folder / kind / f"{task}.safetensors", named)
     write_tensors(folder / MAGNITUDES, learned.magnitudes)
     if learned.settled:
-        write_tensors(folder / CLASSIFIER, _named_rows(learned.settled))
+        write_tensors(folder / _CLASSIFIER, _named_rows(learned.settled))
     if learned.memory:
         write_tensors(folder / _MEMORY, learned.memory)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
@@ -132,11 +132,11 @@ def _rows_in_use(
 ) -> dict[str, HeadBlock]:
     """Return the rows that are used in place of the trained ones, by task. Nothing where the trained ones are."""
     tasks, files = record["tasks"], record["files"]
-    if CLASSIFIER in files:
+    if _CLASSIFIER in files:
         shapes = {
             f"{task}.{name}": shape for task in tasks for name, shape in _row_shapes(classes[task]).items()
         }
-        rows = read(CLASSIFIER, shapes)
+        rows = read(_CLASSIFIER, shapes)
         return {task: HeadBlock(rows[f"{task}.weight"], rows[f"{task}.bias"]) for task in tasks}
     if any(name.startswith("settled/") for name in files):  # a record of format 1
         return {

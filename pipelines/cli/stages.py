@@ -85,8 +85,11 @@ def _command(name: str) -> Any:  # noqa: ANN401 - a class that typer does not ex
 
 def _run(source: _Source, arguments: Mapping[str, Any]) -> None:
     from pipelines.orchestration.stage_runs import launch
+    from pipelines.runtime.earlier_outputs import bring_outputs
     from pipelines.runtime.stage import Stage
+    from pipelines.versioning.artifacts import whole_outputs
 
+    bring_outputs(whole_outputs)
     work = getattr(importlib.import_module(f"pipelines.stages.{source.module}"), source.function)
     if isinstance(work, Stage):
         launch(work, **arguments)

@@ -11,9 +11,9 @@ from pipelines.project.files import read_json, whole_folder, write_json
 from pipelines.project.params import read_params
 from pipelines.project.schemas import ClassMap, TaskList
 from pipelines.project.settings import Evaluation
+from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
-from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ def _classifier_of(
 
     device = best_device()
     base = read_backbone(backbone)
-    with whole_folders(model) as found:
+    with outputs_beside(model, "step.json") as found:
         learned, record = read_model(found(model.name), beside=found)
     if record["classes"] != classes:
         raise InputError(

@@ -17,12 +17,12 @@ from pipelines.project.schemas import ClassMap, TrainingImages
 from pipelines.project.settings import Adapter, Training
 from pipelines.runtime.checkpoints import CheckpointStore, input_key
 from pipelines.runtime.console import log_line
+from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
 from pipelines.runtime.ranks import MEETING, other_ranks
 from pipelines.runtime.stage import StageResult, stage
-from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +241,7 @@ def _prepare(
     adapter, settings = choices.adapter, choices.training
     method = METHODS[adapter.method]
     base = read_backbone(backbone)
-    with whole_folders(before) as found:
+    with outputs_beside(before, "step.json") as found:
         learned, record = read_model(found(before.name), beside=found)
     targets = adapter.targets or method.targets
     _check_continues(record, adapter, before, targets)

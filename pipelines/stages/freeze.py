@@ -15,9 +15,9 @@ from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
+from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.memory import memory_room
 from pipelines.runtime.stage import StageResult, stage
-from pipelines.versioning.artifacts import whole_folders
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,7 @@ def freeze(
     deterministic = read_params("training.deterministic", bool)
     set_deterministic(deterministic)
     described = _described_fit(fit, task, adapter)
-    with whole_folders(before) as found:
+    with outputs_beside(before, "step.json") as found:
         learned, record = read_model(found(before.name), beside=found, statistics=True)
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipelines.project.params import Params
 from pipelines.project.schemas import RecordedFiles
 from pipelines.project.settings import Fetch
 from pipelines.project.yaml_text import read_lock_file
+from pipelines.runtime.earlier_outputs import Find
 
 
 @dataclass(frozen=True)
@@ -189,15 +190,15 @@ class ArtifactStore:
 
 
 @contextlib.contextmanager
-def whole_folders(folder: Path, record: str = "step.json") -> Iterator[Callable[[str], Path]]:
-    """Give a function that returns, by name, where an output beside `folder` can be read with all of its files.
+def whole_outputs(folder: Path, record: str) -> Iterator[Find]:
+    """Give a function that returns where an output beside `folder` can be read, by name and with all of its files.
 
     A folder that lacks a file that its record names, or all of them (DVC brings what a stage depends on, and that is
     the record), is read from DVC's cache or remote. Links to it last as long as this context.
 
     Args:
         folder: One of the outputs.
-        record: Name of the record in each.
+        record: Name of the record in each: it names all files of its folder.
     """
     with contextlib.ExitStack() as stack:
         store: list[ArtifactStore] = []

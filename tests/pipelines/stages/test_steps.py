@@ -20,7 +20,7 @@ from pipelines.stages.backbone import backbone
 from pipelines.stages.evaluate import evaluate
 from pipelines.stages.freeze import freeze
 from sdlora.classifier import IncrementalClassifier
-from sdlora.ledger import record_hash
+from sdlora.ledger import JoinedRecords, read_record, record_hash
 from sdlora.methods import METHODS
 from sdlora.verification import faults_of_step
 from tests.support.folders import contents
@@ -82,7 +82,7 @@ def test_every_method_and_head_goes_through_the_stages(
     assert (record["method"], record["head"], record["formulation"]) == (method, head, formulation)
     assert record["needs_old_images"] == (method == "joint")
     assert metrics["samples"] == [4, 4]
-    assert ("settled/t01.safetensors" in record["files"]) == (head != "linear")
+    assert ("classifier.safetensors" in record["files"]) == (head != "linear")
     assert ("per_class" in record["remembered"]) == (head != "linear")
     assert (record["remembered"]["memory"] > 0) == (method == "inflora")
 
@@ -136,9 +136,10 @@ def test_a_step_of_one_class_is_recorded_without_a_direction_and_verified(projec
     assert record["directions"] == list(record["magnitudes"]) == [other]
     assert read_json(Path(f"model/{lone}/step.json"))["rank"] == 0
     assert read_json(Path(f"fit/{lone}/fit.json"))["steps"] == 0
-    assert len(record["classes"]) == 3
-    for task, before in (("t01", "t00"), ("t02", "t01")):
-        assert not list(faults_of_step(Path(f"model/{task}"), task, Path(f"model/{before}")))
+    assert len(read_record(Path("model/t02"))["classes"]) == 3
+    chain = JoinedRecords()
+    for task, before in (("t00", None), ("t01", Path("model/t00")), ("t02", Path("model/t01"))):
+        assert not list(faults_of_step(Path(f"model/{task}"), task, chain, before=before))
 
 
 @pytest.mark.parametrize("stage", ["fit", "freeze"])
@@ -224,10 +225,10 @@ def test_two_steps_leave_whole_folders_and_evaluations(project: Path, method: st
     for task, before in (("t01", "t00"), ("t02", "t01")):
         run_step(task, before)
         run_evaluation(task)
-    directions = {"sdlora": {"t01", "t02"}, "finetune": {"t02"}, "frozen": set()}[method]
+    directions = {"sdlora": {"t02"}, "finetune": {"t02"}, "frozen": set()}[method]
 
     assert {path.stem for path in Path("model/t02").glob("directions/*")} == directions
-    assert {path.stem for path in Path("model/t02").glob("head/*")} == {"t01", "t02"}
+    assert {path.stem for path in Path("model/t02").glob("head/*")} == {"t02"}
     assert set(contents(Path("fit/t02"))) == {
         "curve.csv",
         "factors.safetensors",
@@ -295,19 +296,19 @@ def test_an_evaluation_rounds_as_its_own_precision_says(project: Path, precision
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
-def test_each_record_holds_the_hash_of_the_one_before_and_earlier_files_keep_their_bytes(
+def test_each_record_holds_the_hash_of_the_one_before_and_earlier_folders_keep_their_bytes(
     project: Path,
 ) -> None:
     run_step("t01", "t00")
+    first = contents(Path("model/t01"))
     run_step("t02", "t01")
-    first, second = contents(Path("model/t01")), contents(Path("model/t02"))
     record = read_json(Path("model/t02/step.json"))
 
     assert record["previous"] == record_hash(Path("model/t01"))
     assert read_json(Path("model/t01/step.json"))["previous"] == record_hash(Path("model/t00"))
-    assert [entry["name"] for entry in record["classes"]] == ["a", "b", "c", "d"]
-    for name in ("directions/t01.safetensors", "head/t01.safetensors"):
-        assert second[name] == first[name]
+    assert [entry["name"] for entry in record["classes"]] == ["c", "d"]
+    assert [entry["name"] for entry in read_record(Path("model/t02"))["classes"]] == ["a", "b", "c", "d"]
+    assert contents(Path("model/t01")) == first
 
 
 def test_a_fit_run_twice_leaves_the_same_bytes(project: Path) -> None:
