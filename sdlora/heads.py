@@ -18,8 +18,10 @@ from sdlora.statistics import ClassStatistics
 
 _SAMPLES, _EPOCHS, _BATCH = 256, 10, 256
 """Of `aligned`: drawn per class and epoch, passes, samples in a step (SLCA, GengDavid/SLCA@169d4e6, with 5 passes)."""
-_STEPS = 500
-"""Of `aligned`: at least so many steps, because ten passes over a few classes are too few."""
+_STEPS, _MOST_STEPS = 500, 1000
+"""Of `aligned`: at least so many steps, because ten passes over a few classes are too few. At most about so many:
+beyond 100 classes fewer samples are drawn of each. The rows go on from those of the step before, so a chain makes up
+for it (docs/explanation/method.md)."""
 _RATE, _DECAY = 0.005, 5e-4
 """Of `aligned`: Adam's rate, cosine to 0, and its decoupled weight decay. SLCA's SGD is too slow for so few passes: it
 leaves accuracy behind on held-out images (docs/explanation/method.md)."""
@@ -111,12 +113,13 @@ def aligned(
         weight = torch.cat([block.weight for block in head.values()]).clone().requires_grad_()
         bias = torch.cat([block.bias for block in head.values()]).clone().requires_grad_()
         optimizer = torch.optim.AdamW([weight, bias], lr=_RATE, weight_decay=_DECAY)
-        labels = torch.arange(classes).repeat_interleave(_SAMPLES)
+        drawn_of_each = min(_SAMPLES, max(1, _MOST_STEPS * _BATCH // (_EPOCHS * classes)))
+        labels = torch.arange(classes).repeat_interleave(drawn_of_each)
         each = math.ceil(len(labels) / _BATCH)
         epochs = max(_EPOCHS, math.ceil(_STEPS / each))
         steps, step = epochs * each, 0
         for _ in range(epochs):
-            drawn = torch.cat([samples(s, generator=generator) for s in statistics.values()])
+            drawn = torch.cat([samples(s, drawn_of_each, generator=generator) for s in statistics.values()])
             for chosen in torch.randperm(len(labels), generator=generator).split(_BATCH):
                 for group in optimizer.param_groups:
                     group["lr"] = _RATE * (1 + math.cos(math.pi * step / steps)) / 2
@@ -133,11 +136,11 @@ def aligned(
     }
 
 
-def samples(statistics: ClassStatistics, *, generator: torch.Generator) -> Tensor:
-    """`_SAMPLES` features of every class (classes · SAMPLES, d), class by class, from its Gaussian."""
+def samples(statistics: ClassStatistics, each: int, *, generator: torch.Generator) -> Tensor:
+    """Return `each` features of every class (classes · each, d), class by class, from its Gaussian."""
     classes, size, rank = statistics.factors.shape
-    inside = torch.randn(classes, _SAMPLES, rank, generator=generator)
-    around = torch.randn(classes, _SAMPLES, size, generator=generator)
+    inside = torch.randn(classes, each, rank, generator=generator)
+    around = torch.randn(classes, each, size, generator=generator)
     drawn = statistics.mean[:, None] + inside @ statistics.factors.transpose(1, 2)
     return (drawn + around * statistics.spread.sqrt()[:, None, None]).reshape(-1, size)
 

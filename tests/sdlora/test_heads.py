@@ -9,7 +9,7 @@ from sdlora.freezing import freeze, recompute_head
 from sdlora.head import HeadBlock
 from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
 from sdlora.methods import METHODS
-from sdlora.statistics import class_statistics
+from sdlora.statistics import ClassStatistics, class_statistics
 from tests.support.tiny_model import learn, make_fit, settings
 
 SIZE = 6
@@ -118,6 +118,30 @@ def test_aligned_rows_make_the_logits_of_two_tasks_comparable() -> None:
     assert right(aligned(rows, statistics, generator=generator())) > 0.9
 
 
+def test_aligned_takes_as_many_steps_for_many_classes_as_for_a_hundred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[int] = []
+    entropy = torch.nn.functional.cross_entropy
+
+    def counted(found: Tensor, labels: Tensor) -> Tensor:
+        batches.append(len(labels))
+        return entropy(found, labels)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", counted)
+    for classes in (50, 300):
+        blank = ClassStatistics(
+            torch.full((classes,), 5),
+            torch.randn(classes, 2),
+            torch.zeros(classes, 2, 0),
+            torch.ones(classes),
+        )
+        rows = {task: HeadBlock(torch.zeros(classes, 2), torch.zeros(classes)) for task in ("t01", "t02")}
+        batches.clear()
+        aligned(rows, dict.fromkeys(rows, blank), generator=generator())
+        assert 950 <= len(batches) <= 1050
+
+
 def test_aligned_rows_depend_on_the_generator_alone() -> None:
     statistics = {task: class_statistics(*clouds(i, 2), rank=2) for i, task in enumerate(("t01", "t02"))}
     rows = {task: zero_rows(2) for task in statistics}
@@ -128,7 +152,9 @@ def test_aligned_rows_depend_on_the_generator_alone() -> None:
 
 def test_samples_have_the_mean_and_covariance_of_the_class() -> None:
     statistics = class_statistics(*clouds(1, 1, stretch=3.0), rank=2)
-    drawn = torch.cat([samples(statistics, generator=torch.Generator().manual_seed(i)) for i in range(40)])
+    drawn = torch.cat(
+        [samples(statistics, 256, generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    )
     covariance = statistics.factors[0] @ statistics.factors[0].T + statistics.spread[0] * torch.eye(SIZE)
 
     torch.testing.assert_close(drawn.mean(0), statistics.mean[0], rtol=0, atol=0.1)
