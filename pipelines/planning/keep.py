@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import KeptStage, write_note
+from pipelines.planning.new_project import other_calls, renew_stages
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import code_files, require_own_code
-from pipelines.project.layout import CODE, CODE_STAGE, StageName
+from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
 from pipelines.project.params import Params
-from pipelines.versioning.plan import Plan, code_hashes, read_plan, record_as_it_is
+from pipelines.versioning.plan import Plan, asked_otherwise, code_hashes, read_plan, record_as_it_is
 from pipelines.versioning.project_lock import only_run
 from pipelines.versioning.repro import reproduce_stage
 
@@ -38,13 +39,18 @@ def keep() -> list[str]:
 
 
 def _keep(params: Params) -> list[str]:
+    told = []
+    if other_calls():
+        renew_stages()
+        told = [f"{DVC_YAML}: written as this version has it; `git diff {DVC_YAML}` shows what is other"]
     before = read_plan(params.tasks)
     outdated = _made_by_other_code(before)
     reproduce_stage(CODE_STAGE, pull=False)
     plan = read_plan(params.tasks)
-    kept = {name: before.code[name] for name in outdated if _only_code(plan, name)}
+    asked = asked_otherwise(plan, params, outdated)
+    kept = {name: before.code[name] for name in outdated if _only_code(plan, name, asked[name])}
     if not kept:
-        return ["nothing to keep: no finished stage was made by other code alone"]
+        return [*told, "nothing to keep: no finished stage was made by other code alone"]
     hashes = code_hashes()
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     path = write_note(
@@ -58,6 +64,7 @@ def _keep(params: Params) -> list[str]:
     others = [name for name in outdated if name not in kept]
     reasons = [next(r for r in plan.reasons[name] if not r.startswith(f"{CODE}/")) for name in others]
     return [
+        *told,
         f"kept as they are: {len(kept)} stages ({_shortened(kept)}); noted in {path}",
         *(f"not kept: {name}: {reason}" for name, reason in zip(others, reasons, strict=True)),
         "`sdlora run` does the rest; commit dvc.lock and ledger",
@@ -70,8 +77,15 @@ def require_decision(plan: Plan, params: Params, *, retrain: bool) -> Iterator[s
     The stages of a retired task are not trained again: they give back what they left.
 
     Raises:
-        InputError: some of them are trained, and nobody has decided whether they are trained again.
+        InputError: some of them are trained, and nobody has decided whether they are trained again. Or dvc.yaml is of
+            another version.
     """
+    if others := other_calls():
+        kind, options = next(iter(others.items()))
+        raise InputError(
+            f"{DVC_YAML} is of another version of sdlora (stage {kind}: {', '.join(options[:3])}); `sdlora keep` "
+            "writes the one of this version, and keeps what was trained"
+        )
     outdated = _made_by_other_code(plan)
     trained = [name for name in outdated if _is_trained(StageName.parse(name), params)]
     if trained and not retrain:
@@ -104,9 +118,9 @@ def _is_trained(stage: StageName, params: Params) -> bool:
     return stage.kind in _TRAINED and not params.tasks[str(stage.item)].retired
 
 
-def _only_code(plan: Plan, name: str) -> bool:
-    """Return whether nothing but its code is a reason to run a stage."""
-    return all(reason.startswith(f"{CODE}/") for reason in plan.reasons[name])
+def _only_code(plan: Plan, name: str, asked: Collection[str]) -> bool:
+    """Return whether nothing but its code, and how dvc.yaml asks for it, is a reason to run a stage."""
+    return all(reason.startswith(f"{CODE}/") or reason in asked for reason in plan.reasons[name])
 
 
 def _result(plan: Plan, name: str) -> str | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
-from pipelines.project.layout import DVC, DVC_YAML, PARAMS, refuse_braces
+from pipelines.project.layout import CODE_STAGE, DVC, DVC_YAML, PARAMS, STAGES, refuse_braces
+from pipelines.project.yaml_text import read_text, read_yaml
 
 _PACKAGED = resources.files("pipelines.planning") / "template"
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -80,17 +81,59 @@ def project_files(name: str, *, example: bool) -> dict[str, str]:
         params = re.sub(r"^fetch:\n(?:  .*\n)+", "fetch: {}\n", params, flags=re.MULTILINE)
         start = params.index("# These are two digits at a time")
         files[str(PARAMS)] = params[:start] + "tasks: {}\n"
-    stages, count = re.subn(
-        r"^(    cmd: sdlora code .*\n)    deps: .*\n",
-        r"\1    always_changed: true # it looks at the installed program, half a second\n",
-        files[str(DVC_YAML)],
-        flags=re.MULTILINE,
-    )
-    assert count == 1
-    files[str(DVC_YAML)] = stages
+    files[str(DVC_YAML)] = _stages(watched=False)
     plots = _PACKAGED / "plots" if _PACKAGED.is_dir() else _CHECKOUT / DVC / "plots"
     files |= {f"{DVC}/plots/{plot.name}": plot.read_text(encoding="utf-8") for plot in plots.iterdir()}
     return {**files, ".gitignore": _IGNORED, "README.md": _README.format(name=name)}
+
+
+def _stages(*, watched: bool) -> str:
+    """Return dvc.yaml of this version. DVC watches the sources of this program only where they are in the project."""
+    text = _template(str(DVC_YAML))
+    if watched:
+        return text
+    stages, count = re.subn(
+        r"^(    cmd: sdlora code .*\n)    deps: .*\n",
+        r"\1    always_changed: true # it looks at the installed program, half a second\n",
+        text,
+        flags=re.MULTILINE,
+    )
+    assert count == 1
+    return stages
+
+
+def other_calls() -> dict[str, list[str]]:
+    """Return the stages that dvc.yaml calls with other options than this version has, and these options."""
+    mine = _calls(_template(str(DVC_YAML)))
+    theirs = _calls(read_text(DVC_YAML))
+    found = {kind: sorted(mine[kind] ^ theirs[kind]) for kind in mine.keys() & theirs.keys()}
+    return {kind: options for kind, options in sorted(found.items()) if options}
+
+
+def renew_stages() -> None:
+    """Write dvc.yaml as this version has it. An `InputError` where Git has not the one that goes."""
+    done = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", str(DVC_YAML)], capture_output=True, check=False
+    )
+    if done.returncode:
+        raise InputError(
+            f"{DVC_YAML}: it is of another version, and Git has not all of it; commit it, then run `sdlora keep` "
+            "again: the one of this version takes its place, and `git diff` shows what of yours to put back"
+        )
+    watched = "deps" in read_yaml(read_text(DVC_YAML), origin=str(DVC_YAML))["stages"][CODE_STAGE]
+    write_whole(DVC_YAML, _stages(watched=watched).encode())
+
+
+def _calls(text: str) -> dict[str, set[str]]:
+    """Return the options with which the stages of a dvc.yaml are called. Nothing of one that is damaged."""
+    stages = read_yaml(text, origin=str(DVC_YAML)).get("stages")
+    found = {}
+    for kind, stage in stages.items() if isinstance(stages, dict) else ():
+        called = stage.get("do", stage) if isinstance(stage, dict) else {}
+        command = called.get("cmd") if isinstance(called, dict) else None
+        if kind in STAGES and isinstance(command, str) and command.split()[:2] == ["sdlora", kind]:
+            found[kind] = set(re.findall(r"(?<!\S)--[a-z-]+", command))
+    return found
 
 
 def _template(path: str) -> str:

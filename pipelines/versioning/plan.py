@@ -9,14 +9,16 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipelines.project.fingerprints import code_files
-from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, RETIRED, StageName
+from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, PARAMS, RETIRED, StageName
 from pipelines.project.leftovers import leftovers
+from pipelines.project.params import Params
 from pipelines.project.regular_files import require_regular_files
 from pipelines.project.yaml_text import read_text
-from pipelines.versioning.artifacts import folder_md5
+from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.pointers import pointer_of
@@ -295,6 +297,40 @@ def _code_is_written() -> bool:
         return all((CODE / name).read_text(encoding="utf-8") == text for name, text in code_files().items())
     except OSError:
         return False
+
+
+def asked_otherwise(plan: Plan, params: Params, names: Iterable[str]) -> dict[str, set[str]]:
+    """Return for each of some stages the reasons that mean no other input: dvc.yaml only asks for it in other words.
+
+    Another version of this program may call a stage with other options, and name other parts of the outputs that it
+    reads. All that the stage has read by dvc.lock must be as it was, by its bytes, and what it is said to read besides
+    must be a part of an output that it has read from.
+    """
+    lock = read_lock(params)
+    found: dict[str, set[str]] = {}
+    with TemporaryDirectory(prefix="sdlora-keep-") as scratch:
+        store = ArtifactStore(lock, Path(scratch))
+        for name in names:
+            read = {path: md5 for path, md5 in lock.deps.get(name, {}).items() if _is_data(path)}
+            new = [path for path in plan.deps[name] if path not in read and _is_data(path)]
+            outs = {_output_of(path, lock) for path in read}
+            same = all(store.workspace_md5(path) == md5 for path, md5 in read.items())
+            known = all(_output_of(path, lock) in outs - {None} for path in new)
+            words = ("changed", "is new")
+            asked = {"changed command", *(f"{path} {what}" for path in new for what in words)}
+            found[name] = asked if same and known else set()
+    return found
+
+
+def _is_data(path: str) -> bool:
+    return path != str(PARAMS) and CODE not in PurePath(path).parents
+
+
+def _output_of(path: str, lock: Lock) -> str | None:
+    """Return the output that a path is, or is a part of. None where there is none."""
+    return next(
+        (out for out in map(str, (PurePath(path), *PurePath(path).parents)) if out in lock.outs), None
+    )
 
 
 def record_as_it_is(names: Iterable[str]) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.ledger.kept import read_notes
+from pipelines.planning.new_project import project_files
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
 from pipelines.project.layout import RUN_LOCK
+from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
+from pipelines.versioning.artifacts import read_lock
 from tests.support.commands import environment
 
 pytestmark = pytest.mark.slow
@@ -206,3 +209,48 @@ def test_a_damaged_note_is_named(project: Path, text: str) -> None:
     (project / "ledger/kept/0001.json").write_text(text)
     with pytest.raises(InputError, match=r"ledger/kept/0001\.json: .*restore"):
         list(read_notes())
+
+
+def test_a_dvc_yaml_of_another_version_is_renewed_and_what_was_made_stays(project: Path, call: Call) -> None:
+    """It calls evaluate otherwise, and names other parts of the outputs that are read."""
+    for name in ("pipelines", "sdlora"):  # as where the tool is installed
+        shutil.rmtree(project / name)
+    stages, new = project / "dvc.yaml", project_files("mine", example=False)["dvc.yaml"]
+    stages.write_text(new)
+    edit(
+        stages,
+        "--split artifacts/split/${key} --out artifacts/e",
+        "--test artifacts/split/${key} --out artifacts/e",
+    )
+    edit(stages, "      - artifacts/model/${key}/step.json\n", "      - artifacts/model/${key}\n")
+    whole = "      - artifacts/model/${item.after}"
+    edit(stages, f"{whole}/step.json\n", f"{whole}\n")
+    changed = ["evaluate@t01", "evaluate@t02", "fit@t01", "fit@t02"]
+    assert call("dvc", "commit", "-f", *changed).returncode == 0
+    made_by = read_lock(Params.load()).deps
+    for name in changed:
+        kind = name.partition("@")[0]
+        edit(project / "dvc.lock", f"md5: {made_by[name][f'artifacts/code/{kind}']}", f"md5: {'a' * 32}")
+    lock = (project / "dvc.lock").read_bytes()
+
+    done = call("sdlora", "run")
+    assert done.returncode == 2
+    assert (
+        "dvc.yaml is of another version of sdlora (stage evaluate: --split, --test); `sdlora keep`"
+        in done.stderr
+    )
+    done = call("sdlora", "keep")
+    assert done.returncode == 2
+    assert "Git has not all of it; commit it" in done.stderr
+    assert (project / "dvc.lock").read_bytes() == lock
+
+    commit = ["-c", "user.name=Ana", "-c", "user.email=ana@example.org", "commit", "-qam", "Older stages"]
+    assert not any(call("git", *words).returncode for words in (["init", "-q"], ["add", "dvc.yaml"], commit))
+    done = call("sdlora", "keep")
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stdout.splitlines()[-3:]
+    assert first.startswith("dvc.yaml: written as this version has it")
+    assert second.startswith("kept as they are: 4 stages (")
+    assert stages.read_text() == new
+    assert call("sdlora", "run").returncode == 0
+    assert all(f"{name}" not in call("sdlora", "status").stdout for name in changed)
