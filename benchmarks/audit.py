@@ -128,7 +128,7 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
         backbone=models / "t00",
         out=place["model"],
     )
-    predict(place["evaluation"], place["split"], seen)
+    predict(place["evaluation"], seen)
     gate(
         task,
         model=place["model"],
@@ -140,11 +140,11 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
     )
 
 
-def predict(folder: Path, packed: Path, tasks: list[str]) -> None:
+def predict(folder: Path, tasks: list[str]) -> None:
     """An evaluation in which one image of ten is named wrong."""
     rows = []
     for task in tasks:
-        table = read_images(packed / "test" / f"{task}.arrow")
+        table = read_images(ARTIFACTS / "split" / task / "test" / f"{task}.arrow")
         for index, (sample, label) in enumerate(
             zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)
         ):

@@ -316,9 +316,7 @@ def drain(names: Sequence[str], batch: int) -> None:
     """Bring all test images of the last step to the CPU's memory, batch by batch, and do nothing with them."""
     description = json.loads(Path("artifacts/model/t00/backbone.json").read_bytes())
     preprocessing = Preprocessing.of(description)
-    files = [
-        PackedImages(Path(f"artifacts/split/{names[-1]}/test/{name}.arrow"), preprocessing) for name in names
-    ]
+    files = [PackedImages(Path(f"artifacts/split/{name}/test/{name}.arrow"), preprocessing) for name in names]
     for _ in pixel_batches(files, batch_size=batch, device=torch.device("cpu")):
         pass
 
@@ -458,10 +456,10 @@ def child(arguments: argparse.Namespace) -> dict[str, float]:
     if what == "evaluate":
         from pipelines.stages.evaluate import evaluate
 
-        place, models = Path("artifacts/split") / task, Path("artifacts/model")
+        models = Path("artifacts/model")
         evaluate(
-            task, model=models / task, backbone=models / "t00", test=place / "test", validation=place / "validation",
-            classes=place / "classes.json", out=Path("artifacts/evaluation") / task,
+            task, model=models / task, backbone=models / "t00", split=Path("artifacts/split") / task,
+            out=Path("artifacts/evaluation") / task,
         )  # fmt: skip
     else:
         module = (

@@ -73,14 +73,22 @@ def read_update(folder: Path, *, beside: Beside | None = None) -> Update:
             target: Pair(_double(tensors[f"{target}.up"]), _double(tensors[f"{target}.down"]))
             for target in targets
         }
-    held = {}
-    if directions:
-        held = read("magnitudes.safetensors", dict.fromkeys(directions, (len(targets),)))
-    return Update(
-        targets=targets,
-        directions=directions,
-        magnitudes={task: _double(held[task]) for task in directions},
-    )
+    return Update(targets=targets, directions=directions, magnitudes=read_magnitudes(folder, record))
+
+
+def read_magnitudes(folder: Path, record: Mapping[str, Any]) -> dict[str, _Array]:
+    """Return the magnitudes of all directions at a step, task id → (targets,), with its record as `read_record` has it.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is another than the record names, or does not hold what it must.
+    """
+    if not record["directions"]:
+        return {}
+    path = require_files(folder, record, ["magnitudes.safetensors"])["magnitudes.safetensors"]
+    tensors = read_arrays(path)
+    check_tensors(path, tensors, dict.fromkeys(record["directions"], (len(record["targets"]),)), {})
+    return {task: _double(tensors[task]) for task in record["directions"]}
 
 
 def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:

@@ -122,7 +122,7 @@ def _records_back(folder: Path, beside: Beside | None) -> Iterator[tuple[Path, d
     """Yield the folder and the record of a step, and of each step before, as far back as the chain is needed."""
     own = read_own_record(folder)
     yield folder, own
-    find: Beside = beside or folder.resolve().parent.joinpath
+    find = beside or folders_beside(folder)
     seen = {own["step"]}
     while names_own_files(own):
         successor, earlier = own, find(own["after"])
@@ -223,6 +223,11 @@ class JoinedRecords:
         self._directions = directions
 
 
+def folders_beside(folder: Path) -> Beside:
+    """Return what gives the folders that lie beside a model folder, by the names of their steps."""
+    return (folder if folder.name else folder.resolve()).parent.joinpath
+
+
 def names_own_files(own: Mapping[str, Any]) -> bool:
     """Return whether a record names its step's own files alone, and the record before."""
     return bool(own.get("format") == OWN_FILES)
@@ -242,7 +247,7 @@ def require_files(
         FileNotFoundError: a file is missing.
         ValueError: a file is another, or not named.
     """
-    find: Beside = beside or folder.resolve().parent.joinpath
+    find = beside or folders_beside(folder)
     places = {}
     for name in needed:
         if name not in record["files"]:

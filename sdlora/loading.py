@@ -12,7 +12,7 @@ from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
 from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
-from sdlora.ledger import RECORD, read_own_record
+from sdlora.ledger import RECORD, folders_beside, read_own_record
 from sdlora.model_folder import read_model
 from sdlora.preprocessing import Preprocessing
 
@@ -77,7 +77,7 @@ def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
             f"{folder}: it began from another backbone (sha256 {own['backbone'][:12]}) than the one in "
             f"{base_folder} ({base.description['sha256'][:12]}); say where its own is"
         )
-    beside = folder.resolve().parent.joinpath
+    beside = folders_beside(folder)
     learned, record = read_model(folder, beside=lambda step: base_folder if step == "t00" else beside(step))
     if not learned.rows:
         raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")

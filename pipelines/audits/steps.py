@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from pipelines.data.packed import read_images
+from pipelines.data.split_chain import SAMPLES, TEST, part_file
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import ARTIFACTS, EVALUATIONS, LOCK
 from pipelines.project.params import Params
@@ -45,6 +46,8 @@ class AuditedStep:
     """the model folder of another step of its chain; an `InputError` where it is nowhere"""
     split: Path | None
     """None where there is no such folder, and for t00, which knows no class; so with `evaluation`"""
+    split_of: Callable[[str], Path | None]
+    """the split of a task of its chain; None where it is nowhere"""
     evaluation: Path | None
     record: Figures
 
@@ -67,7 +70,15 @@ class AuditedStep:
 
     def test_images(self, task: str) -> Path | None:
         """Return the packed test images of a task. None where they are gone."""
-        path = self.split / "test" / f"{task}.arrow" if self.split else None
+        return self._part(TEST, task)
+
+    def samples(self, task: str) -> Path | None:
+        """Return the samples of a task. None where they are gone."""
+        return self._part(SAMPLES, task)
+
+    def _part(self, part: str, task: str) -> Path | None:
+        folder = self.split_of(task) if self.split else None
+        path = folder / part_file(part, task) if folder else None
         return path if path is not None and path.is_file() else None
 
 
@@ -146,6 +157,7 @@ class AuditedProject:
             model=model,
             beside=partial(self.find, "model"),
             split=None if name == "t00" else self.find("split", name),
+            split_of=partial(self.find, "split"),
             evaluation=None if name == "t00" else self.find("evaluation", name),
             record=_read_step_record(model, partial(self.find, "model")),
         )
@@ -189,6 +201,7 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
         model=model,
         beside=beside,
         split=split if split.is_dir() and name != "t00" else None,
+        split_of=split.parent.joinpath,
         evaluation=evaluation if evaluation.is_dir() and name != "t00" else None,
         record=record,
     )
@@ -235,7 +248,10 @@ def test_pictures(step: AuditedStep) -> dict[str, str]:
 def samples_of(step: AuditedStep) -> Iterator[Figures]:
     """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`."""
     for task in step.tasks if step.split else ():
-        table = read_images(step.split / "samples" / f"{task}.arrow")  # type: ignore[operator]
+        path = step.samples(task)
+        if path is None:
+            raise InputError(f"{step.shown}: the samples of {task} are missing; `dvc checkout` its split")
+        table = read_images(path)
         yield from table.select(["id", "split", "label", "sha256", "pixels"]).to_pylist()
 
 

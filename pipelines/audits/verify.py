@@ -22,6 +22,7 @@ from pipelines.data.packed import (
     read_samples,
     samples_digest,
 )
+from pipelines.data.split_chain import SAMPLES, SPLIT, TEST, VALIDATION, own_files, part_file
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import read_notes
@@ -45,7 +46,7 @@ from pipelines.project.layout import (
     StageName,
 )
 from pipelines.project.params import Params
-from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, Verdict
+from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, SplitRecord, Verdict
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
 from pipelines.versioning.stores import DeclaredStage, read_dvc_project
@@ -91,11 +92,11 @@ def verify() -> Iterator[StepVerification]:
     with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
         place = ArtifactStore(lock, Path(scratch))
         before: Path | None = None
-        chain = JoinedRecords()
+        chain, seen = JoinedRecords(), SeenPictures()
         for step in ("t00", *params.tasks):
             stages = [stage for stage in declared if _step_of(stage, params) == step]
             try:
-                files, model = _verify_step(place, chain, step, before, stages)
+                files, model = _verify_step(place, chain, seen, step, before, stages)
                 receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
                 check_declared(lock, stages)
                 if step != "t00":
@@ -161,6 +162,7 @@ def check_bytes(place: ArtifactStore, path: str) -> int:
 def _verify_step(
     place: ArtifactStore,
     chain: JoinedRecords,
+    seen: SeenPictures,
     step: str,
     before: Path | None,
     stages: Sequence[DeclaredStage],
@@ -188,8 +190,8 @@ def _verify_step(
         record = chain.record
         assert record is not None
         _check_origins(place, step, record)
-        check_split(place, step, record)
-        _check_evaluation(place, step, record)
+        check_split(place, step, record, seen)
+        _check_evaluation(place, step, seen.tests)
         _check_verdict(place, step, record)
         check_recorded(
             place.lock, step, record, read_json(place.find(GATES / step) / "verdict.json", Verdict)
@@ -232,8 +234,18 @@ def _check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
             )
 
 
-def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
-    """Check that the packed pictures are the samples of the ledger, bytes and all.
+class SeenPictures:
+    """The pictures of all tasks so far: what was trained on, what is tested, and the answers that are asked for."""
+
+    def __init__(self) -> None:
+        self.trained: set[str] = set()
+        self.tested: set[str] = set()
+        self.tests: dict[str, pa.Table] = {}
+        """Task → `id` and `label` of its test images."""
+
+
+def check_split(place: ArtifactStore, step: str, record: dict[str, Any], seen: SeenPictures) -> None:
+    """Check that the packed pictures are the samples of the ledger, bytes and all, and add them to those seen.
 
     Nothing that was ever trained on is tested.
     """
@@ -245,15 +257,14 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
         described["digest"],
         record["split"]["digest"],
     ):
-        raise FaultError(f"{folder}/samples/{step}.arrow: not the samples of the ledger")
+        raise FaultError(f"{folder / part_file(SAMPLES, step)}: not the samples of the ledger")
     if described["counts"] != _counts_of(rows, record["classes"], described["counts"]):
         raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
     if read_json(split / "classes.json", ClassMap)["classes"] != record["classes"]:
         raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
     packed = {"train": (TRAINED / step / PACKED, train)}
     packed |= {
-        part: (folder / part / f"{step}.arrow", split / part / f"{step}.arrow")
-        for part in ("test", "validation")
+        part: (folder / part_file(part, step), split / part_file(part, step)) for part in (TEST, VALIDATION)
     }
     for part, (name, path) in packed.items():
         mine = [row for row in rows if row.split == part]
@@ -261,32 +272,27 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
             _check_pictures(name, read_images(path, *ImageRow._fields), mine)
         elif mine and part != "train":  # of the training images `check_receipt` asks why
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
-    _check_handed_on(place, folder, split, record["tasks"])
-    _check_apart(folder, split, rows, record["tasks"][:-1])
+    _check_follows(place, step, record["tasks"])
+    _check_apart(folder, rows, seen)
+    seen.tests[step] = read_images(packed[TEST][1], "id", "label").select(["id", "label"])
 
 
 def _samples_of(place: ArtifactStore, step: str) -> list[SampleRow]:
     """Return all samples of a step, in their order."""
-    path = place.find(SPLITS / step) / f"samples/{step}.arrow"
-    return read_samples(path)
+    return read_samples(place.find(SPLITS / step) / part_file(SAMPLES, step))
 
 
-def _check_apart(folder: Path, split: Path, rows: list[SampleRow], earlier: list[str]) -> None:
+def _check_apart(folder: Path, rows: list[SampleRow], seen: SeenPictures) -> None:
     """Check that no picture of the step, and none of an earlier task, is both trained on and tested."""
-    tables = [read_images(split / f"samples/{task}.arrow").select(["split", "pixels"]) for task in earlier]
-    known = [
-        pair
-        for table in tables
-        for pair in zip(*(column.to_pylist() for column in table.columns), strict=True)
-    ]
-    trained = {pixels for part, pixels in known if part == "train"}
-    tested = {pixels for part, pixels in known if part != "train"}
-    trained_now = trained | {row.pixels for row in rows if row.split == "train"}
-    for row in rows:
-        if row.pixels in (tested if row.split == "train" else trained_now):
-            raise FaultError(
-                f"{folder}/samples: the picture {row.id} is both trained on and tested, by all tasks so far"
-            )
+    seen.trained |= {row.pixels for row in rows if row.split == "train"}
+    tested = {row.pixels: row.id for row in rows if row.split != "train"}
+    both = [row.id for row in rows if row.split == "train" and row.pixels in seen.tested]
+    both += [name for pixels, name in tested.items() if pixels in seen.trained]
+    if both:
+        raise FaultError(
+            f"{folder}/samples: the picture {both[0]} is both trained on and tested, by all tasks so far"
+        )
+    seen.tested |= tested.keys()
 
 
 def _check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
@@ -299,19 +305,21 @@ def _check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
             raise FaultError(f"{name}: {row.id} is not the picture of its hash")
 
 
-def _check_handed_on(place: ArtifactStore, folder: Path, split: Path, tasks: list[str]) -> None:
-    """Check that what a split holds of earlier tasks is, byte for byte, what the split before holds."""
-    if len(tasks) < 2:
-        return
-    for part in ("samples", "test", "validation"):
-        for task in tasks[:-1]:
-            name = f"{part}/{task}.arrow"
-            was = place.md5(f"{folder.with_name(tasks[-2]).as_posix()}/{name}")
-            now = place.md5(f"{folder.as_posix()}/{name}") or (
-                md5_of(split / name) if (split / name).is_file() else None
-            )
-            if was != now:
-                raise FaultError(f"{folder / name}: not that of the step before")
+def _check_follows(place: ArtifactStore, step: str, tasks: list[str]) -> None:
+    """Check that the record of a split names its own files, and the split before, as they are."""
+    folder, before = place.find(SPLITS / step), ["t00", *tasks][-2]
+    record = read_json(folder / SPLIT, SplitRecord)
+    if "files" not in record:
+        return  # of before splits named their files: dvc.lock alone holds them
+    expected = {
+        "task": step,
+        "after": before,
+        "previous": sha256_of(place.find(SPLITS / before) / SPLIT),
+        "files": own_files(folder),
+    }
+    for name, value in expected.items():
+        if record.get(name) != value:
+            raise FaultError(f"{SPLITS / step / SPLIT}: its {name} is not what follows from the files")
 
 
 def _counts_of(
@@ -326,10 +334,13 @@ def _counts_of(
     return counts
 
 
-def _of_others(name: str, step: str) -> bool:
-    """Return whether a file of a split is what it holds of other tasks, which may have been made anew."""
+def _may_change(name: str, step: str) -> bool:
+    """Return whether a file of a retired task's split may be another by now.
+
+    The record names the split before, which may have been made anew. Splits of before held files of other tasks too.
+    """
     kind, _, file = name.partition("/")
-    return kind in ("samples", "test", "validation") and file != f"{step}.arrow"
+    return name == SPLIT or (kind in (SAMPLES, TEST, VALIDATION) and file != f"{step}.arrow")
 
 
 def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
@@ -366,7 +377,7 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
             place.md5(f"{kept.out}/{name}") == md5
             for kept in receipt.stages.values()
             for name, md5 in kept.files.items()
-            if not _of_others(name, step)
+            if not (kept.out.startswith(SPLITS.as_posix()) and _may_change(name, step))
         ),
     }
     for name, holds in expected.items():
@@ -381,19 +392,21 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     return sha256_of(path)
 
 
-def _check_evaluation(place: ArtifactStore, step: str, record: dict[str, Any]) -> None:
+def _check_evaluation(place: ArtifactStore, step: str, tests: Mapping[str, pa.Table]) -> None:
     """Check that the predictions are of the test images in their order, and the metrics follow from them."""
-    split = place.find(SPLITS / step)
+    import pyarrow as pa
+
     folder = EVALUATIONS / step
     found = place.find(folder)
     predictions, metrics = (
         read_images(found / "predictions.arrow", *_ANSWERS),
         read_json(found / "metrics.json", Metrics),
     )
-    tests = {task: read_images(split / "test" / f"{task}.arrow", "id", "label") for task in record["tasks"]}
     for column in ("id", "label"):
-        expected = [value for table in tests.values() for value in table[column].to_pylist()]
-        if predictions[column].to_pylist() != expected:
+        expected = pa.chunked_array(
+            [chunk for table in tests.values() for chunk in table[column].chunks], predictions[column].type
+        )
+        if not predictions[column].equals(expected):
             raise FaultError(
                 f"{folder}/predictions.arrow: its column {column} is not that of the test images"
             )

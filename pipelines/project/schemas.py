@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, NotRequired, TypedDict
 
 from sdlora.ledger import ClassEntry
 from sdlora.records import FileName, Name, Number, Rule, Sha256, TaskId, WholeNumber
 
+_SplitFile = Annotated[
+    str,
+    Rule(
+        re.compile(r"(samples|test|validation)/t[0-9]{2,9}\.arrow|(classes|train)\.json").fullmatch,
+        "the name of a file of a split",
+    ),
+]
 _Images = Annotated[int, Rule(range(1, 2**53).__contains__, "a number of images, at least 1")]
 
 
@@ -17,10 +25,13 @@ class ClassMap(TypedDict):
     tasks: list[TaskId]
 
 
-class TaskList(TypedDict):
-    """validation/tasks.json: the tasks that have validation images."""
+class SplitRecord(TypedDict):
+    """split.json: which split this is, which one is before, and its own files with their hashes."""
 
-    tasks: list[TaskId]
+    task: TaskId
+    after: NotRequired[TaskId]
+    previous: NotRequired[Sha256]
+    files: NotRequired[dict[_SplitFile, Sha256]]
 
 
 class TrainingImages(TypedDict):
@@ -71,9 +82,9 @@ class _Approved(TypedDict):
 
 
 class RecordedFiles(TypedDict):
-    """The record of a step or of a split: the files of its folder, with their hashes."""
+    """The record of a step or of a split: the files of its folder. Splits of before have none."""
 
-    files: dict[FileName, Sha256]
+    files: NotRequired[dict[FileName | _SplitFile, Sha256]]
 
 
 class AuditedRecord(TypedDict):

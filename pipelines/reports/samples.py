@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipelines.data.split_chain import TEST, part_file
 from pipelines.data.thumbnails import data_uri
 from pipelines.project.errors import InputError
 from pipelines.reports.history import History, Record, needed
@@ -29,7 +30,7 @@ class Album:
 
     def __init__(self, artifacts: Path, history: History) -> None:
         self._history = history
-        self._folder = artifacts / "split" / history.tasks[-1] / "test"
+        self._folder = artifacts / "split"
         self._starts = np.cumsum([0, *history.samples])
         self._tables: dict[int, pa.Table] = {}
 
@@ -49,7 +50,8 @@ class Album:
         from pipelines.data.packed import read_images
 
         task = int(self._history.predictions[-1].task[row])
-        path = self._folder / f"{self._history.tasks[task]}.arrow"
+        owner = self._history.tasks[task]
+        path = self._folder / owner / part_file(TEST, owner)
         if task not in self._tables:
             self._tables[task] = read_images(needed(path))
         table, place = self._tables[task], int(row - self._starts[task])

@@ -1,4 +1,7 @@
-"""What earlier steps have left, and who brings what is not here. A stage asks for a folder, and knows nothing of DVC."""
+"""What earlier steps have left, and who brings what is not here.
+
+A stage asks for a folder, and knows nothing of DVC.
+"""
 
 from __future__ import annotations
 

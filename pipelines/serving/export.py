@@ -149,9 +149,11 @@ def check_pictures(subject: Subject, images: Path | None, count: int) -> list[Im
 
 def _packed_images(subject: Subject, count: int) -> list[tuple[str, bytes]]:
     from pipelines.data.packed import read_images
+    from pipelines.data.split_chain import TEST, part_file
 
-    home = subject.model.resolve().parent.parent / "split" / subject.model.resolve().name / "test"
-    paths = sorted(home.glob("*.arrow"))
+    home = subject.model.resolve().parent.parent / "split"
+    places = (home / task / part_file(TEST, task) for task in subject.tasks())
+    paths = [path for path in places if path.is_file()]
     tables = [read_images(path) for path in paths]
     rows = [(table, index) for table in tables for index in range(len(table))]
     if not rows:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipelines.data.split_chain import SPLIT, TEST, VALIDATION, read_splits
 from pipelines.project.errors import InputError
-from pipelines.project.files import read_json, whole_folder, write_json
+from pipelines.project.files import whole_folder, write_json
 from pipelines.project.params import read_params
-from pipelines.project.schemas import ClassMap, TaskList
 from pipelines.project.settings import Evaluation
 from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.progress import progress
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 @stage
-def evaluate(
-    task: str, *, model: Path, backbone: Path, test: Path, validation: Path, classes: Path, out: Path
-) -> StageResult:
+def evaluate(task: str, *, model: Path, backbone: Path, split: Path, out: Path) -> StageResult:
     """Test a step on every task so far, among all classes so far.
 
     Every prediction is left; no task id is used at test time. Where there are validation images, the accuracy on them
@@ -37,9 +35,7 @@ def evaluate(
         task: Task of params.yaml, such as t01.
         model: Model folder of this step.
         backbone: Model folder of step t00: the frozen backbone.
-        test: Folder of all test files so far.
-        validation: Folder of all validation files so far.
-        classes: All classes so far, classes.json.
+        split: What `split` left for this task; that of earlier tasks lies beside it.
         out: Folder to leave; an existing one is replaced as a whole.
     """
     from pipelines.data.pixel_cache import PackedImages
@@ -48,19 +44,19 @@ def evaluate(
 
     settings = read_params("evaluation", Evaluation)
     set_deterministic(read_params("training.deterministic", bool), tf32=settings.precision == "tf32")
-    seen = read_json(classes, ClassMap)
-    classifier, description = _classifier_of(model, backbone, seen["classes"], settings, origin=classes)
-    preprocessing = Preprocessing.of(description)
-    packed = {name: PackedImages(test / f"{name}.arrow", preprocessing) for name in seen["tasks"]}
-    held = read_json(validation / "tasks.json", TaskList)["tasks"]
-    wanted = [name for name in seen["tasks"] if name in held]
-    selecting = {name: PackedImages(validation / f"{name}.arrow", preprocessing) for name in wanted}
-    predictions, confidences = _predict(
-        task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings
-    )
-    total = sum(len(images) for images in packed.values())
-    tested = _Tested(_tables(packed), predictions[:total], confidences[:total])
-    held_out = _Tested(_tables(selecting), predictions[total:], confidences[total:])
+    with outputs_beside(split, SPLIT) as found:
+        splits = read_splits(found(split.name), found)
+        classifier, description = _classifier_of(model, backbone, splits.classes, settings, origin=split)
+        preprocessing = Preprocessing.of(description)
+        packed = {name: PackedImages(splits.needed(TEST, name), preprocessing) for name in splits.tasks}
+        held = {name: splits.file(VALIDATION, name) for name in splits.tasks}
+        selecting = {name: PackedImages(path, preprocessing) for name, path in held.items() if path}
+        predictions, confidences = _predict(
+            task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings
+        )
+        total = sum(len(images) for images in packed.values())
+        tested = _Tested(_tables(packed), predictions[:total], confidences[:total])
+        held_out = _Tested(_tables(selecting), predictions[total:], confidences[total:])
     counts, right = tested.counts, tested.right
     with whole_folder(out) as folder:
         tested.write(folder / "predictions.arrow")

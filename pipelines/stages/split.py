@@ -1,4 +1,4 @@
-"""The stage `split`: a task's images, checked and packed, beside all that is known of the tasks before.
+"""The stage `split`: a task's images, checked against all that is known of the tasks before, and packed.
 
 The same picture (by decoded pixels, in whatever encoding) may never stand in two parts, be it of this task or of
 another; with `data.duplicates: leave_out` it is left out where it would, and counted. In two tasks or under two classes
@@ -14,7 +14,6 @@ images their hash.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -45,15 +44,26 @@ from pipelines.data.packed import (
 )
 from pipelines.data.source_files import PARTS, Found, refuse
 from pipelines.data.sources import task_images
+from pipelines.data.split_chain import (
+    SAMPLES,
+    SPLIT,
+    TEST,
+    VALIDATION,
+    Splits,
+    own_files,
+    part_file,
+    read_splits,
+)
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params
-from pipelines.project.schemas import ClassMap
 from pipelines.project.settings import Data, Task
 from pipelines.runtime.console import log_line
+from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.stage import StageResult, stage
+from sdlora.ledger import ClassEntry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +96,7 @@ class _Picture(NamedTuple):
 
 @stage
 def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> StageResult:
-    """Pack a task's images. Hand on tests and classes so far.
+    """Pack a task's images. Name the classes so far.
 
     The images of each class are divided into train, test and, if asked for, validation. Refused, with the files named:
     a class of an earlier task, what is wrong with the source, a file that cannot be decoded.
@@ -94,28 +104,26 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     Args:
         task: Task of params.yaml, such as t01.
         source: Folder of the task's images.
-        before: The same folder of the step before.
+        before: The folder that the step before left.
         out: Folder to leave, with all but the training images; an existing one is replaced as a whole.
         images: Folder to leave with the training images.
     """
     tasks = read_params("tasks", dict[str, Task])
     if task not in tasks:
         raise InputError(f"params.yaml: tasks: there is no {task}; known are {', '.join(tasks)}")
-    restored = restore_retired_output("split", task, out, images=images, then=partial(_hand_on, before))
+    restored = restore_retired_output("split", task, out, images=images, then=partial(_follow, before))
     if restored is not None:
         return restored
     names, data = tasks[task].classes, read_params("data", Data)
-    earlier = read_json(before / "classes.json", ClassMap)
-    _refuse_known_classes(task, names, earlier["classes"])
-
-    first = len(earlier["classes"])
+    with outputs_beside(before, SPLIT) as found:
+        earlier = read_splits(found(before.name), found)
+        previous, known = sha256_of(found(before.name) / SPLIT), list(_earlier_prints(earlier))
+    _refuse_known_classes(task, names, earlier.classes)
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
-    if tasks[task].manifest is None and (litter := litter_of(source, names)):
-        some = as_line(", ".join(sorted(litter)[:3]))
-        log_line(f"split {task}: {litter.total()} of other programs left out, such as {some}")
-    labels = {name: first + i for i, name in enumerate(names)}
+    if tasks[task].manifest is None:
+        _tell_litter(task, source, names)
+    labels = {name: label for label, name in enumerate(names, start=len(earlier.classes))}
     read = _read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
-    known = list(_earlier_prints(before, earlier["tasks"]))
     pictures, left_out, near = _compared(task, names, read, known, data)
 
     parts = PARTS if data.validation is not None else ("train", "test")
@@ -123,19 +131,21 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     for picture in pictures:
         counts[picture.found.name][picture.part] += 1
     with whole_folder(images) as packed, whole_folder(out) as folder:
-        _hand_on(before, folder)
         _write_pictures(pictures, task, folder, packed, validation=data.validation is not None)
         classes = [{"label": labels[name], "name": name, "task": task} for name in names]
         write_json(
             folder / "classes.json",
-            {"classes": earlier["classes"] + classes, "tasks": [*earlier["tasks"], task]},
+            {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
         )
         samples = [picture.sample() for picture in pictures]
         write_json(
-            folder / "split.json",
+            folder / SPLIT,
             {
+                "format": 2,
                 "task": task,
                 "after": tasks[task].after,
+                "previous": previous,
+                "files": own_files(folder),
                 "counts": counts,
                 "digest": samples_digest(samples),
                 "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
@@ -144,6 +154,13 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
             },
         )
     return StageResult([{"class": name, **counts[name]} for name in names])
+
+
+def _tell_litter(task: str, source: Path, names: Sequence[str]) -> None:
+    """Say which files of other programs are left out, if there are any."""
+    if litter := litter_of(source, names):
+        some = as_line(", ".join(sorted(litter)[:3]))
+        log_line(f"split {task}: {litter.total()} of other programs left out, such as {some}")
 
 
 def _compared(
@@ -178,11 +195,10 @@ def _write_pictures(
     """Write the training images to `packed`, what describes them, the other images and all samples to `folder`."""
     rows = {part: [picture.row for picture in pictures if picture.part == part] for part in PARTS}
     write_images(packed / PACKED, rows["train"])
-    write_images(folder / "test" / f"{task}.arrow", rows["test"])
+    write_images(folder / part_file(TEST, task), rows["test"])
     if validation:
-        write_images(folder / "validation" / f"{task}.arrow", rows["validation"])
-    _list_validation(folder)
-    write_samples(folder / "samples" / f"{task}.arrow", [picture.sample() for picture in pictures])
+        write_images(folder / part_file(VALIDATION, task), rows["validation"])
+    write_samples(folder / part_file(SAMPLES, task), [picture.sample() for picture in pictures])
     trained = [picture for picture in pictures if picture.part == "train"]
     write_json(
         folder / TRAINING,
@@ -195,22 +211,11 @@ def _write_pictures(
     )
 
 
-def _hand_on(before: Path, folder: Path) -> None:
-    """Have the split of a task hold what the one before it holds of all earlier tasks, and nothing else of theirs."""
-    for kind in ("test", "validation", "samples"):
-        (folder / kind).mkdir(exist_ok=True)
-        for name in (f"{task}.arrow" for task in read_json(before / "classes.json", ClassMap)["tasks"]):
-            if kind != "validation" or (before / kind / name).is_file():
-                shutil.copyfile(before / kind / name, folder / kind / name)
-            else:
-                (folder / kind / name).unlink(missing_ok=True)
-    _list_validation(folder)
-
-
-def _list_validation(folder: Path) -> None:
-    """Note in a split which tasks have validation images: DVC keeps no empty folder, and `evaluate` reads this one."""
-    held = sorted(path.stem for path in (folder / "validation").glob("*.arrow"))
-    write_json(folder / "validation" / "tasks.json", {"tasks": held})
+def _follow(before: Path, folder: Path) -> None:
+    """Have a split that is given back name the split before as it is by now."""
+    record = read_json(folder / SPLIT)
+    if "previous" in record:
+        write_json(folder / SPLIT, {**record, "previous": sha256_of(before / SPLIT)})
 
 
 def _without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
@@ -236,7 +241,7 @@ def _refuse_emptied(
         log_line(f"split {task}: {count} {place} too and left out, as data.duplicates says")
 
 
-def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[dict[str, str]]) -> None:
+def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[ClassEntry]) -> None:
     """Refuse a class that an earlier task has brought: a class has one label."""
     owner = {entry["name"]: entry["task"] for entry in known}
     for name in names:
@@ -269,10 +274,10 @@ def _read_task(
     return [pictures[index] for index in range(len(images))]
 
 
-def _earlier_prints(before: Path, tasks: Iterable[str]) -> Iterator[Print]:
+def _earlier_prints(splits: Splits) -> Iterator[Print]:
     """Yield what the pictures of the tasks before are compared by."""
-    for task in tasks:
-        for row in read_samples(before / "samples" / f"{task}.arrow"):
+    for task in splits.tasks:
+        for row in read_samples(splits.needed(SAMPLES, task)):
             yield _print_of(row, shown=f"{row.id} of an earlier task")
 
 

@@ -18,12 +18,6 @@ def start(*, out: Path, evaluation: Path, gate: Path) -> StageResult:
     with whole_folder(out) as folder:
         write_json(folder / "classes.json", {"classes": [], "tasks": []})
         write_json(folder / "split.json", {"task": "t00"})
-        for part in (
-            "samples",
-            "test",
-            "validation",
-        ):  # DVC keeps no empty folder, and the first task reads them
-            write_json(folder / part / "tasks.json", {"tasks": []})
     with whole_folder(evaluation) as folder:
         nothing: dict[str, list[float]] = {name: [] for name in ("accuracy", "correct", "samples", "tasks")}
         write_json(folder / "metrics.json", {"step": "t00", **nothing})

@@ -210,7 +210,10 @@ def whole_outputs(folder: Path, record: str) -> Iterator[Find]:
             if not store:
                 scratch = stack.enter_context(TemporaryDirectory(prefix="sdlora-earlier-"))
                 store.append(ArtifactStore(read_lock(Params.load()), Path(scratch)))
-            return store[0].linked(path)
+            try:
+                return store[0].linked(path)
+            except FaultError as fault:
+                raise InputError(str(fault)) from None
 
         yield found
 
@@ -219,7 +222,7 @@ def _is_whole(folder: Path, record: str) -> bool:
     """Return whether a folder has its record, and every file that this names."""
     path = folder / record
     return path.is_file() and all(
-        (folder / file).is_file() for file in read_json(path, RecordedFiles)["files"]
+        (folder / file).is_file() for file in read_json(path, RecordedFiles).get("files", {})
     )
 
 

@@ -39,14 +39,14 @@ def fetch_images(name: str, plan: Plan) -> None:
 def fetch_inputs(name: str, plan: Plan, params: Params) -> None:
     """Fetch what a stage reads and this machine does not hold. What the remote has lost is made again.
 
-    Training images are fetched only where the stage will really look at them.
+    Training images, and the folders of earlier steps, are fetched only where the stage will really look at them.
     """
-    earlier = read_beside_deps(StageName.parse(name), list(params.tasks))
-    _pull([*map(Path, plan.deps[name]), *earlier], plan, params)
+    _pull([Path(dep) for dep in plan.deps[name]], plan, params)
     made = {out for outs in plan.outs.values() for out in outs}
-    images = [Path(out) for out in _images_read(name, params) if out in made and not Path(out).exists()]
-    if images and not _restore_from_run_cache(name):
-        _pull(images, plan, params)
+    images = [Path(out) for out in _images_read(name, params) if out in made]
+    beside = [*images, *read_beside_deps(StageName.parse(name), list(params.tasks))]
+    if not all(path.exists() for path in beside) and not _restore_from_run_cache(name):
+        _pull(beside, plan, params)
 
 
 def _pull(read: list[Path], plan: Plan, params: Params) -> None:

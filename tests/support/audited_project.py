@@ -44,20 +44,15 @@ def make_audited(
     ]
     text = settings().split("tasks:\n")[0] + "tasks:\n" + "".join(lines)
     (root / "params.yaml").write_text(text, encoding="utf-8")
+    rows: list[tuple[str, str, int]] = []
     for index, step in enumerate(steps):
-        rows = []
-        for place, task in enumerate(steps[: index + 1]):
-            images = images_of(task, {label: called[label] for label in (2 * place, 2 * place + 1)})
-            split = root / "artifacts/split" / step
-            write_images(split / f"test/{task}.arrow", images)
-            samples = [
-                SampleRow(row.id, "test", row.label, row.sha256, row.pixels, "0" * 16) for row in images
-            ]
-            trained = SampleRow(
-                f"{task}/train/{called[2 * place]}/9.png", "train", 2 * place, "s", "p", "0" * 16
-            )
-            write_samples(split / f"samples/{task}.arrow", [trained, *samples])
-            rows += [(row.id, task, row.label) for row in images]
+        images = images_of(step, {label: called[label] for label in (2 * index, 2 * index + 1)})
+        split = root / "artifacts/split" / step
+        write_images(split / f"test/{step}.arrow", images)
+        samples = [SampleRow(row.id, "test", row.label, row.sha256, row.pixels, "0" * 16) for row in images]
+        trained = SampleRow(f"{step}/train/{called[2 * index]}/9.png", "train", 2 * index, "s", "p", "0" * 16)
+        write_samples(split / f"samples/{step}.arrow", [trained, *samples])
+        rows += [(row.id, step, row.label) for row in images]
         counts = {called[label]: {"train": 1, "test": EACH} for label in (2 * index, 2 * index + 1)}
         write_json(root / f"artifacts/split/{step}/split.json", {"counts": counts})
         write_predictions(root, step, rows, answers.get(step, {}), called)
@@ -118,9 +113,10 @@ def rename_classes(root: Path, called: Mapping[int, str]) -> None:
         (folder / "step.json").write_bytes(record_bytes(record))
 
 
-def replace_picture(root: Path, step: str, image: str) -> None:
-    """Say in a step's samples that an image shows something else."""
-    path = root / f"artifacts/split/{step}/samples/{image.partition('/')[0]}.arrow"
+def replace_picture(root: Path, image: str) -> None:
+    """Say in the samples of its task that an image shows something else."""
+    task = image.partition("/")[0]
+    path = root / f"artifacts/split/{task}/samples/{task}.arrow"
     rows = [SampleRow(**row) for row in read_images(path).to_pylist()]
     path.unlink()  # the table of before may still be mapped
     write_samples(path, [row._replace(pixels="another") if row.id == image else row for row in rows])

@@ -65,8 +65,7 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             "method": "sdlora" if directions else "frozen",
         }
         write_model(models / task, learned, record, before=earlier)
-        for tested in learned.head:
-            pack(root / f"artifacts/split/{task}/test/{tested}.arrow", seed=int(tested[1:]))
+        pack(root / f"artifacts/split/{task}/test/{task}.arrow", seed=index)
     return models
 
 

@@ -39,7 +39,7 @@ from pipelines.reports.statistics import headline_of
 from pipelines.stages.report import report
 from pipelines.stages.split import split
 from pipelines.versioning.artifacts import folder_md5, md5_of
-from sdlora.ledger import record_bytes, record_hash
+from sdlora.ledger import read_record, record_bytes, record_hash
 from sdlora.tensors import read_tensors, write_tensors
 
 Forgery = Callable[[], None]
@@ -58,7 +58,7 @@ def seal(*, commands: Mapping[str, str] | None = None, page: bool = False) -> No
         _seal_record(before, step)
         _seal_verdict(before, step)
     evaluations = [read_json(EVALUATIONS / task / "metrics.json") for task in tasks]
-    classes = read_json(MODELS / tasks[-1] / "step.json")["classes"]
+    classes = read_record(MODELS / tasks[-1])["classes"]
     write_json(METRICS, headline_of(tasks, len(classes), evaluations))
     if page:
         report.fn(artifacts=Path("artifacts"), out=Path("artifacts/report"), metrics=METRICS)
@@ -78,7 +78,7 @@ def _seal_record(before: str, step: str) -> None:
         "backbone": read_json(MODELS / "t00/step.json")["backbone"],
         "files": {name: sha256_of(path) for name, path in files.items()},
         "fit": {path.name: sha256_of(path) for path in fit.iterdir()},
-        "images": {task: sha256_of(TRAINED / task / PACKED) for task in record["tasks"]},
+        "images": {step: sha256_of(TRAINED / step / PACKED)},
         "split": read_json(SPLITS / step / TRAINING),
         "metrics": last_epoch(fit),
         "learned_magnitudes": learned_magnitudes(fit),
@@ -146,6 +146,12 @@ def moved(*names: str, page: bool = False) -> None:
     for name in names:
         _edit_tensor(MODELS / name)
     seal(page=page)
+
+
+def brought_again() -> None:
+    name = "directions/t01.safetensors"
+    shutil.copy(MODELS / "t01" / name, MODELS / "t02" / name)
+    moved(f"t02/{name}")
 
 
 def other_fit() -> None:
@@ -330,15 +336,14 @@ def cut_journal() -> None:
 
 
 FORGERIES: dict[str, Forgery] = {
-    "a frozen direction, in all steps": partial(
-        moved, "t01/directions/t01.safetensors", "t02/directions/t01.safetensors"
-    ),
-    "a frozen direction, in a later step": partial(moved, "t02/directions/t01.safetensors"),
-    "head, statistics and magnitudes of the last step": partial(
+    "a frozen direction": partial(moved, "t01/directions/t01.safetensors"),
+    "a frozen direction that a later step brings again": brought_again,
+    "head, classifier, statistics, drift and magnitudes of the last step": partial(
         moved,
         "t02/head/t02.safetensors",
-        "t02/settled/t02.safetensors",
+        "t02/classifier.safetensors",
         "t02/statistics/t02.safetensors",
+        "t02/drift/t02.safetensors",
         "t02/magnitudes.safetensors",
     ),
     "the raw fit": other_fit,

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +64,22 @@ def write_project(
     tests: dict[str, pa.Table] = {}
     magnitudes: dict[str, np.ndarray] = {}
     dump(artifacts / "model/t00/backbone.json", {"name": "glyph_vit"})
-    dump(artifacts / "model/t00/step.json", {"step": "t00", "previous": None, "norms": NORMS})
+    dump(
+        artifacts / "model/t00/step.json",
+        {
+            "step": "t00",
+            "previous": None,
+            "backbone": "0" * 64,
+            "norms": NORMS,
+            "files": {},
+            "tasks": [],
+            "classes": [],
+            "directions": [],
+        },
+    )
     previous = sha256(artifacts / "model/t00/step.json")
     dump(artifacts / "gate/t00/verdict.json", {"step": "t00", "previous": None})
-    directions: dict[str, str] = {}
+    directions: list[str] = []
     for i, task in enumerate(tasks):
         mine = [{"label": len(known) + j, "name": name, "task": task} for j, name in enumerate(classes[task])]
         known += mine
@@ -76,8 +87,7 @@ def write_project(
         counts = {entry["name"]: {"train": 4 * images, "test": images} for entry in mine}
         dump(artifacts / f"split/{task}/split.json", {"task": task, "counts": counts, "digest": "0" * 64})
         tests[task] = test_table(task, mine, images)
-        for name, table in tests.items():
-            write_arrow(artifacts / f"split/{task}/test/{name}.arrow", table)
+        write_arrow(artifacts / f"split/{task}/test/{task}.arrow", tests[task])
         write_evaluation(artifacts / f"evaluation/{task}", task, tests, len(known), accuracy, rng)
         model = artifacts / f"model/{task}"
         if method == "sdlora":
@@ -92,18 +102,14 @@ def write_project(
             safetensors.numpy.save_file(
                 a_direction(rng, rank=2 + i % 2), model / f"directions/{task}.safetensors"
             )
-            for earlier in tasks[:i]:
-                os.link(
-                    artifacts / f"model/{earlier}/directions/{earlier}.safetensors",
-                    model / f"directions/{earlier}.safetensors",
-                )
-            directions[task] = sha256(model / f"directions/{task}.safetensors")
+            directions.append(task)
         record = {
             "step": task,
             "previous": previous,
             "backbone": "0" * 64,
-            "tasks": tasks[: i + 1],
-            "classes": list(known),
+            "format": 2,
+            "after": f"t{i:02d}",
+            "classes": mine,
             "method": method,
             "formulation": "continuous",
             "head": "aligned",
@@ -111,7 +117,9 @@ def write_project(
             "rank": 10,
             "targets": TARGETS if directions else [],
             "directions": list(directions),
-            "files": {f"directions/{name}.safetensors": hash for name, hash in directions.items()},
+            "files": {
+                file.relative_to(model).as_posix(): sha256(file) for file in model.rglob("*.safetensors")
+            },
             "parameters": {
                 "training": {"epochs": 4 if i else 8, "learning_rate": 0.01},
                 "backbone": {"weights": None},

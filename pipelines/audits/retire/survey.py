@@ -11,6 +11,7 @@ from pipelines.audits.retire.stored_images import objects_of, stores
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, read_samples
 from pipelines.data.source_files import refuse
 from pipelines.data.sources import read_source
+from pipelines.data.split_chain import SAMPLES, part_file
 from pipelines.ledger.receipts import Kept, Packed, Picture, RawFile, Receipt, read_receipts, receipt_of
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
@@ -43,7 +44,7 @@ def survey(task: str, params: Params, *, by: str, why: str) -> Receipt:
     split, model = SPLITS / task, MODELS / task
     record = read_own_record(model)
     train = TRAINED / task / PACKED
-    samples = read_samples(split / f"samples/{task}.arrow")
+    samples = read_samples(split / part_file(SAMPLES, task))
     trained = [sample for sample in samples if sample.split == "train"]
     verdicts = [GATES / name / "verdict.json" for name in params.tasks]
     receipts = read_receipts()
@@ -108,7 +109,7 @@ def _same_elsewhere(trained: Iterable[SampleRow], params: Params, task: str) -> 
     """Images of other tasks that show the same as those to be deleted. `data.duplicates` may allow it."""
     mine = {sample.pixels for sample in trained}
     for name, entry in params.tasks.items():
-        path = SPLITS / name / f"samples/{name}.arrow"
+        path = SPLITS / name / part_file(SAMPLES, name)
         if name == task or entry.retired or not path.is_file():
             continue
         for row in read_images(path).to_pylist():

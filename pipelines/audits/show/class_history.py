@@ -24,6 +24,7 @@ from pipelines.audits.steps import (
 )
 from pipelines.audits.tables import console, interval, print_json, significant, table
 from pipelines.data.sources import read_source
+from pipelines.data.split_chain import TEST, part_file
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key, sha256_of
 from pipelines.project.layout import SPLITS
@@ -158,7 +159,7 @@ def _mistakes(
                 "task": owners[wrong.guesses[row]],
                 "confidence": float(wrong.confidences[row]),
                 "file": str(file) if same else None,
-                "packed": (SPLITS / step.name / "test" / f"{wrong.tasks[row]}.arrow").as_posix(),
+                "packed": (SPLITS / wrong.tasks[row] / part_file(TEST, wrong.tasks[row])).as_posix(),
             }
         )
     return found

@@ -78,7 +78,7 @@ def _task_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _task_history(project: AuditedProject, which: str) -> Figures:
     """Return what a task's step was, and its accuracy, magnitudes and share of the predictions at each step since."""
-    from sdlora.change import read_update
+    from sdlora.change import read_magnitudes
 
     step = project.step(which)
     if step.name == "t00" or step.name not in project.params.tasks or step.shown != step.name:
@@ -92,7 +92,7 @@ def _task_history(project: AuditedProject, which: str) -> Figures:
         later = project.step(name)
         if task not in later.tasks:
             continue
-        answers, magnitudes = known_answers(later), read_update(later.model).magnitudes
+        answers, magnitudes = known_answers(later), read_magnitudes(later.model, later.record)
         owners = {entry["name"]: entry["task"] for entry in later.classes}
         actual = float(np.mean(answers.tasks == task))
         predicted = float(np.mean([owners[guess] == task for guess in answers.guesses]))
@@ -107,7 +107,7 @@ def _task_history(project: AuditedProject, which: str) -> Figures:
             }
         )
     record = step.record
-    own = read_update(step.model).magnitudes.get(task)
+    own = read_magnitudes(step.model, step.record).get(task)
     return {
         "task": task,
         "after": project.params.tasks[task].after,

@@ -17,6 +17,7 @@ from pipelines.data.manifests import manifests
 from pipelines.data.packed import read_images
 from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
 from pipelines.data.sources import read_source, unread_tables
+from pipelines.data.split_chain import SAMPLES, part_file
 from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json
@@ -152,7 +153,7 @@ def packed_names(key: str) -> dict[int, str]:
 
 def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> list[Print]:
     """Return what the pictures of another task are compared by: from its packed images, else from its source."""
-    packed = SPLITS / key / "samples" / f"{key}.arrow"
+    packed = SPLITS / key / part_file(SAMPLES, key)
     if packed.is_file():
         rows = read_images(packed).to_pylist()
         names = packed_names(key)

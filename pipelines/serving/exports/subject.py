@@ -71,6 +71,12 @@ class Subject:
             record = read_own_record(folder)
         return links
 
+    def tasks(self) -> list[str]:
+        """Return the tasks that the step knows."""
+        from sdlora.ledger import read_record
+
+        return list(read_record(self.model, beside=self._beside)["tasks"])
+
     def _beside(self, step: str) -> Path:
         return self.backbone if step == "t00" else self.model.resolve().parent / step
 

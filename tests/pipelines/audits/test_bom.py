@@ -12,6 +12,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
+from sdlora.ledger import read_record
 from tests.support.commands import call_here, said_here
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def bill(project: Path, *options: str) -> dict[str, Any]:
 
 def test_a_bill_names_backbone_images_steps_and_libraries_by_what_the_ledger_holds(project: Path) -> None:
     found = bill(project)
-    record = json.loads(Path("artifacts/model/t02/step.json").read_bytes())
+    record = read_record(Path("artifacts/model/t02"))
     parts = {part["name"]: part for part in found["components"]}
     hashes = {name: part["hashes"][0]["content"] for name, part in parts.items() if "hashes" in part}
     assert hashes == {

@@ -160,8 +160,9 @@ def test_a_bundle_says_what_a_step_was_made_of_and_by_whom(project: Path) -> Non
             (line["stage"], line["by"]) for line in told["journal"]
         }
         assert {Path(entry["name"]).parts[3] for entry in told["classifier"]} == {
+            "classifier.safetensors",
+            "drift",
             "head",
-            "settled",
             "statistics",
         }
         assert told["record"]["code"]["fit"] == sha256(Path("artifacts/code/fit").read_bytes()).hexdigest()
@@ -185,7 +186,7 @@ def test_one_flipped_bit_of_any_file_of_the_bundle_is_found_and_the_file_named(p
         Path(name).write_bytes(data)
     assert verdict_of() == "holds"
     Path("artifacts/model/t02/head/t09.safetensors").touch()
-    assert verdict_of().startswith("t02: names of these files: ")
+    assert verdict_of().startswith("t02: number of these files: ")
     Path("artifacts/model/t02/head/t09.safetensors").unlink()
     Path("artifacts/fit/t02/fit.json").unlink()
     assert verdict_of().startswith("artifacts/fit/t02/fit.json: not in the checkout")

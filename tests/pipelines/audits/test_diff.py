@@ -24,7 +24,7 @@ from pipelines.audits.diff_page import share_out
 from pipelines.audits.diff_tables import block_grid
 from pipelines.cli.app import app
 from pipelines.data.packed import read_images
-from pipelines.project.files import read_json
+from pipelines.project.files import read_json, sha256_of
 from tests.support.audited_project import EACH, Answer, make_audited, replace_picture
 from tests.support.commands import call_here, environment, said_here
 from tests.support.repository import REPOSITORY
@@ -94,7 +94,7 @@ def weights(step: str, target: str) -> np.ndarray:
     magnitudes = load_file(folder / "magnitudes.safetensors")
     total = np.zeros(())
     for task in record["directions"]:
-        tensors = load_file(folder / f"directions/{task}.safetensors")
+        tensors = load_file(f"artifacts/model/{task}/directions/{task}.safetensors")
         up, down = (tensors[f"{target}.{part}"].astype(np.float64) for part in ("up", "down"))
         total = total + float(magnitudes[task][record["targets"].index(target)]) * up @ down
     return total
@@ -209,9 +209,11 @@ def test_calibration_is_that_of_fifteen_ranges_counted_by_hand(project: Path) ->
         assert found[side]["accuracy"] == pytest.approx(np.mean([is_right(row) for row in said]), abs=1e-6)
 
 
-def test_an_image_of_the_same_name_but_another_picture_is_not_compared(project: Path) -> None:
-    replace_picture(project, "t03", image(1, 0, 0))
-    found = figures("t02", "t03")
+def test_an_image_of_the_same_name_but_another_picture_is_not_compared(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(project, other)
+    replace_picture(project, image(1, 0, 0))
+    found = figures(str(other / "artifacts/model/t02"), "t03")
     assert found["images"] == {
         "compared": 4 * EACH - 1,
         "then": 4 * EACH,
@@ -261,7 +263,7 @@ def test_overlaps_are_scipys_angles_with_the_space_of_all_earlier_directions(pro
     (row,) = figures("t02", "t03")["weights"]["overlaps"]
     assert (row["task"], row["only"], row["against"]) == ("t03", "now", ["t01", "t02"])
     own = load_file("artifacts/model/t03/directions/t03.safetensors")
-    earlier = [load_file(f"artifacts/model/t02/directions/{task}.safetensors") for task in ("t01", "t02")]
+    earlier = [load_file(f"artifacts/model/{task}/directions/{task}.safetensors") for task in ("t01", "t02")]
     seen: dict[str, list[float]] = {"rows": [], "columns": []}
     for target, at in row["targets"].items():
         for side, part in (("rows", "down"), ("columns", "up")):
@@ -293,9 +295,10 @@ def test_between_two_runs_a_direction_is_compared_with_its_namesake(project: Pat
     other = tmp_path / "other"
     shutil.copytree(project, other)
     path = other / "artifacts/model/t02/directions/t02.safetensors"
-    shutil.copy(other / "artifacts/model/t02/directions/t01.safetensors", path)
+    path.unlink()
+    shutil.copy(other / "artifacts/model/t01/directions/t01.safetensors", path)
     record = read_json(other / "artifacts/model/t02/step.json")
-    record["files"]["directions/t02.safetensors"] = "f" * 64
+    record["files"]["directions/t02.safetensors"] = sha256_of(path)
     (other / "artifacts/model/t02/step.json").write_text(json.dumps(record))
     found = figures(str(other / "artifacts/model/t02"), "t02")
 
@@ -315,8 +318,8 @@ def test_two_runs_of_other_label_orders_are_compared_by_the_names_of_classes(
     assert found["images"] == {"compared": 0, "then": 2 * EACH, "now": 2 * EACH, "other_picture": 2 * EACH}
     for name in ("c0", "c1"):
         for index in range(EACH):
-            replace_picture(project, "t01", f"t01/test/{name}/{index}.png")
-            replace_picture(other, "t01", f"t01/test/{name}/{index}.png")
+            replace_picture(project, f"t01/test/{name}/{index}.png")
+            replace_picture(other, f"t01/test/{name}/{index}.png")
     row = figures(str(other / "artifacts/model/t01"), "t01")["accuracy"]["all"]
     assert (row["then"]["right"], row["now"]["right"], row["lost"]) == (2 * EACH, 2 * EACH, 0)
 
@@ -353,7 +356,7 @@ def test_alignment_is_that_of_the_kernels_of_the_features_of_both_models(project
 
     files: dict[str, list[Path]] = {}
     for task in ("t01", "t02"):
-        for row in read_images(Path(f"artifacts/split/t03/test/{task}.arrow")).to_pylist():
+        for row in read_images(Path(f"artifacts/split/{task}/test/{task}.arrow")).to_pylist():
             path = project / "files" / row["id"].replace("/", "_")
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(row["image"])
@@ -383,6 +386,7 @@ def test_the_backbone_is_compared_on_the_images_of_the_other_and_knows_no_class(
 def test_without_features_neither_torch_nor_a_model_is_loaded(project: Path) -> None:
     program = """
 import sys
+
 from pipelines.cli.app import app
 app(["audit", "diff", "t02", "t03", "--no-features"], standalone_mode=False)
 print(sorted({"torch", "timm", "prefect", "dvc"} & set(sys.modules)))
@@ -397,8 +401,7 @@ print(sorted({"torch", "timm", "prefect", "dvc"} & set(sys.modules)))
 
 
 def test_test_images_that_are_gone_leave_the_rest_of_the_figures(project: Path) -> None:
-    for step in ("t02", "t03"):
-        Path(f"artifacts/split/{step}/test/t01.arrow").unlink()
+    Path("artifacts/split/t01/test/t01.arrow").unlink()
     found = json.loads(run("t02", "t03", "--json", "--html", "page.html"))
     assert found["accuracy"]["all"]["lost"] == 6
     assert found["features"]["images"] == 2 * EACH
@@ -502,9 +505,9 @@ def test_steps_that_are_not_there_are_one_line(project: Path) -> None:
     assert fault("t02", "t03").startswith("error: artifacts/evaluation/t02: it is missing, and there is no")
 
 
-def test_a_lone_model_folder_says_what_could_not_be_compared(project: Path, tmp_path: Path) -> None:
+def test_model_folders_without_the_rest_say_what_could_not_be_compared(project: Path, tmp_path: Path) -> None:
     lone = tmp_path / "lone"
-    for step in ("t00", "t02"):
+    for step in ("t00", "t01", "t02"):
         shutil.copytree(f"artifacts/model/{step}", lone / step)
     found = json.loads(run(str(lone / "t02"), "t03", "--json"))
     assert found["accuracy"] is None

@@ -409,18 +409,15 @@ def test_one_that_was_begun_is_ended_before_another_begins(
     assert first_fault() == "holds"
 
 
-def test_a_retired_task_hands_on_what_an_earlier_one_has_made_since(project: Path) -> None:
+def test_a_retired_task_names_the_split_before_as_it_was_made_since(project: Path) -> None:
     assert retire("t02", by="me", why="x", dry=False, yes=True) == 0
-    was = Path("artifacts/split/t02/test/t01.arrow").read_bytes()
+    was = read_json(Path("artifacts/split/t02/split.json"))
     shutil.copy("pictures/test/b/0.png", "pictures/test/a/new.png")
     Path("pictures/test/b/0.png").unlink()  # a test picture that was filed under the wrong class
     call_here(project, "run")
-    for part in ("test", "samples"):
-        first, second = (
-            Path(f"artifacts/split/{task}/{part}/t01.arrow").read_bytes() for task in ("t01", "t02")
-        )
-        assert first == second
-    assert Path("artifacts/split/t02/test/t01.arrow").read_bytes() != was
+    now = read_json(Path("artifacts/split/t02/split.json"))
+    assert now["previous"] == sha256_of(Path("artifacts/split/t01/split.json")) != was["previous"]
+    assert {**now, "previous": was["previous"]} == was
     assert first_fault() == "holds"
 
 

@@ -116,13 +116,13 @@ def test_the_worst_images_are_the_surest_mistakes_and_can_be_found(project: Path
         (image(1, 0, 0), "c2", 0.55),
     ]
     assert {row["file"] for row in found} == {None}
-    assert found[0]["packed"] == "artifacts/split/t03/test/t01.arrow"
+    assert found[0]["packed"] == "artifacts/split/t01/test/t01.arrow"
     table = read_images(Path(found[0]["packed"]))
     assert found[0]["id"] in table["id"].to_pylist()
 
 
 def test_a_mistake_is_traced_to_its_file_only_while_the_file_is_that_picture(project: Path) -> None:
-    table = read_images(Path("artifacts/split/t03/test/t01.arrow"))
+    table = read_images(Path("artifacts/split/t01/test/t01.arrow"))
     data = dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
     for part in ("train", "test"):
         for name in ("c0", "c1"):
@@ -143,7 +143,7 @@ def test_the_terminal_says_where_to_look_next_in_80_columns(project: Path) -> No
     text = run("--class", "c0")
     assert "hurt most at t03: 3 lost, 1 gained, p = 0.625" in text
     assert "what changed there: sdlora audit diff t02 t03" in text
-    assert " 95.0 % c4 (t03)  t01/test/c0/2.png  packed in artifacts/split/t03/test/t01.arrow" in text
+    assert " 95.0 % c4 (t03)  t01/test/c0/2.png  packed in artifacts/split/t01/test/t01.arrow" in text
     tables = [line for line in text.splitlines() if line.startswith(("step", "t0", "─"))]
     assert len(tables) == 5
     assert max(map(len, tables)) <= 80
@@ -154,7 +154,7 @@ def test_the_terminal_says_where_to_look_next_in_80_columns(project: Path) -> No
 
 def test_what_steps_say_of_an_image_is_what_predict_says_of_its_file(project: Path, tmp_path: Path) -> None:
     key = image(1, 1, 3)
-    table = read_images(Path("artifacts/split/t03/test/t01.arrow"))
+    table = read_images(Path("artifacts/split/t01/test/t01.arrow"))
     path = tmp_path / "file.png"
     path.write_bytes(table["image"][table["id"].to_pylist().index(key)].as_py())
     by_id, by_file = figures("--image", key), figures("--image", str(path))
@@ -178,7 +178,7 @@ def test_a_file_that_shows_a_known_picture_is_recognised_in_whatever_format(
     project: Path, tmp_path: Path
 ) -> None:
     key = image(2, 3, 0)
-    table = read_images(Path("artifacts/split/t03/test/t02.arrow"))
+    table = read_images(Path("artifacts/split/t02/test/t02.arrow"))
     png = tmp_path / "file.png"
     png.write_bytes(table["image"][table["id"].to_pylist().index(key)].as_py())
     Image.open(png).save(tmp_path / "file.bmp")
@@ -201,11 +201,11 @@ def test_what_the_images_of_a_folder_went_into_is_told_by_bytes_and_by_picture(
     trained = picture(999)
     (folder / "same.png").write_bytes(encoded(trained))
     trained.save(folder / "sub/other format.bmp")
-    table = read_images(Path("artifacts/split/t03/test/t02.arrow"))
+    table = read_images(Path("artifacts/split/t02/test/t02.arrow"))
     (folder / "tested.png").write_bytes(table["image"][0].as_py())
     (folder / "unknown.png").write_bytes(encoded(picture(998)))
     (folder / "no picture.txt").write_text("text")
-    samples = Path("artifacts/split/t03/samples/t01.arrow")
+    samples = Path("artifacts/split/t01/samples/t01.arrow")
     rows = [SampleRow(**row) for row in read_images(samples).to_pylist()]
     samples.unlink()  # the table of before may still be mapped
     hashes = {"sha256": sha256_of(folder / "same.png"), "pixels": picture_hash(trained)}
@@ -323,7 +323,7 @@ def test_a_finished_chain_is_shown_from_its_files_and_from_the_cache_alike(
 
     assert [row["images"] for row in of_class["steps"]] == [2, 2]
     for row in of_class["mistakes"]:
-        samples = read_images(folder / "artifacts/split/t02/samples/t01.arrow").to_pylist()
+        samples = read_images(folder / "artifacts/split/t01/samples/t01.arrow").to_pylist()
         (known,) = [sample for sample in samples if sample["id"] == row["id"]]
         assert sha256_of(folder / row["file"]) == known["sha256"]
     assert [entry["id"] for entry in of_image["known"]] == ["t01/test/a/0.png"]

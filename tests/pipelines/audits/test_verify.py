@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
-from sdlora.ledger import file_sha256, record_bytes
+from sdlora.ledger import file_sha256, read_record, record_bytes
 from sdlora.tensors import read_tensors, write_tensors
 from tests.support.commands import call, call_here, environment, said_here
 
@@ -97,8 +97,8 @@ def test_what_a_removed_task_has_left_changes_no_verdict(project: Path) -> None:
     assert first_fault() is None
 
 
-def test_a_moved_direction_is_named_with_step_file_and_tensor(project: Path) -> None:
-    path = project / "artifacts/model/t02/directions/t01.safetensors"
+def test_a_moved_direction_is_named_with_step_and_file(project: Path) -> None:
+    path = project / "artifacts/model/t01/directions/t01.safetensors"
     tensors = read_tensors(path)
     tensors["blocks.1.attn.v.up"][0, 0] += 1e-6
     path.chmod(0o644)
@@ -106,16 +106,12 @@ def test_a_moved_direction_is_named_with_step_file_and_tensor(project: Path) -> 
     status, lines = verify(project)
 
     assert status == 1
-    assert lines[1].startswith("t01     holds")
-    assert (
-        "t02     artifacts/model/t02/directions/t01.safetensors: the tensor blocks.1.attn.v.up was"
-        in lines[2]
-    )
-    assert lines[3] == "the chain does not hold at t02"
+    assert "t01     artifacts/model/t01/directions/t01.safetensors: the file was changed" in lines[1]
+    assert lines[2] == "the chain does not hold at t01"
 
 
 def test_a_direction_that_moved_with_its_record_rewritten_is_found_all_the_same(project: Path) -> None:
-    folder = project / "artifacts/model/t02"
+    folder = project / "artifacts/model/t01"
     path = folder / "directions/t01.safetensors"
     tensors = {name: tensor * 1.01 for name, tensor in read_tensors(path).items()}
     for file in (path, folder / "step.json"):
@@ -123,6 +119,20 @@ def test_a_direction_that_moved_with_its_record_rewritten_is_found_all_the_same(
     write_tensors(path, tensors)
     record = json.loads((folder / "step.json").read_text())
     record["files"]["directions/t01.safetensors"] = file_sha256(path)
+    (folder / "step.json").write_bytes(record_bytes(record))
+
+    assert "t01 artifacts/model/t01/" in (fault := str(first_fault()))
+    assert "its bytes are not those of dvc.lock" in fault
+
+
+def test_a_frozen_direction_that_a_later_step_brings_again_is_found(project: Path) -> None:
+    folder = project / "artifacts/model/t02"
+    path = folder / "directions/t01.safetensors"
+    tensors = read_tensors(project / "artifacts/model/t01/directions/t01.safetensors")
+    write_tensors(path, {name: tensor * 1.01 for name, tensor in tensors.items()})
+    record = json.loads((folder / "step.json").read_text())
+    record["files"]["directions/t01.safetensors"] = file_sha256(path)
+    (folder / "step.json").chmod(0o644)
     (folder / "step.json").write_bytes(record_bytes(record))
 
     assert "t02 artifacts/model/t02/directions/t01.safetensors: it was frozen at an earlier step" in str(
@@ -147,7 +157,7 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
     known = read_lock(Params.load())
     text = lock.read_text().replace(known.outs["artifacts/model/t01"], forged)
     lock.write_text(text)
-    assert "t01 dvc.lock: gate@t01 read another artifacts/model/t01/step.json" in str(first_fault())
+    assert "t01 dvc.lock: evaluate@t01 read another artifacts/model/t01/step.json" in str(first_fault())
     lock.write_text(text.replace(known.deps["gate@t01"]["artifacts/model/t01/step.json"], md5_of(path)))
     assert "t01 artifacts/gate/t01/verdict.json: its record is not what follows" in str(first_fault())
 
@@ -159,7 +169,7 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
     """The digest of the samples is in the ledger; a file that agrees with itself is not enough."""
     import hashlib
 
-    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.audits.verify import SeenPictures, check_bytes, check_split
     from pipelines.data.packed import ImageRow, read_images, write_images
     from pipelines.versioning.artifacts import ArtifactStore, read_lock
 
@@ -171,30 +181,34 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
         "pixels": rows[0]._replace(pixels="0" * 64),
         "label": rows[0]._replace(label=3 - rows[0].label % 2),
     }
-    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    record = read_record(project / "artifacts/model/t02")
     (project / "scratch").mkdir()
     place = ArtifactStore(read_lock(Params.load()), project / "scratch")
     check_bytes(place, "artifacts/split/t01")
-    check_split(place, "t02", record)
+    check_split(place, "t02", record, SeenPictures())
     path.chmod(0o644)
     write_images(path, [swapped[column], *rows[1:]])
     with pytest.raises(FaultError, match=r"test/t02\.arrow: its pictures are not the samples of the ledger"):
-        check_split(place, "t02", record)
+        check_split(place, "t02", record, SeenPictures())
 
 
 def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
-    from pipelines.audits.verify import check_bytes, check_split
+    from pipelines.audits.verify import SeenPictures, check_bytes, check_split
     from pipelines.data.packed import SampleRow, read_images, samples_digest, write_samples
+    from pipelines.data.split_chain import own_files
     from pipelines.versioning.artifacts import ArtifactStore, read_lock
 
     (project / "scratch").mkdir()
     place = ArtifactStore(read_lock(Params.load()), project / "scratch")
     check_bytes(place, "artifacts/split/t01")
-    split = project / "artifacts/split/t02"
-    record = json.loads((project / "artifacts/model/t02/step.json").read_text())
+    split, seen = project / "artifacts/split/t02", SeenPictures()
+    check_split(place, "t01", read_record(project / "artifacts/model/t01"), seen)
+    record = read_record(project / "artifacts/model/t02")
     mine = [SampleRow(**row) for row in read_images(split / "samples/t02.arrow").to_pylist()]
     trained = next(
-        row for row in read_images(split / "samples/t01.arrow").to_pylist() if row["split"] == "train"
+        row
+        for row in read_images(project / "artifacts/split/t01/samples/t01.arrow").to_pylist()
+        if row["split"] == "train"
     )
     at = next(index for index, row in enumerate(mine) if row.split == "test")
     forged = [*mine[:at], mine[at]._replace(pixels=trained["pixels"]), *mine[at + 1 :]]
@@ -202,7 +216,6 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
         file.chmod(0o644)
     write_samples(split / "samples/t02.arrow", forged)
     described = json.loads((split / "split.json").read_text())
-    (split / "split.json").write_text(json.dumps({**described, "digest": samples_digest(forged)}))
     table = read_images(split / "test/t02.arrow").to_pylist()
     from pipelines.data.packed import ImageRow, write_images
 
@@ -213,8 +226,10 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
             for row in table
         ],
     )
+    named = {**described, "digest": samples_digest(forged), "files": own_files(split)}
+    (split / "split.json").write_text(json.dumps(named))
     with pytest.raises(FaultError, match="is both trained on and tested, by all tasks so far"):
-        check_split(place, "t02", record)
+        check_split(place, "t02", record, seen)
 
 
 def test_metrics_that_do_not_follow_from_the_evaluations_are_found(project: Path) -> None:
@@ -426,12 +441,11 @@ def test_an_evaluation_of_other_pictures_than_were_packed_is_found(project: Path
     """Whoever runs `split` again and stops there leaves an evaluation of what is gone."""
     from pipelines.versioning.artifacts import read_lock
 
-    lock, folder = project / "dvc.lock", project / "artifacts/split/t02/test"
-    out = read_lock(Params.load()).deps["evaluate@t02"]["artifacts/split/t02/test"]
+    lock, key = project / "dvc.lock", "artifacts/split/t02/split.json"
+    out = read_lock(Params.load()).deps["evaluate@t02"][key]
     assert out in lock.read_text()
-    lock.write_text(lock.read_text().replace(out, "0" * 32 + ".dir"))
-    assert "dvc.lock: evaluate@t02 read another artifacts/split/t02/test than" in str(first_fault())
-    assert folder.is_dir()
+    lock.write_text(lock.read_text().replace(out, "a" * 32))
+    assert f"dvc.lock: evaluate@t02 read another {key} than" in str(first_fault())
 
 
 def test_a_listing_of_the_cache_that_leads_elsewhere_is_not_followed(project: Path) -> None:

@@ -64,7 +64,7 @@ def added(project: Path, step: str, target: str) -> np.ndarray:
     magnitudes = load_file(model / "magnitudes.safetensors")
     total = np.zeros(())
     for task, values in magnitudes.items():
-        factors = load_file(model / f"directions/{task}.safetensors")
+        factors = load_file(project / f"artifacts/model/{task}/directions/{task}.safetensors")
         product = factors[f"{target}.up"].astype(float) @ factors[f"{target}.down"].astype(float)
         total = total + float(values[TARGETS.index(target)]) * product
     return total

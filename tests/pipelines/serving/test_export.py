@@ -381,25 +381,37 @@ def test_a_broken_chain_is_not_exported(tmp_path: Path) -> None:
     with (models / "t01/step.json").open("a") as file:
         file.write(" ")
 
-    with pytest.raises(InputError, match=r"t01: its record is not the one that t02 was made from"):
+    with pytest.raises(ValueError, match=r"t01/step\.json: not the record that step t02 was made from"):
         run_export("timm", tmp_path / "out", models / "t02")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_folder_away_from_its_chain_is_exported_with_what_is_known(tmp_path: Path) -> None:
+def test_a_model_folder_away_from_its_chain_is_refused_with_what_to_get(tmp_path: Path) -> None:
     models = make_chain(tmp_path, "tiny_vit")
     shutil.move(models / "t02", tmp_path / "alone")
+
+    with pytest.raises(
+        FileNotFoundError, match=r"t01/step\.json: it is missing, and step t02 stands on it; get"
+    ):
+        run_export("timm", tmp_path / "out", tmp_path / "alone", backbone=models / "t00")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_folders_without_evaluations_are_exported_on_images_of_ones_own(tmp_path: Path) -> None:
+    models = make_chain(tmp_path, "tiny_vit")
+    shutil.move(models, tmp_path / "alone")
+    models = tmp_path / "alone"
     picture(1).save(tmp_path / "one.png")
     (tmp_path / "pictures/sub").mkdir(parents=True)
     for seed in range(3):
         picture(seed).save(tmp_path / f"pictures/sub/{seed}.png")
     (tmp_path / "pictures/notes.txt").touch()
     changes = {"backbone": models / "t00", "images": tmp_path / "pictures"}
-    lines = run_export("timm", tmp_path / "out", tmp_path / "alone", **changes)
+    lines = run_export("timm", tmp_path / "out", models / "t02", **changes)
     earlier = json.loads((tmp_path / "out/ledger.json").read_bytes())["earlier"]
 
     assert "on 3 images" in lines[1]
-    assert [link["step"] for link in earlier] == ["t01"]
+    assert [link["step"] for link in earlier] == ["t01", "t00"]
 
 
 def test_images_for_the_check_are_spread_over_all_and_missing_ones_are_asked_for(

@@ -23,6 +23,7 @@ from pipelines.project.files import write_json
 from pipelines.runtime.devices import choose_bf16, choose_device
 from pipelines.serving.predict import files, files_of
 from pipelines.stages.evaluate import evaluate
+from sdlora.ledger import read_record
 from tests.support.chains import make_chain, picture
 from tests.support.repository import REPOSITORY
 
@@ -34,7 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_chain(root, "glyph_vit")
     (root / "params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
     for task in ("t01", "t02"):
-        for index, data in enumerate(read_images(root / f"artifacts/split/t02/test/{task}.arrow")["image"]):
+        for index, data in enumerate(
+            read_images(root / f"artifacts/split/{task}/test/{task}.arrow")["image"]
+        ):
             path = root / f"pictures/{task}/img{2 * index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data.as_py())
@@ -79,11 +82,15 @@ def test_a_step_by_itself_is_refused_with_what_else_to_get(
         "(`dvc get REPO artifacts/model/t00`), or say where it is"
     )
     shutil.copytree(made / "artifacts/model/t00", "t00")
-    assert "class " in run("t02", "a.png")
-    Path("t02/head/t01.safetensors").unlink()
     said = line_of("t02", "a.png")
     assert said is not None
-    assert said.startswith("t02/head/t01.safetensors: it is missing; get the whole folder")
+    assert "t01/step.json: it is missing, and step t02 stands on it; get the model folders" in said
+    shutil.copytree(made / "artifacts/model/t01", "t01")
+    assert "class " in run("t02", "a.png")
+    Path("t01/head/t01.safetensors").unlink()
+    said = line_of("t02", "a.png")
+    assert said is not None
+    assert said.startswith("t01/head/t01.safetensors: it is missing; get the whole folder")
     Path("t02/step.json").unlink()
     said = line_of("t02", "a.png")
     assert said is not None
@@ -91,21 +98,15 @@ def test_a_step_by_itself_is_refused_with_what_else_to_get(
 
 
 def test_predictions_are_those_of_the_evaluation(project: Path, tmp_path: Path) -> None:
-    write_json(
-        tmp_path / "classes.json",
-        {
-            "tasks": ["t01", "t02"],
-            "classes": json.loads(Path("artifacts/model/t02/step.json").read_bytes())["classes"],
-        },
-    )
-    write_json(tmp_path / "validation/tasks.json", {"tasks": []})
+    for task in ("t01", "t02"):
+        write_json(Path(f"artifacts/split/{task}/split.json"), {"task": task})
+    classes = read_record(Path("artifacts/model/t02"))["classes"]
+    write_json(Path("artifacts/split/t02/classes.json"), {"tasks": ["t01", "t02"], "classes": classes})
     evaluate(
         "t02",
         model=Path("artifacts/model/t02"),
         backbone=Path("artifacts/model/t00"),
-        test=Path("artifacts/split/t02/test"),
-        validation=tmp_path / "validation",
-        classes=tmp_path / "classes.json",
+        split=Path("artifacts/split/t02"),
         out=tmp_path / "evaluation",
     )
     table = read_images(tmp_path / "evaluation/predictions.arrow")

@@ -196,9 +196,8 @@ def test_images_are_those_of_the_predictions(finished: Path) -> None:
     shown = [attributes for tag, attributes in read_page(finished).tags if tag == "img"]
     assert {attributes["title"][:3] for attributes in shown} == set(CLASSES)
     for attributes in shown:
-        with pa.memory_map(
-            str(finished / f"artifacts/split/t03/test/{attributes['title'][:3]}.arrow")
-        ) as source:
+        task = attributes["title"][:3]
+        with pa.memory_map(str(finished / f"artifacts/split/{task}/test/{task}.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
             row = table["id"].to_pylist().index(attributes["title"])
             expected = Image.open(io.BytesIO(table["image"][row].as_py()))
@@ -297,7 +296,7 @@ def test_a_stale_folder_of_a_task_that_is_gone_is_left_alone(
         "gate/t02/verdict.json",
         "fit/t02/curve.csv",
         "split/t03/classes.json",
-        "split/t03/test/t01.arrow",
+        "split/t01/test/t01.arrow",
     ],
 )
 def test_a_stage_that_has_not_run_is_named_in_one_line(
@@ -340,7 +339,7 @@ def test_a_picture_is_never_shown_beside_the_prediction_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_project(tmp_path)
-    path = folder / "artifacts/split/t03/test/t02.arrow"
+    path = folder / "artifacts/split/t02/test/t02.arrow"
     table = read_arrow(path)
     write_arrow(path, table.take(list(reversed(range(len(table))))))
     with pytest.raises(InputError, match=r"t02\.arrow: t02/test/\S+ is not where its prediction says"):

@@ -86,8 +86,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_the_start_is_an_empty_class_map() -> None:
-    nothing = {f"{part}/tasks.json" for part in ("samples", "test", "validation")}
-    assert set(tree(Path("split/t00"))) == {"classes.json", "split.json", *nothing}
+    assert set(tree(Path("split/t00"))) == {"classes.json", "split.json"}
     assert read_json(Path("split/t00/classes.json")) == {"classes": [], "tasks": []}
     assert read_json(Path("split/t00/split.json")) == {"task": "t00"}
 
@@ -108,17 +107,14 @@ def test_a_task_is_packed_in_the_order_of_its_classes_and_of_natural_names() -> 
     assert summary == [{"class": "cat", "train": 2, "test": 1}, {"class": "ant", "train": 2, "test": 1}]
 
 
-def test_a_later_task_hands_on_all_tests_samples_and_classes_before_it() -> None:
+def test_a_later_task_holds_its_own_files_and_all_classes_and_names_the_split_before() -> None:
     run("t01")
     run("t02")
 
-    first, second = tree(Path("split/t01")), tree(Path("split/t02"))
-    assert set(second) == {
-        "train.json", "classes.json", "split.json", "validation/tasks.json",
-        "test/t01.arrow", "test/t02.arrow", "samples/t01.arrow", "samples/t02.arrow",
-    }  # fmt: skip
-    assert second["test/t01.arrow"] == first["test/t01.arrow"]
-    assert second["samples/t01.arrow"] == first["samples/t01.arrow"]
+    found, record = tree(Path("split/t02")), read_json(Path("split/t02/split.json"))
+    assert set(found) == {"train.json", "classes.json", "split.json", "test/t02.arrow", "samples/t02.arrow"}
+    assert (record["after"], record["previous"]) == ("t01", sha256_of(Path("split/t01/split.json")))
+    assert record["files"] == {name: digest for name, digest in found.items() if name != "split.json"}
     assert read_json(Path("split/t02/classes.json")) == {
         "classes": [
             {"label": 0, "name": "cat", "task": "t01"},
@@ -139,7 +135,10 @@ def test_samples_are_all_images_of_the_task_without_their_bytes() -> None:
     assert samples["split"].to_pylist() == ["train"] * 4 + ["test"] * 2
     facts = read_json(Path("split/t01/split.json"))
     assert len(facts.pop("digest")) == 64
+    assert facts.pop("files").keys() == {"classes.json", "train.json", "samples/t01.arrow", "test/t01.arrow"}
     assert facts == {
+        "format": 2,
+        "previous": sha256_of(Path("split/t00/split.json")),
         "task": "t01",
         "after": "t00",
         "counts": {"ant": {"train": 2, "test": 1}, "cat": {"train": 2, "test": 1}},
@@ -199,6 +198,10 @@ def test_a_class_of_an_earlier_task_is_refused() -> None:
     classes = read_json(Path("split/t01/classes.json"))
     classes["classes"][1]["name"] = "bee"
     Path("split/t01/classes.json").write_text(json.dumps(classes))
+    assert refusal("t02").startswith("split/t01/classes.json: not the file that split.json names; restore it")
+    record = read_json(Path("split/t01/split.json"))
+    record["files"]["classes.json"] = sha256_of(Path("split/t01/classes.json"))
+    Path("split/t01/split.json").write_text(json.dumps(record))
 
     assert refusal("t02") == (
         "t02: class 'bee' was already learned in t01; remove it from tasks.t02.classes in params.yaml"
@@ -489,21 +492,19 @@ def run_of(source: str, task: str, *, root: str = "split") -> list[dict[str, str
     ).rows
 
 
-def test_without_validation_its_folder_says_so() -> None:
+def test_without_validation_there_is_no_file_of_it() -> None:
     run("t01")
 
-    assert read_json(Path("split/t01/validation/tasks.json")) == {"tasks": []}
-    assert [path.name for path in Path("split/t01/validation").iterdir()] == ["tasks.json"]
+    assert not Path("split/t01/validation").exists()
 
 
-def test_validation_images_are_taken_from_train_and_handed_on() -> None:
+def test_validation_images_are_taken_from_train() -> None:
     undivided("data/raw/flat")
     run_of("data/raw/flat", "t01")
     plain = parts_of("t01")
     choose("validation:  ", "validation: 0.25")
 
     summary = run_of("data/raw/flat", "t01")
-    run_of("data/raw/flat", "t02")
 
     chosen = parts_of("t01")
     assert summary == [{"class": name, "train": 3, "validation": 1, "test": 1} for name in ("cat", "ant")]
@@ -513,9 +514,6 @@ def test_validation_images_are_taken_from_train_and_handed_on() -> None:
         name.split("/", 2)[2] for name in plain["train.arrow"]
     }
     assert not names["train.arrow"] & names["validation/t01.arrow"]
-    first, second = tree(Path("split/t01")), tree(Path("split/t02"))
-    assert second["validation/t01.arrow"] == first["validation/t01.arrow"]
-    assert read_json(Path("split/t02/validation/tasks.json")) == {"tasks": ["t01", "t02"]}
 
 
 def test_a_manifest_and_its_folder_make_the_same_pixels() -> None:

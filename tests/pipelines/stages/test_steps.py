@@ -51,9 +51,7 @@ def run_evaluation(task: str) -> None:
         task,
         model=Path(f"model/{task}"),
         backbone=Path("model/t00"),
-        test=Path(f"split/{task}/test"),
-        validation=Path(f"split/{task}/validation"),
-        classes=Path(f"split/{task}/classes.json"),
+        split=Path(f"split/{task}"),
         out=Path(f"evaluation/{task}"),
     )
 
@@ -529,9 +527,7 @@ def test_a_model_is_not_evaluated_on_the_classes_of_another_step(project: Path) 
             "t01",
             model=Path("model/t01"),
             backbone=Path("model/t00"),
-            test=Path("split/t02/test"),
-            validation=Path("split/t02/validation"),
-            classes=Path("split/t02/classes.json"),
+            split=Path("split/t02"),
             out=Path("evaluation/t01"),
         )
 
