@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from sdlora.ledger import read_record
 from tests.support.commands import call, call_here, environment
 from tests.support.finished_chain import hashes, stages_run
 
@@ -88,7 +89,7 @@ def test_own_images_with_every_fault_are_refused_then_mended_learned_predicted_a
         (own / name).unlink()
     ran = stages_run(call_here(project, "run"))
     assert ran == ["split@t03", "fit@t03", "freeze@t03", "evaluate@t03", "gate@t03", "report"]
-    record = json.loads((project / "artifacts/model/t03/step.json").read_text())
+    record = read_record(project / "artifacts/model/t03")
     assert [entry["name"] for entry in record["classes"]] == [*"abcd", *NAMES]
     counts = json.loads((project / "artifacts/split/t03/split.json").read_text())["counts"]
     assert all(found == {"train": 8, "test": 2} for found in counts.values())

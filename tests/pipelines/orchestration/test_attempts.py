@@ -288,12 +288,12 @@ def test_a_run_in_a_second_clone_is_refused_unless_it_was_deployed_anew_or_a_rem
 
     flow = make_flow(learn, "learn-once")
     identity = client.create_flow(flow)
-    monkeypatch.setenv(WORKERS_PROJECT, "birds")
+    monkeypatch.setenv(WORKERS_PROJECT, "wrens")
 
     def run_in(place: str, version: str) -> str | None:
         (tmp_path / place).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / place)
-        deployment = client.create_deployment(identity, name="birds", version=version)
+        deployment = client.create_deployment(identity, name="wrens", version=version)
         run_flow(flow, flow_run=client.create_flow_run_from_deployment(deployment))
         return said.pop()
 
@@ -302,7 +302,7 @@ def test_a_run_in_a_second_clone_is_refused_unless_it_was_deployed_anew_or_a_rem
         assert [run_in("one", "v1"), run_in("one", "v1")] == [None, None]
         refused = run_in("two", "v1")
         assert refused is not None
-        assert refused.startswith("workers.branch: found null, but earlier runs of birds were in ")
+        assert refused.startswith("workers.branch: found null, but earlier runs of wrens were in ")
         assert (
             f"{tmp_path / 'one'}, and this clone knows nothing of them; name a branch and a remote" in refused
         )

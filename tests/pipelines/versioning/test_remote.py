@@ -247,7 +247,9 @@ def test_a_new_task_on_an_empty_machine_fetches_no_image_of_those_before(
     finish(lambda: None)
     assert ran(folder) == ["split t04", "fit t04", "evaluate t04", "report"]
     assert pictures(folder) == {"the picture of t04"}
-    assert not (folder / "artifacts/model/t02").exists()
+    # A fit stands on the models of all steps before, and reads no other output of theirs.
+    assert (folder / "artifacts/model/t02").exists()
+    assert not (folder / "artifacts/fit/t02").exists()
     assert finish(lambda: None) == []
 
 
