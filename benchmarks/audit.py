@@ -28,6 +28,7 @@ from pipelines.data.packed import TRAINING, read_images, write_rows
 from pipelines.project.files import read_json, write_json
 from pipelines.project.params import Params
 from pipelines.project.provenance import code_hash, library_versions
+from pipelines.stages.code import code
 from pipelines.stages.fit import fit
 from pipelines.stages.freeze import freeze
 from pipelines.stages.gate import gate
@@ -114,7 +115,7 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
             "split": read_json(place["split"] / TRAINING),
             "code": code_hash(fit.fn),
             "versions": library_versions(),
-            "training": {},
+            "training": params.training.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"}),
             "seed": params.seed,
         },
     )
@@ -179,6 +180,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         for before, task in zip(["t00", *tasks], tasks, strict=False):
             step(task, before, targets, generator)
+        code(out=ARTIFACTS / "code")
         report(artifacts=ARTIFACTS, out=ARTIFACTS / "report", metrics=Path("metrics.json"))
         subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "-f"], check=True)
         files = [path for path in ARTIFACTS.rglob("*") if path.is_file()]

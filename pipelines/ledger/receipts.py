@@ -182,8 +182,8 @@ def restore_retired_output(
 ) -> StageResult | None:
     """Restore in `out` what a stage of a retired task left when it had its images. None where the task has them.
 
-    Where the training images were, in `images`, their hash is left. `then` replaces files of other tasks with their
-    current versions. The stage's code may have changed since. Its parameters and its input model may not.
+    Where the training images were, in `images`, their hash is left. `then` brings up to date
+    what in it names other tasks. The stage's code may have changed since. Its parameters and its input model may not.
 
     Raises:
         InputError: a parameter or an input differs, or a file is nowhere to be found.
