@@ -121,12 +121,12 @@ def _leave_removed_tasks_to_the_cache(params: Params) -> None:
 def _require_sources(params: Params, plan: Plan) -> None:
     """Refuse a task whose folder of images is not there, made by no stage nor kept by DVC, where it would be read."""
     stale = set(plan.stale())
-    every = [Path(out) for outs in plan.outs.values() for out in outs]
+    every = {Path(out) for outs in plan.outs.values() for out in outs}
     for key, task in params.tasks.items():
         source = Path(task.source)
         split = str(StageName("split", key))
         made = split in plan.order and split not in stale
-        made |= any(source == out or out in source.parents for out in every)
+        made |= not every.isdisjoint({source, *source.parents})
         if made or source.is_dir() or pointer_of(source):
             continue
         hint = missing_source(task.source, params.fetch)

@@ -12,13 +12,16 @@ import ast
 import hashlib
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pipelines.project.errors import InputError
-from pipelines.project.layout import STAGES
+from pipelines.project.files import write_whole
+from pipelines.project.layout import CODE_MEMORY, STAGES
 
 PACKAGES = ("pipelines", "sdlora")
 """The packages whose code is followed; of others the names are kept."""
@@ -82,7 +85,27 @@ def fingerprint_of(function: Callable[..., object] | type) -> Fingerprint:
 
 def stage_fingerprint(kind: str) -> Fingerprint:
     """Return the fingerprint of a stage, which is a function in a module of its own name."""
-    return fingerprint(f"{_STAGES}.{kind}", kind)
+    return _stage_fingerprints()[kind]
+
+
+@cache
+def _stage_fingerprints() -> Mapping[str, Fingerprint]:
+    """Return the fingerprints of all stages. To find them takes some 0.6 s, so that they are kept by the sources."""
+    sources = f"{sys.version} {source_hash()}"
+    try:
+        kept = json.loads(CODE_MEMORY.read_bytes())
+        if kept["sources"] == sources:
+            return {
+                kind: Fingerprint(tuple(lines), tuple(Definition(*name) for name in names))
+                for kind, (lines, names) in kept["stages"].items()
+            }
+    except (OSError, ValueError, LookupError, TypeError):  # none yet
+        pass
+    found = {kind: fingerprint(f"{_STAGES}.{kind}", kind) for kind in STAGES}
+    if CODE_MEMORY.parent.is_dir():
+        with suppress(OSError, InputError):
+            write_whole(CODE_MEMORY, json.dumps({"sources": sources, "stages": found}).encode())
+    return found
 
 
 def program_fingerprint() -> str:
@@ -110,14 +133,14 @@ def code_files() -> dict[str, str]:
 
 def require_own_code() -> None:
     """Refuse to work in a folder whose sources of this program, which DVC watches, are not those that run."""
-    if Path("sdlora/__init__.py").is_file() and _source_hash(Path()) != _source_hash():
+    if Path("sdlora/__init__.py").is_file() and source_hash(Path()) != source_hash():
         raise InputError(
             f"{Path.cwd()}: dvc.yaml watches the sources here, and the sdlora that runs has others, in "
             f"{_root('sdlora').parent}; run the one that was installed from here (`make repro`, or .venv/bin/sdlora)"
         )
 
 
-def _source_hash(folder: Path | None = None) -> str:
+def source_hash(folder: Path | None = None) -> str:
     """Return the SHA-256 over the names and bytes of all source files, in hexadecimal.
 
     They are those of the program that runs, or those in a folder. It is quick, and changes with every edit.

@@ -66,6 +66,10 @@ SWEEPS = Path(".sdlora/sweeps")
 """A folder for each sweep; names that begin with a dot are what all share."""
 LOCK_MEMORY = Path(".sdlora/dvc.lock.json")
 """What the entries of dvc.lock say, name and content by the hash of the text; may be deleted."""
+CODE_MEMORY = Path(".sdlora/code.json")
+"""The fingerprints of the stages' code, by the hash of all sources; may be deleted."""
+PLAN_MEMORY = Path(".sdlora/plan.json")
+"""The stages that were up to date at the last look, and how their files were; may be deleted."""
 LOCKED_BEFORE = Path(".sdlora/dvc.lock.before")
 """The stages that dvc.lock had when the run began that has not ended yet, one a line."""
 BRANCH_STATE = Path(".sdlora/branch.json")

@@ -21,6 +21,7 @@ from pipelines.project.yaml_text import read_text
 from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
+from pipelines.versioning.plan_memory import PlanMemory, Setup, StageFacts, Watch
 from pipelines.versioning.pointers import pointer_of
 
 if TYPE_CHECKING:
@@ -66,46 +67,120 @@ class Plan:
 
 
 def read_plan(tasks: Collection[str], *, partial_checkout: bool = False) -> Plan:
-    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing.
+    """Ask DVC, in this process, what dvc.yaml, dvc.lock and the files say. Changes nothing of these.
 
-    A finished stage needs no images, and what removed tasks have left changes nothing. With `partial_checkout`, what
-    dvc.lock names and this machine does not hold is no reason to run a stage either: it is in the remote.
+    DVC is asked about the stages to which something has happened since the last time (`plan_memory.py`). A finished
+    stage needs no images, and what removed tasks have left changes nothing. With `partial_checkout`, what dvc.lock
+    names and this machine does not hold is no reason to run a stage either: it is in the remote.
     """
     read_text(DVC_YAML)  # which says if the file is none of its kind
+    memory = PlanMemory(partial_checkout=partial_checkout)
+    if memory.is_whole and memory.setup:
+        return _plan(memory.names, memory.stages, {}, tasks, remote=memory.setup.remote)
     with dvc_errors():
+        from dvc.dvcfile import load_file
         from dvc.repo import Repo, lock_repo
 
         apply_patches()
         with contextlib.closing(Repo(_wait_for_lock=True)) as repo, lock_repo(repo):
-            stages = repo.stage.load_all(str(DVC_YAML))
-            needs = needs_of(stages)
-            made = {out.def_path for stage in stages for out in stage.outs}
-            for path in {dep.def_path for stage in stages for dep in stage.deps} - made:
-                if Path(path).is_dir():
-                    require_regular_files(Path(path))
-            remote = bool(repo.config["core"].get("remote"))
-            changes = _changes_of(repo, stages)
-            excused = _excused(repo, stages, changes, leftovers(tasks), elsewhere=partial_checkout and remote)
-            reasons = {name: list(_reasons_of(changes[name], excused[name])) for name in changes}
-            made_by = {s.addressing: _code_of(s) for s in stages if _is_made(s) and _reads_code(s)}
-            if CODE_STAGE in reasons:
-                if not _code_is_written():
-                    for name, reason in _code_reasons(made_by):
-                        reasons[name].append(reason)
-                    if CODE.is_dir():  # else DVC says so, but for a checkout that has it in the remote
-                        reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
-                elif repo.stage.get_target(CODE_STAGE).always_changed:
-                    reasons[CODE_STAGE] = []  # it looks at the installed program, which DVC does not watch
-            return Plan(
-                order=run_order(needs, list(tasks)),
-                needs=needs,
-                reasons=reasons,
-                made={stage.addressing for stage in stages if _is_made(stage)},
-                outs={stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
-                deps={stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
-                code=made_by,
-                remote=remote,
+            setup = Setup(
+                remote=bool(repo.config["core"].get("remote")),
+                cache=str(repo.cache.local.path),
+                config=sorted(repo.config.files.values()),
+                partial_checkout=partial_checkout,
             )
+            loader = load_file(repo, str(DVC_YAML)).stages
+            names = list(loader)
+            known = {name: memory.stages[name] for name in names if name in memory.stages}
+            stages = [loader[name] for name in names if name not in known]
+            asked = _facts_of(stages, known)
+            watch = Watch(setup, asked)
+            reasons = _reasons(repo, stages, known, leftovers(tasks), setup, loader)
+            _add_code_reasons(reasons, repo, {**known, **asked})
+            watch.keep(names, [name for name in asked if not reasons[name]], memory)
+            return _plan(names, {**known, **asked}, reasons, tasks, remote=setup.remote)
+
+
+def _plan(
+    names: list[str],
+    stages: Mapping[str, StageFacts],
+    reasons: Mapping[str, list[str]],
+    tasks: Collection[str],
+    *,
+    remote: bool,
+) -> Plan:
+    facts = {name: stages[name] for name in names}
+    outs = {name: found.outs for name, found in facts.items()}
+    deps = {name: found.deps for name, found in facts.items()}
+    needs = needs_of(outs, deps)
+    return Plan(
+        order=run_order(needs, list(tasks)),
+        needs=needs,
+        reasons={name: reasons.get(name, []) for name in names},
+        made={name for name, found in facts.items() if found.made},
+        outs=outs,
+        deps=deps,
+        code={name: found.code for name, found in facts.items() if found.made and found.reads_code},
+        remote=remote,
+    )
+
+
+def _facts_of(stages: list[DvcStage], known: Mapping[str, StageFacts]) -> dict[str, StageFacts]:
+    """Return what DVC says of stages, beside others of which it is known."""
+    outs = {name: facts.outs for name, facts in known.items()}
+    outs |= {stage.addressing: [out.def_path for out in stage.outs] for stage in stages}
+    deps = {stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages}
+    needs = needs_of(outs, deps)
+    return {
+        name: StageFacts(
+            outs=outs[name],
+            deps=deps[name],
+            needs=sorted(needs[name]),
+            made=_is_made(stage),
+            reads_code=_reads_code(stage),
+            code=_code_of(stage),
+            objects=[out.hash_info.value for out in stage.outs if out.use_cache and out.hash_info],
+            reads_all_tasks=_reads_all_tasks(stage),
+        )
+        for name, stage in ((stage.addressing, stage) for stage in stages)
+    }
+
+
+def _reads_all_tasks(stage: DvcStage) -> bool:
+    item = StageName.parse(stage.addressing).item
+    keys = [key.split(".") for dep in stage.deps for key in getattr(dep, "params", ())]
+    return item is None or any(key[0] == "tasks" and key[1:2] != [item] for key in keys)
+
+
+def _reasons(
+    repo: Repo,
+    stages: list[DvcStage],
+    known: Mapping[str, StageFacts],
+    left: list[Path],
+    setup: Setup,
+    loader: Mapping[str, DvcStage],
+) -> dict[str, list[str]]:
+    """Return why DVC would run each of some stages. Of the others it is known that it would not."""
+    made = {out.def_path for stage in stages for out in stage.outs}
+    made |= {path for facts in known.values() for path in facts.outs}
+    for path in {dep.def_path for stage in stages for dep in stage.deps} - made:
+        if Path(path).is_dir():
+            require_regular_files(Path(path))
+    changes = _changes_of(repo, stages)
+    makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
+    gone = {
+        PurePath(path)
+        for found in changes.values()
+        for path, what in _happened(found).items()
+        if what == "deleted"
+    }
+    around = {str(place) for path in gone for place in (path, *path.parents)}
+    for name, facts in known.items():
+        if not around.isdisjoint(facts.outs):
+            makers |= {PurePath(out.def_path): out for out in loader[name].outs}
+    elsewhere = setup.partial_checkout and setup.remote
+    excused = _excused(repo, stages, changes, left, makers, elsewhere=elsewhere)
+    return {name: list(_reasons_of(changes[name], excused[name])) for name in changes}
 
 
 def _changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
@@ -131,7 +206,13 @@ def _code_of(stage: DvcStage) -> str | None:
 
 
 def _excused(
-    repo: Repo, stages: list[DvcStage], changes: Mapping[str, list[Any]], left: list[Path], *, elsewhere: bool
+    repo: Repo,
+    stages: list[DvcStage],
+    changes: Mapping[str, list[Any]],
+    left: list[Path],
+    makers: Mapping[PurePath, Any],
+    *,
+    elsewhere: bool,
 ) -> dict[str, set[tuple[str, str]]]:
     """Return for each stage what DVC finds and what is no reason to run it: a path, and what happened to it.
 
@@ -140,7 +221,6 @@ def _excused(
     `elsewhere` so may all that is what dvc.lock names: what was read must be what its maker left, by the hashes of
     both.
     """
-    makers = {PurePath(out.def_path): out for stage in stages for out in stage.outs}
     kept: dict[PurePath, Any] = {}
     found: dict[str, set[tuple[str, str]]] = {}
     for stage in stages:
@@ -218,19 +298,30 @@ def _as_made(dep: Any, makers: Mapping[PurePath, Any]) -> bool:  # noqa: ANN401 
     return part is not None and part.hash_info == dep.hash_info
 
 
-def needs_of(stages: list[DvcStage]) -> dict[str, set[str]]:
-    """Find for each stage those that make what it reads: a path, a part of a folder, or a folder of parts."""
-    makers: dict[PurePath, str] = {PurePath(out.def_path): s.addressing for s in stages for out in s.outs}
-    within: dict[PurePath, set[str]] = {}
+def needs_of(outs: Mapping[str, list[str]], deps: Mapping[str, list[str]]) -> dict[str, set[str]]:
+    """Find for each stage those that make what it reads: a path, a part of a folder, or a folder of parts.
+
+    Args:
+        outs: Stage → what it leaves.
+        deps: Stage → what it reads, of those for which it is asked.
+    """
+    makers = {path: name for name, paths in outs.items() for path in paths}
+    within: dict[str, set[str]] = {}
     for path, maker in makers.items():
-        for folder in path.parents:
+        for folder in _around(path):
             within.setdefault(folder, set()).add(maker)
     needs: dict[str, set[str]] = {}
-    for stage in stages:
-        paths = [PurePath(dep.def_path) for dep in stage.deps]
-        around = {makers[place] for path in paths for place in (path, *path.parents) if place in makers}
-        needs[stage.addressing] = around.union(*(within.get(path, set()) for path in paths))
+    for name, paths in deps.items():
+        around = {makers[place] for path in paths for place in (path, *_around(path)) if place in makers}
+        needs[name] = around.union(*(within.get(path, set()) for path in paths))
     return needs
+
+
+def _around(path: str) -> Iterator[str]:
+    """Yield the folders that a path of DVC's is in."""
+    while "/" in path.lstrip("/"):
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def _reasons_of(changes: list[Any], excused: set[tuple[str, str]]) -> Iterator[str]:
@@ -261,23 +352,40 @@ def run_order(needs: Mapping[str, set[str]], tasks: list[str]) -> list[str]:
         name: (position.get(StageName.parse(name).item or "", 0), place) for place, name in enumerate(needs)
     }
     waiting = {name: set(others) for name, others in needs.items()}
+    followers: dict[str, list[str]] = {}
+    for name, others in needs.items():
+        for other in others:
+            followers.setdefault(other, []).append(name)
     ready = [(rank[name], name) for name, others in waiting.items() if not others]
     heapq.heapify(ready)
     order = []
     while ready:
         _, done = heapq.heappop(ready)
         order.append(done)
-        for name, others in waiting.items():
-            if done in others:
-                others.remove(done)
-                if not others:
-                    heapq.heappush(ready, (rank[name], name))
+        for name in followers.get(done, []):
+            waiting[name].remove(done)
+            if not waiting[name]:
+                heapq.heappush(ready, (rank[name], name))
     return order
 
 
 def code_hashes() -> dict[str, str]:
     """Return the md5 of each fingerprint of the code that runs, as DVC takes it, by the kind of stage."""
     return {name: hashlib.md5(text.encode()).hexdigest() for name, text in code_files().items()}
+
+
+def _add_code_reasons(reasons: dict[str, list[str]], repo: Repo, stages: Mapping[str, StageFacts]) -> None:
+    """Add to the reasons of some stages what the stage `code` will change, which is known beforehand."""
+    if CODE_STAGE not in reasons:
+        return
+    if not _code_is_written():
+        made_by = {name: facts.code for name, facts in stages.items() if facts.made and facts.reads_code}
+        for name, reason in _code_reasons(made_by):
+            reasons.setdefault(name, []).append(reason)
+        if CODE.is_dir():  # else DVC says so, but for a checkout that has it in the remote
+            reasons[CODE_STAGE] = reasons[CODE_STAGE] or ["the code of sdlora changed"]
+    elif repo.stage.get_target(CODE_STAGE).always_changed:
+        reasons[CODE_STAGE] = []  # it looks at the installed program, which DVC does not watch
 
 
 def _code_reasons(made_by: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:

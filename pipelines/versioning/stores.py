@@ -46,7 +46,10 @@ def read_dvc_project(root: Path) -> _DvcProject:
     # DVC names stages relative to the working directory.
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
         stages = repo.stage.load_all(str(DVC_YAML))
-        needs = needs_of(stages)
+        needs = needs_of(
+            {stage.addressing: [out.def_path for out in stage.outs] for stage in stages},
+            {stage.addressing: [dep.def_path for dep in stage.deps] for stage in stages},
+        )
         chosen = read_yaml(read_text(PARAMS), origin=str(PARAMS))
         return _DvcProject(
             stages=tuple(
