@@ -21,8 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dvc.fs import LocalFileSystem
+
 from pipelines.planning.new_project import project_files
 from pipelines.project.fingerprints import code_files
+from pipelines.versioning.patches import apply_patches
 
 RESULTS = Path(__file__).parent / "results/chain_growth.jsonl"
 STUB = """\
@@ -89,8 +92,12 @@ def add_task(folder: Path, number: int) -> None:
 
 def fill(folder: Path) -> None:
     """Leave the outputs of all stages as the stub would, and write dvc.lock once."""
+    from dvc.dependency import param
     from dvc.repo import Repo, lock_repo
 
+    apply_patches()
+    contents = param.load_path(str(folder / "params.yaml"), LocalFileSystem())
+    param.load_path = lambda *_, **__: contents  # which DVC reads anew for each stage
     with contextlib.chdir(folder), contextlib.closing(Repo()) as repo, lock_repo(repo):
         stages = repo.stage.load_all("dvc.yaml")
         for stage in stages:

@@ -32,7 +32,7 @@ READ_BY = {
 """Keys of `adapter` that are null by default, and the methods that read them."""
 HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
-TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,2})"
+TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,5})"
 """What a task may be called."""
 
 
