@@ -239,15 +239,17 @@ def _compare(project: Path, place: ArtifactStore, stage: StageName, path: Path) 
 
 
 def _because(folder: Path) -> str:
-    """Return which libraries are other ones than those that made a fit or a step."""
+    """Return which libraries are other ones than those that made a fit or a step, and whether machines shared it."""
     records = [folder / name for name in ("fit.json", "step.json") if (folder / name).is_file()]
     if not records:
         return ""
-    versions = read_json(records[0])["versions"]
-    here = library_versions()
+    record, here = read_json(records[0]), library_versions()
+    versions = record["versions"]
     others = [
         f"{name} {versions.get(name)}, here {version}"
         for name, version in here.items()
         if versions.get(name) != version
     ]
+    if "processes" in record:
+        others.append(f"{record['processes']} processes shared the fit")
     return f" ({'; '.join(others)})" if others else ""

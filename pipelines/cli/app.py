@@ -131,19 +131,24 @@ def run(
     program has trained is trained again with --retrain only. Killed at any moment, the same command goes on. Each stage
     is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
     """
+    from pipelines.cli.machines import on_all_machines
+
     caller = enter_project()
-    if params is not None:
-        from pipelines.planning.experiments import lay_over
+    with on_all_machines():
+        if params is not None:
+            from pipelines.planning.experiments import lay_over
 
-        for line in lay_over(caller.path(params), seed=seed, force=force):
-            typer.echo(line)
-        if dry:
-            return
-    elif seed is not None or dry or force:
-        raise InputError("run: --seed, --dry and --force go with --params; give the file of a parameter set")
-    from pipelines.orchestration.run import run_pipeline
+            for line in lay_over(caller.path(params), seed=seed, force=force):
+                typer.echo(line)
+            if dry:
+                return
+        elif seed is not None or dry or force:
+            raise InputError(
+                "run: --seed, --dry and --force go with --params; give the file of a parameter set"
+            )
+        from pipelines.orchestration.run import run_pipeline
 
-    raise SystemExit(run_pipeline(retrain=retrain))
+        raise SystemExit(run_pipeline(retrain=retrain))
 
 
 @app.command()

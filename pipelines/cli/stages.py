@@ -7,6 +7,7 @@ do without.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from pipelines.cli.machines import on_all_machines
 from pipelines.cli.place import enter_project
 from pipelines.project.layout import CODE_STAGE, RAW, STAGES
 
@@ -91,10 +93,11 @@ def _run(source: _Source, arguments: Mapping[str, Any]) -> None:
 
     bring_outputs(whole_outputs)
     work = getattr(importlib.import_module(f"pipelines.stages.{source.module}"), source.function)
-    if isinstance(work, Stage):
-        launch(work, **arguments)
-    else:
+    if not isinstance(work, Stage):
         work(**arguments)
+        return
+    with on_all_machines() if work.name == "fit" else contextlib.nullcontext():
+        launch(work, **arguments)
 
 
 def _read_function(source: _Source) -> ast.FunctionDef:

@@ -18,6 +18,7 @@ from pipelines.orchestration.stage_runs import current_flow_run
 from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
+from pipelines.runtime.machines import devices_of_fit
 from pipelines.runtime.processes import environment
 from pipelines.runtime.stage import Rows
 from pipelines.versioning.lock_order import order_of_dvc
@@ -70,7 +71,7 @@ class _StaleStages:
         self._before_each, self._progressed = before_each, progressed
         self._read_plan = partial(read_plan, params.tasks, partial_checkout=partial_checkout)
         self._newest, self._outdated = plan, False
-        self._overlap = overlap_environment(params.training.devices)
+        self._overlap = overlap_environment(devices_of_fit(params.training.devices))
         self._order = (
             Order(plan.stale(), set(), {}) if self._overlap is None else overlapped_order(plan, params)
         )

@@ -47,6 +47,28 @@ def input_key(values: Mapping[str, Any], files: Iterable[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
+def snapshot_bytes(snapshot: "Snapshot") -> bytes:
+    """Return the whole state of a fit as the content of a safetensors file."""
+    import torch
+
+    from sdlora.tensors import tensor_bytes
+
+    curve = torch.tensor([list(row) for row in snapshot.curve], dtype=torch.float64).reshape(-1, 5)
+    return tensor_bytes({**snapshot.tensors, "curve": curve, "step": torch.tensor(snapshot.step)})
+
+
+def read_snapshot(data: bytes) -> "Snapshot":
+    """Return the state of a fit that `snapshot_bytes` has written."""
+    import safetensors.torch
+
+    from sdlora.fit_folder import EpochRecord
+    from sdlora.training import Snapshot
+
+    tensors = safetensors.torch.load(data)
+    curve = [EpochRecord(int(s), int(e), *rest) for s, e, *rest in tensors.pop("curve").tolist()]
+    return Snapshot(step=int(tensors.pop("step")), tensors=tensors, curve=curve)
+
+
 class CheckpointStore:
     """The checkpoints of one fit. A file's name holds its step and its checksum, so one file is one whole state.
 
@@ -79,12 +101,7 @@ class CheckpointStore:
 
         A store that fails is tried again a few times, and then costs a warning: returns whether it was stored.
         """
-        import torch
-
-        from sdlora.tensors import tensor_bytes
-
-        curve = torch.tensor([list(row) for row in snapshot.curve], dtype=torch.float64).reshape(-1, 5)
-        data = tensor_bytes({**snapshot.tensors, "curve": curve, "step": torch.tensor(snapshot.step)})
+        data = snapshot_bytes(snapshot)
         name = f"{self._folder}/{snapshot.step:09d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         try:
             _insist(functools.partial(self._write, name, data), WRITE_WAITS)
@@ -105,11 +122,6 @@ class CheckpointStore:
         Raises:
             InputError: the store cannot be read. Starting over might throw away hours, so that is left to the user.
         """
-        import safetensors.torch
-
-        from sdlora.fit_folder import EpochRecord
-        from sdlora.training import Snapshot
-
         seen: set[str] = set()
         # Looked for again at the end: another process that works at this fit drops old ones as it adds new ones.
         while names := [name for name in self._read(self._names) if name not in seen]:
@@ -123,9 +135,7 @@ class CheckpointStore:
                     self._damaged.add(name)
                     log_line(f"warning: checkpoint {name} is damaged; going on from the one before")
                     continue
-                tensors = safetensors.torch.load(data)
-                curve = [EpochRecord(int(s), int(e), *rest) for s, e, *rest in tensors.pop("curve").tolist()]
-                yield Snapshot(step=int(tensors.pop("step")), tensors=tensors, curve=curve)
+                yield read_snapshot(data)
 
     def forget_old(self, *, now: float | None = None) -> None:
         """Remove the checkpoints of every fit that has stored none for `_FORGOTTEN_AFTER_DAYS` days.

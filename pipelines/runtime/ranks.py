@@ -11,17 +11,40 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import TERMINATED, die_with, end_group
 
-MEETING = "meeting"
-"""In the folder that all share: the file by which they find each other."""
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+class Member(NamedTuple):
+    """The place of a process among those that share a fit."""
+
+    rank: int = 0
+    size: int = 1
+    device: int = 0
+    """Which of the devices of its machine is its own."""
+    devices: int = 1
+    """How many devices of its machine take part."""
+    store: Store | None = None
+    """Where all meet; none for a fit by itself."""
+
+
+def local_member(number: int, devices: int, folder: Path) -> Member:
+    """Return the place of one of the processes of this machine, which meet in a folder."""
+    from torch.distributed import FileStore
+
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    return Member(number, devices, number, devices, FileStore(str(folder / "meeting"), devices))
 
 
 @contextlib.contextmanager
-def other_ranks(count: int, command: Sequence[str]) -> Iterator[Path]:
-    """Start `count` − 1 processes beside this one, and end them. Give the folder that all share while they work.
+def other_ranks(count: int, command: Sequence[str]) -> Iterator[Member]:
+    """Start `count` − 1 processes beside this one, and end them. Give this one's place among them.
 
     Each is called with `command`, its number and the folder. Where one of them ends badly this process is sent SIGTERM:
     it would wait for ever, and the same again may go well.
@@ -41,7 +64,7 @@ def other_ranks(count: int, command: Sequence[str]) -> Iterator[Path]:
         for number, process in enumerate(started, start=1):
             threading.Thread(target=_watch, args=(number, process, over), daemon=True).start()
         try:
-            yield Path(folder)
+            yield local_member(0, count, Path(folder))
             for process in started:
                 process.wait()
         except RuntimeError:

@@ -1,8 +1,10 @@
 """Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
 
 import contextlib
+import functools
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +17,14 @@ from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.schemas import ClassMap, TrainingImages
 from pipelines.project.settings import Adapter, Training
-from pipelines.runtime.checkpoints import CheckpointStore, input_key
+from pipelines.runtime.checkpoints import CheckpointStore, input_key, read_snapshot, snapshot_bytes
 from pipelines.runtime.console import log_line
 from pipelines.runtime.earlier_outputs import outputs_beside
+from pipelines.runtime.machines import devices_of_fit, launched, other_machines
 from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
 from pipelines.runtime.progress import progress
-from pipelines.runtime.ranks import MEETING, other_ranks
+from pipelines.runtime.ranks import Member, local_member, other_ranks
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
@@ -83,19 +86,17 @@ def fit(
         return restored
     choices = _read_choices()
     training = choices.training
-    key = _key(task, choices, train, classes, before, backbone)
-    store = CheckpointStore(training.checkpoint_store, key)
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
-    _own_device(0, training.devices)  # before any process is started for another one
-    with _others(task, training.devices, inputs) as meeting:
-        group, learner = _join(task, 0, meeting, inputs)
+    key = _key(task, choices, inputs)
+    store = CheckpointStore(training.checkpoint_store, key)
+    with _first_member(task, key, inputs) as member:
+        group, learner = _join(task, member, inputs)
         for snapshot in store.newest():
             learner.restore(snapshot)
             log_line(f"fit {task}: going on from step {snapshot.step} of {learner.total_steps}")
             break
         if group.size > 1:
-            CheckpointStore(str(meeting / "state"), key).save(learner.snapshot())
-        group.wait()
+            group.spread(snapshot_bytes(learner.snapshot()), device=learner.device)
         started, first = time.monotonic(), learner.step
         seen = _train(learner, store, every=training.checkpoint_seconds)
         seconds = time.monotonic() - started
@@ -104,7 +105,7 @@ def fit(
             folder,
             learner.result(),
             curve=learner.curve,
-            description=_description(learner, choices, train, classes),
+            description=_description(learner, choices, train, classes, processes=group.size),
         )
     store.forget_old()
     if learner.lone:
@@ -131,9 +132,16 @@ def _row(learner: "Fit") -> dict[str, str | int | float]:
     return row
 
 
-def _description(learner: "Fit", choices: _Choices, train: Path, classes: Path) -> dict[str, object]:
-    """Return what a fit says of itself: all that decided its result, and how much it trained."""
+def _description(
+    learner: "Fit", choices: _Choices, train: Path, classes: Path, *, processes: int
+) -> dict[str, object]:
+    """Return what a fit says of itself: all that decided its result, and how much it trained.
+
+    How many processes shared it is said where it does not follow from its settings.
+    """
+    shared = {} if processes == choices.training.devices else {"processes": processes}
     return {
+        **shared,
         "task": learner.task,
         "classes": _own_classes(learner.task, classes),
         "adapter": choices.adapter.of_the_fit,
@@ -174,35 +182,80 @@ def run_rank(
         backbone: Model folder of step t00: the frozen backbone.
     """
     inputs = {"train": train, "images": images, "classes": classes, "before": before, "backbone": backbone}
-    group, learner = _join(task, number, meeting, inputs)
-    group.wait()
-    key = _key(task, _read_choices(), train, classes, before, backbone)
-    learner.restore(next(CheckpointStore(str(meeting / "state"), key).newest()))
-    for _ in learner.run():
-        pass
+    devices = read_params("training", Training).devices
+    _share(task, inputs, local_member(number, devices, meeting))
 
 
-def _others(task: str, devices: int, inputs: Mapping[str, Path]) -> contextlib.AbstractContextManager[Path]:
-    """Start the processes for the devices beyond the first. Give the folder that all share.
+def accept_order(order: Mapping[str, Any]) -> Callable[[Member], None]:
+    """Return what shares a fit that was begun on another machine.
+
+    Raises:
+        InputError: the inputs, the settings or the program are others here.
+        OSError: an input is not here.
+    """
+    task, inputs = order["task"], {name: Path(path) for name, path in order["inputs"].items()}
+    devices_of_fit(read_params("training", Training).devices)
+    if _key(task, _read_choices(), inputs) != order["key"]:
+        raise InputError(
+            f"fit {task}: its inputs, its settings or this program are others on {socket.gethostname()} than on the "
+            "machine that begins the fit; share the project's folder, or pull the same commit and `dvc pull`"
+        )
+    return functools.partial(_share_to_the_end, task, inputs)
+
+
+def _share_to_the_end(task: str, inputs: Mapping[str, Path], member: Member) -> None:
+    """Share a fit, also where all are told to stop: the first then keeps what it has, and leaves."""
+    from torch.distributed import DistError
+
+    with stop_asked() as stop:
+        try:
+            _share(task, inputs, member)
+        except DistError:
+            if stop():
+                raise SystemExit(TERMINATED) from None
+            raise
+
+
+def _share(task: str, inputs: Mapping[str, Path], member: Member) -> None:
+    """Go through all steps of a fit that another process has begun."""
+    group, learner = _join(task, member, inputs)
+    learner.restore(read_snapshot(group.spread(b"", device=learner.device)))
+    with contextlib.suppress(FloatingPointError):  # the first says so
+        for _ in learner.run():
+            pass
+    group.leave()
+
+
+def _first_member(
+    task: str, key: str, inputs: Mapping[str, Path]
+) -> contextlib.AbstractContextManager[Member]:
+    """Have the other processes take part, those of other machines or one for each further device here.
 
     A fit by itself needs none.
     """
+    devices = devices_of_fit(read_params("training", Training).devices)
+    place = launched()
+    _own_device(0 if place is None else place.local_rank, devices)  # before any other process takes one
+    if place is not None:
+        paths = {name: str(path) for name, path in inputs.items()}
+        return other_machines(place, {"task": task, "key": key, "inputs": paths})
     if devices == 1:
-        return contextlib.nullcontext(Path())
+        return contextlib.nullcontext(Member())
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
     return other_ranks(devices, [run_rank.__name__.replace("_", "-"), task, *options])
 
 
-def _join(task: str, number: int, meeting: Path, inputs: Mapping[str, Path]) -> tuple["ProcessGroup", "Fit"]:
+def _join(task: str, member: Member, inputs: Mapping[str, Path]) -> tuple["ProcessGroup", "Fit"]:
     """Take a device, find the others, and prepare the fit."""
     from sdlora.devices import set_deterministic
     from sdlora.process_group import join_group
 
     training = read_params("training", Training)
     set_deterministic(training.deterministic, tf32=training.precision == "tf32")
-    device = _own_device(number, training.devices)
-    group = join_group(number, training.devices, meeting=meeting / MEETING, device=device)
-    return group, _prepare(task, **inputs, device=device, group=group)
+    device = _own_device(member.device, member.devices)
+    group = join_group(member.rank, member.size, store=member.store, device=device)
+    room = memory_room() // member.devices
+    return group, _prepare(task, **inputs, room=room, device=device, group=group)
 
 
 def _own_device(number: int, count: int) -> "torch.device":
@@ -224,10 +277,11 @@ def _prepare(
     classes: Path,
     before: Path,
     backbone: Path,
+    room: int,
     device: "torch.device",
     group: "ProcessGroup",
 ) -> "Fit":
-    """Return a fit of `task` that has not begun."""
+    """Return a fit of `task` that has not begun. Its decoded images take at most `room` bytes of main memory."""
     import torch
 
     from pipelines.project.method_settings import settings_of
@@ -246,7 +300,7 @@ def _prepare(
     targets = adapter.targets or method.targets
     _check_continues(record, adapter, before, targets)
     preprocessing = Preprocessing.of(base.description)
-    tasks, room = {}, memory_room() // settings.devices
+    tasks = {}
     for name in [*record["tasks"], task] if method.joint else [task]:
         path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
@@ -371,7 +425,7 @@ def _train(learner: "Fit", store: CheckpointStore, *, every: float) -> int:
     return seen
 
 
-def _key(task: str, choices: _Choices, train: Path, classes: Path, before: Path, backbone: Path) -> str:
+def _key(task: str, choices: _Choices, inputs: Mapping[str, Path]) -> str:
     """Return the hash of all that decides the fit's result. A checkpoint of anything else is never picked up."""
     settings = {
         "code": code_hash(fit.fn),
@@ -379,6 +433,7 @@ def _key(task: str, choices: _Choices, train: Path, classes: Path, before: Path,
         "adapter": choices.adapter.of_the_fit,
         "training": choices.decisive,
         "seed": choices.seed,
-        "classes": _own_classes(task, classes),
+        "classes": _own_classes(task, inputs["classes"]),
     }
-    return input_key(settings, [train, before / "step.json", backbone / "step.json"])
+    steps = [inputs[name] / "step.json" for name in ("before", "backbone")]
+    return input_key(settings, [inputs["train"], *steps])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from sdlora.process_group import SINGLE, ProcessGroup, join_group
 from sdlora.tensors import read_tensors, write_tensors
@@ -32,7 +34,10 @@ def learn_as_rank(rank: int, folder: Path, methods: list[str]) -> None:
     """What each of two processes does: fit after fit, each result into a file."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    group = join_group(rank, 2, meeting=folder / "meeting", device=device)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = distributed.FileStore(str(folder / "meeting"), 2)
+    group = join_group(rank, 2, store=store, device=device)
+    assert group.spread(b"first" if rank == 0 else b"", device=device) == b"first"
     for method in methods:
         fit = make_fit(learn(1, method=method), 2, method=method, group=group, **OPTIONS)
         write_tensors(folder / f"{method}-{rank}.safetensors", everything(finish(fit)))

@@ -18,11 +18,9 @@ from pipelines.runtime.processes import TERMINATED
 from sdlora.tensors import read_tensors
 from tests.support.folders import contents
 from tests.support.repository import REPOSITORY
-from tests.support.steps import run_fit
+from tests.support.steps import FIT, run_fit
 
 pytestmark = pytest.mark.slow
-FIT = ("fit", "t01", "--train", "split/t01/train.json", "--images", "train", "--out", "fit/t01")
-INPUTS = ("--classes", "split/t01/classes.json", "--before", "model/t00", "--backbone", "model/t00")
 
 
 def on_two_devices(folder: Path, **changes: str) -> None:
@@ -36,7 +34,7 @@ def on_two_devices(folder: Path, **changes: str) -> None:
 
 def start_fit() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines", *FIT, *INPUTS],
+        [sys.executable, "-m", "pipelines", *FIT],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": "http://127.0.0.1:1/api"},
         stderr=subprocess.PIPE,
         text=True,
