@@ -2,8 +2,8 @@
 
 Made chains of so many tasks, in the layout of dvc.yaml, with small files in place of tensors and a stub in place of
 every stage, which writes its outputs and nothing else. So what is measured is DVC's own cost, plain and unpatched, and
-with this program's patches of it, and what `sdlora status` and `sdlora run` take to find that nothing is to be done.
-Seconds are CPU seconds of all processes, because machines are seldom idle.
+with this program's patches of it, and that of `sdlora status` and `sdlora run`, Prefect server and all. Seconds are CPU
+seconds of all processes, because machines are seldom idle. Plain DVC with many tasks takes hours: `--without plain`.
 
     python benchmarks/chain_growth.py --tasks 5 50 200 1000
 """
@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,6 +27,7 @@ from pipelines.planning.new_project import project_files
 from pipelines.project.fingerprints import code_files
 from pipelines.versioning.patches import apply_patches
 
+PARTS = ("sdlora", "plain", "patched")
 RESULTS = Path(__file__).parent / "results/chain_growth.jsonl"
 STUB = """\
 #!/bin/sh
@@ -73,9 +74,18 @@ def write_project(folder: Path, tasks: int) -> None:
     for name, text in code_files().items():  # so that the program finds its own code in the chain
         (folder / "bin/code" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "bin/code" / name).write_text(text, encoding="utf-8", newline="\n")
+    write_environment(folder)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+
+def write_environment(folder: Path) -> None:
+    """Write a Python environment that has what this one has, and the stub as its `sdlora`."""
+    prefix = Path(sys.prefix)
     (folder / "bin/sdlora").write_text(STUB)
     (folder / "bin/sdlora").chmod(0o755)
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / "bin/python").symlink_to(Path(sys.executable).resolve())
+    (folder / "pyvenv.cfg").write_text((prefix / "pyvenv.cfg").read_text())
+    (folder / "lib").symlink_to(prefix / "lib")
 
 
 def add_task(folder: Path, number: int) -> None:
@@ -96,7 +106,8 @@ def fill(folder: Path) -> None:
     from dvc.repo import Repo, lock_repo
 
     apply_patches()
-    contents = param.load_path(str(folder / "params.yaml"), LocalFileSystem())
+    load = param.load_path
+    contents = load(str(folder / "params.yaml"), LocalFileSystem())
     param.load_path = lambda *_, **__: contents  # which DVC reads anew for each stage
     with contextlib.chdir(folder), contextlib.closing(Repo()) as repo, lock_repo(repo):
         stages = repo.stage.load_all("dvc.yaml")
@@ -106,6 +117,7 @@ def fill(folder: Path) -> None:
             stage.save(run_cache=False)
             stage.commit()
         stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+    param.load_path = load
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -134,10 +146,10 @@ def dvc(folder: Path, *words: str, patched: bool) -> str:
     return done.stdout
 
 
-def sdlora(folder: Path, command: str) -> None:
-    """Call this program in a project in which nothing is to be done."""
+def sdlora(folder: Path, command: str) -> str:
+    """Call this program in a project."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pipelines", command],
+        [folder / "bin/python", "-P", "-m", "pipelines", command],
         cwd=folder,
         env=environment(folder),
         capture_output=True,
@@ -145,29 +157,46 @@ def sdlora(folder: Path, command: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "all up to date" in done.stdout, done.stdout[-2000:]
+    return done.stdout
 
 
-def grow(tasks: int) -> dict[str, float]:
+def measure_sdlora(folder: Path, number: int, found: dict[str, float]) -> None:
+    """Measure `sdlora` with nothing to do, the first time and then, and with the task of a number to learn."""
+    time.sleep(3)  # what has just changed is not remembered
+    with measured(found, "sdlora status, the first time"):
+        sdlora(folder, "status")
+    for command in ("status", "run"):
+        with measured(found, f"sdlora {command}"):
+            said = sdlora(folder, command)
+        assert "all up to date" in said, said[-2000:]
+    add_task(folder, number)
+    with measured(found, "one task more, sdlora run"):
+        said = sdlora(folder, "run")
+    assert "[6/6] report  " in said, said[-2000:]
+
+
+def grow(tasks: int, parts: Collection[str]) -> dict[str, float]:
     """Make a chain of so many tasks, and measure it."""
     found: dict[str, float] = {"tasks": tasks}
+    number = tasks
     with TemporaryDirectory(prefix="sdlora-growth-") as name:
         folder = Path(name)
         write_project(folder, tasks)
         fill(folder)
         files = [path for path in (folder / "artifacts").rglob("*") if path.is_file()]
         found |= {"files": len(files), "lock, KiB": round((folder / "dvc.lock").stat().st_size / 1024)}
-        for command in ("status", "run"):
-            with measured(found, f"sdlora {command}"):
-                sdlora(folder, command)
-        for patched in (False, True):
-            which = "patched" if patched else "plain"
+        if "sdlora" in parts:
+            (folder / ".sdlora").mkdir()
+            number += 1
+            measure_sdlora(folder, number, found)
+        for which in [part for part in ("plain", "patched") if part in parts]:
+            patched = which == "patched"
             with measured(found, f"status, {which}"):
                 dvc(folder, "status", patched=patched)
             with measured(found, f"no-op repro, {which}"):
                 said = dvc(folder, "repro", patched=patched)
             assert "Running stage 'fit" not in said, said
-            number = tasks + 1 + patched
+            number += 1
             add_task(folder, number)
             with measured(found, f"one task more, {which}"):
                 said = dvc(folder, "repro", patched=patched)
@@ -181,10 +210,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", type=int, default=[5, 50, 200])
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     for tasks in arguments.tasks:
-        found = grow(tasks)
+        found = grow(tasks, set(PARTS) - {*arguments.without})
         print("  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         with arguments.results.open("a") as file:
