@@ -18,7 +18,7 @@ from pipelines.project.errors import GateClosedError, InputError
 app = typer.Typer(
     name="sdlora",
     help="Teach an image classifier new classes, task by task, without touching what it knows.",
-    epilog=f"Stages, which dvc.yaml calls: {' '.join(stage_commands())} (each has its --help).",
+    epilog=f"Stages of dvc.yaml: {' '.join(stage_commands())} (each has its --help).",
     cls=StageGroup,
     no_args_is_help=True,
     add_completion=False,
