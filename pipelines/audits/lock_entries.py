@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipelines.data.packed import SampleRow
+from pipelines.data.pins import is_here
 from pipelines.data.sources import task_images
 from pipelines.ledger.verdicts import in_a_verdict
 from pipelines.project.errors import FaultError
-from pipelines.project.files import sha256_of
 from pipelines.project.layout import CODE_STAGE, DVC_YAML, GATES, LOCK, MODELS, PARAMS, RETIRED, StageName
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
@@ -93,14 +93,15 @@ def check_source(params: Params, step: str, samples: Iterable[SampleRow]) -> Non
     """Check that the images of a step are those of its source, byte for byte, where the source is here."""
     task = params.tasks[step]
     source = Path(task.source)
-    if task.retired or not source.is_dir():
+    if task.retired or not source.is_dir() or not is_here(source):
         return
     listed = task_images(source, task.classes, manifest=task.manifest, data=params.data)
-    files = {f"{step}/{found.part}/{found.name}/{found.file}": found.path for found in listed}
+    images = {f"{step}/{found.part}/{found.name}/{found.file}": found for found in listed}
     for sample in samples:
-        path = files.get(sample.id)
-        if path is None or sha256_of(path) != sample.sha256:
-            raise FaultError(f"{path or source}: {sample.id} of the ledger is not the picture there")
+        found = images.get(sample.id)
+        if found is None or not found.is_of(sample.sha256):
+            where = source if found is None else found.shown
+            raise FaultError(f"{where}: {sample.id} of the ledger is not the picture there")
 
 
 def _short(value: object) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipelines.data.pins import is_here
 from pipelines.ledger.receipts import receipt_of
 from pipelines.project.environment import OUTCOME_FILE, STAGE_SOCKET
 from pipelines.project.errors import FaultError, InputError
@@ -26,6 +27,7 @@ from pipelines.project.layout import (
     DVC_YAML,
     LOCK,
     PARAMS,
+    PINNED,
     TRAINED,
     StageName,
     read_beside_deps,
@@ -50,7 +52,8 @@ def derived_stages(params: Params) -> list[StageName]:
     names = [StageName("start")]
     for key, task in params.tasks.items():
         if not task.retired:
-            names += [StageName("split", key)] if Path(task.source).is_dir() else []
+            source = Path(task.source)
+            names += [StageName("split", key)] if source.is_dir() and is_here(source) else []
             names += [StageName("freeze", key)]
         names += [StageName("evaluate", key), StageName("gate", key)]
     return [*names, StageName("report")]
@@ -156,6 +159,9 @@ def _run_and_compare(params: Params, place: ArtifactStore, stage: StageName) -> 
         for path in _read_by(params, place.lock, stage):
             (project / path).parent.mkdir(parents=True, exist_ok=True)
             (project / path).symlink_to(place.find(path).resolve())
+        if PINNED.is_dir():  # each shard is compared with its hash before it is read
+            (project / PINNED.parent).mkdir(exist_ok=True)
+            (project / PINNED).symlink_to(PINNED.resolve())
         shutil.copy(DVC_YAML, project)
         _write_params(project / PARAMS)
         _run(project, stage, _arguments(place.lock, stage))

@@ -18,7 +18,7 @@ from pipelines.project.errors import GateClosedError, InputError
 app = typer.Typer(
     name="sdlora",
     help="Teach an image classifier new classes, task by task, without touching what it knows.",
-    epilog=f"Stages, which dvc.yaml calls: {' '.join(stage_commands())} (each has its --help).",
+    epilog=f"Stages of dvc.yaml: {' '.join(stage_commands())} (each has its --help).",
     cls=StageGroup,
     no_args_is_help=True,
     add_completion=False,
@@ -176,7 +176,9 @@ def status() -> None:
 
 @app.command()
 def plan(
-    source: Annotated[Path | None, typer.Argument(help="Folder of class folders, or a manifest.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="Folder of images or shards, a manifest, or a pattern.")
+    ] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(help="Instead: a data set of the papers, such as imagenet-r; also adds it to fetch."),
@@ -211,7 +213,7 @@ def plan(
 
 @app.command("add-task")
 def add_task(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders, or a manifest.")],
+    source: Annotated[Path, typer.Argument(help="Folder of images or shards, a manifest, or a pattern.")],
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
@@ -225,6 +227,29 @@ def add_task(
     from pipelines.planning import tasks as edit
 
     for line in edit.add_task(caller.path(source), classes=classes):
+        typer.echo(line)
+
+
+@app.command()
+def pin(
+    urls: Annotated[
+        list[str],
+        typer.Argument(
+            help="Parquet or tar files, or folders or patterns of them: s3://…, https://…, hf://datasets/OWNER/NAME/…"
+        ),
+    ],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of the project that stands for them, such as data/birds.")
+    ],
+) -> None:
+    """Read images that lie elsewhere once, and note the hash of each file.
+
+    Give the folder to `sdlora add-task` then. The same again says what has changed there since.
+    """
+    caller = enter_project()
+    from pipelines.planning.tasks import pin_source
+
+    for line in pin_source(urls, caller.path(source)):
         typer.echo(line)
 
 

@@ -27,13 +27,13 @@ def divide(images: Sequence[Found], data: Data) -> Source:
         if all(found.part is None for found in members):
             if len(members) == 1:
                 what = f"class {name!r} has one image, and needs one to learn and one to test"
-                faults.append(Fault(str(members[0].path), what, "add images, or leave the class out"))
+                faults.append(Fault(members[0].shown, what, "add images, or leave the class out"))
                 continue
             members = _drawn(members, "test", data.test_fraction, data.seed)
         given = [found for found in members if found.part == "validation"]
         if given and data.validation is None:
             what = f"class {name!r} has {len(given)} validation images, but data.validation is null"
-            faults.append(Fault(str(given[0].path), what, "set it to a share in params.yaml, or remove them"))
+            faults.append(Fault(given[0].shown, what, "set it to a share in params.yaml, or remove them"))
         train = [found for found in members if found.part == "train"]
         if data.validation is not None and not given and len(train) > 1:
             others = [found for found in members if found.part != "train"]
@@ -41,7 +41,7 @@ def divide(images: Sequence[Found], data: Data) -> Source:
         for part in ("train", "test"):
             if not any(found.part == part for found in members):
                 what = f"class {name!r} has no {part} image"
-                faults.append(Fault(str(members[0].path), what, f"add one to {part}, or leave the class out"))
+                faults.append(Fault(members[0].shown, what, f"add one to {part}, or leave the class out"))
         divided += members
     position = {name: index for index, name in enumerate(classes)}
     divided.sort(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.data.decoding import in_parallel, opened_picture, strict_pictures
-from pipelines.data.source_files import PARTS, Fault, Found, image_bytes
+from pipelines.data.source_files import PARTS, Fault, Found
 from pipelines.project.display import MESSAGE, as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
@@ -46,16 +46,16 @@ class Print(NamedTuple):
 def read_pictures(
     title: str, images: Sequence[Found], look: Callable[[int, bytes, Image], None], *, max_pixels: int
 ) -> dict[int, str]:
-    """Read and decode every file, in threads, and hand its position, bytes and picture to `look`.
+    """Read and decode every image, in threads, and hand its position, bytes and picture to `look`.
 
-    Returns why a file cannot be read, by position; those are not handed on.
+    Returns why an image cannot be read, by position; those are not handed on.
     """
     faults: dict[int, str] = {}
 
     def read(index: int) -> None:
         with contextlib.ExitStack() as held:
             try:
-                data = image_bytes(images[index].path)
+                data = images[index].read()
                 picture = held.enter_context(opened_picture(data))
             except OSError as error:
                 faults[index] = error.strerror or type(error).__name__
@@ -75,7 +75,7 @@ def refuse_unreadable(task: str, images: Sequence[Found], faults: dict[int, str]
     path = UNREADABLE / f"{task}.txt"
     path.unlink(missing_ok=True)
     if faults:
-        lines = [as_line(f"{images[index].path} ({fault})") for index, fault in faults.items()]
+        lines = [as_line(f"{images[index].shown} ({fault})") for index, fault in faults.items()]
         for shown in (3, 2, 1):
             rest = f" and {len(lines) - shown} more, all of them in {path}" if len(lines) > shown else ""
             line = f"cannot read {', '.join(lines[:shown])}{rest}; replace or remove what is broken"

@@ -9,8 +9,9 @@ import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from pipelines.data.parquet_shards import PATH_COLUMNS
 from pipelines.data.source_files import (
     EXTENSIONS,
     PARTS,
@@ -27,16 +28,12 @@ from pipelines.project.files import natural_key
 from pipelines.project.names import class_name_fault, is_text
 from pipelines.project.regular_files import regular_bytes
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Manifests that are found by themselves, at the top of a source or in its train/ and test/."""
 _MANIFEST_BYTES = 2**30
 """Size of a manifest at most."""
 _SHOWN = 60
 """Characters of a cell or column in a message."""
-_PATH_COLUMNS = ("path", "file_name")
 
 
 class _Row(NamedTuple):
@@ -71,13 +68,13 @@ def of_manifests(folder: Path, names: Sequence[str], tables: Sequence[tuple[Path
     wanted, labels = set(names), set()
     for path, part in tables:
         for row in read_manifest(path):
-            label = class_of(row)
+            label = class_of(row.where, row.label)
             if isinstance(label, Fault):
                 faults.append(label)
                 continue
             labels.add(label)
             file = _file_of(row, path.parent, check=label in wanted)
-            its = _part_of(row, given=part)
+            its = part_of(row.where, row.part, given=part)
             if isinstance(file, Fault) or isinstance(its, Fault):
                 if label in wanted:
                     faults += [fault for fault in (file, its) if isinstance(fault, Fault)]
@@ -135,24 +132,24 @@ def _in_linked_folders(folder: Path, listed: Iterable[Found]) -> Iterator[Fault]
             yield linked_folder(folder / place)
 
 
-def class_of(row: _Row) -> str | Fault:
-    """Return the class of a row: text as it is, a whole number as its decimal digits."""
-    label = str(row.label) if type(row.label) is int else row.label
+def class_of(where: str, label: object) -> str | Fault:
+    """Return the class that a label says: text as it is, a whole number as its decimal digits."""
+    label = str(label) if type(label) is int else label
     if not isinstance(label, str):
         what = "the label is empty" if label is None else f"the label is {_shown(label)}"
-        return Fault(row.where, what, "write text or a whole number")
+        return Fault(where, what, "write text or a whole number")
     fault = class_name_fault(label)
-    return Fault(row.where, f"the label {_shown(label)} {fault}", "rename the class") if fault else label
+    return Fault(where, f"the label {_shown(label)} {fault}", "rename the class") if fault else label
 
 
-def _part_of(row: _Row, *, given: str | None) -> str | Fault | None:
-    """Return the part of a row: what its manifest's place says, else its own word."""
-    if given is not None or row.part is None:
+def part_of(where: str, word: object, *, given: str | None) -> str | Fault | None:
+    """Return the part of an image: what the place of its list says, else its own word."""
+    if given is not None or word is None:
         return given
-    word = str(row.part).strip().lower()
-    if word not in WORDS:
-        return Fault(row.where, f"the split is {_shown(row.part)}", "write train, validation or test")
-    return WORDS[word]
+    clean = str(word).strip().lower()
+    if clean not in WORDS:
+        return Fault(where, f"the split is {_shown(word)}", "write train, validation or test")
+    return WORDS[clean]
 
 
 def _file_of(row: _Row, home: Path, *, check: bool) -> str | Fault:
@@ -253,13 +250,6 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        fields = list(file.schema_arrow)
-        paths = [field for field in fields if field.name in _PATH_COLUMNS]
-        if any(_holds_bytes(field.type) for field in paths or fields):
-            raise InputError(
-                f"{path}: the images are inside this file, which are not read; write them as files with a list of "
-                "their names and labels, as docs/reference/data.md shows"
-            )
         columns = _columns_of(path, file.schema_arrow.names)
         table = file.read(columns=[name for name in columns if name is not None])
         records = table.to_pylist()
@@ -271,16 +261,6 @@ def _parquet_rows(path: Path, data: bytes) -> Iterator[_Row]:
         yield _row(f"{path}: row {number}", record, columns)
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """Return whether a column has an image in each cell: its bytes, or bytes and path as the Hugging Face hub has."""
-    import pyarrow as pa
-
-    binary = (pa.types.is_binary, pa.types.is_large_binary)
-    if any(holds(kind) for holds in binary):
-        return True
-    return pa.types.is_struct(kind) and any(holds(field.type) for field in kind for holds in binary)
-
-
 def _fault(error: Exception) -> str:
     """Return what a library says of a file, as part of a line."""
     return one_line(error)[:_SHOWN]
@@ -288,7 +268,7 @@ def _fault(error: Exception) -> str:
 
 def _columns_of(where: str | Path, names: Sequence[str]) -> tuple[str, str, str | None]:
     """Return the columns of path, label and split (None where there is none) among those of a manifest."""
-    paths = [name for name in _PATH_COLUMNS if name in names]
+    paths = [name for name in PATH_COLUMNS if name in names]
     some = [*map(_shown, names[:8]), *(["…"] if len(names) > 8 else [])]
     found = ", ".join(text.strip("'") for text in some) or "none"
     if len(paths) != 1:

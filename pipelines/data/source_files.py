@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.regular_files import regular_bytes
 
+SHARDS = (".parquet", ".tar")
+"""Endings of files that may hold images."""
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PARTS = ("train", "validation", "test")
 WORDS = {
@@ -25,7 +28,7 @@ _LITTER = {
     *("system volume information", "lost+found", "folder.htt", "picasa.ini", "zbthumbnail.info"),
 }
 """What systems and stores leave beside images, by its name in lower case. All that begins with a dot is of its kind."""
-_IMAGE_BYTES = 512 * 2**20
+IMAGE_BYTES = 512 * 2**20
 """Size of an image file at most."""
 
 
@@ -40,20 +43,90 @@ class Fault(NamedTuple):
         return as_line(f"{self.where}: {self.what}; {self.remedy}")
 
 
-class Found(NamedTuple):
-    """An image file of a source."""
+class Entry(NamedTuple):
+    """An image as its shard has it."""
+
+    file: str
+    """what tells it from others of the shard"""
+    label: Any
+    part: Any
+    """the word of the shard for its part; None where it has none"""
+    start: int
+    """where it begins: a byte of the shard, or a row"""
+    size: int
+    """its bytes; 0 where that is not known yet"""
+
+
+class Shard(Protocol):
+    """A file that holds many images."""
 
     path: Path
+    name: str
+    """its path in the source, which no two shards share"""
+    shown: str
+    """what messages call it"""
+
+    def entries(self) -> Iterator[Entry | Fault]:
+        """Yield all images, in an order that depends on the bytes of the shard alone, and what is wrong."""
+
+    def hold(self, entry: Entry) -> int:
+        """Note that an image may be read. Return its number."""
+
+    def where(self, file: str) -> str:
+        """Return what messages call an image, by what tells it from others of the shard."""
+
+    def image(self, number: int) -> bytes:
+        """Return the bytes of an image.
+
+        Raises:
+            ValueError: the text says why there are none.
+            OSError: the shard cannot be read.
+        """
+
+
+class Found(NamedTuple):
+    """An image of a source."""
+
+    path: Path
+    """its file, or that of its shard"""
     part: str | None
     """train, validation or test; None where the source does not say"""
     name: str
     """its class"""
     file: str
-    """what tells it from others of its class: the file's name, or its path as the manifest has it"""
+    """what tells it from others of its class: the file's name, its path as the manifest has it, or its shard and its
+    place there"""
+    shard: Shard | None = None
+    """what holds it, where it is no file of its own"""
+    number: int = 0
+    """its number there"""
+
+    @property
+    def shown(self) -> str:
+        """What messages call it."""
+        if self.shard is None:
+            return str(self.path)
+        return self.shard.where(self.file.removeprefix(f"{self.shard.name}/"))
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file.
+
+        Raises:
+            ValueError: there are none, or more than `IMAGE_BYTES`.
+            OSError: they cannot be read.
+        """
+        return image_bytes(self.path) if self.shard is None else self.shard.image(self.number)
+
+    def is_of(self, sha256: str) -> bool:
+        """Return whether the image file has this hash. One that cannot be read has none."""
+        try:
+            return hashlib.sha256(self.read()).hexdigest() == sha256
+        except (OSError, ValueError):
+            return False
 
 
 class Source(NamedTuple):
-    """The image files of some classes of a source, and what is wrong with it."""
+    """The images of some classes of a source, and what is wrong with it."""
 
     images: list[Found]
     faults: list[Fault]
@@ -85,10 +158,10 @@ def image_bytes(path: Path) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        ValueError: it is no regular file, or larger than `_IMAGE_BYTES`.
+        ValueError: it is no regular file, or larger than `IMAGE_BYTES`.
         OSError: it cannot be read.
     """
-    return regular_bytes(path, at_most=_IMAGE_BYTES)
+    return regular_bytes(path, at_most=IMAGE_BYTES)
 
 
 def linked_folder(folder: Path) -> Fault:

@@ -1,4 +1,4 @@
-"""Sources of a task: class folders, divided or not, or a manifest."""
+"""Sources of a task: class folders, divided or not, a manifest, or shards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pipelines.data.archives import is_archive
 from pipelines.data.class_folders import is_divided, missing_part, nested_folder, of_folders
 from pipelines.data.division import divide
 from pipelines.data.manifests import class_of, manifests, of_manifests, read_manifest
+from pipelines.data.shards import of_shards, shard_classes, shards_of
 from pipelines.data.source_files import WORDS, Fault, Found, Source, refuse, visible
 from pipelines.project.errors import InputError
 from pipelines.project.files import natural_key
@@ -34,9 +35,15 @@ def class_names(folder: Path, *, manifest: str | None, shown: str) -> list[str]:
     """Return all classes of a source, in natural order. An `InputError` calls the folder `shown`."""
     if not folder.is_dir():
         raise InputError(str(_no_folder(folder, shown)))
+    shards = shards_of(folder, manifest)
     tables = manifests(folder, manifest)
-    if tables:
-        labels = [class_of(row) for path, _ in tables for row in read_manifest(path)]
+    if shards:
+        found = shard_classes(shards)
+        if isinstance(found, Fault):
+            raise InputError(str(found))
+        names = found
+    elif tables:
+        labels = [class_of(row.where, row.label) for path, _ in tables for row in read_manifest(path)]
         names = {label for label in labels if isinstance(label, str)}
         if not names:
             refuse([label for label in labels if isinstance(label, Fault)])
@@ -98,5 +105,7 @@ def read_source(folder: Path, names: Sequence[str], *, manifest: str | None) -> 
     """List the images of the classes `names`, and collect whatever is wrong with them. Other classes are left alone."""
     if not folder.is_dir():
         return Source([], [_no_folder(folder, str(folder))])
+    if shards := shards_of(folder, manifest):
+        return of_shards(names, shards)
     tables = manifests(folder, manifest)
     return of_manifests(folder, names, tables) if tables else of_folders(folder, names)

@@ -1,17 +1,20 @@
 """Edits of the `tasks` block of `params.yaml`. Every byte outside the edited lines stays as it is."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.manifests import manifests
+from pipelines.data.pins import pin
+from pipelines.data.shards import shards_of
 from pipelines.data.sources import class_names, unread_tables
 from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import PARAMS
-from pipelines.project.names import manifest_fault
+from pipelines.project.names import manifest_fault, source_fault
 from pipelines.project.params import Params
 from pipelines.project.params_text import task_line, with_block, with_line
 from pipelines.project.settings import Task
@@ -64,10 +67,19 @@ def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: 
     ]
 
 
+def pin_source(urls: Sequence[str], folder: Path, path: Path = PARAMS) -> list[str]:
+    """Read shards that are elsewhere, and pin them in a folder of the project. Return lines to print."""
+    source, _ = inside_project(folder, path)
+    if fault := source_fault(source):
+        raise InputError(f"{source}: it {fault}")
+    return pin(urls, Path(source))
+
+
 def _unread(path: Path, folder: str, manifest: str | None) -> list[str]:
     """Return a line about tables in a source of class folders, which nobody reads."""
     source = path.parent / folder
-    tables = [] if manifests(source, manifest) else unread_tables(source)
+    listed = manifests(source, manifest) or shards_of(source, manifest)
+    tables = [] if listed else unread_tables(source)
     if not tables:
         return []
     return [
@@ -120,6 +132,10 @@ def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
 
     A manifest that stands for its folder is one by its name; in every other case the manifest is None.
     """
+    if re.match(r"[a-z0-9+]+:/", str(source)):
+        raise InputError(
+            f"{source}: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
+        )
     manifest = None
     if not manifest_fault(Path(source).name) and not Path(source).is_dir():
         manifest, source = Path(source).name, Path(source).parent

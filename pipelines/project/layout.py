@@ -51,6 +51,8 @@ CHECKPOINTS = ".sdlora/checkpoints"
 """The store of checkpoints where params.yaml names none, as a text: a store may be a URL."""
 DOWNLOADS = Path(".sdlora/downloads")
 """Archives, a folder for each data set; files that are put there by hand are used."""
+PINNED = Path(".sdlora/pinned")
+"""Shards of pinned sources, each under the hash of its bytes; may be deleted."""
 DECODED = Path(".sdlora/decoded")
 """Decoded images, which are kept for the next evaluation."""
 UNREADABLE = Path(".sdlora/unreadable")

@@ -21,6 +21,8 @@ def is_text(name: str) -> bool:
 
     Other characters that show nothing, such as joiners and narrow blanks, are part of names in many scripts.
     """
+    if name.isascii():  # most are, and this is ten times as fast
+        return name.isprintable()
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
@@ -50,13 +52,13 @@ def source_fault(text: str) -> str | None:
 
 
 def manifest_fault(text: str) -> str | None:
-    """Why a text is no name of a file that lists images."""
+    """Why a text is no name of a file that lists or holds images, nor a pattern of such names."""
     if fault := name_fault(text):
         return fault
-    if not re.fullmatch(r"[^./\\][^/\\]*\.(csv|jsonl|parquet)", text):
+    if not re.fullmatch(r"[^./\\][^/\\]*\.(csv|jsonl|parquet|tar)", text):
         return (
-            "is not the name of a .csv, .jsonl or .parquet file in the source folder; name that file, its folder "
-            "being the source"
+            "is not the name of a .csv, .jsonl, .parquet or .tar file in the source folder; name that file, its "
+            "folder being the source"
         )
     return None
 

@@ -34,6 +34,19 @@ class SplitRecord(TypedDict):
     files: NotRequired[dict[_SplitFile, Sha256]]
 
 
+class _PinnedFile(TypedDict):
+    name: Name
+    url: str
+    sha256: Sha256
+    size: WholeNumber
+
+
+class PinnedSource(TypedDict):
+    """remote.json: the files of a source that are elsewhere, with their hashes."""
+
+    files: list[_PinnedFile]
+
+
 class TrainingImages(TypedDict):
     """train.json: what describes a task's training images."""
 

@@ -355,7 +355,7 @@ class Task(Section):
     source: _Source
     """the folder of its images, inside the project"""
     manifest: _Manifest | None = None
-    """a file in that folder which lists the images; null for class folders or a metadata file"""
+    """a file in that folder which lists or holds the images, or a pattern of such; null for all that is there"""
     classes: Annotated[tuple[_ClassName, ...], Field(strict=False)]
     """its classes, in the order of their labels"""
 

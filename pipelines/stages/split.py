@@ -90,8 +90,8 @@ class _Picture(NamedTuple):
         return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
 
     def print(self) -> Print:
-        """Return what the picture is compared by. Messages show the path of its file."""
-        return _print_of(self.sample(), shown=str(self.found.path))
+        """Return what the picture is compared by. Messages show where it stands."""
+        return _print_of(self.sample(), shown=self.found.shown)
 
 
 @stage

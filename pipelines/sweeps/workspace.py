@@ -18,6 +18,7 @@ from pipelines.project.layout import (
     DVC,
     DVC_YAML,
     PARAMS,
+    PINNED,
     SCRATCH,
     SWEEPS,
     TURNS,
@@ -137,7 +138,7 @@ def make_workspace(project: Project, sweep: str, chain: str, text: str) -> Works
         inside = any((folder / place).is_symlink() for place in path.parents)
         if not inside and not any(path.is_relative_to(out) for out in made):
             _link(folder / path, project.root / path)
-    for shared in (DOWNLOADS, DECODED):
+    for shared in (DOWNLOADS, PINNED, DECODED):
         (project.root / shared).mkdir(parents=True, exist_ok=True)
         _link(folder / shared, project.root / shared)
     write_json(folder / TURNS, {"folder": str(project.root / SWEEPS / ".turns"), "stages": keys})

@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pipelines.audits.retire.deletion import delete_everywhere, to_run
 from pipelines.audits.retire.stored_images import Left, fetched, left_of
 from pipelines.audits.retire.survey import survey
+from pipelines.data.pins import PIN
 from pipelines.ledger.receipts import Receipt, read_receipt, receipt_of
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json
-from pipelines.project.layout import DOWNLOADS, LOCK, PARAMS, SPLITS, SWEEPS
+from pipelines.project.layout import DOWNLOADS, LOCK, PARAMS, PINNED, SPLITS, SWEEPS
 from pipelines.project.names import is_text
 from pipelines.project.params import Params
 from pipelines.runtime.console import echo
@@ -99,6 +100,8 @@ def _preview(receipt: Receipt, left: Left, params: Params) -> Iterator[str]:
         first, *others = receipt.elsewhere
         more = f" and {len(others)} more" if others else ""
         yield f"warning: the same picture is in other tasks, and stays there: {first}{more}"
+    for path in (file.path for file in receipt.raw if PurePath(file.path).name == PIN):
+        yield f"warning: {path} goes; the shards that it pins stay where they are, and in {PINNED} of each clone"
     tracked = _tracked_by_git(receipt)
     if tracked:
         yield f"warning: files in git, whose history keeps them: {tracked}"

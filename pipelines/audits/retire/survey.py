@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines.audits.retire.stored_images import objects_of, stores
 from pipelines.data.packed import PACKED, TRAINING, SampleRow, read_images, read_samples
-from pipelines.data.source_files import refuse
+from pipelines.data.pins import PIN
+from pipelines.data.shards import shard_classes, shards_of
+from pipelines.data.source_files import Fault, Shard, refuse
 from pipelines.data.sources import read_source
 from pipelines.data.split_chain import SAMPLES, part_file
 from pipelines.ledger.receipts import Kept, Packed, Picture, RawFile, Receipt, read_receipts, receipt_of
@@ -130,6 +132,9 @@ def raw_files(task: str, params: Params) -> Iterator[RawFile]:
         )
     found = read_source(source, entry.classes, manifest=entry.manifest)
     refuse(found.faults)
+    if shards := shards_of(source, entry.manifest):
+        yield from _raw_shards(task, entry, shards)
+        return
     owners: dict[Path, str] = {}
     for name, other in params.tasks.items():
         if name != task and not other.retired and Path(other.source).is_dir():
@@ -141,6 +146,20 @@ def raw_files(task: str, params: Params) -> Iterator[RawFile]:
                 f"retire: {image.path} is an image of {owners[image.path]} too; give {task} files of its own"
             )
         yield RawFile(path=image.path.as_posix(), sha256=sha256_of(image.path), link=image.path.is_symlink())
+
+
+def _raw_shards(task: str, entry: Task, shards: Sequence[Shard]) -> Iterator[RawFile]:
+    """Yield the shards of a task's source, or what pins them, if no image of another class is in them."""
+    names = shard_classes(shards)
+    others = set() if isinstance(names, Fault) else names - set(entry.classes)
+    if others:
+        raise InputError(
+            f"retire: {entry.source}: the shards with the images of {task} hold another class too ({min(others)}), and "
+            "are deleted as a whole; move them away by hand"
+        )
+    pinned = Path(entry.source) / PIN
+    for path in [pinned] if entry.manifest is None and pinned.is_file() else [shard.path for shard in shards]:
+        yield RawFile(path=path.as_posix(), sha256=sha256_of(path), link=path.is_symlink())
 
 
 def _kept(stage: str, task: str, after: str) -> Kept:

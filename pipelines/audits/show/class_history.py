@@ -23,10 +23,11 @@ from pipelines.audits.steps import (
     test_pictures,
 )
 from pipelines.audits.tables import console, interval, print_json, significant, table
+from pipelines.data.source_files import Found
 from pipelines.data.sources import read_source
 from pipelines.data.split_chain import TEST, part_file
 from pipelines.project.errors import InputError
-from pipelines.project.files import natural_key, sha256_of
+from pipelines.project.files import natural_key
 from pipelines.project.layout import SPLITS
 from pipelines.reports.format import DASH, chance, count, p_equals, percent
 from pipelines.runtime.console import printable
@@ -151,22 +152,22 @@ def _mistakes(
     for row in order:
         key = wrong.ids[row]
         file = files.get(key)
-        same = file is not None and file.is_file() and sha256_of(file) == hashes[key]
+        same = file is not None and file.is_of(hashes[key])
         found.append(
             {
                 "id": key,
                 "taken_for": wrong.guesses[row],
                 "task": owners[wrong.guesses[row]],
                 "confidence": float(wrong.confidences[row]),
-                "file": str(file) if same else None,
+                "file": file.shown if file is not None and same else None,
                 "packed": (SPLITS / wrong.tasks[row] / part_file(TEST, wrong.tasks[row])).as_posix(),
             }
         )
     return found
 
 
-def _source_files(project: AuditedProject, task: str, name: str) -> dict[str, Path]:
-    """Test image → the file that it was packed from, as far as the task's source still lists it."""
+def _source_files(project: AuditedProject, task: str, name: str) -> dict[str, Found]:
+    """Test image → the one that it was packed from, as far as the task's source still lists it."""
     entry = project.params.tasks.get(task)
     if entry is None or not Path(entry.source).is_dir():
         return {}
@@ -174,6 +175,4 @@ def _source_files(project: AuditedProject, task: str, name: str) -> dict[str, Pa
         listed = read_source(Path(entry.source), [name], manifest=entry.manifest).images
     except InputError:  # the source may have changed since, which is no fault of this question
         return {}
-    return {
-        f"{task}/test/{name}/{found.file}": found.path for found in listed if found.part in (None, "test")
-    }
+    return {f"{task}/test/{name}/{found.file}": found for found in listed if found.part in (None, "test")}

@@ -15,6 +15,7 @@ from pipelines.data.division import divide
 from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
 from pipelines.data.manifests import manifests
 from pipelines.data.packed import read_images
+from pipelines.data.shards import shards_of
 from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
 from pipelines.data.sources import read_source, unread_tables
 from pipelines.data.split_chain import SAMPLES, part_file
@@ -87,7 +88,7 @@ def look_at(
 
     unreadable = read_pictures(f"read {key}", divided.images, look, max_pixels=data.max_pixels)
     if unreadable:
-        where = [f"{divided.images[index].path} ({fault})" for index, fault in unreadable.items()]
+        where = [f"{divided.images[index].shown} ({fault})" for index, fault in unreadable.items()]
         what = f"{counted(where, 'image')} cannot be read"
         findings.append(Finding("error", "unreadable", key, what, where, "replace or remove each"))
     whole = sorted(looks)
@@ -103,12 +104,12 @@ def look_at(
 def _print_of(found: Found, picture: Image) -> Print:
     """Return what a picture is compared by. Its class's name is its label, since every class has one task."""
     assert found.part is not None
-    return Print(str(found.path), found.part, found.name, picture_hash(picture), perceptual_hash(picture))
+    return Print(found.shown, found.part, found.name, picture_hash(picture), perceptual_hash(picture))
 
 
 def _left_out(folder: Path) -> Iterator[str]:
     """Images, tables and folders where no class folder is, and classes that are in test/ and not in train/."""
-    if not manifests(folder, None):
+    if not manifests(folder, None) and not shards_of(folder, None):
         yield from (_printable(f"{path}, a table") for path in unread_tables(folder))
     divided = is_divided(folder)
     learned = {path.name for path in visible(folder / "train")}

@@ -146,7 +146,7 @@ def _sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str,
         images = seen.images if seen else _known_images(task, data)
         for found in images:
             if found.part == "train":
-                readers[found.name].append((found.file, found.path.read_bytes))
+                readers[found.name].append((found.file, found.read))
     return {
         name: [reader for _, reader in sorted(its, key=lambda pair: _lot(pair[0]))[:each]]
         for name, its in readers.items()

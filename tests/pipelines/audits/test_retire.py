@@ -20,6 +20,7 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.params import Params
 from tests.support.commands import call, call_here, environment, said_here
+from tests.support.shards import png, write_parquet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 WHY = "the contract ends"
@@ -368,6 +369,24 @@ def test_a_file_that_two_tasks_list_is_not_taken_from_one(
     text += '  t02: {after: t01, source: both, manifest: "t02.csv", classes: [c]}\n'
     with pytest.raises(InputError, match=r"both/0\.png is an image of t02 too; give t01 files of its own"):
         list(survey.raw_files("t01", Params.parse(text, origin="params.yaml")))
+
+
+def test_shards_go_as_a_whole_and_not_where_another_class_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.parameters import settings
+
+    monkeypatch.chdir(tmp_path)
+    text = settings().split("tasks:\n")[0] + "tasks:\n  t01: {after: t00, source: birds, classes: [a]}\n"
+    params = Params.parse(text, origin="params.yaml")
+    write_parquet(Path("birds/0.parquet"), [(png(1), "a"), (png(2), "a")])
+    write_parquet(Path("birds/1.parquet"), [(png(3), "a")])
+    assert [file.path for file in survey.raw_files("t01", params)] == ["birds/0.parquet", "birds/1.parquet"]
+    write_parquet(Path("birds/1.parquet"), [(png(3), "b")])
+    with pytest.raises(
+        InputError, match=r"birds: the shards with the images of t01 hold another class too \(b\)"
+    ):
+        list(survey.raw_files("t01", params))
 
 
 def test_a_remote_that_cannot_delete_is_no_reason_to_begin(project: Path) -> None:

@@ -1,8 +1,5 @@
 import json
 import os
-import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +15,6 @@ from pipelines.data.source_files import Found
 from pipelines.data.sources import class_names, read_source, task_images
 from pipelines.project.errors import InputError
 from pipelines.project.settings import Data
-from tests.support.repository import REPOSITORY
 
 OWN = Path("data/raw/own")
 DATA = Data(duplicates="refuse", test_fraction=0.2, seed=0, validation=None, max_pixels=100)
@@ -492,17 +488,6 @@ def test_a_line_without_the_split_that_others_have_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("column", ["path", "image"])
-def test_images_inside_a_parquet_file_are_not_read(column: str) -> None:
-    images = [{"bytes": b"x", "path": "1.png"}]
-    pq.write_table(pa.table({column: images, "label": [0]}), OWN / "list.parquet")
-
-    assert refusal("a", manifest="list.parquet") == (
-        "data/raw/own/list.parquet: the images are inside this file, which are not read; write them as files with a "
-        "list of their names and labels, as docs/reference/data.md shows"
-    )
-
-
 def test_labels_that_are_no_names_are_the_first_thing_said_of_a_manifest() -> None:
     touch("1.png", "2.png")
     as_jsonl(OWN / "metadata.jsonl", [("1.png", True), ("2.png", False)], ("file_name", "label"))
@@ -541,22 +526,6 @@ def test_a_manifest_that_is_no_file_is_refused_at_once() -> None:
     assert refusal("a", manifest="list.csv") == (
         "data/raw/own/list.csv: it is a pipe, not a file; correct the manifest, or the task"
     )
-
-
-def test_the_page_about_data_says_how_images_are_taken_out_of_parquet() -> None:
-    rows = [
-        {"image": {"bytes": b"%d" % i, "path": f"{i}.jpg" if i else None}, "label": i % 2} for i in range(4)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), "train.parquet")
-    page = (REPOSITORY / "docs/reference/data.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-    birds = Path("data/raw/birds")
-    assert class_names(birds, manifest=None, shown="birds") == ["0", "1"]
-    assert (birds / "1/3.jpg").read_bytes() == b"3"
-    assert (birds / "0/0.png").read_bytes() == b"0"
 
 
 def test_two_manifests_that_would_be_found_are_refused() -> None:

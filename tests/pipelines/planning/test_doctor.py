@@ -22,6 +22,7 @@ from pipelines.project.params import Params
 from pipelines.stages.split import split
 from pipelines.stages.start import start
 from tests.support.repository import REPOSITORY
+from tests.support.shards import png, write_parquet
 
 OWN = Path("data/raw/own")
 
@@ -257,6 +258,24 @@ def test_a_class_of_test_alone_and_a_folder_beside_the_parts_are_said_not_to_be_
         "data/raw/own/beside/",
         "'data/raw/own/caf\\udce9/'",
         "data/raw/own/test/forgotten/",
+    ]
+
+
+def test_bad_rows_of_a_shard_are_named_as_bad_files_are_and_a_whole_one_is_well() -> None:
+    rows: list[tuple[bytes | None, object]] = [(png(1000 + number, 64), "wren") for number in range(30)]
+    write_parquet(OWN / "train.parquet", rows)
+    assert [finding.what for finding in examine(OWN, quick=True)] == ["30 images of 1 class, nothing amiss"]
+    write_parquet(OWN / "train.parquet", [*rows, (b"no picture", "wren"), (None, "wren"), (png(1, 64), None)])
+
+    findings = found()
+
+    assert sorted(findings["error", "unreadable"].where) == [
+        "data/raw/own/train.parquet: row 31 (it is no image that Pillow knows)",
+        "data/raw/own/train.parquet: row 32 (the row has no bytes of an image; write them into the file, not their "
+        "path)",
+    ]
+    assert findings["error", "source"].where == [
+        "data/raw/own/train.parquet: row 33: the label is empty; write text or a whole number"
     ]
 
 

@@ -9,6 +9,7 @@ from pipelines.project.params import Params
 from pipelines.project.params_text import entry_lines, with_lines, with_task, with_value, without_fetch
 from pipelines.project.settings import Task
 from tests.support.repository import REPOSITORY
+from tests.support.shards import png, write_parquet
 
 SHIPPED = REPOSITORY / "params.yaml"
 
@@ -61,6 +62,27 @@ def test_a_table_beside_class_folders_is_said_to_be_read_by_nobody() -> None:
 
     assert add_task("data/raw/own")[-1] == line
     assert plan("data/raw/own", tasks=2, force=True)[-1] == line
+
+
+@pytest.mark.parametrize("pattern", ["t*.parquet", "*.parquet", "[st]*.parquet"])
+def test_shards_are_a_source_by_their_folder_or_by_a_pattern_and_a_url_is_pinned_first(pattern: str) -> None:
+    write_parquet(Path("data/raw/own/train.parquet"), [(png(1), "cat"), (png(2), "dog")])
+
+    lines = add_task(f"data/raw/own/{pattern}")
+    assert (
+        lines[1]
+        == f't06: {{after: t05, source: data/raw/own, manifest: "{pattern}", classes: ["cat", "dog"]}}'
+    )
+    assert len(lines) == 2
+    assert Params.load().tasks["t06"].manifest == pattern
+    assert plan("data/raw/own", tasks=1, force=True)[-1] == (
+        't01: {after: t00, source: data/raw/own, classes: ["cat", "dog"]}'
+    )
+    with pytest.raises(InputError) as caught:
+        add_task(Path("s3://bucket/own"))
+    assert str(caught.value) == (
+        "s3:/bucket/own: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
+    )
 
 
 def test_planning_changes_no_byte_outside_the_block() -> None:

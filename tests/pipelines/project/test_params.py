@@ -273,13 +273,13 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "source: data/raw/own", "source: data/raw/own, manifest: lists/all.csv",
-            'tasks.t03.manifest: "lists/all.csv" is not the name of a .csv, .jsonl or .parquet file in the source'
+            'tasks.t03.manifest: "lists/all.csv" is not the name of a .csv, .jsonl, .parquet or .tar file in the source'
             " folder; name that file, its folder being the source",
             id="a-manifest-in-another-folder",
         ),
         pytest.param(
             "source: data/raw/own", "source: data/raw/own, manifest: all.xlsx",
-            'tasks.t03.manifest: "all.xlsx" is not the name of a .csv, .jsonl or .parquet file in the source'
+            'tasks.t03.manifest: "all.xlsx" is not the name of a .csv, .jsonl, .parquet or .tar file in the source'
             " folder; name that file, its folder being the source",
             id="a-manifest-of-another-kind",
         ),

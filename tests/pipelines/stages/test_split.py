@@ -13,7 +13,10 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.stages.split import split
 from pipelines.stages.start import start
+from tests.support.commands import call, call_here
+from tests.support.folders import write_project
 from tests.support.repository import REPOSITORY
+from tests.support.shards import write_parquet, write_tar
 
 SHIPPED = REPOSITORY / "params.yaml"
 SOURCE = Path("data/raw/own")
@@ -574,3 +577,64 @@ def test_nearly_the_same_pictures_across_parts_are_a_warning_and_counted(
         " data/raw/own/test/ant/a.jpg and data/raw/own/train/cat/a.png; `sdlora doctor` lists them"
     ) in said
     assert "such as data/raw/own/test/dog/b.png and t01/train/ant/b.png of an earlier task" in said
+
+
+def in_shards() -> None:
+    """The pictures of the source, in a Parquet file for train and a tar file for test."""
+    files = {path.relative_to(SOURCE): path.read_bytes() for path in sorted(SOURCE.rglob("*.png"))}
+    shutil.rmtree(SOURCE)
+    names = ["cat", "dog", "ant", "bee"]
+    train = [(data, names.index(path.parts[1])) for path, data in files.items() if path.parts[0] == "train"]
+    write_parquet(SOURCE / "data/train-00000-of-00001.parquet", train, names=names)
+    test = {str(path): data for path, data in files.items() if path.parts[0] == "test"}
+    write_tar(SOURCE / "own-test.tar", test)
+
+
+def test_images_of_shards_are_packed_as_those_of_files_are() -> None:
+    run("t01")
+    files = {
+        name: read_images(Path(name)) for name in ("split/train/t01/train.arrow", "split/t01/test/t01.arrow")
+    }
+    shutil.rmtree("split/t01")
+    in_shards()
+
+    run("t01")
+
+    for name, expected in files.items():
+        packed = read_images(Path(name))
+        for column in ("label", "image", "sha256", "pixels"):
+            assert sorted(packed[column].to_pylist()) == sorted(expected[column].to_pylist())
+    ids = read_images(Path("split/t01/test/t01.arrow"))["id"].to_pylist()
+    assert ids == ["t01/test/cat/own-test.tar/test/cat/1.png", "t01/test/ant/own-test.tar/test/ant/1.png"]
+    first = tree(Path("split/t01"))
+    run("t01")
+    assert tree(Path("split/t01")) == first
+
+
+def test_rows_that_are_no_pictures_are_named_by_shard_and_row() -> None:
+    in_shards()
+    write_parquet(SOURCE / "train-more.parquet", [(b"no picture", "cat"), (None, "ant"), (b"x", "dog")])
+
+    assert refusal("t01") == (
+        "cannot read data/raw/own/train-more.parquet: row 1 (it is no image that Pillow knows), "
+        "data/raw/own/train-more.parquet: row 2 (the row has no bytes of an image; write them into the file, not their "
+        "path); replace or remove what is broken"
+    )
+
+
+@pytest.mark.slow
+def test_a_changed_byte_of_a_shard_makes_the_split_stale(project: Path) -> None:
+    in_shards()
+    shutil.rmtree("split")
+    write_project(project, {"dvc.yaml": (REPOSITORY / "dvc.yaml").read_text()})
+    call_here(project, "code", "--out", "artifacts/code")
+    call_here(project, "start", "--out", "artifacts/split/t00", "--evaluation", "artifacts/evaluation/t00",
+              "--gate", "artifacts/gate/t00")  # fmt: skip
+    call(project, "dvc", "repro", "--single-item", "split@t01")
+    assert "up to date" in call(project, "dvc", "status", "split@t01")
+    for shard in ("data/train-00000-of-00001.parquet", "own-test.tar"):
+        before = (SOURCE / shard).read_bytes()
+        (SOURCE / shard).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert "modified:           data/raw/own" in call(project, "dvc", "status", "split@t01")
+        (SOURCE / shard).write_bytes(before)
+    assert "up to date" in call(project, "dvc", "status", "split@t01")
