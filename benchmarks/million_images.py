@@ -15,6 +15,7 @@ what the process itself has (RssAnon), in MiB; both are sums over the stage's pr
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -104,16 +105,17 @@ def write_project(folder: Path, images: int, classes: int, seed: int) -> None:
     for name, text in project_files("many", example=False).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
+    torch.manual_seed(seed)
+    weights = timm.create_model(BACKBONE.partition(".")[0], img_size=32).state_dict()
+    save_file(weights, folder / "random.safetensors")
+    digest = hashlib.sha256((folder / "random.safetensors").read_bytes()).hexdigest()
     params = folder / "params.yaml"
     text = params.read_text(encoding="utf-8")
-    for key, value in SETTINGS.items():
+    for key, value in {**SETTINGS, "sha256": digest}.items():
         text = re.sub(rf"^  {key}:( [^ \n]+)?", f"  {key}: {value}", text, count=1, flags=re.MULTILINE)
     names = ", ".join(map(class_name, range(classes)))
     task = f"  t01: {{after: t00, source: {SOURCE}, classes: [{names}]}}\n"
     params.write_text(text.replace("tasks: {}\n", f"tasks:\n{task}"), encoding="utf-8")
-    torch.manual_seed(seed)
-    weights = timm.create_model(BACKBONE.partition(".")[0], img_size=32).state_dict()
-    save_file(weights, folder / "random.safetensors")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     with ProcessPoolExecutor(2) as pool:
         for _ in pool.map(
