@@ -42,6 +42,8 @@ On the packaged backbone, 30 images of a class: of the 4,950 pairs of glyphs100,
 to the other mean in 12 % of cases (0.7 to 1: 8 %, above: 1 %). No pair of digits is (the nearest: 1.0); one class under
 two names always was (0.34 and less).
 """
+_ROUNDING = 1e-12
+"""Share of two means' squares below which their squared distance is rounding, and they are the same."""
 _ENOUGH = 10
 """Images of a class below which its mean says too little for that: of 3, every second glyph would look like another."""
 _SAMPLE, _PER_CLASS = 3000, 30
@@ -114,8 +116,10 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
         name = names[index]
         if features[name].task not in checked:
             continue
+        both = squares[:index] + squares[index]
+        apart = both - 2 * (means[:index] @ means[index])
+        apart[apart < _ROUNDING * both] = 0
         # Means are apart by chance alone, the fewer the images the more; what is left is the distance of the classes.
-        apart = squares[:index] + squares[index] - 2 * means[:index] @ means[index]
         apart -= noise[:index] + noise[index]
         least = np.maximum(np.minimum(spread[:index], spread[index]), np.finfo(float).tiny)
         ratio = np.sqrt(np.maximum(apart, 0) / least)
