@@ -7,7 +7,7 @@ weights), freeze, evaluate, gate, report.
 The floor of `doctor` and `split` is to read and decode the files, and to do nothing with them. That of `fit`, `freeze`
 and `evaluate` is to decode packed images and to bring them through the backbone once. Both are measured on a sample, in
 as many threads as the stages use (OMP_NUM_THREADS). Peak memory is VmHWM, which counts mapped files too, and of that
-what the process itself has (RssAnon), in MiB; both are sums over the stage's process and its children.
+what the process itself has (RssAnon), in MiB, of the largest of the stage's process and its children.
 
     python benchmarks/million_images.py                                    # 20,000 images of 200 classes
     python benchmarks/million_images.py --images 1000000 --classes 10000
@@ -133,8 +133,8 @@ def sdlora(folder: Path, *words: str) -> dict[str, float]:
         total, own = 0, 0
         while process.poll() is None:
             seen = list(_memory(process.pid))
-            total = max(total, sum(each["VmHWM"] for each in seen))
-            own = max(own, sum(each["RssAnon"] for each in seen))
+            total = max(total, *(each["VmHWM"] for each in seen), 0)
+            own = max(own, *(each["RssAnon"] for each in seen), 0)
             time.sleep(0.02)
     seconds = time.monotonic() - began
     if process.returncode:

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 from array import array
+from contextlib import AbstractContextManager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
@@ -49,14 +50,17 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype, *, room: int) -> 
     return torch.from_numpy(data).view(dtype).view(shape)
 
 
-class ByteStore:
-    """Byte strings in a file, in the order in which they came."""
+class ByteStore(AbstractContextManager["ByteStore"]):
+    """Byte strings in a file, in the order in which they came. Columns of them outlive it."""
 
     def __init__(self) -> None:
         with naming(SCRATCH):
             SCRATCH.mkdir(exist_ok=True)
             self._file = TemporaryFile(dir=SCRATCH)  # noqa: SIM115 - it lives as long as this
         self._ends = array("q", [0])
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
     def append(self, data: bytes | memoryview) -> None:
         """Add a byte string."""
@@ -76,10 +80,10 @@ class ByteStore:
             self._file.flush()
         whole = memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)) if ends[-1] else b""
         if len(chosen) <= chosen[-1] - chosen[0]:  # Arrow has no gaps
-            kept = ByteStore()
-            for place in chosen.tolist():
-                kept.append(whole[ends[place] : ends[place + 1]])
-            return kept.column(np.arange(len(chosen)))
+            with ByteStore() as kept:
+                for place in chosen.tolist():
+                    kept.append(whole[ends[place] : ends[place + 1]])
+                return kept.column(np.arange(len(chosen)))
         offsets = ends[chosen[0] : chosen[-1] + 2]
         data = whole[offsets[0] : offsets[-1]]
         buffers = [None, pa.py_buffer(offsets - offsets[0]), pa.py_buffer(data)]

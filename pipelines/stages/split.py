@@ -160,35 +160,36 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     if tasks[task].manifest is None:
         _tell_litter(task, source, names)
     labels = {name: label for label, name in enumerate(names, start=len(earlier.classes))}
-    read = _read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
-    pictures, left_out, near = _compared(read, names, known, data)
+    with ByteStore() as store:
+        read = _read_task(task, listed, store, labels=labels, max_pixels=data.max_pixels)
+        pictures, left_out, near = _compared(read, names, known, data)
 
-    parts = PARTS if data.validation is not None else ("train", "test")
-    counts = {name: dict.fromkeys(parts, 0) for name in names}
-    for image in pictures.files():
-        counts[image.name][image.part or ""] += 1
-    with whole_folder(images) as packed, whole_folder(out) as folder:
-        _write_pictures(pictures, folder, packed, validation=data.validation is not None)
-        classes = [{"label": labels[name], "name": name, "task": task} for name in names]
-        write_json(
-            folder / "classes.json",
-            {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
-        )
-        write_json(
-            folder / SPLIT,
-            {
-                "format": 2,
-                "task": task,
-                "after": tasks[task].after,
-                "previous": previous,
-                "files": own_files(folder),
-                "counts": counts,
-                "digest": samples_digest(pictures.samples()),
-                "duplicates": _copies(pictures.prints()),
-                "near_duplicates": near,
-                "left_out": left_out,
-            },
-        )
+        parts = PARTS if data.validation is not None else ("train", "test")
+        counts = {name: dict.fromkeys(parts, 0) for name in names}
+        for image in pictures.files():
+            counts[image.name][image.part or ""] += 1
+        with whole_folder(images) as packed, whole_folder(out) as folder:
+            _write_pictures(pictures, folder, packed, validation=data.validation is not None)
+            classes = [{"label": labels[name], "name": name, "task": task} for name in names]
+            write_json(
+                folder / "classes.json",
+                {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
+            )
+            write_json(
+                folder / SPLIT,
+                {
+                    "format": 2,
+                    "task": task,
+                    "after": tasks[task].after,
+                    "previous": previous,
+                    "files": own_files(folder),
+                    "counts": counts,
+                    "digest": samples_digest(pictures.samples()),
+                    "duplicates": _copies(pictures.prints()),
+                    "near_duplicates": near,
+                    "left_out": left_out,
+                },
+            )
     return StageResult([{"class": name, **counts[name]} for name in names])
 
 
@@ -288,11 +289,13 @@ def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[Class
             )
 
 
-def _read_task(task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int) -> _Pictures:
-    """Read and fully decode every file. All that cannot be read are refused in one error."""
+def _read_task(
+    task: str, images: Sequence[Found], store: ByteStore, *, labels: dict[str, int], max_pixels: int
+) -> _Pictures:
+    """Read and fully decode every file, and store its bytes. All that cannot be read are refused in one error."""
     import numpy as np
 
-    read, store = np.zeros(len(images), list(_READ)), ByteStore()
+    read = np.zeros(len(images), list(_READ))
 
     def look(index: int, data: bytes, picture: Image) -> bytes:
         label = labels[images[index].name]

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,26 +16,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def stored() -> ByteStore:
-    store = ByteStore()
-    for word in WORDS:
-        store.append(word)
-    return store
+def stored(chosen: list[int]) -> pa.LargeBinaryArray:
+    """Some of the words, from the disk."""
+    with ByteStore() as store:
+        for word in WORDS:
+            store.append(word)
+        return store.column(np.array(chosen, dtype=np.int64))
 
 
 @pytest.mark.parametrize(
     "chosen", [[], [0], [1], [1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 2, 5], [1, 4], [4, 5]], ids=str
 )
 def test_bytes_come_back_in_their_order_whichever_are_chosen(chosen: list[int]) -> None:
-    column = stored().column(np.array(chosen, dtype=np.int64))
+    column = stored(chosen)
 
     column.validate(full=True)
     assert column.to_pylist() == [WORDS[place] for place in chosen]
     assert not list(Path(".sdlora").iterdir())  # the file has no name
-
-
-def test_bytes_outlive_what_stored_them() -> None:
-    assert stored().column(np.arange(3)).to_pylist() == WORDS[:3]
 
 
 def test_images_from_the_disk_make_the_bytes_of_images_in_memory() -> None:
@@ -42,8 +40,7 @@ def test_images_from_the_disk_make_the_bytes_of_images_in_memory() -> None:
     samples = [SampleRow(row.id, "test", row.label, row.sha256, row.pixels, "") for row in rows]
     for chosen in ([], [1, 2, 3], [0, 3, 5]):
         write_images(Path("memory.arrow"), [rows[place] for place in chosen])
-        images = stored().column(np.array(chosen, dtype=np.int64))
-        write_stored_images(Path("disk.arrow"), [samples[place] for place in chosen], images)
+        write_stored_images(Path("disk.arrow"), [samples[place] for place in chosen], stored(list(chosen)))
 
         assert Path("memory.arrow").read_bytes() == Path("disk.arrow").read_bytes()
 
