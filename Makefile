@@ -47,6 +47,7 @@ bench: $(READY) ## Measure speed as ratios (minutes); REFERENCE=PATH adds the re
 	@$(BIN)/python benchmarks/fit_speed.py $(if $(FULL),,$(QUICK_FIT)) $(if $(REFERENCE),--reference $(REFERENCE))
 	@$(BIN)/python benchmarks/data_path.py $(if $(FULL),,--quick)
 	@$(BIN)/python benchmarks/fixed_costs.py $(if $(FULL),,--quick)
+	@$(BIN)/python benchmarks/million_images.py $(if $(FULL),--images 1000000 --classes 10000)
 
 clean: ## Remove the environment and what tools leave; results stay.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,6 +1,6 @@
 """How the features of one step became those of the next, and what that makes of statistics that were taken before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,12 @@ from sdlora.statistics import ClassStatistics
 _RIDGE = 0.3
 """The penalty of the map, as a share of the mean square of a centred feature. From 0.1 to 1 held-out accuracy hardly
 differs (docs/explanation/method.md)."""
+
+_ROWS = 2**16
+"""Images whose features are in double precision at a time."""
+
+_CLASSES = 2**10
+"""Classes whose principal directions are."""
 
 
 class DriftMap(NamedTuple):
@@ -37,14 +43,28 @@ def drift_map(old: Tensor, new: Tensor, *, ridge: float = _RIDGE) -> DriftMap:
         old: (n, d) features of the task's images under the model before the step, paired with
         new: (n, d) under the model after it.
     """
-    before, after = old.double(), new.double()
-    centre, shift = before.mean(dim=0), (after - before).mean(dim=0)
-    centred, moved = before - centre, after - before - shift
-    gram = centred.T @ centred
+    size = old.shape[1]
+    centre, shift = torch.zeros(2, size, dtype=torch.float64)
+    gram, cross = torch.zeros(2, size, size, dtype=torch.float64)
+    for before, after in _doubles(old, new):
+        centre += before.sum(dim=0)
+        shift += (after - before).sum(dim=0)
+    centre /= len(old)
+    shift /= len(old)
+    for before, after in _doubles(old, new):
+        centred, moved = before - centre, after - before - shift
+        gram += centred.T @ centred
+        cross += centred.T @ moved
     penalty = (ridge * gram.trace() / len(gram)).clamp_min(torch.finfo(torch.float64).tiny)
     inner = gram + penalty * torch.eye(len(gram), dtype=torch.float64)
-    matrix = torch.linalg.solve(inner, centred.T @ moved).T
+    matrix = torch.linalg.solve(inner, cross).T
     return DriftMap(matrix=matrix.float(), offset=(shift - matrix @ centre).float())
+
+
+def _doubles(old: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pairs in double precision, some at a time: of a million images all would not fit the memory."""
+    for some, others in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
+        yield some.double(), others.double()
 
 
 def carried(
@@ -67,8 +87,8 @@ def carried(
         if whole is not None:
             linear, constant = whole
             mean = taken.mean.double() @ linear.T + constant
-            factors = linear @ taken.factors.double()
-            taken = taken._replace(mean=mean.float(), factors=factors.float())
+            moved = [(linear @ some.double()).float() for some in taken.factors.split(_CLASSES)]
+            taken = taken._replace(mean=mean.float(), factors=torch.cat(moved))
         found[task] = taken
         if task in drift:
             matrix, offset = (part.double() for part in drift[task])

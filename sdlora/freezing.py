@@ -16,6 +16,9 @@ from sdlora.statistics import class_statistics
 _Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
 
+_ROWS = 2**16
+"""Images whose features are in double precision at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenStep:
@@ -63,8 +66,11 @@ def measured(step: FrozenStep, *, features: _Features) -> FrozenStep:
 
     `output_change` is √(Σ‖f' − f‖² / Σ‖f‖²) of the features f as trained and f' as frozen.
     """
-    trained, frozen = features(step.trained).double(), features(step.learned).double()
-    change = ((frozen - trained).square().sum() / trained.square().sum()).sqrt()
+    pairs = zip(features(step.trained).split(_ROWS), features(step.learned).split(_ROWS), strict=True)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for trained, frozen in ((one.double(), other.double()) for one, other in pairs):
+        sums += torch.stack([(frozen - trained).square().sum(), trained.square().sum()])
+    change = (sums[0] / sums[1]).sqrt()
     return replace(step, facts={**step.facts, "output_change": round(float(change), 6)})
 
 

@@ -31,6 +31,9 @@ _LEAST = 0.01
 """Of `ncm` and `lda`: the least variance of a feature, as a share of the mean square of the classes' means. Single or
 flat images have less, down to rounding, and logits, which are divided by it, would have no bound."""
 
+_CLASSES = 2**10
+"""Classes whose principal directions are in double precision at a time."""
+
 
 class _Settle(Protocol):
     """All rows anew, task id → block, from the trained ones and the statistics of every class so far."""
@@ -83,8 +86,9 @@ def discriminant(
     total = torch.zeros(size, size, dtype=torch.float64)
     images = 0.0
     for count, _, factors, spread in statistics.values():
-        scaled = factors.double() * count.double().sqrt()[:, None, None]
-        total += torch.einsum("cik,cjk->ij", scaled, scaled)
+        for some, images_of in zip(factors.split(_CLASSES), count.split(_CLASSES), strict=True):
+            scaled = some.double() * images_of.double().sqrt()[:, None, None]
+            total += torch.einsum("cik,cjk->ij", scaled, scaled)
         total += torch.eye(size, dtype=torch.float64) * (count.double() * spread.double()).sum()
         images += float(count.sum())
     pooled, unit = total / images, torch.eye(size, dtype=torch.float64)
@@ -154,7 +158,8 @@ def _least_variance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
 def _variances(statistics: ClassStatistics) -> Tensor:
     """Return the mean variance of a feature, per class (classes,) float64."""
     size = statistics.mean.shape[1]
-    return statistics.spread.double() + statistics.factors.double().square().sum(dim=(1, 2)) / size
+    squares = [some.double().square().sum(dim=(1, 2)) for some in statistics.factors.split(_CLASSES)]
+    return statistics.spread.double() + torch.cat(squares) / size
 
 
 def _block(weight: Tensor, bias: Tensor, *, like: HeadBlock) -> HeadBlock:

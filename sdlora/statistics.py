@@ -39,18 +39,21 @@ def class_statistics(features: Tensor, labels: Tensor, *, rank: int) -> ClassSta
     """
     classes, size = int(labels.max()) + 1, features.shape[1]
     images = torch.bincount(labels, minlength=classes)
-    mean = torch.stack([features[labels == label].double().mean(dim=0) for label in range(classes)])
-    factors = torch.zeros(classes, size, rank, dtype=torch.float64)
-    spread = torch.zeros(classes, dtype=torch.float64)
-    for label in range(classes):
-        centred = features[labels == label].double() - mean[label]
+    places = labels.argsort(stable=True).split(images.tolist())
+    mean = torch.zeros(classes, size)
+    factors = torch.zeros(classes, size, rank)
+    spread = torch.zeros(classes)
+    for label, own in enumerate(places):
+        found = features[own].double()
+        centre = found.mean(dim=0)
+        centred = found - centre
         # Unbiased; a class of one image has no spread of its own.
         variances, directions = _principal(centred / max(len(centred) - 1, 1) ** 0.5)
         kept = min(rank, len(variances))
         rest = variances[kept:].sum() / max(size - kept, 1)
-        spread[label] = rest
+        mean[label], spread[label] = centre, rest
         factors[label, :, :kept] = directions[:, :kept] * (variances[:kept] - rest).clamp_min(0).sqrt()
-    return ClassStatistics(images=images, mean=mean.float(), factors=factors.float(), spread=spread.float())
+    return ClassStatistics(images=images, mean=mean, factors=factors, spread=spread)
 
 
 def _principal(scaled: Tensor) -> tuple[Tensor, Tensor]:

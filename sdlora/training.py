@@ -1,7 +1,7 @@
 """One step's fit: the ordinary loop, the same for the first task and for every later one, resumable at any step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,6 +64,10 @@ class Snapshot(NamedTuple):
     curve: list[EpochRecord]
 
 
+def _in_memory(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype)
+
+
 class Fit:
     """A step's fit in progress: a model, its images and its optimiser, advanced one optimiser step at a time.
 
@@ -87,6 +91,8 @@ class Fit:
         targets: Sequence[str] | None = None,
         group: ProcessGroup = SINGLE,
         image_room: int | None = None,
+        empty: Callable[[tuple[int, int], torch.dtype], Tensor] = _in_memory,
+        looked: Callable[[int], None] = lambda images: None,
     ) -> None:
         """Prepare to learn a task.
 
@@ -96,6 +102,8 @@ class Fit:
             targets: what is adapted in every block; None for the method's own.
             group: the processes that do this together, each with a fit of the same arguments on a device of its own.
             image_room: bytes that the images may take on the device; more stay in main memory (`ImageStore`).
+            empty: returns an unfilled tensor on the CPU, for the features of all images where that is the device.
+            looked: is told of each pass over all images, which some methods begin or end with, how many are done.
 
         Raises:
             ValueError: no image, or a setting that does not fit the model.
@@ -104,6 +112,7 @@ class Fit:
         self.task, self.schedule, self.seed = list(tasks)[-1], schedule, seed
         self._mean, self._std, self._device = mean, std, device
         self._before, self._method, self._settings, self._group = before, method, settings, group
+        self._empty, self._looked = empty, looked
         self._images = ImageStore([images for images, _ in tasks.values()], device, room=image_room)
         earlier = ModelState() if method.joint else before
         model = IncrementalClassifier(
@@ -309,8 +318,11 @@ class Fit:
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield all images once, in order, normalised and not augmented."""
+        done = 0
         for part in self._images.split(self.schedule.batch_size):
             yield normalise(part, mean=self._mean, std=self._std).to(self._dtype)
+            done += len(part)
+            self._looked(done)
 
     @torch.no_grad()
     def _constant_features(self) -> Tensor | None:
@@ -318,7 +330,14 @@ class Fit:
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
         if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
-        return torch.cat([self._features(batch) for batch in self._batches()])
+        size = len(self._images), self.model.feature_size
+        if self._device.type == "cpu":
+            found = self._empty(size, self._dtype)
+        else:
+            found = torch.empty(size, dtype=self._dtype, device=self._device)
+        for batch, place in zip(self._batches(), found.split(self.schedule.batch_size), strict=True):
+            place.copy_(self._features(batch))
+        return found
 
     def _learning_rate(self) -> float:
         if self.schedule.decay == "cosine":

@@ -8,22 +8,20 @@ import functools
 import hashlib
 import io
 import logging
-import math
-import mmap
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, TypeAlias
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from pipelines.data.metadata import in_one_plane, unknown_kind, without_metadata
+from pipelines.data.scratch_files import scratch_array
 from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
-from pipelines.project.files import naming
-from pipelines.project.layout import SCRATCH
 from pipelines.runtime.memory import ANY_SIZE
+from pipelines.runtime.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,41 +33,36 @@ if TYPE_CHECKING:
 
 _Encoded: TypeAlias = "bytes | memoryview | pa.Buffer"
 """The bytes of an image file."""
+_T = TypeVar("_T")
+_AHEAD = 8
+"""Pictures for each thread that are begun before the first of them is taken."""
 _LONGEST_FAULT = 120
 """Characters of what Pillow says of a picture that cannot be decoded."""
 
 
-def decode(table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZE) -> np.ndarray:
+def decode(
+    table: pa.Table, preprocessing: Preprocessing, *, room: int = ANY_SIZE, title: str = ""
+) -> np.ndarray:
     """Return all images of a table as the backbone takes them, uint8 (images, channels, height, width).
 
     What takes more than `room` bytes is a nameless file of `SCRATCH` that is mapped into memory, gone with the array.
+    The progress is shown under a title.
     """
-    out = _array((len(table), *preprocessing.input_size), room)
+    import numpy as np
+
+    out = scratch_array((len(table), *preprocessing.input_size), np.uint8, room=room)
 
     def fill(index: int) -> None:
         out[index] = decode_one(table, index, preprocessing)
 
-    with strict_pictures(ANY_SIZE):  # `split` has refused what is above data.max_pixels
-        for _ in in_parallel(fill, range(len(table))):
-            pass
+    # `split` has refused what is above data.max_pixels.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(strict_pictures(ANY_SIZE))
+        bar = stack.enter_context(progress(title, total=len(table), unit="images")) if title else None
+        for done, _ in enumerate(in_parallel(fill, range(len(table))), start=1):
+            if bar is not None:
+                bar.update(done)
     return out
-
-
-def _array(shape: tuple[int, ...], room: int) -> np.ndarray:
-    import numpy as np
-
-    size = math.prod(shape)
-    if size <= room:
-        return np.empty(shape, np.uint8)
-    with naming(SCRATCH):
-        SCRATCH.mkdir(exist_ok=True)
-        with TemporaryFile(dir=SCRATCH) as file:
-            os.truncate(file.fileno(), size)
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # not on macOS: a full disk is an error now, and not a signal later
-                os.posix_fallocate(file.fileno(), 0, size)
-            return np.ndarray(shape, np.uint8, mmap.mmap(file.fileno(), size))
 
 
 def decode_one(table: pa.Table, index: int, preprocessing: Preprocessing) -> np.ndarray:
@@ -397,12 +390,25 @@ def strict_pictures(max_pixels: int = _MAX_PIXELS) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = usual
 
 
-def in_parallel(work: Callable[[int], None], indices: Iterable[int]) -> Iterator[int]:
-    """Call `work` with each index, in threads. Yield how many are done."""
+def in_parallel(work: Callable[[int], _T], indices: Iterable[int]) -> Iterator[_T]:
+    """Call `work` with each index, in threads. Yield what it returns, in order.
+
+    What is done before it is asked for is bounded, so a million results never wait for whoever takes them.
+    """
     # Pillow decodes outside the interpreter's lock.
-    with ThreadPoolExecutor(decoding_threads()) as pool:
-        for done, _ in enumerate(pool.map(work, indices), start=1):
-            yield done
+    threads = decoding_threads()
+    waiting: deque[Future[_T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for index in indices:
+                waiting.append(pool.submit(work, index))
+                if len(waiting) > _AHEAD * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def decoding_threads() -> int:

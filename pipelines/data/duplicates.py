@@ -1,12 +1,20 @@
-"""Pictures of a task before they are packed: read and decoded, all faults named. The same and nearly the same found."""
+"""Pictures of a task before they are packed: read and decoded, all faults named. The same and nearly the same found.
+
+A task may have a million of them. So they are compared in columns, by sorting, and never all with all.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipelines.data.decoding import in_parallel, opened_picture, strict_pictures
+from pipelines.data.packed import SampleRow, read_images
 from pipelines.data.source_files import PARTS, Fault, Found
 from pipelines.project.display import MESSAGE, as_line
 from pipelines.project.errors import InputError
@@ -27,7 +35,12 @@ Pieces cut off the border (2 %) and mirror images are not found. docs/reference/
 of digits and glyphs.
 """
 _SIDE = 16
-_CHUNKS = 16
+_BANDS, _BITS = 8, 32
+"""Parts that a perceptual hash is cut into, and the bits of each."""
+_PAIRS = 2**20
+"""Pairs of hashes that are compared at a time."""
+
+_T = TypeVar("_T")
 
 
 class Print(NamedTuple):
@@ -43,16 +56,77 @@ class Print(NamedTuple):
     """`perceptual_hash`: nearly the same for nearly the same picture; empty for one without structure"""
 
 
+@dataclass(frozen=True)
+class Prints:
+    """The prints of many pictures, in columns (n,)."""
+
+    shown: Callable[[int], str]
+    """what the picture at a place is called"""
+    parts: np.ndarray
+    """places in `PARTS`"""
+    labels: np.ndarray
+    """whole numbers, or texts as objects"""
+    pixels: np.ndarray
+    """bytes"""
+    perceptual: np.ndarray
+    """bytes"""
+
+    @classmethod
+    def joined(cls, some: Sequence[Prints]) -> Prints:
+        """Return all of them in a row."""
+        import numpy as np
+
+        starts = [0, *accumulate(len(prints) for prints in some)]
+
+        def shown(place: int) -> str:
+            owner = bisect_right(starts, place) - 1
+            return some[owner].shown(place - starts[owner])
+
+        if not some:
+            return cls(shown, *(np.empty(0, kind) for kind in (np.uint8, np.int32, "S64", "S64")))
+        columns = zip(*((its.parts, its.labels, its.pixels, its.perceptual) for its in some), strict=True)
+        return cls(shown, *map(np.concatenate, columns))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, place: int) -> Print:
+        """Return the print at a place."""
+        return Print(
+            self.shown(place),
+            PARTS[self.parts[place]],
+            self.labels.item(place),
+            self.pixels[place].decode(),
+            self.perceptual[place].decode(),
+        )
+
+    def at(self, places: np.ndarray) -> list[Print]:
+        """Return the prints at these places as objects. They should be few."""
+        return [self[place] for place in places.tolist()]
+
+    def take(self, places: np.ndarray) -> Prints:
+        """Return the prints at these places, in columns."""
+        columns = (self.parts, self.labels, self.pixels, self.perceptual)
+        return Prints(lambda place: self.shown(int(places[place])), *(column[places] for column in columns))
+
+
 def read_pictures(
-    title: str, images: Sequence[Found], look: Callable[[int, bytes, Image], None], *, max_pixels: int
+    title: str,
+    images: Sequence[Found],
+    look: Callable[[int, bytes, Image], _T],
+    *,
+    max_pixels: int,
+    keep: Callable[[int, _T], None] = lambda index, seen: None,
 ) -> dict[int, str]:
     """Read and decode every image, in threads, and hand its position, bytes and picture to `look`.
+
+    What that returns is handed to `keep` with the position, in the order of the images, one at a time.
 
     Returns why an image cannot be read, by position; those are not handed on.
     """
     faults: dict[int, str] = {}
 
-    def read(index: int) -> None:
+    def read(index: int) -> list[_T]:
         with contextlib.ExitStack() as held:
             try:
                 data = images[index].read()
@@ -62,11 +136,14 @@ def read_pictures(
             except ValueError as error:
                 faults[index] = str(error)
             else:
-                look(index, data, picture)
+                return [look(index, data, picture)]
+        return []
 
     with strict_pictures(max_pixels), progress(title, total=len(images), unit="images") as bar:
-        for done in in_parallel(read, range(len(images))):
-            bar.update(done)
+        for index, seen in enumerate(in_parallel(read, range(len(images)))):
+            for one in seen:
+                keep(index, one)
+            bar.update(index + 1)
     return dict(sorted(faults.items()))
 
 
@@ -98,12 +175,45 @@ def perceptual_hash(picture: Image) -> str:
     return "" if np.ptp(np.asarray(grey)) < 2 else str(imagehash.phash(grey, hash_size=_SIDE))
 
 
-def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolerated: bool) -> Iterator[Fault]:
+def sample_prints(path: Path, owner: str, names: Mapping[int, str] | None = None) -> Prints:
+    """Return what the samples of a task that was packed are compared by.
+
+    Args:
+        path: The file of samples.
+        owner: What the task is called in messages.
+        names: Label → what stands in its place.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = read_images(path, *SampleRow._fields)
+    labels = table["label"].to_numpy()
+    if names is not None:
+        labels = np.array([names[label] for label in labels.tolist()], object)
+    hashes = (np.array(table[name].cast(pa.binary()).to_pylist(), "S64") for name in ("pixels", "perceptual"))
+    parts = pc.index_in(table["split"], pa.array(PARTS)).to_numpy().astype(np.uint8)
+    return Prints(lambda place: f"{table['id'][place].as_py()} of {owner}", parts, labels, *hashes)
+
+
+def repeated(pictures: Prints, earlier: Prints) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places, among the pictures and among earlier ones, of those that stand more than once in both."""
+    import numpy as np
+
+    both = np.concatenate([pictures.pixels, earlier.pixels])
+    _, value, count = np.unique(both, return_inverse=True, return_counts=True)
+    places = np.flatnonzero(count[value] > 1)
+    own = int(np.searchsorted(places, len(pictures)))
+    return places[:own], places[own:] - len(pictures)
+
+
+def same_pictures(pictures: Prints, earlier: Prints, *, tolerated: bool) -> Iterator[Fault]:
     """Yield what is wrong with equal pictures: one in two parts or, unless tolerated, in two tasks or classes."""
+    mine, theirs = repeated(pictures, earlier)
     owners: dict[str, dict[tuple[str, int | str], Print]] = {}
-    for known in earlier:
+    for known in earlier.at(theirs):
         owners.setdefault(known.pixels, {}).setdefault((known.part, known.label), known)
-    for picture in pictures:
+    for picture in pictures.at(mine):
         # The first of each part and class, so that many copies cost no more than few.
         others = owners.setdefault(picture.pixels, {})
         leak = next((other for other in others.values() if other.part != picture.part), None)
@@ -119,38 +229,36 @@ def same_pictures(pictures: Iterable[Print], earlier: Iterable[Print], *, tolera
         others.setdefault((picture.part, picture.label), picture)
 
 
-def _leaking_pictures(
-    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
-) -> list[int]:
+def _leaking_pictures(pictures: Prints, earlier: Prints, classes: Sequence[int | str]) -> list[int]:
     """Positions of the pictures without which none stands in two parts, of this task or an earlier one.
 
     What was packed for an earlier task stays; within a task the test keeps its picture and training loses it.
     """
+    mine, theirs = repeated(pictures, earlier)
     places: dict[str, set[str]] = {}
-    for known in earlier:
+    for known in earlier.at(theirs):
         places.setdefault(known.pixels, set()).add(known.part)
-    found = {index for index, one in enumerate(pictures) if places.get(one.pixels, {one.part}) != {one.part}}
+    ours = {index: pictures[index] for index in mine.tolist()}
+    found = {index for index, one in ours.items() if places.get(one.pixels, {one.part}) != {one.part}}
     highest: dict[str, str] = {}
-    for index, one in enumerate(pictures):
+    for index, one in ours.items():
         if index not in found:
             highest[one.pixels] = max(one.part, highest.get(one.pixels, one.part), key=PARTS.index)
-    found |= {
-        index for index, one in enumerate(pictures) if index not in found and highest[one.pixels] != one.part
-    }
+    found |= {index for index, one in ours.items() if index not in found and highest[one.pixels] != one.part}
     return sorted(found)
 
 
-def _repeated_pictures(
-    pictures: Sequence[Print], earlier: Iterable[Print], classes: Sequence[int | str]
-) -> list[int]:
+def _repeated_pictures(pictures: Prints, earlier: Prints, classes: Sequence[int | str]) -> list[int]:
     """Positions of the pictures that an earlier task, or an earlier one of these classes, has under another class."""
+    mine, theirs = repeated(pictures, earlier)
     owner: dict[str, int | str] = {}
-    for known in earlier:
+    for known in earlier.at(theirs):
         owner.setdefault(known.pixels, known.label)
     place = {label: index for index, label in enumerate(classes)}
-    for one in sorted(pictures, key=lambda one: place[one.label]):
+    ours = {index: pictures[index] for index in mine.tolist()}
+    for one in sorted(ours.values(), key=lambda one: place[one.label]):
         owner.setdefault(one.pixels, one.label)
-    return [index for index, one in enumerate(pictures) if owner[one.pixels] != one.label]
+    return [index for index, one in ours.items() if owner[one.pixels] != one.label]
 
 
 LEAVE_OUT = {
@@ -161,62 +269,111 @@ LEAVE_OUT = {
 the pictures of a task, those of earlier tasks, and the task's classes in their order."""
 
 
-def near_pictures(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
-    """Return, for each picture of `left` that nearly is one of `right`, one such. Equal pictures are left out.
+def near_pictures(left: Prints, right: Prints) -> list[tuple[Print, Print]]:
+    """Return, for each picture of `left` that nearly is one of `right`, the first such. Equal pictures are left out.
 
-    Hashes that differ in fewer bits than there are chunks agree in one chunk at least, so only those that do are
-    compared, until one is found: the time grows with the number of pictures that share one of 65,536 values, not with
-    the number of all pairs.
+    They are those that comparing all pairs would find. Two hashes that differ in at most `NEAR` bits agree in one of
+    their bands but for one bit at most. So each band is looked up in the sorted bands of the others, as it is and with
+    each of its bits turned, and only what stands there is compared. Copies are looked up once.
     """
     import numpy as np
 
-    assert NEAR < _CHUNKS
-    left = [picture for picture in left if picture.perceptual]
-    right = [picture for picture in right if picture.perceptual]
-    if not left or not right:
-        return []
-    ours, theirs = _bits(left), _bits(right)
-    found = np.full(len(left), -1)
-    numbers: dict[str, int] = {}
-    pixels = np.array([numbers.setdefault(one.pixels, len(numbers)) for one in (*left, *right)])
-    our_pixels, their_pixels = pixels[: len(left)], pixels[len(left) :]
-    for chunk in range(_CHUNKS):
-        keys = theirs[:, chunk]
-        order = np.argsort(keys, kind="stable")
-        waiting = np.flatnonzero(found < 0)
-        starts = np.searchsorted(keys[order], ours[waiting, chunk], "left")
-        ends = np.searchsorted(keys[order], ours[waiting, chunk], "right")
-        for one, start, end in zip(waiting, starts, ends, strict=True):
-            if start < end:
-                candidates = order[start:end]
-                bits = np.bitwise_count(theirs[candidates] ^ ours[one]).sum(axis=1)
-                near = candidates[(bits <= NEAR) & (their_pixels[candidates] != our_pixels[one])]
-                if len(near):
-                    found[one] = near[0]
-    return [(left[one], right[found[one]]) for one in np.flatnonzero(found >= 0).tolist()]
+    assert NEAR < 2 * _BANDS
+    asked, of_copies = _distinct(left)
+    known = np.sort(_distinct(right)[0])
+    ours, theirs = left.take(asked), right.take(known)
+    found = _first_near(ours, theirs)
+    hashed = np.flatnonzero(of_copies >= 0)
+    partner = found[of_copies[hashed]]
+    near = partner < len(known)
+    return list(zip(left.at(hashed[near]), right.at(known[partner[near]]), strict=True))
 
 
-def _bits(pictures: Sequence[Print]) -> np.ndarray:
-    """Hashes as (pictures, chunks) uint16."""
+def _distinct(prints: Prints) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of pictures with structure, one of each, and (n,) which of them each picture is, or −1."""
     import numpy as np
 
-    data = bytes.fromhex("".join(picture.perceptual for picture in pictures))
-    return np.frombuffer(data, ">u2").reshape(len(pictures), _CHUNKS)
+    place = np.full(len(prints), -1)
+    hashed = np.flatnonzero(prints.perceptual != b"")
+    both = np.char.add(prints.pixels[hashed], prints.perceptual[hashed])
+    _, first, place[hashed] = np.unique(both, return_index=True, return_inverse=True)
+    return hashed[first], place
 
 
-def near_across_parts(pictures: Sequence[Print], earlier: Sequence[Print]) -> list[tuple[Print, Print]]:
+def _first_near(ours: Prints, theirs: Prints) -> np.ndarray:
+    """Return (n,) the place of the first of `theirs` that each of `ours` nearly is, or their number."""
+    import numpy as np
+
+    found = np.full(len(ours), len(theirs))
+    if not len(ours) or not len(theirs):
+        return found
+    bits, others = _bands(ours), _bands(theirs)
+
+    def near(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        close = np.bitwise_count(bits[one] ^ others[other]).sum(axis=1, dtype=np.uint16) <= NEAR
+        close[close] = ours.pixels[one[close]] != theirs.pixels[other[close]]
+        return close
+
+    for band in range(_BANDS):
+        order = np.argsort(others[:, band], kind="stable")
+        keys = others[order, band]
+        for turned in (0, *(1 << bit for bit in range(_BITS))):
+            asked = bits[:, band] ^ np.uint32(turned)
+            start = np.searchsorted(keys, asked)
+            asking = np.flatnonzero(keys[np.minimum(start, len(keys) - 1)] == asked)
+            end = np.searchsorted(keys, asked[asking], "right")
+            _look_through(order, asking, start[asking], end, near, found)
+    return found
+
+
+def _look_through(
+    order: np.ndarray,
+    asking: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    near: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    found: np.ndarray,
+) -> None:
+    """Lower `found` of each one that asks to the first near one of its stretch of `order`, which rises there."""
+    import numpy as np
+
+    width = 1
+    while len(asking):
+        stop = np.minimum(start + width, end)
+        count = stop - start
+        pair = np.repeat(np.arange(len(asking)), count)
+        other = order[np.arange(len(pair)) + np.repeat(stop - np.cumsum(count), count)]
+        hit = near(asking[pair], other)
+        np.minimum.at(found, asking[pair[hit]], other[hit])
+        # What comes later in a stretch than what was found is of no interest.
+        more = np.flatnonzero(stop < end)
+        more = more[order[stop[more]] < found[asking[more]]]
+        asking, start, end = asking[more], stop[more], end[more]
+        width = max(1, min(2 * width, _PAIRS // max(len(asking), 1)))
+
+
+def _bands(prints: Prints) -> np.ndarray:
+    """Return the perceptual hashes as (n, bands) uint32."""
+    import numpy as np
+
+    data = bytes.fromhex(b"".join(prints.perceptual.tolist()).decode())
+    return np.frombuffer(data, ">u4").astype(np.uint32).reshape(len(prints), _BANDS)
+
+
+def near_across_parts(pictures: Prints, earlier: Prints) -> list[tuple[Print, Print]]:
     """Pictures of train that nearly are pictures of validation or test, new ones against new and earlier ones.
 
     The first of a pair is always a new one.
     """
-    pairs = []
-    for own, other in ((True, False), (False, True)):
-        mine = [picture for picture in pictures if (picture.part == "train") == own]
-        theirs = [picture for picture in earlier if (picture.part == "train") == other]
-        if not own:  # once is enough for a pair of two new pictures
-            theirs += [picture for picture in pictures if picture.part == "train"]
-        pairs += near_pictures(mine, theirs)
-    return pairs
+    import numpy as np
+
+    train = PARTS.index("train")
+    new, old = (
+        [prints.take(np.flatnonzero((prints.parts == train) == own)) for own in (True, False)]
+        for prints in (pictures, earlier)
+    )
+    # Once is enough for a pair of two new pictures.
+    return near_pictures(new[0], old[1]) + near_pictures(new[1], Prints.joined([old[0], new[0]]))
 
 
 def near_line(pairs: Sequence[tuple[Print, Print]]) -> str:

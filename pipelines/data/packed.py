@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,8 @@ TRAINING = "train.json"
 """What describes the training images of a task."""
 PACKED = "train.arrow"
 """The training images of a task, in a folder of their own: whoever needs the description need not fetch them."""
+_ROWS = 2**16
+"""Rows that are objects at a time while they become columns."""
 
 
 class ImageRow(NamedTuple):
@@ -50,15 +53,22 @@ class SampleRow(NamedTuple):
     """`perceptual_hash`: nearly the same for nearly the same picture"""
 
 
-def write_images(path: Path, rows: Sequence[ImageRow]) -> None:
-    """Write images as an Arrow IPC file: one batch, no compression, the same bytes for the same rows."""
-    import pyarrow as pa
+def write_images(path: Path, rows: Iterable[ImageRow]) -> None:
+    """Write images that are in memory as an Arrow IPC file: one batch, no compression, the same bytes for the same
+    rows.
+    """
+    write_rows(path, rows, _image_types())
 
-    # Offsets of 64 bits: the images of one task may exceed 2 GiB.
-    write_rows(path, rows, {"id": pa.string(), "label": pa.int32(), "image": pa.large_binary(), **_hashes()})
+
+def write_stored_images(path: Path, samples: Iterable[SampleRow], images: pa.LargeBinaryArray) -> None:
+    """Write images whose bytes are a column already, which may be mapped from a file, in the same way."""
+    types = _image_types()
+    rows = ((row.id, row.label, row.sha256, row.pixels) for row in samples)
+    found = _columns(rows, {name: kind for name, kind in types.items() if name != "image"})
+    _write_columns(path, {name: found.get(name, images) for name in types})
 
 
-def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
+def write_samples(path: Path, rows: Iterable[SampleRow]) -> None:
     """Write samples, which are images without their bytes, in the same way."""
     import pyarrow as pa
 
@@ -132,19 +142,42 @@ def training_images(described: Path, images: Path) -> Path:
     return path
 
 
+def _image_types() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    # Offsets of 64 bits: the images of one task may exceed 2 GiB.
+    return {"id": pa.string(), "label": pa.int32(), "image": pa.large_binary(), **_hashes()}
+
+
 def _hashes() -> dict[str, pa.DataType]:
     import pyarrow as pa
 
     return {"sha256": pa.string(), "pixels": pa.string()}
 
 
-def write_rows(path: Path, rows: Sequence[tuple[object, ...]], types: dict[str, pa.DataType]) -> None:
-    """Write rows as an Arrow IPC file with columns of these names and types: one batch, no compression."""
+def write_rows(path: Path, rows: Iterable[tuple[object, ...]], types: Mapping[str, pa.DataType]) -> None:
+    """Write rows as an Arrow IPC file with columns of these names and types: one batch, no compression.
+
+    A million rows are never a million objects at a time.
+    """
+    _write_columns(path, _columns(rows, types))
+
+
+def _columns(rows: Iterable[tuple[object, ...]], types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
     import pyarrow as pa
 
-    schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
+    parts: dict[str, list[pa.Array]] = {name: [pa.array([], kind)] for name, kind in types.items()}
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, _ROWS)):
+        for (name, kind), column in zip(types.items(), zip(*some, strict=True), strict=True):
+            parts[name].append(pa.array(column, kind))
+    return {name: pa.concat_arrays(arrays) for name, arrays in parts.items()}
+
+
+def _write_columns(path: Path, columns: Mapping[str, pa.Array]) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
     options = pa.ipc.IpcWriteOptions(compression=None, use_threads=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -152,4 +185,4 @@ def write_rows(path: Path, rows: Sequence[tuple[object, ...]], types: dict[str, 
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_file(sink, schema, options=options) as file,
     ):
-        file.write_batch(pa.record_batch(arrays, schema=schema))
+        file.write_batch(pa.record_batch(list(columns.values()), schema=schema))

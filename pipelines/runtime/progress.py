@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 
-class _Bar(Protocol):
+class Bar(Protocol):
     """What shows how far work is."""
 
     def update(self, done: int, **facts: str | int | float) -> None:
@@ -20,13 +20,13 @@ class _Hidden:
         """Show nothing."""
 
 
-_Shown = Callable[[str, int, str], AbstractContextManager[_Bar]]
+_Shown = Callable[[str, int, str], AbstractContextManager[Bar]]
 """Makes a bar of a title, the number of units and what they are called."""
 
 _shown: ContextVar[_Shown | None] = ContextVar("shown", default=None)
 
 
-def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextManager[_Bar]:
+def progress(title: str, *, total: int, unit: str = "steps") -> AbstractContextManager[Bar]:
     """Return what to tell of the progress of work of `total` units.
 
     It is shown as `show_progress` has arranged it, and nowhere where nobody has.

@@ -173,8 +173,8 @@ class _Tested(NamedTuple):
 
         from pipelines.data.packed import write_rows
 
-        ids = [sample for table in self.tables.values() for sample in table["id"].to_pylist()]
-        columns = (ids, self._tasks.tolist(), self._labels, self.predictions, self.confidences)
+        ids = (sample.as_py() for table in self.tables.values() for sample in table["id"])
+        columns = (ids, map(str, self._tasks), self._labels, self.predictions, self.confidences)
         types = {
             "id": pa.string(),
             "task": pa.string(),
@@ -182,7 +182,7 @@ class _Tested(NamedTuple):
             "prediction": pa.int32(),
             "confidence": pa.float32(),
         }
-        write_rows(path, list(zip(*columns, strict=True)), types)
+        write_rows(path, zip(*columns, strict=True), types)
 
     @property
     def _labels(self) -> np.ndarray:

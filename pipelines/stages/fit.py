@@ -1,15 +1,16 @@
 """Stage `fit`: learn one task on top of the step before, resumable at any optimiser step."""
 
 import contextlib
-import functools
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.decoding import decode
 from pipelines.data.packed import PACKED, read_images, training_images
+from pipelines.data.scratch_files import scratch_tensor
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder
@@ -23,7 +24,7 @@ from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.machines import devices_of_fit, launched, other_machines
 from pipelines.runtime.memory import device_room, memory_room
 from pipelines.runtime.processes import TERMINATED, stop_asked
-from pipelines.runtime.progress import progress
+from pipelines.runtime.progress import Bar, progress
 from pipelines.runtime.ranks import Member, local_member, other_ranks
 from pipelines.runtime.stage import StageResult, stage
 
@@ -200,7 +201,7 @@ def accept_order(order: Mapping[str, Any]) -> Callable[[Member], None]:
             f"fit {task}: its inputs, its settings or this program are others on {socket.gethostname()} than on the "
             "machine that begins the fit; share the project's folder, or pull the same commit and `dvc pull`"
         )
-    return functools.partial(_share_to_the_end, task, inputs)
+    return partial(_share_to_the_end, task, inputs)
 
 
 def _share_to_the_end(task: str, inputs: Mapping[str, Path], member: Member) -> None:
@@ -304,25 +305,35 @@ def _prepare(
     for name in [*record["tasks"], task] if method.joint else [task]:
         path = training_images(train, images) if name == task else _earlier_images(name, task, images, record)
         table = read_images(path)
-        labels = torch.tensor(table["label"].to_pylist())
-        pixels = torch.from_numpy(decode(table, preprocessing, room=room))
+        labels = torch.from_numpy(table["label"].to_numpy().astype("int64"))
+        title = f"fit {task}: decode the images of {name}" if group.rank == 0 else ""
+        pixels = torch.from_numpy(decode(table, preprocessing, room=room, title=title))
         room -= pixels.nbytes if pixels.nbytes <= room else 0
         tasks[name] = TaskImages(pixels, labels - labels.min())
-    return Fit(
-        base.model,
-        learned,
-        tasks=tasks,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        method=method,
-        settings=settings_of(adapter),
-        targets=targets,
-        schedule=_schedule_of(settings),
-        seed=choices.seed,
-        device=device,
-        group=group,
-        image_room=device_room(),
-    )
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def bar() -> Bar:  # not all methods look at the images before they train
+            total = sum(len(its.images) for its in tasks.values())
+            return stack.enter_context(progress(f"fit {task}: look at images", total=total, unit="images"))
+
+        return Fit(
+            base.model,
+            learned,
+            tasks=tasks,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            method=method,
+            settings=settings_of(adapter),
+            targets=targets,
+            schedule=_schedule_of(settings),
+            seed=choices.seed,
+            device=device,
+            group=group,
+            image_room=device_room(),
+            empty=partial(scratch_tensor, room=room),
+            looked=lambda images: bar().update(images) if group.rank == 0 else None,
+        )
 
 
 def _schedule_of(training: Training) -> "Schedule":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.data.decoding import decode
 from pipelines.data.packed import read_images, training_images
+from pipelines.data.scratch_files import scratch_tensor
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
@@ -17,6 +18,7 @@ from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
 from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.memory import memory_room
+from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def freeze(
         learned, record = read_model(found(before.name), beside=found, statistics=True)
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])
-    features = _TrainingFeatures(train, images, backbone)
+    features = _TrainingFeatures(task, train=train, images=images, backbone=backbone)
     step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
     with whole_folder(out) as folder:
         written = write_model(
@@ -204,8 +206,8 @@ def _remembered(learned: "ModelState") -> dict[str, Any]:
 class _TrainingFeatures:
     """The features of the task's training images under any model of the chain. Images are read at the first use."""
 
-    def __init__(self, train: Path, images: Path, backbone: Path) -> None:
-        self._train, self._images, self._backbone = train, images, backbone
+    def __init__(self, task: str, *, train: Path, images: Path, backbone: Path) -> None:
+        self._task, self._train, self._images, self._backbone = task, train, images, backbone
 
     @cached_property
     def _table(self) -> "pa.Table":
@@ -219,13 +221,14 @@ class _TrainingFeatures:
         from sdlora.preprocessing import Preprocessing
 
         preprocessing = Preprocessing.of(read_backbone(self._backbone).description)
-        return torch.from_numpy(decode(self._table, preprocessing, room=memory_room()))
+        title = f"freeze {self._task}: decode"
+        return torch.from_numpy(decode(self._table, preprocessing, room=memory_room(), title=title))
 
     def labels(self) -> "Tensor":
         """(n,), 0 … classes − 1 within the task."""
         import torch
 
-        labels = torch.tensor(self._table["label"].to_pylist())
+        labels = torch.from_numpy(self._table["label"].to_numpy().astype("int64"))
         return labels - labels.min()
 
     def __call__(self, learned: "ModelState") -> "Tensor":
@@ -248,7 +251,14 @@ class _TrainingFeatures:
             batch_size=_BATCH,
             device=device,
         )
-        return torch.cat(list(batches))
+        found = scratch_tensor(
+            (len(self._pixels), base.description["features"]), torch.float32, room=memory_room()
+        )
+        with progress(f"freeze {self._task}: look at images", total=len(found), unit="images") as bar:
+            for done, (batch, place) in enumerate(zip(batches, found.split(_BATCH), strict=True), start=1):
+                place.copy_(batch)
+                bar.update(min(done * _BATCH, len(found)))
+        return found
 
 
 _BATCH = 256

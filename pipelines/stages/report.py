@@ -15,6 +15,7 @@ from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import Album, flipped_images, sample_images
 from pipelines.reports.statistics import headline, table_value
 from pipelines.reports.weights import read_movement
+from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
 
 
@@ -33,12 +34,14 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
     movement = read_movement(artifacts, history)
     album = Album(artifacts, history)
     numbers = headline(history)
-    with whole_folder(out) as folder:
+    with whole_folder(out) as folder, progress("report", total=3, unit="parts") as bar:
         write_plots(folder / "plots", history, movement)
-        page = render_page(
-            history, movement, Pictures(sample_images(album, history), flipped_images(album, history))
-        )
+        bar.update(1)
+        pictures = Pictures(sample_images(album, history), flipped_images(album, history))
+        bar.update(2)
+        page = render_page(history, movement, pictures)
         (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
+        bar.update(3)
     write_json(metrics, numbers)
     return StageResult(
         [

@@ -16,32 +16,33 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 from pipelines.data.class_folders import litter_of
 from pipelines.data.decoding import picture_hash
 from pipelines.data.duplicates import (
     LEAVE_OUT,
-    Print,
+    Prints,
     near_across_parts,
     near_line,
     perceptual_hash,
     read_pictures,
     refuse_unreadable,
     same_pictures,
+    sample_prints,
 )
 from pipelines.data.packed import (
     PACKED,
     TRAINING,
-    ImageRow,
     SampleRow,
-    read_samples,
     samples_digest,
-    write_images,
     write_samples,
+    write_stored_images,
 )
+from pipelines.data.scratch_files import ByteStore
 from pipelines.data.source_files import PARTS, Found, refuse
 from pipelines.data.sources import task_images
 from pipelines.data.split_chain import (
@@ -66,32 +67,68 @@ from pipelines.runtime.stage import StageResult, stage
 from sdlora.ledger import ClassEntry
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
-_T = TypeVar("_T")
+
+_READ = (("label", "i4"), ("sha256", "S64"), ("pixels", "S64"), ("perceptual", "S64"))
 
 
-class _Picture(NamedTuple):
-    """An image of this task."""
+@dataclass(frozen=True)
+class _Pictures:
+    """Images of a task, in columns: a million of them are no million objects, and their bytes are on the disk."""
 
-    found: Found
-    row: ImageRow
-    perceptual: str
+    task: str
+    found: Sequence[Found]
+    read: np.ndarray
+    """(n,) what was read of each, `_READ`"""
+    bytes: ByteStore
+    kept: np.ndarray
+    """the places of those that stay"""
 
     @property
-    def part(self) -> str:
-        """train, validation or test."""
-        assert self.found.part is not None
-        return self.found.part
+    def parts(self) -> np.ndarray:
+        """(n,) the places of their parts in `PARTS`."""
+        import numpy as np
 
-    def sample(self) -> SampleRow:
-        """Return the picture without its bytes."""
-        row = self.row
-        return SampleRow(row.id, self.part, row.label, row.sha256, row.pixels, self.perceptual)
+        number = {part: place for place, part in enumerate(PARTS)}
+        return np.array([number[found.part or ""] for found in self.found], np.uint8)
 
-    def print(self) -> Print:
-        """Return what the picture is compared by. Messages show where it stands."""
-        return _print_of(self.sample(), shown=self.found.shown)
+    def prints(self) -> Prints:
+        """Return what those that stay are compared by. Messages show where they stand."""
+        read = self.read
+        whole = Prints(
+            lambda place: self.found[place].shown,
+            self.parts,
+            read["label"],
+            read["pixels"],
+            read["perceptual"],
+        )
+        return whole.take(self.kept)
+
+    def without(self, places: Iterable[int]) -> _Pictures:
+        """Leave out some of those that stay, by their places among them."""
+        import numpy as np
+
+        return replace(self, kept=np.delete(self.kept, list(places)))
+
+    def files(self) -> Iterator[Found]:
+        """Yield those that stay."""
+        return (self.found[place] for place in self.kept.tolist())
+
+    def samples(self) -> Iterator[SampleRow]:
+        """Yield those that stay without their bytes."""
+        for place, found in zip(self.kept.tolist(), self.files(), strict=True):
+            label, *hashes = self.read[place].item()
+            yield SampleRow(self._id(found), found.part or "", label, *(text.decode() for text in hashes))
+
+    def write(self, path: Path, part: str) -> None:
+        """Write the images of a part."""
+        images = self.bytes.column(self.kept[self.parts[self.kept] == PARTS.index(part)])
+        write_stored_images(path, (row for row in self.samples() if row.split == part), images)
+
+    def _id(self, found: Found) -> str:
+        return f"{self.task}/{found.part}/{found.name}/{found.file}"
 
 
 @stage
@@ -117,42 +154,42 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     names, data = tasks[task].classes, read_params("data", Data)
     with outputs_beside(before, SPLIT) as found:
         earlier = read_splits(found(before.name), found)
-        previous, known = sha256_of(found(before.name) / SPLIT), list(_earlier_prints(earlier))
+        previous, known = sha256_of(found(before.name) / SPLIT), _earlier_prints(earlier)
     _refuse_known_classes(task, names, earlier.classes)
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
     if tasks[task].manifest is None:
         _tell_litter(task, source, names)
     labels = {name: label for label, name in enumerate(names, start=len(earlier.classes))}
-    read = _read_task(task, listed, labels=labels, max_pixels=data.max_pixels)
-    pictures, left_out, near = _compared(task, names, read, known, data)
+    with ByteStore() as store:
+        read = _read_task(task, listed, store, labels=labels, max_pixels=data.max_pixels)
+        pictures, left_out, near = _compared(read, names, known, data)
 
-    parts = PARTS if data.validation is not None else ("train", "test")
-    counts = {name: dict.fromkeys(parts, 0) for name in names}
-    for picture in pictures:
-        counts[picture.found.name][picture.part] += 1
-    with whole_folder(images) as packed, whole_folder(out) as folder:
-        _write_pictures(pictures, task, folder, packed, validation=data.validation is not None)
-        classes = [{"label": labels[name], "name": name, "task": task} for name in names]
-        write_json(
-            folder / "classes.json",
-            {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
-        )
-        samples = [picture.sample() for picture in pictures]
-        write_json(
-            folder / SPLIT,
-            {
-                "format": 2,
-                "task": task,
-                "after": tasks[task].after,
-                "previous": previous,
-                "files": own_files(folder),
-                "counts": counts,
-                "digest": samples_digest(samples),
-                "duplicates": len(samples) - len({(s.split, s.pixels) for s in samples}),
-                "near_duplicates": near,
-                "left_out": left_out,
-            },
-        )
+        parts = PARTS if data.validation is not None else ("train", "test")
+        counts = {name: dict.fromkeys(parts, 0) for name in names}
+        for image in pictures.files():
+            counts[image.name][image.part or ""] += 1
+        with whole_folder(images) as packed, whole_folder(out) as folder:
+            _write_pictures(pictures, folder, packed, validation=data.validation is not None)
+            classes = [{"label": labels[name], "name": name, "task": task} for name in names]
+            write_json(
+                folder / "classes.json",
+                {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
+            )
+            write_json(
+                folder / SPLIT,
+                {
+                    "format": 2,
+                    "task": task,
+                    "after": tasks[task].after,
+                    "previous": previous,
+                    "files": own_files(folder),
+                    "counts": counts,
+                    "digest": samples_digest(pictures.samples()),
+                    "duplicates": _copies(pictures.prints()),
+                    "near_duplicates": near,
+                    "left_out": left_out,
+                },
+            )
     return StageResult([{"class": name, **counts[name]} for name in names])
 
 
@@ -164,8 +201,8 @@ def _tell_litter(task: str, source: Path, names: Sequence[str]) -> None:
 
 
 def _compared(
-    task: str, names: Sequence[str], pictures: Sequence[_Picture], known: Sequence[Print], data: Data
-) -> tuple[Sequence[_Picture], int, int]:
+    pictures: _Pictures, names: Sequence[str], known: Prints, data: Data
+) -> tuple[_Pictures, int, int]:
     """Compare the pictures of a task with each other and with those of earlier tasks.
 
     Returns:
@@ -174,14 +211,15 @@ def _compared(
     Raises:
         InputError: the same picture stands where `data.duplicates` does not let it.
     """
+    task = pictures.task
+    prints = pictures.prints()
     left_out: list[int] = []
     if data.duplicates in LEAVE_OUT:
         place, find = LEAVE_OUT[data.duplicates]
-        labels = list({picture.found.name: picture.row.label for picture in pictures}.values())
-        left_out = find([picture.print() for picture in pictures], known, sorted(labels))
-        pictures = _without(pictures, left_out)
-        _refuse_emptied(task, names, pictures, left_out, place)
-    prints = [picture.print() for picture in pictures]
+        left_out = find(prints, known, sorted(set(prints.labels.tolist())))
+        pictures = pictures.without(left_out)
+        _refuse_emptied(task, names, pictures.files(), left_out, place)
+        prints = pictures.prints()
     refuse(list(same_pictures(prints, known, tolerated=data.duplicates != "refuse")))
     near = near_across_parts(prints, known)
     if near:
@@ -189,26 +227,31 @@ def _compared(
     return pictures, len(left_out), len(near)
 
 
-def _write_pictures(
-    pictures: Sequence[_Picture], task: str, folder: Path, packed: Path, *, validation: bool
-) -> None:
+def _write_pictures(pictures: _Pictures, folder: Path, packed: Path, *, validation: bool) -> None:
     """Write the training images to `packed`, what describes them, the other images and all samples to `folder`."""
-    rows = {part: [picture.row for picture in pictures if picture.part == part] for part in PARTS}
-    write_images(packed / PACKED, rows["train"])
-    write_images(folder / part_file(TEST, task), rows["test"])
+    task = pictures.task
+    pictures.write(packed / PACKED, "train")
+    pictures.write(folder / part_file(TEST, task), "test")
     if validation:
-        write_images(folder / part_file(VALIDATION, task), rows["validation"])
-    write_samples(folder / part_file(SAMPLES, task), [picture.sample() for picture in pictures])
-    trained = [picture for picture in pictures if picture.part == "train"]
+        pictures.write(folder / part_file(VALIDATION, task), "validation")
+    write_samples(folder / part_file(SAMPLES, task), pictures.samples())
     write_json(
         folder / TRAINING,
         {
             "task": task,
             "images": sha256_of(packed / PACKED),
-            "counts": Counter(picture.found.name for picture in trained),
-            "digest": samples_digest(picture.sample() for picture in trained),
+            "counts": Counter(image.name for image in pictures.files() if image.part == "train"),
+            "digest": samples_digest(row for row in pictures.samples() if row.split == "train"),
         },
     )
+
+
+def _copies(prints: Prints) -> int:
+    """Return how many pictures stand in the part of an equal one before them."""
+    import numpy as np
+
+    parts = (prints.pixels[prints.parts == part] for part in range(len(PARTS)))
+    return sum(len(pixels) - len(np.unique(pixels)) for pixels in parts)
 
 
 def _follow(before: Path, folder: Path) -> None:
@@ -218,17 +261,11 @@ def _follow(before: Path, folder: Path) -> None:
         write_json(folder / SPLIT, {**record, "previous": sha256_of(before / SPLIT)})
 
 
-def _without(rows: Sequence[_T], positions: Iterable[int]) -> list[_T]:
-    """Return the rows but for those at some positions."""
-    out = set(positions)
-    return [row for index, row in enumerate(rows) if index not in out]
-
-
 def _refuse_emptied(
-    task: str, names: Sequence[str], pictures: Iterable[_Picture], left_out: Sequence[int], place: str
+    task: str, names: Sequence[str], images: Iterable[Found], left_out: Sequence[int], place: str
 ) -> None:
     """Say what was left out. Refuse a class of which nothing to train on, or to test, is left."""
-    held = {(picture.found.name, picture.part) for picture in pictures}
+    held = {(image.name, image.part) for image in images}
     for name in names:
         for part in ("train", "test"):
             if (name, part) not in held:
@@ -253,34 +290,28 @@ def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[Class
 
 
 def _read_task(
-    task: str, images: Sequence[Found], *, labels: dict[str, int], max_pixels: int
-) -> list[_Picture]:
-    """Read and fully decode every file. All that cannot be read are refused in one error."""
-    pictures: dict[int, _Picture] = {}
+    task: str, images: Sequence[Found], store: ByteStore, *, labels: dict[str, int], max_pixels: int
+) -> _Pictures:
+    """Read and fully decode every file, and store its bytes. All that cannot be read are refused in one error."""
+    import numpy as np
 
-    def keep(index: int, data: bytes, picture: Image) -> None:
-        found = images[index]
-        row = ImageRow(
-            id=f"{task}/{found.part}/{found.name}/{found.file}",
-            label=labels[found.name],
-            image=data,
-            sha256=hashlib.sha256(data).hexdigest(),
-            pixels=picture_hash(picture),
-        )
-        pictures[index] = _Picture(found, row, perceptual_hash(picture))
+    read = np.zeros(len(images), list(_READ))
 
-    faults = read_pictures(f"split {task}", images, keep, max_pixels=max_pixels)
+    def look(index: int, data: bytes, picture: Image) -> bytes:
+        label = labels[images[index].name]
+        hashes = hashlib.sha256(data).hexdigest(), picture_hash(picture), perceptual_hash(picture)
+        read[index] = (label, *hashes)
+        return data
+
+    faults = read_pictures(
+        f"split {task}", images, look, max_pixels=max_pixels, keep=lambda index, data: store.append(data)
+    )
     refuse_unreadable(task, images, faults)
-    return [pictures[index] for index in range(len(images))]
+    return _Pictures(task, images, read, store, np.arange(len(images)))
 
 
-def _earlier_prints(splits: Splits) -> Iterator[Print]:
-    """Yield what the pictures of the tasks before are compared by."""
-    for task in splits.tasks:
-        for row in read_samples(splits.needed(SAMPLES, task)):
-            yield _print_of(row, shown=f"{row.id} of an earlier task")
-
-
-def _print_of(sample: SampleRow, *, shown: str) -> Print:
-    """Return what a sample's picture is compared by."""
-    return Print(shown, sample.split, sample.label, sample.pixels, sample.perceptual)
+def _earlier_prints(splits: Splits) -> Prints:
+    """Return what the pictures of the tasks before are compared by."""
+    return Prints.joined(
+        [sample_prints(splits.needed(SAMPLES, task), "an earlier task") for task in splits.tasks]
+    )

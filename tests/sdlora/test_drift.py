@@ -9,7 +9,8 @@ from torch import Tensor
 from sdlora.classifier import ModelState
 from sdlora.drift import DriftMap, carried, drift_map
 from sdlora.freezing import recompute_head
-from sdlora.heads import HEADS
+from sdlora.head import HeadBlock
+from sdlora.heads import HEADS, discriminant
 from sdlora.statistics import ClassStatistics, class_statistics
 from tests.support.tiny_model import learn
 
@@ -74,6 +75,26 @@ def test_a_single_image_moves_everything_alike() -> None:
 
     assert not found.matrix.any()
     torch.testing.assert_close(found.offset, torch.full((SIZE,), 2.0))
+
+
+def test_a_map_and_lda_are_the_same_however_many_are_taken_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many images and classes only some are in double precision."""
+    generator = torch.Generator().manual_seed(3)
+    old = torch.randn(50, 4, generator=generator)
+    new = old + 0.1 * torch.randn(50, 4, generator=generator)
+    taken = {"t01": class_statistics(old, torch.arange(50) % 7, rank=2)}
+    head = {"t01": HeadBlock(torch.zeros(7, 4), torch.zeros(7))}
+
+    def all_of_it() -> list[Tensor]:
+        found = carried({**taken, "t02": taken["t01"]}, {"t02": drift_map(old, new)}, tasks=["t01", "t02"])
+        return [*drift_map(old, new), *found["t01"], *discriminant(head, taken, generator=generator)["t01"]]
+
+    whole = all_of_it()
+    monkeypatch.setattr("sdlora.drift._ROWS", 8)
+    monkeypatch.setattr("sdlora.drift._CLASSES", 2)
+    monkeypatch.setattr("sdlora.heads._CLASSES", 2)
+    for one, other in zip(whole, all_of_it(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_maps_are_applied_in_the_order_of_the_steps_to_what_was_taken_before_them() -> None:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
-from pipelines.data.duplicates import LEAVE_OUT, Print, near_across_parts, near_pictures
+import numpy as np
+
+from pipelines.data.duplicates import LEAVE_OUT, Print, Prints, near_across_parts, near_pictures, repeated
 from pipelines.data.duplicates import same_pictures as find_same
+from pipelines.data.source_files import PARTS
 from pipelines.planning.doctor.findings import Finding, counted
 from pipelines.project.settings import Data, Task
 
 
 def duplicate_findings(
-    key: str, task: Task, prints: Sequence[Print], earlier: Sequence[Print], data: Data
+    key: str, task: Task, prints: Prints, earlier: Prints, data: Data
 ) -> Iterator[Finding]:
     """Pictures that stand where they must not, copies, and pictures that nearly are others."""
     strict = list(find_same(prints, earlier, tolerated=False))
     refused = strict
     if data.duplicates in LEAVE_OUT:
         place, find = LEAVE_OUT[data.duplicates]
-        left_out = dict.fromkeys(find(prints, earlier, task.classes))
+        left_out = find(prints, earlier, task.classes)
         if left_out:
             what = f"{counted(left_out, 'picture')} left out, because others {place} are the same"
-            yield Finding(
-                "warning", "same picture", key, what, [prints[i].shown for i in left_out], "nothing"
-            )
-        prints = [one for index, one in enumerate(prints) if index not in left_out]
+            where = [prints.shown(index) for index in left_out]
+            yield Finding("warning", "same picture", key, what, where, "nothing")
+        prints = prints.take(np.delete(np.arange(len(prints)), left_out))
         strict = list(find_same(prints, earlier, tolerated=False))
     if data.duplicates != "refuse":
         refused = list(find_same(prints, earlier, tolerated=True))
@@ -42,7 +44,7 @@ def duplicate_findings(
         yield Finding("error", "same picture", key, what, where, refused[0].remedy)
     first: dict[tuple[str, int | str, str], Print] = {}
     copies = []
-    for one in prints:
+    for one in prints.at(repeated(prints, Prints.joined([]))[0]):
         other = first.setdefault((one.part, one.label, one.pixels), one)
         if other is not one:
             copies.append(f"{one.shown} = {other.shown}")
@@ -57,10 +59,8 @@ def duplicate_findings(
         yield Finding("warning", "near duplicates", key, what, _pairs(near), "keep each group in one part")
     same_part = [
         pair
-        for part in ("train", "validation", "test")
-        for pair in near_pictures(
-            [one for one in prints if one.part == part], [one for one in earlier if one.part == part]
-        )
+        for part in range(len(PARTS))
+        for pair in near_pictures(*(its.take(np.flatnonzero(its.parts == part)) for its in (prints, earlier)))
     ]
     if same_part:
         what = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipelines.data.duplicates import Print
+from pipelines.data.duplicates import Prints
 from pipelines.data.sources import class_names
 from pipelines.planning.doctor.duplicates import duplicate_findings, name_findings
 from pipelines.planning.doctor.files import Seen, known_prints, look_at
@@ -36,17 +36,18 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
     base = None if quick else load_backbone(params, findings)
     fetched = frozenset(name for name in Fetch.names() if params.fetch.entry(name) is not None)
     seen: dict[str, Seen] = {}
-    earlier: list[Print] = []
+    earlier: list[Prints] = []
     for key, task in params.tasks.items():
         if key in checked and task.retired:
             what = f"its images were deleted; others are compared with their hashes ({task.source})"
             findings.append(Finding("ok", "images", key, what, [], ""))
         if key in checked and not task.retired:
             seen[key] = look_at(key, task, params.data, findings, fetched=fetched)
-            findings += duplicate_findings(key, task, seen[key].prints, earlier, params.data)
-            earlier += seen[key].prints
+            prints = seen[key].prints
+            findings += duplicate_findings(key, task, prints, Prints.joined(earlier), params.data)
+            earlier.append(prints)
         else:
-            earlier += known_prints(key, task, params.data, findings)
+            earlier.append(known_prints(key, task, params.data, findings))
     findings += name_findings(params.tasks, checked)
     if base is not None:
         findings += backbone_findings(params.tasks, seen, base, params.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from pipelines.data.class_folders import is_divided, litter_of
 from pipelines.data.decoding import picture_hash
 from pipelines.data.division import divide
-from pipelines.data.duplicates import Print, perceptual_hash, read_pictures
+from pipelines.data.duplicates import Prints, perceptual_hash, read_pictures, sample_prints
 from pipelines.data.manifests import manifests
-from pipelines.data.packed import read_images
 from pipelines.data.shards import shards_of
-from pipelines.data.source_files import EXTENSIONS, WORDS, Found, visible
+from pipelines.data.source_files import EXTENSIONS, PARTS, WORDS, Found, visible
 from pipelines.data.sources import read_source, unread_tables
 from pipelines.data.split_chain import SAMPLES, part_file
 from pipelines.planning.doctor.findings import Finding, counted
@@ -41,8 +40,8 @@ class Seen:
 
     images: list[Found] = field(default_factory=list)
     """those that can be read"""
-    prints: list[Print] = field(default_factory=list)
-    sides: list[int] = field(default_factory=list)
+    prints: Prints = field(default_factory=lambda: Prints.joined([]))
+    sides: Sequence[int] = ()
     """the shorter side of each, in pixels"""
 
 
@@ -53,6 +52,8 @@ def look_at(
 
     A source that `sdlora run` would fetch, by its name among `fetched`, may be missing.
     """
+    import numpy as np
+
     folder = Path(task.source)
     if not folder.is_dir() and folder.parent == RAW and folder.name in fetched:
         remedy = f"run `sdlora fetch {folder.name}`"
@@ -80,31 +81,26 @@ def look_at(
         where = [_printable(f"{name}: {number}") for name, number in sorted(litter.items())]
         findings.append(Finding("ok", "source", key, what, where, ""))
 
-    looks: dict[int, tuple[Print, int]] = {}
+    # Its class's name is a picture's label, since every class has one task.
+    fields = [("part", "u1"), ("label", "O"), ("pixels", "S64"), ("perceptual", "S64"), ("side", "i4")]
+    looks = np.zeros(len(divided.images), fields)
 
     def look(index: int, data: bytes, picture: Image) -> None:
         found = divided.images[index]
-        looks[index] = (_print_of(found, picture), min(picture.size))
+        hashes = picture_hash(picture), perceptual_hash(picture)
+        looks[index] = (PARTS.index(found.part or ""), found.name, *hashes, min(picture.size))
 
     unreadable = read_pictures(f"read {key}", divided.images, look, max_pixels=data.max_pixels)
     if unreadable:
         where = [f"{divided.images[index].shown} ({fault})" for index, fault in unreadable.items()]
         what = f"{counted(where, 'image')} cannot be read"
         findings.append(Finding("error", "unreadable", key, what, where, "replace or remove each"))
-    whole = sorted(looks)
-    seen = Seen(
-        [divided.images[index] for index in whole],
-        [looks[index][0] for index in whole],
-        [looks[index][1] for index in whole],
-    )
+    looks = np.delete(looks, list(unreadable))
+    images = [image for index, image in enumerate(divided.images) if index not in unreadable]
+    columns = (looks[name] for name in ("part", "label", "pixels", "perceptual"))
+    seen = Seen(images, Prints(lambda place: images[place].shown, *columns), looks["side"].tolist())
     findings += _balance_findings(key, seen.images)
     return seen
-
-
-def _print_of(found: Found, picture: Image) -> Print:
-    """Return what a picture is compared by. Its class's name is its label, since every class has one task."""
-    assert found.part is not None
-    return Print(found.shown, found.part, found.name, picture_hash(picture), perceptual_hash(picture))
 
 
 def _left_out(folder: Path) -> Iterator[str]:
@@ -152,22 +148,11 @@ def packed_names(key: str) -> dict[int, str]:
     return {entry["label"]: entry["name"] for entry in read_json(SPLITS / key / "classes.json")["classes"]}
 
 
-def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> list[Print]:
+def known_prints(key: str, task: Task, data: Data, findings: list[Finding]) -> Prints:
     """Return what the pictures of another task are compared by: from its packed images, else from its source."""
     packed = SPLITS / key / part_file(SAMPLES, key)
     if packed.is_file():
-        rows = read_images(packed).to_pylist()
-        names = packed_names(key)
-        return [
-            Print(
-                f"{row['id']} of {key}",
-                row["split"],
-                names[row["label"]],
-                row["pixels"],
-                row["perceptual"],
-            )
-            for row in rows
-        ]
+        return sample_prints(packed, key, packed_names(key))
     passed: list[Finding] = []
     seen = look_at(key, task, data, passed)
     if any(finding.level == "error" for finding in passed):

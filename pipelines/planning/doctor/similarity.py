@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipelines.data.division import divide
 from pipelines.data.packed import PACKED, read_images
@@ -42,6 +42,8 @@ On the packaged backbone, 30 images of a class: of the 4,950 pairs of glyphs100,
 to the other mean in 12 % of cases (0.7 to 1: 8 %, above: 1 %). No pair of digits is (the nearest: 1.0); one class under
 two names always was (0.34 and less).
 """
+_ROUNDING = 1e-12
+"""Share of two means' squares below which their squared distance is rounding, and they are the same."""
 _ENOUGH = 10
 """Images of a class below which its mean says too little for that: of 3, every second glyph would look like another."""
 _SAMPLE, _PER_CLASS = 3000, 30
@@ -109,12 +111,16 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
     spread = np.array([its.variance for its in features.values()])
     noise = spread / np.array([its.images for its in features.values()])
     found: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    squares = (means**2).sum(axis=1)
     for index in range(1, len(names)):
         name = names[index]
         if features[name].task not in checked:
             continue
+        both = squares[:index] + squares[index]
+        apart = both - 2 * (means[:index] @ means[index])
+        apart[apart < _ROUNDING * both] = 0
         # Means are apart by chance alone, the fewer the images the more; what is left is the distance of the classes.
-        apart = ((means[:index] - means[index]) ** 2).sum(axis=1) - noise[:index] - noise[index]
+        apart -= noise[:index] + noise[index]
         least = np.maximum(np.minimum(spread[:index], spread[index]), np.finfo(float).tiny)
         ratio = np.sqrt(np.maximum(apart, 0) / least)
         nearest = int(ratio.argmin())
@@ -129,28 +135,39 @@ def alike_findings(features: Mapping[str, Features], checked: set[str]) -> Itera
 
 
 _Loader = Callable[[], bytes]
+_T = TypeVar("_T")
 
 
 def _sample_of(key: str, task: Task, seen: Seen | None, data: Data) -> dict[str, list[_Loader]]:
     """Some training images of each class, chosen by their names: readers of their bytes."""
     each = max(_ENOUGH, min(_PER_CLASS, _SAMPLE // max(len(task.classes), 1)))
-    readers: dict[str, list[tuple[str, _Loader]]] = defaultdict(list)
     packed = TRAINED / key / PACKED
     if seen is None and packed.is_file():
         table = read_images(packed)
-        labels, ids = table["label"].to_pylist(), table["id"].to_pylist()
         names = packed_names(key)
-        for row, (label, name) in enumerate(zip(labels, ids, strict=True)):
-            readers[names[label]].append((name, partial(_packed_image, table, row)))
-    else:
-        images = seen.images if seen else _known_images(task, data)
-        for found in images:
-            if found.part == "train":
-                readers[found.name].append((found.file, found.read))
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, label in enumerate(table["label"].to_pylist()):
+            rows[names[label]].append(row)
+        return {
+            name: [
+                partial(_packed_image, table, row)
+                for row in _drawn(its, each, lambda row: table["id"][row].as_py())
+            ]
+            for name, its in rows.items()
+        }
+    images: dict[str, list[Found]] = defaultdict(list)
+    for found in seen.images if seen else _known_images(task, data):
+        if found.part == "train":
+            images[found.name].append(found)
     return {
-        name: [reader for _, reader in sorted(its, key=lambda pair: _lot(pair[0]))[:each]]
-        for name, its in readers.items()
+        name: [found.read for found in _drawn(its, each, lambda found: found.file)]
+        for name, its in images.items()
     }
+
+
+def _drawn(some: Sequence[_T], number: int, name: Callable[[_T], str]) -> list[_T]:
+    """Return so many, chosen by their names."""
+    return sorted(some, key=lambda one: _lot(name(one)))[:number]
 
 
 def _packed_image(table: pa.Table, row: int) -> bytes:

@@ -1,6 +1,7 @@
 import io
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipelines.data.decoding import open_picture
 from pipelines.data.duplicates import (
     NEAR,
     Print,
+    Prints,
     near_across_parts,
     near_pictures,
     perceptual_hash,
@@ -18,7 +20,7 @@ from pipelines.data.duplicates import (
     refuse_unreadable,
     same_pictures,
 )
-from pipelines.data.source_files import Found
+from pipelines.data.source_files import PARTS, Found
 from pipelines.project.errors import InputError
 from tests.support.case_files import encoded
 from tests.support.fuzzing import assert_line
@@ -47,6 +49,30 @@ def some(number: int, *, part: str = "train", label: int = 0, seed: int = 0) -> 
         Print(f"{part}/{label}/{i}", part, label, f"{part} {label} {i}", f"{generator.getrandbits(256):064x}")
         for i in range(number)
     ]
+
+
+def columns(prints: Sequence[Print]) -> Prints:
+    """The same in columns."""
+    labels = [picture.label for picture in prints]
+    parts = [PARTS.index(picture.part) for picture in prints]
+    texts = ([picture.pixels for picture in prints], [picture.perceptual for picture in prints])
+    hashes = (np.array([text.encode() for text in column], "S64") for column in texts)
+    return Prints(
+        lambda place: prints[place].shown, np.array(parts, np.uint8), np.array(labels, object), *hashes
+    )
+
+
+def all_pairs(left: Sequence[Print], right: Sequence[Print]) -> list[tuple[Print, Print]]:
+    """What `near_pictures` returns, by comparing all with all."""
+
+    def near(one: Print, other: Print) -> bool:
+        hashes = one.perceptual, other.perceptual
+        if not all(hashes) or one.pixels == other.pixels:
+            return False
+        return (int(hashes[0], 16) ^ int(hashes[1], 16)).bit_count() <= NEAR
+
+    pairs = ((one, next((other for other in right if near(one, other)), None)) for one in left)
+    return [(one, other) for one, other in pairs if other is not None]
 
 
 def turned(picture: Print, bits: int, *, part: str, seed: int = 0) -> Print:
@@ -85,7 +111,7 @@ def test_a_picture_without_structure_is_near_nothing() -> None:
     flat = [Print(str(i), "train", 0, str(i), perceptual_hash(Image.new("L", (9, 9), i))) for i in (10, 200)]
 
     assert [one.perceptual for one in flat] == ["", ""]
-    assert near_pictures(flat, flat) == []
+    assert near_pictures(columns(flat), columns(flat)) == []
 
 
 @pytest.mark.parametrize("bits", [0, 1, NEAR, NEAR + 1, 40])
@@ -94,7 +120,7 @@ def test_near_pictures_are_those_within_the_bits_and_none_is_missed(bits: int) -
     known = some(500)
     asked = [turned(picture, bits, part="test", seed=i) for i, picture in enumerate(known)]
 
-    found = near_pictures(asked, known)
+    found = near_pictures(columns(asked), columns(known))
 
     assert found == (list(zip(asked, known, strict=True)) if bits <= NEAR else [])
 
@@ -102,7 +128,26 @@ def test_near_pictures_are_those_within_the_bits_and_none_is_missed(bits: int) -
 def test_the_same_picture_is_not_a_near_one() -> None:
     picture = some(1)[0]
 
-    assert near_pictures([picture._replace(part="test")], [picture]) == []
+    assert near_pictures(columns([picture._replace(part="test")]), columns([picture])) == []
+
+
+def test_near_pictures_are_those_that_comparing_all_pairs_finds() -> None:
+    """Also among pictures that crowd together, with copies, flat ones, and others that share most of their bits."""
+    generator = random.Random(5)
+    base = some(3)
+    crowd = [
+        turned(generator.choice(base), generator.randint(0, 24), part="train", seed=i) for i in range(400)
+    ]
+    crowd = [picture._replace(shown=f"{i}", pixels=f"{i % 350}") for i, picture in enumerate(crowd)]
+    crowd += [picture._replace(shown=f"copy {picture.shown}") for picture in crowd[:30]]
+    crowd += [picture._replace(perceptual="") for picture in crowd[:5]]
+    generator.shuffle(crowd)
+    left, right = crowd[:150], crowd[150:]
+
+    found = near_pictures(columns(left), columns(right))
+
+    assert found == all_pairs(left, right)
+    assert 20 < len(found) < 140
 
 
 def test_near_pictures_across_parts_are_found_among_new_and_earlier_ones_each_pair_once() -> None:
@@ -117,7 +162,7 @@ def test_near_pictures_across_parts_are_found_among_new_and_earlier_ones_each_pa
         turned(new_train[0], 3, part="train"),  # on the same side: no leak
     ]
 
-    found = near_across_parts(new, [*old_train, *old_test])
+    found = near_across_parts(columns(new), Prints.joined([columns(old_train), columns(old_test)]))
 
     assert {(one.shown, other.shown) for one, other in found} == {
         ("near train/1/0", "train/1/0"),
@@ -128,10 +173,10 @@ def test_near_pictures_across_parts_are_found_among_new_and_earlier_ones_each_pa
 
 def test_many_pictures_are_compared_without_comparing_all_pairs() -> None:
     started = time.process_time()
-    assert near_pictures(some(5000, part="test"), some(20000)) == []
+    assert near_pictures(columns(some(5000, part="test")), columns(some(20000))) == []
     frames = [turned(some(1)[0], 4, part="test", seed=i) for i in range(2000)]
     stills = [turned(some(1)[0], 4, part="train", seed=-i - 1)._replace(pixels=str(i)) for i in range(2000)]
-    assert len(near_pictures(frames, stills)) == 2000
+    assert len(near_pictures(columns(frames), columns(stills))) == 2000
     assert time.process_time() - started < 10  # all pairs: a minute
 
 
@@ -139,7 +184,7 @@ def test_many_copies_of_one_picture_cost_no_more_than_others() -> None:
     copies = [Print(str(i), "train", 0, "same", "") for i in range(20000)]
     started = time.process_time()
 
-    assert list(same_pictures(copies, copies, tolerated=False)) == []
+    assert list(same_pictures(columns(copies), columns(copies), tolerated=False)) == []
     assert time.process_time() - started < 5
 
 
@@ -147,7 +192,9 @@ def test_many_copies_of_one_picture_cost_no_more_than_others() -> None:
 def test_a_picture_in_two_parts_is_named_with_both(part: str) -> None:
     train = some(1)[0]
 
-    (fault,) = same_pictures([train._replace(part=part, shown="x")], [train], tolerated=True)
+    (fault,) = same_pictures(
+        columns([train._replace(part=part, shown="x")]), columns([train]), tolerated=True
+    )
 
     assert str(fault) == f"x: the same picture as train/0/0, in train and {part}; remove one"
 
@@ -156,7 +203,9 @@ def test_a_picture_of_validation_is_no_picture_of_test() -> None:
     """What was selected on a test picture would be tested on what it was selected for."""
     test = some(1, part="test")[0]
 
-    (fault,) = same_pictures([test._replace(part="validation", shown="x")], [test], tolerated=True)
+    (fault,) = same_pictures(
+        columns([test._replace(part="validation", shown="x")]), columns([test]), tolerated=True
+    )
 
     assert "in validation and test" in str(fault)
 

@@ -7,7 +7,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.data.decoding import decode, decoding_threads, open_picture, picture_hash, strict_pictures
+from pipelines.data.decoding import (
+    decode,
+    decoding_threads,
+    in_parallel,
+    open_picture,
+    picture_hash,
+    strict_pictures,
+)
 from pipelines.data.packed import ImageRow, SampleRow, read_images, write_images, write_samples
 from pipelines.project.errors import InputError
 from pipelines.runtime.memory import device_room, free_memory, memory_room
@@ -362,6 +369,23 @@ def test_the_processors_of_this_process_decode_or_as_many_as_omp_num_threads_say
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
 
     assert decoding_threads() == expected
+
+
+def test_work_in_threads_comes_back_in_order_and_is_not_far_ahead_of_whoever_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipelines.data.decoding.decoding_threads", lambda: 3)
+    begun: list[int] = []
+
+    def work(index: int) -> int:
+        begun.append(index)
+        return -index
+
+    found = in_parallel(work, range(10_000))
+
+    assert [next(found) for _ in range(5)] == [0, -1, -2, -3, -4]
+    assert len(begun) < 100
+    assert list(found) == [-index for index in range(5, 10_000)]
 
 
 def test_images_without_room_in_memory_are_the_same_from_a_file_that_nobody_sees(
