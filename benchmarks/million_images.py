@@ -46,6 +46,8 @@ RESULTS = Path(__file__).parent / "results/million_images.jsonl"
 SOURCE = Path("data/raw/many")
 SIDE = 16
 """Pixels on a side of an image."""
+ROOM = "1"
+"""GiB that decoded images and features may take in memory; more of them are mapped from a file."""
 SAMPLE = 5000
 """Images that a floor is measured on."""
 BACKBONE = "test_vit.r160_in1k"
@@ -129,7 +131,8 @@ def sdlora(folder: Path, *words: str) -> dict[str, float]:
     program = Path(sys.executable).with_name("sdlora")
     began = time.monotonic()
     with (folder / "last.log").open("wb") as log:
-        process = subprocess.Popen([program, *words], cwd=folder, stdout=log, stderr=log)
+        settings = {"SDLORA_IMAGES_GIB": ROOM, **os.environ}
+        process = subprocess.Popen([program, *words], cwd=folder, stdout=log, stderr=log, env=settings)
         total, own = 0, 0
         while process.poll() is None:
             seen = list(_memory(process.pid))

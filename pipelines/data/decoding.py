@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import os
 import threading
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 _Encoded: TypeAlias = "bytes | memoryview | pa.Buffer"
 """The bytes of an image file."""
 _T = TypeVar("_T")
-_AHEAD = 8
-"""Pictures for each thread that are begun before the first of them is taken."""
+_TOGETHER = 8
+"""Pictures that a thread takes at a time: a small one costs less than handing it to a thread."""
+_AHEAD = 2
+"""Times that a thread may have been given some before the first of them is taken."""
 _LONGEST_FAULT = 120
 """Characters of what Pillow says of a picture that cannot be decoded."""
 
@@ -395,17 +398,22 @@ def in_parallel(work: Callable[[int], _T], indices: Iterable[int]) -> Iterator[_
 
     What is done before it is asked for is bounded, so a million results never wait for whoever takes them.
     """
+
+    def several(some: list[int]) -> list[_T]:
+        return [work(index) for index in some]
+
     # Pillow decodes outside the interpreter's lock.
     threads = decoding_threads()
-    waiting: deque[Future[_T]] = deque()
+    left = iter(indices)
+    waiting: deque[Future[list[_T]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for index in indices:
-                waiting.append(pool.submit(work, index))
+            while some := list(itertools.islice(left, _TOGETHER)):
+                waiting.append(pool.submit(several, some))
                 if len(waiting) > _AHEAD * threads:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

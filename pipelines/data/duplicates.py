@@ -171,8 +171,9 @@ def perceptual_hash(picture: Image) -> str:
 
     small = picture.resize((4 * _SIDE, 4 * _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     grey = small.convert("L")
-    # Rounding alone would decide the bits of a picture of one grey.
-    return "" if np.ptp(np.asarray(grey)) < 2 else str(imagehash.phash(grey, hash_size=_SIDE))
+    if np.ptp(np.asarray(grey)) < 2:  # rounding alone would decide the bits of a picture of one grey
+        return ""
+    return np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash).tobytes().hex()
 
 
 def sample_prints(path: Path, owner: str, names: Mapping[int, str] | None = None) -> Prints:

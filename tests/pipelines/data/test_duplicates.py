@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
@@ -97,6 +98,13 @@ def test_a_picture_saved_in_another_way_is_near_and_another_picture_is_not(chang
     for seed in range(10):
         assert bits_between(scene(seed), change(scene(seed))) <= NEAR  # type: ignore[operator]
         assert bits_between(scene(seed), scene(seed + 1)) > 3 * NEAR
+
+
+def test_the_hash_is_that_of_imagehash() -> None:
+    """Whose text is what the samples of every chain hold."""
+    for seed in range(20):
+        small = scene(seed).resize((64, 64), Image.Resampling.LANCZOS, reducing_gap=3.0).convert("L")
+        assert perceptual_hash(scene(seed)) == str(imagehash.phash(small, hash_size=16))
 
 
 def test_what_is_transparent_counts_as_white() -> None:
