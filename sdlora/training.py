@@ -68,6 +68,20 @@ def _in_memory(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype)
 
 
+def _adapted(
+    backbone: nn.Module, before: ModelState, method: Method, targets: Sequence[str] | None
+) -> IncrementalClassifier:
+    """Return the model that a method trains, in evaluation mode.
+
+    There is no dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
+    (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
+    """
+    earlier = ModelState() if method.joint else before
+    return IncrementalClassifier(
+        backbone, earlier, targets=method.targets if targets is None else targets
+    ).eval()
+
+
 class Fit:
     """A step's fit in progress: a model, its images and its optimiser, advanced one optimiser step at a time.
 
@@ -114,15 +128,10 @@ class Fit:
         self._before, self._method, self._settings, self._group = before, method, settings, group
         self._empty, self._looked = empty, looked
         self._images = ImageStore([images for images, _ in tasks.values()], device, room=image_room)
-        earlier = ModelState() if method.joint else before
-        model = IncrementalClassifier(
-            backbone, earlier, targets=method.targets if targets is None else targets
-        )
         if device.type == "cpu" and schedule.precision == "bf16":
             spell_out_attention(backbone)
-        # No dropout or drop path anywhere in the frozen backbone: a fit in evaluation mode is what timm's default
-        # (all rates 0) trains, and it stays so for a backbone whose configuration sets them.
-        self.model = model.eval().to(device)
+        model = _adapted(backbone, before, method, targets)
+        self.model = model.to(device)
         self._dtype = next(model.backbone.parameters()).dtype
         self._labels = _labels_of(tasks).to(device)
         self._begin(tasks)

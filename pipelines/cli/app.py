@@ -129,7 +129,7 @@ def run(
 
     Only stages whose inputs changed run; what was made before comes from the cache. What an older version of this
     program has trained is trained again with --retrain only. Killed at any moment, the same command goes on. Each stage
-    is a Prefect flow run, on the server of PREFECT_API_URL or a local one.
+    is a Prefect flow run on the server of PREFECT_API_URL; without one see sdlora history.
     """
     from pipelines.cli.machines import on_all_machines
 
@@ -172,6 +172,23 @@ def status() -> None:
     from pipelines.orchestration.status import show_status
 
     show_status()
+
+
+@app.command()
+def history(
+    port: Annotated[
+        int, typer.Option(help="Where the server of this project listens.", min=1, max=65535)
+    ] = 4201,
+) -> None:
+    """Look at past runs in Prefect's pages: states, times, tables.
+
+    Where PREFECT_API_URL is not set `sdlora run` leaves notes. They are entered into the database of a Prefect server
+    of this project, which listens on the loopback interface until Ctrl-C.
+    """
+    enter_project()
+    from pipelines.orchestration.history import show_history
+
+    show_history(port)
 
 
 @app.command()

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.orchestration.reconcile import close_dead_runs
-from pipelines.orchestration.server import prefect_server, server_missing
+from pipelines.orchestration.run_notes import local_history, noted
+from pipelines.orchestration.server import server_missing
 from pipelines.orchestration.stage_runs import run_linked
 from pipelines.orchestration.stale_stages import bring_up_to_date, do_nothing
 from pipelines.orchestration.status import print_summary
@@ -16,7 +17,7 @@ from pipelines.planning.keep import require_decision
 from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
-from pipelines.project.layout import CODE, PREFECT, StageName
+from pipelines.project.layout import CODE, StageName
 from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
@@ -51,12 +52,10 @@ def run_pipeline(*, retrain: bool = False) -> int:
             print_summary(params)
             return 0
         try:
-            with prefect_server(PREFECT) as wait, _preloaded_processes(plan):
-                wait()
+            with local_history(), _preloaded_processes(plan):
                 pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
-                missing = server_missing()
-                if missing:
-                    pipeline()
+                if server_missing():
+                    noted(pipeline, "pipeline", {})
                 else:
                     close_dead_runs()
                     run_linked(pipeline, "pipeline", {})

@@ -124,25 +124,28 @@ def _shortened(text: str) -> str:
 
 
 @contextlib.contextmanager
-def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
+def prefect_server(
+    home: Path, *, port: int | None = None, pages: bool = False
+) -> Iterator[Callable[[], None]]:
     """Set PREFECT_API_URL to a server that is starting. What is yielded waits until it answers.
 
-    A server that the user's PREFECT_API_URL names is used as it is. Otherwise one is started on the loopback
-    interface, with its history in `home`, and stopped at the end. A run never fails for want of a server: one
-    that does not come up costs a line, and PREFECT_API_URL is unset.
+    It is started on the loopback interface, with its history in `home`, and stopped at the end. One that does not
+    come up costs a line, and PREFECT_API_URL is unset.
+
+    Args:
+        home: The folder of its database.
+        port: Where it listens; a free port if not given.
+        pages: Whether it has pages to look at.
     """
-    if os.environ.get("PREFECT_API_URL"):
-        yield lambda: None
-        return
     home.mkdir(exist_ok=True)
-    port = _free_port()
+    port = port or _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    process = _start(home, port)
+    process = _start(home, port, pages=pages)
 
     def wait() -> None:
         importlib.import_module("prefect.flow_engine")  # takes as long as the server
         if not _comes_up(process, url):
-            log_line(f"prefect: no server could be started (see {home / 'server.log'}); running plainly")
+            log_line(f"prefect: no server could be started (see {home / 'server.log'})")
             del os.environ["PREFECT_API_URL"]
 
     try:
@@ -152,14 +155,20 @@ def prefect_server(home: Path) -> Iterator[Callable[[], None]]:
         end_group(process)
 
 
-def _start(home: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--no-ui", "--no-services"]
+def _start(home: Path, port: int, *, pages: bool) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--no-services"]
+    command += ["--ui" if pages else "--no-ui"]
     settings = {name: value for name, value in PREFECT_SETTINGS.items() if "LOGGING" not in name}
     parent = os.getpid()
     with (home / "server.log").open("wb") as output:
         return subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **settings, "PREFECT_HOME": str(home.resolve())},
+            env={
+                **os.environ,
+                **settings,
+                "PREFECT_HOME": str(home.resolve()),
+                "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+            },
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines.ledger import journal
 from pipelines.orchestration.names import artifact_key, project_name
 from pipelines.orchestration.progress_artifact import ProgressArtifact
+from pipelines.orchestration.run_notes import noted
 from pipelines.orchestration.server import PREFECT_SETTINGS, patience, server_missing
-from pipelines.project.environment import PARENT_FLOW_RUN
+from pipelines.project.environment import HISTORY_FILE, PARENT_FLOW_RUN
 from pipelines.project.error_text import one_line, user_message
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
@@ -41,8 +42,9 @@ _FLUSH_SECONDS = 5
 
 
 def launch(stage: Stage, **arguments: str | Path) -> None:
-    """Run a stage as the child of DVC that it is: as a flow run if a Prefect server answers, plainly otherwise.
+    """Run a stage as the child of DVC that it is: as a flow run if a Prefect server answers, else plainly.
 
+    Where no server is named `sdlora run` has what it runs noted, for `sdlora history`.
     The work decides the outcome. A server that is not there, or that goes away in the middle, costs one line.
     """
     die_with_starter()
@@ -51,11 +53,12 @@ def launch(stage: Stage, **arguments: str | Path) -> None:
     label = str(StageName(stage.name, str(task) if task else None))
     show_progress(functools.partial(ProgressBar, also=ProgressArtifact))
     missing, started = server_missing(), time.monotonic()
-    if missing:
-        log_line(f"prefect: no server ({missing}); running {label} plainly")
-        result = stage(**arguments)
-    else:
+    if missing is None:
         result = run_linked(stage, label, arguments)
+    else:
+        if HISTORY_FILE not in os.environ:
+            log_line(f"prefect: no server ({missing}); running {label} plainly")
+        result = noted(stage, label, arguments)
     if stage.name in STAGES:
         journal.keep_cost(label, arguments, result, seconds=time.monotonic() - started)
     leave_outcome(StageOutcome(0, DONE))

@@ -14,6 +14,7 @@ from pipelines.orchestration.overlap import (
     overlap_environment,
     overlapped_order,
 )
+from pipelines.orchestration.run_notes import current_note
 from pipelines.orchestration.stage_runs import current_flow_run
 from pipelines.project.environment import PARENT_FLOW_RUN
 from pipelines.project.params import Params
@@ -51,7 +52,7 @@ def bring_up_to_date(
     Returns:
         A row for each stage that was run, or taken from the cache.
     """
-    with environment({PARENT_FLOW_RUN: current_flow_run() or ""}), order_of_dvc():
+    with environment({PARENT_FLOW_RUN: current_flow_run() or current_note() or ""}), order_of_dvc():
         return _StaleStages(params, plan, partial_checkout, before_each, progressed).run()
 
 

@@ -23,7 +23,10 @@ PROJECT = "SDLORA_PROJECT"
 """Set by people: the clone that a worker works in, where that is not the folder that it was started in."""
 
 PARENT_FLOW_RUN = "SDLORA_PARENT_FLOW_RUN"
-"""Set by `sdlora run` for a stage: the id of the outer flow run that the stage belongs to."""
+"""Set by `sdlora run` for a stage: the id of the outer flow run that the stage belongs to, or that of its note."""
+
+HISTORY_FILE = "SDLORA_HISTORY_FILE"
+"""Set by `sdlora run` and `sdlora sweep` where no Prefect server is named: the file that runs are noted in."""
 
 OUTCOME_FILE = "SDLORA_OUTCOME_FILE"
 """Set by `sdlora run` for a stage: a file for its outcome, because DVC passes on no line and no exit status."""

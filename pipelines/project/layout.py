@@ -84,7 +84,9 @@ UNRECORDED_PARAMS = UNRECORDED / "params.sha256"
 """The hashes of what that run may have left as params.yaml."""
 
 PREFECT = Path(".prefect")
-"""The history of the Prefect server that `sdlora run` starts for itself."""
+"""What Prefect knows of this clone's own runs: the database of the server of `sdlora history`, and the notes for it."""
+HISTORY = Path(".prefect/runs.jsonl")
+"""Notes of the runs for which no Prefect server was named: a line when one begins, a line when it ends."""
 DVC = Path(".dvc")
 RWLOCK = Path(".dvc/tmp/rwlock")
 """DVC's file of the paths that are being read and written."""

@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -310,13 +310,7 @@ def _prepare(
         pixels = torch.from_numpy(decode(table, preprocessing, room=room, title=title))
         room -= pixels.nbytes if pixels.nbytes <= room else 0
         tasks[name] = TaskImages(pixels, labels - labels.min())
-    with contextlib.ExitStack() as stack:
-
-        @cache
-        def bar() -> Bar:  # not all methods look at the images before they train
-            total = sum(len(its.images) for its in tasks.values())
-            return stack.enter_context(progress(f"fit {task}: look at images", total=total, unit="images"))
-
+    with _passes(task, sum(len(its.images) for its in tasks.values()), group) as looked:
         return Fit(
             base.model,
             learned,
@@ -332,8 +326,20 @@ def _prepare(
             group=group,
             image_room=device_room(),
             empty=partial(scratch_tensor, room=room),
-            looked=lambda images: bar().update(images) if group.rank == 0 else None,
+            looked=looked,
         )
+
+
+@contextlib.contextmanager
+def _passes(task: str, total: int, group: "ProcessGroup") -> Iterator[Callable[[int], None]]:
+    """Give what shows how far a pass over all images is. Not all methods make one, and then nothing is shown."""
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def bar() -> Bar:
+            return stack.enter_context(progress(f"fit {task}: look at images", total=total, unit="images"))
+
+        yield lambda images: bar().update(images) if group.rank == 0 else None
 
 
 def _schedule_of(training: Training) -> "Schedule":

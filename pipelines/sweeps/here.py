@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.orchestration.server import prefect_server
-from pipelines.project.layout import PREFECT, RUN_LOG, SWEEPS
+from pipelines.orchestration.run_notes import local_history
+from pipelines.project.layout import RUN_LOG, SWEEPS
 from pipelines.runtime.console import echo
 from pipelines.runtime.file_lock import held
 from pipelines.runtime.processes import die_with, end_group, environment
@@ -36,8 +36,7 @@ def run_here(name: str, chains: Sequence[Chain], *, at_once: int) -> list[Result
     with only_sweep(name):
         project = read_project()
         spaces = [make_workspace(project, name, chain.name, chain.params) for chain in chains]
-        with prefect_server(PREFECT) as wait, environment(with_code(project)):
-            wait()
+        with local_history(), environment(with_code(project)):
             return _run_all(chains, spaces, at_once=at_once)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.orchestration.history import read_runs
 from pipelines.orchestration.run import run_pipeline
 from pipelines.orchestration.status import show_status
 from pipelines.project.errors import InputError
@@ -270,6 +271,16 @@ def test_status_says_what_is_stale_and_why(project: Path, capsys: pytest.Capture
     assert "fit@t01: adapter.rank changed" in shown
     assert "5 of 6 stages are not up to date" in shown
     assert ran(project) == []
+
+
+def test_a_run_without_a_server_starts_none_and_is_noted(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL")
+    assert run_pipeline() == 0
+    assert [path.name for path in (project / ".prefect").iterdir()] == ["runs.jsonl"]
+    (run,) = read_runs(project / ".prefect/runs.jsonl")
+    assert (run.began["name"], run.end()["state"]) == ("pipeline", "Completed")
 
 
 def test_the_plan_reads_dvc_and_changes_nothing(project: Path) -> None:
