@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipelines.orchestration.deployment_runs import DeploymentRuns
 from pipelines.orchestration.names import LEARN, WATCHDOG, WORK_TAG
 from pipelines.orchestration.one_clone import require_one_clone
 from pipelines.orchestration.owners import deployed_projects
@@ -167,4 +168,21 @@ def test_a_run_in_another_clone_is_known_however_many_came_after_it(
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}):
         run_flow(flow, flow_run=client.create_flow_run_from_deployment(deployment))
     assert [refusal for refusal in refusals if "elsewhere:/clone" in refusal]
+    client.delete_deployment(deployment)
+
+
+def test_how_many_runs_stand_is_one_question_and_a_deleted_run_has_failed(client: SyncPrefectClient) -> None:
+    from prefect import Flow
+    from prefect.states import Completed, Running
+
+    deployment = client.create_deployment(client.create_flow(Flow(lambda: None, name="asked")), name="birds")
+    runs = DeploymentRuns(client, deployment)
+    assert runs.states([]) == {}
+    given = [Running(), Completed(), Running(), Running(), Completed()]
+    made = [client.create_flow_run_from_deployment(deployment, state=state).id for state in given]
+    client.delete_flow_run(made[2])
+    found = [state for state in runs.states(made).values() if state]
+    assert [state.name for state in found] == ["Running", "Completed", "Deleted", "Running", "Completed"]
+    assert [state.completed for state in found] == [False, True, False, False, True]
+    assert [state.failed for state in found] == [False, False, True, False, False]
     client.delete_deployment(deployment)
