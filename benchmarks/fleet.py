@@ -28,6 +28,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import socket
@@ -113,12 +114,13 @@ def emit_heartbeat(run: UUID) -> None:
 
 
 async def work(pool: str, names: Sequence[str]) -> None:
-    """Be several workers at once, each with one run at a time."""
+    """Be several workers at once, each with one run at a time. A name is that of its queue, a dash, and a number."""
     async with asyncio.TaskGroup() as group:
         for name in names:
-            group.create_task(
-                StubWorker(work_pool_name=pool, name=name, limit=1).start(printer=lambda *_: None)
-            )
+            queue = name.partition("-")[0]
+            asked = None if queue == "default" else [queue]
+            worker = StubWorker(work_pool_name=pool, work_queues=asked, name=f"{pool}-{name}", limit=1)
+            group.create_task(worker.start(printer=lambda *_: None))
 
 
 class Usage(NamedTuple):
@@ -147,6 +149,8 @@ class Kind(NamedTuple):
     real: bool = False
     query_seconds: float = 10.0
     fit_seconds: float = 0.0
+    queues: int = 1
+    """Of the pool: each worker asks for the runs of one, and runs go to one after the other."""
 
 
 class Site:
@@ -213,7 +217,7 @@ class Site:
         count, real = kind.workers, kind.real
         settings = {"PREFECT_WORKER_QUERY_SECONDS": str(kind.query_seconds), SECONDS: str(kind.fit_seconds)}
         environment = {"env": {**self.settings, **settings}}
-        names = [f"{pool}-{index:03d}" for index in range(count)]
+        names = [f"{queue_of(index, kind.queues)}-{index:03d}" for index in range(count)]
         for first in range(0, count, 1 if real else IN_A_PROCESS):
             log = f"workers-{pool}-{first:03d}"
             some = names[first : first + IN_A_PROCESS]
@@ -264,6 +268,11 @@ class Site:
             end_group(process)
 
 
+def queue_of(index: int, queues: int) -> str:
+    """Return the queue of a worker, or of a run."""
+    return f"queue{index % queues}" if queues > 1 else "default"
+
+
 def postgres(name: str) -> str:
     """Return the path of a program of Postgres: on the PATH, or where Debian puts it."""
     found = shutil.which(name) or next(
@@ -301,14 +310,15 @@ def wait_for(condition: Any, seconds: float, what: str) -> None:  # noqa: ANN401
         time.sleep(0.5)
 
 
-async def submit(deployment: UUID, count: int, *, over: float = 0.0) -> float:
+async def submit(deployment: UUID, count: int, *, queues: int = 1, over: float = 0.0) -> float:
     """Submit runs, at once by eight at a time or evenly over so many seconds. Return the seconds that it took."""
     begun, places = time.monotonic(), asyncio.Semaphore(8)
 
     async def one(client: PrefectClient, index: int) -> None:
         await asyncio.sleep(over * index / count)
         async with places:
-            await client.create_flow_run_from_deployment(deployment, state=Scheduled())
+            queue = queue_of(random.randrange(queues), queues)
+            await client.create_flow_run_from_deployment(deployment, state=Scheduled(), work_queue_name=queue)
 
     async with get_client() as client:
         await asyncio.gather(*(one(client, index) for index in range(count)))
@@ -356,7 +366,7 @@ def measure(site: Site, kind: Kind) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def deployed(site: Site, *, real: bool = False) -> Iterator[tuple[Any, str, UUID]]:
+def deployed(site: Site, *, real: bool = False, queues: int = 1) -> Iterator[tuple[Any, str, UUID]]:
     """Make a pool, and a deployment of the stub on it. Stop the workers at the end. Yield a client and both."""
     site.pools += 1
     pool = f"pool-{site.pools}"
@@ -364,6 +374,8 @@ def deployed(site: Site, *, real: bool = False) -> Iterator[tuple[Any, str, UUID
     template = kind.get_default_base_job_template()
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=pool, type=kind.type, base_job_template=template))
+        for index in range(queues if queues > 1 else 0):
+            client.create_work_queue(queue_of(index, queues), work_pool_name=pool)
         deployment = client.create_deployment(
             client.create_flow(stub_fit),
             name=pool,
@@ -380,7 +392,7 @@ def deployed(site: Site, *, real: bool = False) -> Iterator[tuple[Any, str, UUID
 
 def idle(site: Site, kind: Kind) -> dict[str, float]:
     """Return the cores that are used while workers ask in vain."""
-    with deployed(site, real=kind.real) as (_, pool, _):
+    with deployed(site, real=kind.real, queues=kind.queues) as (_, pool, _):
         site.start_workers(pool, kind)
         before = site.usage()
         time.sleep(WINDOW / 2)
@@ -389,15 +401,15 @@ def idle(site: Site, kind: Kind) -> dict[str, float]:
 
 def on_a_queue(site: Site, kind: Kind, waiting: int) -> dict[str, Any]:
     """Measure how fast runs start of which so many wait. A short queue is kept as long as it is."""
-    with deployed(site, real=kind.real) as (client, pool, deployment):
-        taken = asyncio.run(submit(deployment, waiting))
+    with deployed(site, real=kind.real, queues=kind.queues) as (client, pool, deployment):
+        taken = asyncio.run(submit(deployment, waiting, queues=kind.queues))
         site.start_workers(pool, kind)
         while not (first := count(client, deployment, *BEGUN)):
             time.sleep(0.2)
         before, begun = site.usage(), time.monotonic()
         while time.monotonic() < begun + WINDOW and (left := count(client, deployment, "SCHEDULED")):
             if waiting == SHORT and left < SHORT:
-                asyncio.run(submit(deployment, SHORT - left))
+                asyncio.run(submit(deployment, SHORT - left, queues=kind.queues))
             time.sleep(0.5)
         passed, used = time.monotonic() - begun, site.usage().share_since(before)
         started = count(client, deployment, *BEGUN)
@@ -411,10 +423,10 @@ def on_a_queue(site: Site, kind: Kind, waiting: int) -> dict[str, Any]:
 
 def on_arrivals(site: Site, kind: Kind, coming: int) -> dict[str, Any]:
     """Measure how long so many runs wait that come evenly."""
-    with deployed(site, real=kind.real) as (client, pool, deployment):
+    with deployed(site, real=kind.real, queues=kind.queues) as (client, pool, deployment):
         site.start_workers(pool, kind)
         empty, before = site.database_bytes(), site.usage()
-        asyncio.run(submit(deployment, coming, over=WINDOW))
+        asyncio.run(submit(deployment, coming, queues=kind.queues, over=WINDOW))
         wait_for(lambda: count(client, deployment, "COMPLETED") == coming, 300, "what arrived")
         used = site.usage().share_since(before)
         return {
@@ -429,7 +441,16 @@ def kill(site: Site) -> Iterator[dict[str, Any]]:
     """Kill one of two processes of workers by its id, and see its runs found, and no others begun again."""
     half = IN_A_PROCESS
     with deployed(site) as (client, pool, deployment):
-        settings = Workers.model_validate({"heartbeat_seconds": 30, "dead_after_seconds": DEAD_AFTER})
+        settings = Workers(
+            pool=pool,
+            schedule=None,
+            inbox="data/inbox",
+            branch=None,
+            push=None,
+            heartbeat_seconds=30,
+            dead_after_seconds=DEAD_AFTER,
+            attempts=3,
+        )
         for automation in automations(PROJECT, settings, [deployment]):
             client.create_automation(automation)
         site.start_workers(pool, Kind(2 * half, query_seconds=2.0, fit_seconds=FIT_OF_THE_KILLED))
@@ -440,7 +461,7 @@ def kill(site: Site) -> Iterator[dict[str, Any]]:
             "a run on each worker",
         )
         victim = site.workers[0]
-        theirs = {f"{pool}-{index:03d}" for index in range(half)}
+        theirs = {f"{pool}-{queue_of(index, 1)}-{index:03d}" for index in range(half)}
         held = {
             run.id
             for run in runs_of(client, deployment)
@@ -516,6 +537,7 @@ def main() -> None:
     parser.add_argument(
         "--query", type=float, nargs="*", default=[10.0], help="seconds between two polls of a worker"
     )
+    parser.add_argument("--queues", type=int, default=1, help="of each pool, with as many workers each")
     parser.add_argument("--page", type=int, default=200, help="runs in an answer of the server, at most")
     parser.add_argument("--kill", action="store_true", help="kill a process of workers")
     parser.add_argument("--at-work", type=int, nargs="*", default=[], help="runs at work while another asks")
@@ -546,7 +568,7 @@ def rows(site: Site, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure all that was asked for."""
     for query in arguments.query:
         for count in arguments.workers:
-            yield from measure(site, Kind(count, query_seconds=query))
+            yield from measure(site, Kind(count, query_seconds=query, queues=arguments.queues))
         for count in arguments.real:
             yield from measure(site, Kind(count, real=True, query_seconds=query))
     if arguments.kill:
