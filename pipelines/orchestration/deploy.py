@@ -18,6 +18,7 @@ from pipelines.orchestration.names import (
     project_name,
 )
 from pipelines.orchestration.owners import Deployed, deployed_projects, require_own
+from pipelines.orchestration.pages import read_all
 from pipelines.orchestration.repository import repository_id
 from pipelines.orchestration.server import (
     PREFECT_SETTINGS,
@@ -122,7 +123,7 @@ def _require_one_worker(client: SyncPrefectClient, workers: Workers) -> None:
 
     if workers.branch:
         return
-    found = client.read_workers_for_work_pool(workers.pool)
+    found = read_all(client.read_workers_for_work_pool, workers.pool)
     online = [worker.name for worker in found if worker.status == WorkerStatus.ONLINE]
     if len(online) > 1:
         raise InputError(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
 
 from pipelines.orchestration.names import artifact_key, deployment_name, project_name
+from pipelines.orchestration.pages import read_all
 from pipelines.orchestration.server import PREFECT_SETTINGS, patience, refusals_in_one_line
 from pipelines.runtime.deadline import within
 from pipelines.runtime.processes import environment
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
 
 
 class _RunState(NamedTuple):
@@ -27,6 +29,21 @@ class _RunState(NamedTuple):
     completed: bool
     failed: bool
     """it ended badly, or was cancelled, and nothing will start it again"""
+
+    @classmethod
+    def of(cls, state: State[Any]) -> Self:
+        """Read what a server says of a run."""
+        return cls(
+            state.name or state.type.value,
+            state.message or "",
+            completed=state.is_completed(),
+            failed=state.is_failed() or state.is_cancelled(),
+        )
+
+
+_DELETED = _RunState(
+    "Deleted", "its run was deleted on the server; call the same again", completed=False, failed=True
+)
 
 
 class DeploymentRuns:
@@ -63,17 +80,15 @@ class DeploymentRuns:
         )
         return found[0].id if found else None
 
-    def state(self, run: UUID) -> _RunState | None:
-        """Return how a run stands. None while the server does not know."""
-        state = self._client.read_flow_run(run).state
-        if state is None:
-            return None
-        return _RunState(
-            state.name or state.type.value,
-            state.message or "",
-            completed=state.is_completed(),
-            failed=state.is_failed() or state.is_cancelled(),
-        )
+    def states(self, runs: Iterable[UUID]) -> dict[UUID, _RunState | None]:
+        """Return how runs stand, asked in one question. None while the server does not know."""
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+        states: dict[UUID, _RunState | None] = dict.fromkeys(runs, _DELETED)
+        asked = FlowRunFilter(id=FlowRunFilterId(any_=list(states)))
+        for run in read_all(self._client.read_flow_runs, flow_run_filter=asked) if states else []:
+            states[run.id] = None if run.state is None else _RunState.of(run.state)
+        return states
 
     def table(self, run: UUID, key: str) -> list[dict[str, Any]] | None:
         """Return the rows that a run has left under a key, or None."""

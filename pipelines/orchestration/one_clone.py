@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from pipelines.orchestration.names import project_name
+from pipelines.orchestration.pages import read_all
 from pipelines.orchestration.repository import clone_place
 from pipelines.orchestration.server import prefect_client
 from pipelines.orchestration.stage_runs import current_flow_run
@@ -64,22 +65,20 @@ def other_clone(here: str, deployed: str | None, past: Sequence[PastRun]) -> str
 
 
 def _past_runs(client: SyncPrefectClient, run: FlowRun) -> list[PastRun]:
-    """Return the newest runs of a run's deployment."""
+    """Return the runs of a run's deployment that have begun."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterDeploymentId,
         FlowRunFilterStartTime,
     )
-    from prefect.client.schemas.sorting import FlowRunSort
 
     if run.deployment_id is None:
         return []
-    begun = client.read_flow_runs(
+    begun = read_all(
+        client.read_flow_runs,
         flow_run_filter=FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[run.deployment_id]),
             start_time=FlowRunFilterStartTime(is_null_=False),
         ),
-        sort=FlowRunSort.START_TIME_DESC,
-        limit=200,
     )
     return [PastRun(past.deployment_version, past.labels) for past in begun]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pipelines.orchestration.names import LEARN, SWEEP, WATCHDOG, WORK_TAG, deployment_name
+from pipelines.orchestration.pages import read_all
 from pipelines.project.environment import WORKERS_PROJECT, WORKERS_REPOSITORY
 from pipelines.project.errors import InputError
 
@@ -46,7 +47,8 @@ def deployed_projects(client: SyncPrefectClient) -> list[Deployed]:
         FlowFilterName,
     )
 
-    found = client.read_deployments(
+    found = read_all(
+        client.read_deployments,
         flow_filter=FlowFilter(name=FlowFilterName(any_=[LEARN])),
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[WORK_TAG])),
     )

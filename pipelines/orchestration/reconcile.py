@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from pipelines.orchestration.names import WATCHDOG, WORK_TAG, project_name
+from pipelines.orchestration.pages import read_all
 from pipelines.orchestration.server import prefect_client
 from pipelines.orchestration.stage_runs import STAGE_TAG, current_flow_run, run_tag
 from pipelines.project.error_text import one_line
@@ -88,14 +89,14 @@ def _deployed_runs(client: SyncPrefectClient, since: timedelta, kind: str) -> li
     )
     from prefect.client.schemas.objects import StateType
 
-    runs = client.read_flow_runs(
+    runs = read_all(
+        client.read_flow_runs,
         deployment_filter=DeploymentFilter(
             name=DeploymentFilterName(any_=[project_name()]), tags=DeploymentFilterTags(all_=[WORK_TAG])
         ),
         flow_run_filter=FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(kind)]))
         ),
-        limit=200,
     )
     before = datetime.now(UTC) - since
     return [run for run in runs if run.state is not None and run.state.timestamp < before]
@@ -140,11 +141,11 @@ def delete_old_watchdog_runs() -> None:
     try:
         with prefect_client() as client:
             due = FlowRunFilterExpectedStartTime.model_validate({"before_": now})
-            for run in client.read_flow_runs(
+            for run in read_all(
+                client.read_flow_runs,
                 flow_filter=FlowFilter(name=FlowFilterName(any_=[WATCHDOG])),
                 deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[project_name()])),
                 flow_run_filter=FlowRunFilter(expected_start_time=due),
-                limit=200,
             ):
                 state = run.state
                 waits = state is not None and state.is_scheduled()
@@ -176,7 +177,7 @@ def close_dead_runs() -> int:
 
 
 def _running(client: SyncPrefectClient) -> list[FlowRun]:
-    """Return all runs with our tag that have not ended, the newest first."""
+    """Return all runs with our tag that have not ended."""
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterState,
@@ -184,13 +185,11 @@ def _running(client: SyncPrefectClient) -> list[FlowRun]:
         FlowRunFilterTags,
     )
     from prefect.client.schemas.objects import StateType
-    from prefect.client.schemas.sorting import FlowRunSort
 
     open_states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]))
-    return client.read_flow_runs(
+    return read_all(
+        client.read_flow_runs,
         flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[STAGE_TAG]), state=open_states),
-        sort=FlowRunSort.START_TIME_DESC,
-        limit=200,
     )
 
 

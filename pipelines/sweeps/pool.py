@@ -104,8 +104,9 @@ class _Pool:
             )
 
     def _look(self) -> None:
+        states = self._runs.states(self._working.values())
         for index, run in list(self._working.items()):
-            state = self._runs.state(run)
+            state = states[run]
             if state is None:
                 continue
             result = None
