@@ -13,7 +13,6 @@ from pipelines.data.packed import SampleRow
 from pipelines.data.sources import task_images
 from pipelines.ledger.verdicts import in_a_verdict
 from pipelines.project.errors import FaultError
-from pipelines.project.files import sha256_of
 from pipelines.project.layout import CODE_STAGE, DVC_YAML, GATES, LOCK, MODELS, PARAMS, RETIRED, StageName
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
@@ -89,7 +88,7 @@ def check_read(place: ArtifactStore, stages: Iterable[DeclaredStage]) -> None:
                 raise FaultError(f"{LOCK}: {stage.name} read another {path} than {than}")
 
 
-def check_source(params: Params, step: str, samples: Iterable[SampleRow]) -> None:
+def check_source(place: ArtifactStore, params: Params, step: str, samples: Iterable[SampleRow]) -> None:
     """Check that the images of a step are those of its source, byte for byte, where the source is here."""
     task = params.tasks[step]
     source = Path(task.source)
@@ -99,7 +98,7 @@ def check_source(params: Params, step: str, samples: Iterable[SampleRow]) -> Non
     files = {f"{step}/{found.part}/{found.name}/{found.file}": found.path for found in listed}
     for sample in samples:
         path = files.get(sample.id)
-        if path is None or sha256_of(path) != sample.sha256:
+        if path is None or place.hashes.sha256(path) != sample.sha256:
             raise FaultError(f"{path or source}: {sample.id} of the ledger is not the picture there")
 
 

@@ -38,7 +38,8 @@ from pipelines.project.yaml_text import read_yaml, value_at
 from pipelines.reports.statistics import headline_of
 from pipelines.stages.report import report
 from pipelines.stages.split import split
-from pipelines.versioning.artifacts import folder_md5, md5_of
+from pipelines.versioning.artifacts import folder_md5
+from pipelines.versioning.file_hashes import md5_of
 from sdlora.ledger import read_record, record_bytes, record_hash
 from sdlora.tensors import read_tensors, write_tensors
 
