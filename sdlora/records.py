@@ -86,7 +86,7 @@ def read_bounded_json(path: Path, kind: Any = object) -> Any:  # noqa: ANN401 - 
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({shown(str(error), 100)})") from None
     level, depth = [value], 0
-    while level := [child for each in level for child in _children(each)]:
+    while level := [child for each in level if isinstance(each, dict | list) for child in _children(each)]:
         depth += 1
         if depth > _DEEPEST:
             raise ValueError(f"{path}: more than {_DEEPEST} levels deep")

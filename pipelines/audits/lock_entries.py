@@ -29,7 +29,9 @@ def check_declared(lock: Lock, stages: Iterable[DeclaredStage]) -> None:
             raise FaultError(f"{LOCK}: it does not know {name}; run `sdlora run`")
         if stage.command != lock.commands[name]:
             raise FaultError(f"{DVC_YAML}: the command of {name} is not the one that {LOCK} says was run")
-        if {*stage.deps} - {str(PARAMS)} != {*lock.deps[name]} or not {*stage.outs} <= {*lock.outs}:
+        if {*stage.deps} - {str(PARAMS)} != {*lock.deps[name]} or not all(
+            out in lock.outs for out in stage.outs
+        ):
             raise FaultError(f"{DVC_YAML}: {name} reads or leaves other files than {LOCK} says")
         declared = {key: value for values in stage.params for key, value in values.items()}
         made_with = lock.parameters[name]

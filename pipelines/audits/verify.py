@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -89,16 +89,17 @@ def verify() -> Iterator[StepVerification]:
     """
     params = Params.load()
     lock = read_lock(params)
-    declared = read_dvc_project(Path.cwd()).stages
-    of_steps: dict[str | None, list[DeclaredStage]] = {step: [] for step in ("t00", *params.tasks, None)}
-    for stage in declared:
-        of_steps[_step_of(stage, params)].append(stage)
-    rest = of_steps.pop(None)
-    with TemporaryDirectory(prefix="sdlora-audit-") as scratch, FileHashes() as hashes:
+    steps = ["t00", *params.tasks]
+    with TemporaryDirectory(prefix="sdlora-audit-") as scratch, FileHashes(_files_of(params, lock)) as hashes:
+        of_steps: dict[str | None, list[DeclaredStage]] = {step: [] for step in (*steps, None)}
+        for stage in read_dvc_project(Path.cwd()).stages:
+            of_steps[_step_of(stage.name, params)].append(stage)
         place = ArtifactStore(lock, Path(scratch), hashes)
         before: Path | None = None
         chain, seen = JoinedRecords(), SeenPictures()
-        for step, stages in _read_ahead(hashes, params, lock, of_steps):
+        for step in steps:
+            hashes.advance()
+            stages = of_steps[step]
             try:
                 files, model = _verify_step(place, chain, seen, step, before, stages)
                 receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
@@ -115,36 +116,30 @@ def verify() -> Iterator[StepVerification]:
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             _check_metrics(place, params, chain)
-            check_declared(lock, rest)
-            check_read(place, rest)
+            check_declared(lock, of_steps[None])
+            check_read(place, of_steps[None])
         except FaultError as fault:
             yield StepVerification("report", 0, "", "", str(fault))
             return
         yield StepVerification("report", files, "", "", None)
 
 
-def _read_ahead(
-    hashes: FileHashes, params: Params, lock: Lock, of_steps: Mapping[str, list[DeclaredStage]]
-) -> Iterator[tuple[str, list[DeclaredStage]]]:
-    """Yield the steps with their stages. Meanwhile the files of the next one are hashed, each but once."""
-    named = {Path(out) for out in lock.outs}
-    waiting: list[tuple[str, list[DeclaredStage]]] = []
-    for step, stages in of_steps.items():
-        places = [Path(out) for stage in stages for out in stage.outs]
-        source = Path(params.tasks[step].source) if step in params.tasks else None
-        if source is not None and source not in named:  # one that tasks share is not read again for each
-            named.add(source)
-            places.append(source)
-        hashes.advance(places)
-        yield from waiting
-        waiting = [(step, stages)]
-    hashes.advance([])
-    yield from waiting
+def _files_of(params: Params, lock: Lock) -> Iterator[list[Path]]:
+    """Yield the folders that are hashed for each step from t00 on, by dvc.lock. Each source once."""
+    outs: dict[str | None, list[Path]] = {}
+    for stage, paths in lock.made.items():
+        outs.setdefault(_step_of(stage, params), []).extend(map(Path, paths))
+    named = {Path(path) for path in lock.outs}
+    yield outs.get("t00", [])
+    for step, task in params.tasks.items():
+        source = {Path(task.source)} - named
+        named |= source
+        yield [*outs.get(step, []), *source]
 
 
-def _step_of(stage: DeclaredStage, params: Params) -> str | None:
+def _step_of(stage: str, params: Params) -> str | None:
     """Return the step that a stage belongs to. None where it is of the chain as a whole, or brings a data set."""
-    kind, item = StageName.parse(stage.name)
+    kind, item = StageName.parse(stage)
     if kind in (CODE_STAGE, "start", "backbone"):
         return "t00"
     return item if item in params.tasks else None
@@ -235,7 +230,9 @@ def _check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
     if found.exists() and place.hashes.sha256(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
     _check_code(place, step, record)
-    told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
+    told: dict[str, object] = {"metrics": last_epoch(fit)}
+    if "learned_magnitudes" in record:  # until records of format 2
+        told["learned_magnitudes"] = learned_magnitudes(fit)
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{MODELS / step}/step.json: its {name} do not follow from the fit")
@@ -296,7 +293,8 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any], seen: S
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
     _check_follows(place, step, record["tasks"])
     _check_apart(folder, rows, seen)
-    seen.tests[step] = read_images(packed[TEST][1], "id", "label").select(["id", "label"])
+    tests = read_images(packed[TEST][1], "id", "label").select(["id", "label"])
+    seen.tests[step] = tests.take(list(range(len(tests))))  # a copy: no file stays open for each task
 
 
 def _samples_of(place: ArtifactStore, step: str) -> list[SampleRow]:
@@ -322,8 +320,8 @@ def _check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
     columns = [table[column].to_pylist() for column in ("id", "label", "sha256", "pixels")]
     if list(zip(*columns, strict=True)) != [(row.id, row.label, row.sha256, row.pixels) for row in rows]:
         raise FaultError(f"{name}: its pictures are not the samples of the ledger")
-    for index, row in enumerate(rows):
-        if hashlib.sha256(table["image"][index].as_buffer()).hexdigest() != row.sha256:
+    for image, row in zip(table["image"], rows, strict=True):
+        if hashlib.sha256(image.as_buffer()).hexdigest() != row.sha256:
             raise FaultError(f"{name}: {row.id} is not the picture of its hash")
 
 
@@ -481,9 +479,8 @@ def _check_metrics(place: ArtifactStore, params: Params, chain: JoinedRecords) -
 
 def _correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
     """Return how many predictions of each task are right, tasks having so many images in a row."""
-    labels = predictions["label"].to_pylist()
-    right = [
-        guess == label for guess, label in zip(predictions["prediction"].to_pylist(), labels, strict=True)
-    ]
-    ends = list(accumulate(counts))
-    return [sum(right[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    import numpy as np
+
+    right = np.equal(predictions["prediction"].to_numpy(), predictions["label"].to_numpy())
+    ends = np.cumsum([0, *counts])
+    return [int(right[start:end].sum()) for start, end in pairwise(ends)]

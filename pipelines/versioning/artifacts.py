@@ -150,8 +150,8 @@ class ArtifactStore:
 
         root = path.absolute()
         places = self._ignored.walk(LocalFileSystem(), str(root))
-        names = [Path(place, name).relative_to(root) for place, _, names in places for name in names]
-        return folder_md5({name.as_posix(): self.hashes.md5(path / name) for name in names})
+        names = [f"{place}/{name}"[len(str(root)) + 1 :] for place, _, names in places for name in names]
+        return folder_md5({name: self.hashes.md5(path / name) for name in names})
 
     @cached_property
     def _ignored(self) -> DvcIgnoreFilter:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from pipelines.project.files import sha256_of
 
+_GROUPS_AHEAD, _FILES_AHEAD = 100, 100_000
+"""How far to go ahead. What is beyond is hashed when it is asked for."""
 _CHUNK = 2**20
 """Bytes that are read at once."""
 
@@ -24,33 +28,52 @@ class _Hashes(NamedTuple):
 class FileHashes:
     """The MD5 and SHA-256 of files, which are those of the time when they were taken.
 
-    Both come from one reading where they are taken ahead, and from one each where they are not.
+    Within its context they are taken ahead, both from one reading, group after group. What was not is hashed when it is
+    asked for.
     """
 
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+    def __init__(self, groups: Iterable[Iterable[Path]] = ()) -> None:
+        """Name the files, and the folders with all files in them, in the order in which they will be needed."""
+        self._groups = iter(groups)
+        self._coming: deque[list[Future[dict[str, _Hashes]]]] = deque()
         self._known: dict[str, _Hashes] = {}
-        self._coming: list[Future[dict[str, _Hashes]]] = []
+        self._room = Semaphore(_FILES_AHEAD)
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        for _ in range(_GROUPS_AHEAD):
+            self._submit()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
 
-    def advance(self, coming: Iterable[Path]) -> None:
-        """Hold the hashes of what was coming until now, forget those before, and have what is coming read meanwhile.
+    def _submit(self) -> None:
+        group = next(self._groups, None)
+        if group is not None:
+            self._coming.append([self._pool.submit(self._take, os.fspath(place)) for place in group])
 
-        Args:
-            coming: Files, and folders with all files in them. What is not there is left out.
-        """
-        assert self._pool is not None
-        self._known = {path: hashes for each in self._coming for path, hashes in each.result().items()}
-        self._coming = [self._pool.submit(_hashes_below, os.fspath(place)) for place in coming]
+    def advance(self) -> None:
+        """Hold the hashes of the next group, and forget those of the one before."""
+        self._room.release(len(self._known) or 1)
+        self._known = {}
+        for taken in self._coming.popleft():
+            self._known |= taken.result()
+        self._submit()
+
+    def _take(self, place: str) -> dict[str, _Hashes]:
+        """Return the hashes of files at a path, as many as there is room for. Whoever asks for others learns why."""
+        found = {}
+        for path in _files_at(place):
+            if not self._room.acquire(blocking=False):
+                break
+            try:
+                found[path] = _both(path)
+            except OSError:
+                self._room.release()
+        return found
 
     def md5(self, path: Path) -> str:
         """Return the MD5 of a file's bytes, which is what DVC names files by."""
@@ -69,24 +92,12 @@ def md5_of(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _hashes_below(place: str) -> dict[str, _Hashes]:
-    """Return the hashes of a file, or of all files in a folder, by path. Whoever asks for another learns why."""
-    found = {}
-    for path in _files_below(place):
-        try:
-            found[path] = _both(path)
-        except OSError:
-            continue
-    return found
-
-
-def _files_below(place: str) -> Iterator[str]:
-    """Yield the regular files at a path. Links to folders are not followed."""
+def _files_at(place: str) -> Iterator[str]:
+    """Yield a path if it is a regular file, and the regular files below it. Links to folders are not followed."""
     if os.path.isfile(place):
         yield place
     for folder, _, names in os.walk(place):
-        paths = (f"{folder}/{name}" for name in names)
-        yield from (path for path in paths if os.path.isfile(path))
+        yield from (path for name in names if os.path.isfile(path := f"{folder}/{name}"))
 
 
 def _both(path: str) -> _Hashes:
