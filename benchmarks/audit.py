@@ -1,16 +1,21 @@
-"""How long `sdlora audit verify` takes on a long chain at full size: 20 steps of ViT-B/16, ten classes each.
+"""How long `sdlora audit verify` takes on a long chain at full size: steps of ViT-B/16, ten classes each.
 
 Nothing is trained or tested: backbone, directions and predictions are random. Everything else is what the stages
 leave, by the stages themselves where they need no model (split, freeze, gate), and dvc.lock is DVC's own.
 
 The time stands beside that of reading the same bytes and computing the two hashes of them once, which no
 verification can do without.
+
+    python benchmarks/audit.py --steps 20 200 1000
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -42,6 +47,7 @@ from sdlora.head import HeadBlock
 from sdlora.methods import FitResult
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks/results/audit.jsonl"
 MODEL, CLASSES, TRAIN, TEST, SIDE = "vit_base_patch16_224", 10, 25, 5, 224
 ARTIFACTS = Path("artifacts")
 
@@ -76,8 +82,9 @@ def project(folder: Path, tasks: list[str]) -> None:
     Path("params.yaml").write_text(text + "\ntasks:\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator: torch.Generator) -> None:
-    """All outputs of one step."""
+def step(seen: list[str], targets: dict[str, tuple[int, int]], generator: torch.Generator) -> None:
+    """All outputs of the last of some steps."""
+    before, task = ["t00", *seen][-2:]
     place = {
         kind: ARTIFACTS / kind / task for kind in ("split", "train", "fit", "model", "evaluation", "gate")
     }
@@ -90,7 +97,6 @@ def step(task: str, before: str, targets: dict[str, tuple[int, int]], generator:
     )
     params = Params.load()
     place["fit"].mkdir(parents=True)
-    seen = [name for name in params.tasks if name <= task]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -160,50 +166,80 @@ def predict(folder: Path, tasks: list[str]) -> None:
     write_json(folder / "metrics.json", metrics)
 
 
-def main() -> None:
-    """Build the chain, verify it a few times, print the seconds."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--times", type=int, default=3, help="how often to verify; the median counts")
-    arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        tasks = [f"t{index:02}" for index in range(1, arguments.steps + 1)]
-        project(Path(folder), tasks)
-        start(
-            out=ARTIFACTS / "split/t00", evaluation=ARTIFACTS / "evaluation/t00", gate=ARTIFACTS / "gate/t00"
+def chain(folder: Path, steps: int) -> None:
+    """Make a chain of so many steps in a folder, which becomes the working directory."""
+    from dvc.repo import Repo, lock_repo
+
+    tasks = [f"t{index:02}" for index in range(1, steps + 1)]
+    project(folder, tasks)
+    start(out=ARTIFACTS / "split/t00", evaluation=ARTIFACTS / "evaluation/t00", gate=ARTIFACTS / "gate/t00")
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=0).eval()
+    (ARTIFACTS / "model/t00").mkdir(parents=True)
+    write_backbone(ARTIFACTS / "model/t00", Backbone(model=model, description={"name": MODEL}))
+    targets = {name: (d.rows, d.columns) for name, d in inject_adapters(model).items()}
+    generator = torch.Generator().manual_seed(0)
+    for number in range(1, steps + 1):
+        step(tasks[:number], targets, generator)
+    code(out=ARTIFACTS / "code")
+    report(artifacts=ARTIFACTS, out=ARTIFACTS / "report", metrics=Path("metrics.json"))
+    with contextlib.closing(Repo()) as repo, lock_repo(repo):
+        stages = repo.stage.load_all("dvc.yaml")
+        for each in stages:
+            each.save(run_cache=False)
+        stages[0].dvcfile.dump_stages(stages, update_pipeline=False)  # at once: DVC writes all for each
+
+
+def measure(steps: int, times: int) -> dict[str, float]:
+    """Verify the chain in the working directory a few times. Medians, in seconds, of the clock and of the CPUs."""
+    files = [path for path in ARTIFACTS.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    verified, worked, hashed = [], [], []
+    for _ in range(times):
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "pipelines", "audit", "verify"], check=True, stdout=subprocess.DEVNULL
         )
-        torch.manual_seed(0)
-        model = timm.create_model(MODEL, num_classes=0).eval()
-        (ARTIFACTS / "model/t00").mkdir(parents=True)
-        write_backbone(ARTIFACTS / "model/t00", Backbone(model=model, description={"name": MODEL}))
-        targets = {name: (d.rows, d.columns) for name, d in inject_adapters(model).items()}
-        generator = torch.Generator().manual_seed(0)
-        for before, task in zip(["t00", *tasks], tasks, strict=False):
-            step(task, before, targets, generator)
-        code(out=ARTIFACTS / "code")
-        report(artifacts=ARTIFACTS, out=ARTIFACTS / "report", metrics=Path("metrics.json"))
-        subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "-f"], check=True)
-        files = [path for path in ARTIFACTS.rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
-        verified, hashed = [], []
-        for _ in range(arguments.times):
-            began = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "pipelines", "audit", "verify"], check=True, stdout=subprocess.DEVNULL
-            )
-            verified.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            for path in files:
-                data = path.read_bytes()
-                hashlib.sha256(data).digest()
-                hashlib.md5(data, usedforsecurity=False).digest()
-            hashed.append(time.perf_counter() - began)
-        os.chdir(REPOSITORY)
-    found, floor = sorted(verified)[len(verified) // 2], sorted(hashed)[len(hashed) // 2]
-    sys.stdout.write(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores: {arguments.steps} steps of {MODEL}, "
-        f"{len(files)} files, {size / 2**20:.0f} MiB: verified in {found:.1f} s; the hashes alone {floor:.1f} s\n"
+        verified.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        worked.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        began = time.perf_counter()
+        for path in files:
+            data = path.read_bytes()
+            hashlib.sha256(data).digest()
+            hashlib.md5(data, usedforsecurity=False).digest()
+        hashed.append(time.perf_counter() - began)
+    seconds = {"verified": verified, "verified, CPU": worked, "the hashes alone": hashed}
+    return {
+        "steps": steps,
+        "files": len(files),
+        "MiB": round(size / 2**20),
+        **{name: round(sorted(found)[len(found) // 2], 1) for name, found in seconds.items()},
+        "peak memory, MiB": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+
+
+def main() -> None:
+    """Build chains, verify each a few times, print the figures and note them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--steps", nargs="+", type=int, default=[20])
+    parser.add_argument("--times", type=int, default=3, help="how often to verify; the median counts")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    results = arguments.results.absolute()
+    for steps in arguments.steps:
+        with TemporaryDirectory(prefix="sdlora-audit-") as folder:
+            chain(Path(folder), steps)
+            found = measure(steps, arguments.times)
+            os.chdir(REPOSITORY)
+        sys.stdout.write("  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
+        sys.stdout.flush()
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with results.open("a") as file:
+            row = {"machine": platform.machine(), "cores": os.cpu_count(), "model": MODEL, **found}
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How far steps moved the weights and the features: norms, overlaps and angles, all from factors, never from d×d.
+"""How far steps moved the weights and the features: norms, overlaps and angles, all from factors.
 
-A low-rank matrix B·A is a `Pair` of arrays: `up` is B (rows, r), `down` is A (r, columns). Everything here is plain
-numpy in double precision, so that what reads a model folder to show it loads neither torch nor a model.
+Only where their ranks together are larger than d, as in a long chain, is d×d formed. A low-rank matrix B·A is a `Pair`
+of arrays: `up` is B (rows, r), `down` is A (r, columns). Everything here is plain numpy in double precision, so that
+what reads a model folder to show it loads neither torch nor a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,9 @@ def weighted_sum(terms: Sequence[tuple[float, Pair]]) -> Pair:
 
 
 def norm(pair: Pair) -> float:
-    """‖BA‖_F = √tr((BᵀB)(AAᵀ)), from two r×r Gram matrices."""
+    """‖BA‖_F = √tr((BᵀB)(AAᵀ)), from two r×r Gram matrices. From BA itself where that is the smaller matrix."""
+    if pair.up.shape[1] > max(len(pair.up), pair.down.shape[1]):
+        return float(np.linalg.norm(pair.up @ pair.down))
     squared = float(((pair.up.T @ pair.up) * (pair.down @ pair.down.T)).sum())
     return max(squared, 0.0) ** 0.5
 

@@ -45,7 +45,10 @@ class Flips(NamedTuple):
         Two-sided, of `lost` against `gained` from a fair coin (McNemar, 1947); 1 where nothing flipped.
         """
         flips, least = self.lost + self.gained, min(self.lost, self.gained)
-        tail = sum(math.comb(flips, k) for k in range(least + 1))
+        tail = term = 1
+        for k in range(least):
+            term = term * (flips - k) // (k + 1)  # the binomial coefficient of k + 1
+            tail += term
         # Python divides whole numbers of any size exactly, so many flips overflow nothing.
         return min(1.0, 2 * tail / 2**flips)
 

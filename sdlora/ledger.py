@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -111,20 +112,47 @@ def read_record(folder: Path, *, beside: Beside | None = None) -> dict[str, Any]
         FileNotFoundError: the folder, its record or one before is missing.
         ValueError: one of them is no record, or not the one that its successor names.
     """
-    chain = JoinedRecords()
-    record: dict[str, Any] = {}
-    for each, own in reversed(list(_records_back(folder, beside))):
-        record = chain.add(each, own)
-    return record
+    return ChainReader(beside or folders_beside(folder)).read(folder)
 
 
-def _records_back(folder: Path, beside: Beside | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folder and the record of a step, and of each step before, as far back as the chain is needed."""
+class ChainReader:
+    """Reads the records of steps as `read_record` does. Of steps in order each record is read once.
+
+    Its files must stay as they are in the meantime.
+    """
+
+    def __init__(self, beside: Beside) -> None:
+        """Read the folders of earlier steps where `beside` says that they are."""
+        self._beside = beside
+        self._chain = JoinedRecords()
+        self._last: str | None = None
+        """The hash of the record that was added last."""
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what `read_record` says of a model folder. It raises the same errors."""
+        back = list(_records_back(folder, self._beside, known=self._last))
+        if self._last is None or back[-1][1].get("previous") != self._last:
+            self._chain = JoinedRecords()
+        self._last = None
+        record: dict[str, Any] = {}
+        for each, own in reversed(back):
+            record = self._chain.add(each, own)
+        self._last = record_hash(folder)
+        return {
+            name: copy(value) if isinstance(value, dict | list) else value for name, value in record.items()
+        }
+
+
+def _records_back(folder: Path, find: Beside, *, known: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the folder and the record of a step, and of each step before, as far back as the chain is needed.
+
+    Args:
+        known: the hash of a record that ends it.
+    """
     own = read_own_record(folder)
     yield folder, own
-    find = beside or folders_beside(folder)
     seen = {own["step"]}
-    while names_own_files(own):
+    while names_own_files(own) and (known is None or own["previous"] != known):
         successor, earlier = own, find(own["after"])
         try:
             found = record_hash(earlier)

@@ -4,8 +4,8 @@ import json
 import math
 import re
 import stat
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -86,12 +86,12 @@ def read_bounded_json(path: Path, kind: Any = object) -> Any:  # noqa: ANN401 - 
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({shown(str(error), 100)})") from None
     level, depth = [value], 0
-    while level := [child for each in level for child in _children(each)]:
+    while level := [child for each in level if isinstance(each, dict | list) for child in _children(each)]:
         depth += 1
         if depth > _DEEPEST:
             raise ValueError(f"{path}: more than {_DEEPEST} levels deep")
-    if (fault := _fault(value, kind, "it")) is not None:
-        raise ValueError(f"{path}: {fault}")
+    if (fault := _check_of(kind)(value)) is not None:
+        raise ValueError(f"{path}: {fault('it')}")
     return value
 
 
@@ -129,47 +129,113 @@ def _children(value: object) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _fault(value: Any, kind: Any, where: str) -> str | None:  # noqa: ANN401 - any value, any type
-    """Return what is wrong with a value at a place, None where nothing is."""
+_Fault = Callable[[str], str]
+"""Returns what is wrong with a value, in words, where it is told the place of the value."""
+_Check = Callable[[Any], _Fault | None]
+"""Returns a fault of a value, None where it has none. Files of long chains have many values, so this has to be fast."""
+
+
+@cache
+def _check_of(kind: Any) -> _Check:  # noqa: ANN401 - any type
+    """Return the check of a type."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is NotRequired:
-        return _fault(value, parts[0], where)
+        return _check_of(parts[0])
     if origin is Annotated:
-        wrong = _fault(value, parts[0], where)
-        return wrong or (None if parts[1].holds(value) else _told(value, parts[1].words, where))
+        return _rule_check(_check_of(parts[0]), parts[1])
     if origin in (Union, UnionType):
-        faults = [_fault(value, part, where) for part in parts]
-        return None if None in faults else faults[0]
-    if is_typeddict(kind) or origin is dict:
-        if not isinstance(value, dict):
-            return _told(value, "an object", where)
-        fields = _fields(kind) if origin is None else dict.fromkeys(value, parts[-1])
-        lacking = [key for key in fields if key not in value and get_origin(fields[key]) is not NotRequired]
-        if lacking:
-            return f"{where} lacks {', '.join(map(shown, lacking[:3]))}"
-        keys = (_fault(key, parts[0], f"a key of {where}") for key in value) if origin is dict else ()
-        items = (
-            _fault(value[key], fields[key], _inside(where, shown(key))) for key in fields if key in value
-        )
-        return next(filter(None, [*keys, *items]), None)
+        return _union_check([_check_of(part) for part in parts])
+    if is_typeddict(kind):
+        return _fields_check(_fields(kind))
+    if origin is dict:
+        return _dict_check(*map(_check_of, parts))
     if origin is list:
+        return _list_check(_check_of(parts[0]))
+    return _plain_check(kind)
+
+
+def _plain_check(kind: Any) -> _Check:  # noqa: ANN401 - any type
+    kinds = (float, int) if kind is float else (kind,)
+
+    def check(value: object) -> _Fault | None:
+        right = type(value) in kinds or kind is object
+        return None if right else partial(_told, value, _NAMES[kind])
+
+    return check
+
+
+def _rule_check(plain: _Check, rule: Rule) -> _Check:
+    def check(value: object) -> _Fault | None:
+        return plain(value) or (None if rule.holds(value) else partial(_told, value, rule.words))
+
+    return check
+
+
+def _union_check(checks: Sequence[_Check]) -> _Check:
+    def check(value: object) -> _Fault | None:
+        faults = [check(value) for check in checks]
+        return None if None in faults else faults[0]
+
+    return check
+
+
+def _fields_check(fields: Mapping[str, Any]) -> _Check:
+    checks = {key: _check_of(kind) for key, kind in fields.items()}
+    needed = [key for key, kind in fields.items() if get_origin(kind) is not NotRequired]
+
+    def check(value: object) -> _Fault | None:
+        if not isinstance(value, dict):
+            return partial(_told, value, "an object")
+        if lacking := [key for key in needed if key not in value]:
+            return lambda where: f"{where} lacks {', '.join(map(shown, lacking[:3]))}"
+        for key, its in checks.items():
+            if key in value and (fault := its(value[key])) is not None:
+                return _fault_inside(fault, shown(key))
+        return None
+
+    return check
+
+
+def _dict_check(of_key: _Check, of_item: _Check) -> _Check:
+    def check(value: object) -> _Fault | None:
+        if not isinstance(value, dict):
+            return partial(_told, value, "an object")
+        for key in value:
+            if (fault := of_key(key)) is not None:
+                return _fault_of_key(fault)
+        for key, item in value.items():
+            if (fault := of_item(item)) is not None:
+                return _fault_inside(fault, shown(key))
+        return None
+
+    return check
+
+
+def _list_check(of_item: _Check) -> _Check:
+    def check(value: object) -> _Fault | None:
         if not isinstance(value, list):
-            return _told(value, "a list", where)
-        places = enumerate(value)
-        return next(
-            filter(None, (_fault(each, parts[0], _inside(where, f"[{i}]")) for i, each in places)), None
-        )
-    right = kind is object or type(value) is kind or (kind is float and type(value) is int)
-    return None if right else _told(value, _NAMES[kind], where)
+            return partial(_told, value, "a list")
+        for index, item in enumerate(value):
+            if (fault := of_item(item)) is not None:
+                return _fault_inside(fault, f"[{index}]")
+        return None
+
+    return check
+
+
+def _fault_of_key(fault: _Fault) -> _Fault:
+    return lambda where: fault(f"a key of {where}")
+
+
+def _fault_inside(fault: _Fault, key: str) -> _Fault:
+    return lambda where: fault(
+        f"{where}{key}" if key.startswith("[") else f"{where}.{key}".removeprefix("it.")
+    )
 
 
 @cache
 def _fields(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a TypedDict
     return get_type_hints(kind, include_extras=True)
-
-
-def _inside(where: str, key: str) -> str:
-    return f"{where}{key}" if key.startswith("[") else f"{where}.{key}".removeprefix("it.")
 
 
 def _told(value: object, words: str, where: str) -> str:

@@ -1,6 +1,6 @@
 """Whether a chain of model folders is what its ledger says, from the files: hashes, and what had to stay frozen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,14 @@ class _Fault(NamedTuple):
     what: str
 
 
-def faults_of_step(folder: Path, step: str, chain: JoinedRecords, *, before: Path | None) -> Iterator[_Fault]:
+def faults_of_step(
+    folder: Path,
+    step: str,
+    chain: JoinedRecords,
+    *,
+    before: Path | None,
+    sha256: Callable[[Path], str] = file_sha256,
+) -> Iterator[_Fault]:
     """Yield what in a model folder does not hold. Nothing if all does, and then its record is added to `chain`.
 
     Held are: the record is of `step`, names the step before and holds the hash of its record; the files are those of
@@ -29,6 +36,7 @@ def faults_of_step(folder: Path, step: str, chain: JoinedRecords, *, before: Pat
         folder: the model folder of `step`.
         chain: the records of all steps before, already verified.
         before: the model folder of the step before; None for step t00, which starts the chain.
+        sha256: returns the hash of a file, for those who have it already.
     """
     earlier = chain.record
     try:
@@ -51,7 +59,7 @@ def faults_of_step(folder: Path, step: str, chain: JoinedRecords, *, before: Pat
             found = str(own["previous"])[:12]
             yield _Fault(RECORD, f"its step before is {found}, but that record's hash is {expected[:12]}")
         yield from _broken_continuity(own, earlier, step)
-    yield from _changed_files(folder, own)
+    yield from _changed_files(folder, own, sha256)
     if earlier is not None:
         yield from _moved(own, earlier)
         yield from _wrong_magnitudes(folder, own)
@@ -69,7 +77,7 @@ def _broken_continuity(own: dict[str, Any], earlier: dict[str, Any], step: str) 
         yield _Fault(RECORD, "the classes of the step before are not its first ones")
 
 
-def _changed_files(folder: Path, own: dict[str, Any]) -> Iterator[_Fault]:
+def _changed_files(folder: Path, own: dict[str, Any], sha256: Callable[[Path], str]) -> Iterator[_Fault]:
     """Files that are missing, too many, or not those whose hashes the record holds."""
     recorded = own["files"]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {RECORD}
@@ -78,7 +86,7 @@ def _changed_files(folder: Path, own: dict[str, Any]) -> Iterator[_Fault]:
         _Fault(name, "the record does not name this file") for name in sorted(present - recorded.keys())
     )
     for name in sorted(recorded.keys() & present):
-        found = file_sha256(folder / name)
+        found = sha256(folder / name)
         if found != recorded[name]:
             yield _Fault(
                 name,
@@ -106,10 +114,11 @@ def _moved(own: dict[str, Any], earlier: dict[str, Any]) -> Iterator[_Fault]:
                 found = "is gone" if now is None else f"was {was[:12]} and is {now[:12]}"
                 yield _Fault(name, f"it was frozen at an earlier step, and {found}")
         return
+    present = {f"directions/{task}.safetensors" for task in own["directions"]}
     for name in kept:
         if name in own["files"]:
             yield _Fault(name, "it was frozen at an earlier step, and is here again")
-        elif name.startswith("directions/") and Path(name).stem not in own["directions"]:
+        elif name.startswith("directions/") and name not in present:
             yield _Fault(RECORD, f"{name} was frozen at an earlier step, and is gone")
 
 

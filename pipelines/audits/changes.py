@@ -12,7 +12,7 @@ from pipelines.reports.format import flattened
 def compare(then: AuditedStep, now: AuditedStep, *, features: bool) -> Figures:
     """Return all figures, as JSON can hold them but for NaN. What is null could not be known, as `notes` says."""
     notes: list[str] = []
-    pictures = test_pictures(then), test_pictures(now)
+    pictures = test_pictures(then, of=None), test_pictures(now, of=None)
     same = same_images(*pictures)
     return {
         "then": _facts_of(then),

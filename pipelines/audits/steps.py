@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sdlora.backbones import Backbone
+    from sdlora.ledger import ChainReader
 
 Figures = dict[str, Any]
 
@@ -159,8 +160,14 @@ class AuditedProject:
             split=None if name == "t00" else self.find("split", name),
             split_of=partial(self.find, "split"),
             evaluation=None if name == "t00" else self.find("evaluation", name),
-            record=_read_step_record(model, partial(self.find, "model")),
+            record=self._records.read(model),
         )
+
+    @cached_property
+    def _records(self) -> ChainReader:
+        from sdlora.ledger import ChainReader
+
+        return ChainReader(partial(self.find, "model"))
 
     def evaluated(self) -> list[str]:
         """Return the steps that have a model and an evaluation, in order. An `InputError` where there is none."""
@@ -192,7 +199,9 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
             )
         return home / other
 
-    record = _read_step_record(model, beside)
+    from sdlora.ledger import read_record
+
+    record = read_record(model, beside=beside)
     name = record["step"]
     split, evaluation = (home.parent / kind / name for kind in ("split", "evaluation"))
     return AuditedStep(
@@ -205,13 +214,6 @@ def _step_of_folder(model: Path, shown: str) -> AuditedStep:
         evaluation=evaluation if evaluation.is_dir() and name != "t00" else None,
         record=record,
     )
-
-
-def _read_step_record(model: Path, beside: Callable[[str], Path]) -> Figures:
-    """Return what the ledger says of the chain up to a step. An `InputError` where its folder holds no record."""
-    from sdlora.ledger import read_record
-
-    return read_record(model, beside=beside)
 
 
 def read_answers(step: AuditedStep) -> Answers | None:
@@ -240,14 +242,19 @@ def _texts(values: Iterable[str]) -> np.ndarray:
     return np.array(list(values), dtype=object)
 
 
-def test_pictures(step: AuditedStep) -> dict[str, str]:
-    """Test image → `picture_hash`, of all tasks so far. Nothing of a step without a split."""
-    return {row["id"]: row["pixels"] for row in samples_of(step) if row["split"] == "test"}
+def test_pictures(step: AuditedStep, *, of: str | None) -> dict[str, str]:
+    """Test image → `picture_hash`, of a task, or of all tasks so far. Nothing of a step without a split."""
+    return {row["id"]: row["pixels"] for row in samples_of(step, of=of) if row["split"] == "test"}
 
 
-def samples_of(step: AuditedStep) -> Iterator[Figures]:
-    """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`."""
-    for task in step.tasks if step.split else ():
+def samples_of(step: AuditedStep, *, of: str | None = None) -> Iterator[Figures]:
+    """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`.
+
+    Args:
+        step: The step.
+        of: A task that it knows. None for all of them.
+    """
+    for task in (step.tasks if of is None else [of]) if step.split else ():
         path = step.samples(task)
         if path is None:
             raise InputError(f"{step.shown}: the samples of {task} are missing; `dvc checkout` its split")

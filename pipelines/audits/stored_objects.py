@@ -10,7 +10,8 @@ from pipelines.project.error_text import one_line
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.layout import LOCK, METRICS
 from pipelines.project.params import Params
-from pipelines.versioning.artifacts import md5_of, read_lock
+from pipelines.versioning.artifacts import read_lock
+from pipelines.versioning.file_hashes import md5_of
 from pipelines.versioning.stores import Stores, open_stores
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from pipelines.ledger.kept import read_notes
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
 from pipelines.project.errors import FaultError, InputError
-from pipelines.project.files import read_json, sha256_of
+from pipelines.project.files import read_json
 from pipelines.project.layout import (
     ARTIFACTS,
     CODE,
@@ -48,7 +48,8 @@ from pipelines.project.layout import (
 from pipelines.project.params import Params
 from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, SplitRecord, Verdict
 from pipelines.project.settings import Gate
-from pipelines.versioning.artifacts import ArtifactStore, folder_md5, md5_of, read_lock
+from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
+from pipelines.versioning.file_hashes import FileHashes, md5_of
 from pipelines.versioning.stores import DeclaredStage, read_dvc_project
 from sdlora.ledger import JoinedRecords, record_hash
 
@@ -88,41 +89,57 @@ def verify() -> Iterator[StepVerification]:
     """
     params = Params.load()
     lock = read_lock(params)
-    declared = read_dvc_project(Path.cwd()).stages
-    with TemporaryDirectory(prefix="sdlora-audit-") as scratch:
-        place = ArtifactStore(lock, Path(scratch))
+    steps = ["t00", *params.tasks]
+    with TemporaryDirectory(prefix="sdlora-audit-") as scratch, FileHashes(_files_of(params, lock)) as hashes:
+        of_steps: dict[str | None, list[DeclaredStage]] = {step: [] for step in (*steps, None)}
+        for stage in read_dvc_project(Path.cwd()).stages:
+            of_steps[_step_of(stage.name, params)].append(stage)
+        place = ArtifactStore(lock, Path(scratch), hashes)
         before: Path | None = None
         chain, seen = JoinedRecords(), SeenPictures()
-        for step in ("t00", *params.tasks):
-            stages = [stage for stage in declared if _step_of(stage, params) == step]
+        for step in steps:
+            hashes.advance()
+            stages = of_steps[step]
             try:
                 files, model = _verify_step(place, chain, seen, step, before, stages)
                 receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
                 check_declared(lock, stages)
                 if step != "t00":
-                    check_source(params, step, _samples_of(place, step))
+                    check_source(place, params, step, _samples_of(place, step))
             except (FaultError, InputError) as fault:  # a file that is damaged names itself
                 yield StepVerification(step, 0, "", "", str(fault))
                 return
-            head = sha256_of(place.find(GATES / step) / "verdict.json")
+            head = hashes.sha256(place.find(GATES / step) / "verdict.json")
             results = dict(_results_of(place, stages)) if before else {}
             yield StepVerification(step, files, record_hash(model), head, None, receipt, results)
             before = model
         try:
             files = sum(check_bytes(place, path) for path in lock.outs if not place.checked(path))
             _check_metrics(place, params, chain)
-            rest = [stage for stage in declared if _step_of(stage, params) is None]
-            check_declared(lock, rest)
-            check_read(place, rest)
+            check_declared(lock, of_steps[None])
+            check_read(place, of_steps[None])
         except FaultError as fault:
             yield StepVerification("report", 0, "", "", str(fault))
             return
         yield StepVerification("report", files, "", "", None)
 
 
-def _step_of(stage: DeclaredStage, params: Params) -> str | None:
+def _files_of(params: Params, lock: Lock) -> Iterator[list[Path]]:
+    """Yield the folders that are hashed for each step from t00 on, by dvc.lock. Each source once."""
+    outs: dict[str | None, list[Path]] = {}
+    for stage, paths in lock.made.items():
+        outs.setdefault(_step_of(stage, params), []).extend(map(Path, paths))
+    named = {Path(path) for path in lock.outs}
+    yield outs.get("t00", [])
+    for step, task in params.tasks.items():
+        source = {Path(task.source)} - named
+        named |= source
+        yield [*outs.get(step, []), *source]
+
+
+def _step_of(stage: str, params: Params) -> str | None:
     """Return the step that a stage belongs to. None where it is of the chain as a whole, or brings a data set."""
-    kind, item = StageName.parse(stage.name)
+    kind, item = StageName.parse(stage)
     if kind in (CODE_STAGE, "start", "backbone"):
         return "t00"
     return item if item in params.tasks else None
@@ -134,7 +151,7 @@ def _results_of(place: ArtifactStore, stages: Iterable[DeclaredStage]) -> Iterat
         files = (place.find(Path(out)) / name for out in stage.outs for name in RECORDS)
         path = next((path for path in files if path.is_file()), None)
         if path is not None:
-            yield stage.name, sha256_of(path)
+            yield stage.name, place.hashes.sha256(path)
 
 
 def check_bytes(place: ArtifactStore, path: str) -> int:
@@ -146,10 +163,10 @@ def check_bytes(place: ArtifactStore, path: str) -> int:
     found, expected = place.find(Path(path)), place.lock.outs[path]
     if found.is_dir():
         names = sorted(file.relative_to(found).as_posix() for file in found.rglob("*") if file.is_file())
-        hashes = {name: md5_of(found / name) for name in names}
+        hashes = {name: place.hashes.md5(found / name) for name in names}
         md5 = folder_md5(hashes)
     else:
-        names, hashes, md5 = [path], {}, md5_of(found)
+        names, hashes, md5 = [path], {}, place.hashes.md5(found)
     if md5 != expected:
         changed = place.changed_file(path, hashes)
         raise FaultError(
@@ -175,7 +192,7 @@ def _verify_step(
     model = place.find(MODELS / step)
     # The folder's own record first: it can say which tensor of which file is wrong.
     try:
-        for fault in faults_of_step(model, step, chain, before=before):
+        for fault in faults_of_step(model, step, chain, before=before, sha256=place.hashes.sha256):
             raise FaultError(f"{MODELS / step / fault.file}: {fault.what}")
     except (AttributeError, KeyError, TypeError, IndexError):
         raise FaultError(f"{MODELS / step}/step.json: it is not a record of a step") from None
@@ -203,17 +220,19 @@ def _check_origins(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
     """Check that the fit and the training images are those that the ledger names."""
     fit = place.find(FITS / step)
     for name, expected in record["fit"].items():
-        if not (fit / name).is_file() or sha256_of(fit / name) != expected:
+        if not (fit / name).is_file() or place.hashes.sha256(fit / name) != expected:
             raise FaultError(f"{FITS / step / name}: not the file that the ledger names")
     described = SPLITS / step / TRAINING
     if read_json(place.find(described.parent) / TRAINING) != record["split"]:
         raise FaultError(f"{described}: not what the ledger says of the images")
     train = TRAINED / step / PACKED
     found = place.find(train.parent) / PACKED
-    if found.exists() and sha256_of(found) != record["images"][step]:
+    if found.exists() and place.hashes.sha256(found) != record["images"][step]:
         raise FaultError(f"{train}: not the images that the ledger names")
     _check_code(place, step, record)
-    told = {"metrics": last_epoch(fit), "learned_magnitudes": learned_magnitudes(fit)}
+    told: dict[str, object] = {"metrics": last_epoch(fit)}
+    if "learned_magnitudes" in record:  # until records of format 2
+        told["learned_magnitudes"] = learned_magnitudes(fit)
     for name, value in told.items():
         if record[name] != value:
             raise FaultError(f"{MODELS / step}/step.json: its {name} do not follow from the fit")
@@ -225,10 +244,10 @@ def _check_code(place: ArtifactStore, step: str, record: dict[str, Any]) -> None
         return  # a chain of before fingerprints; a step that is given back as the code of then made it
     kept = {(name, stage.result) for note in read_notes() for name, stage in note.stages.items()}
     for kind, file in (("fit", f"fit/{step}/fit.json"), ("freeze", f"model/{step}/step.json")):
-        if sha256_of(place.find(CODE) / kind) == record["code"][kind]:
+        if place.hashes.sha256(place.find(CODE) / kind) == record["code"][kind]:
             continue
         path = ARTIFACTS / file
-        if (str(StageName(kind, step)), sha256_of(place.find(path.parent) / path.name)) not in kept:
+        if (str(StageName(kind, step)), place.hashes.sha256(place.find(path.parent) / path.name)) not in kept:
             raise FaultError(
                 f"{path}: made by other code than {CODE / kind}, and no note in {KEPT} says that it was kept"
             )
@@ -274,7 +293,8 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any], seen: S
             raise FaultError(f"{name}: it is missing, and the ledger has {len(mine)} samples in it")
     _check_follows(place, step, record["tasks"])
     _check_apart(folder, rows, seen)
-    seen.tests[step] = read_images(packed[TEST][1], "id", "label").select(["id", "label"])
+    tests = read_images(packed[TEST][1], "id", "label").select(["id", "label"])
+    seen.tests[step] = tests.take(list(range(len(tests))))  # a copy: no file stays open for each task
 
 
 def _samples_of(place: ArtifactStore, step: str) -> list[SampleRow]:
@@ -300,8 +320,8 @@ def _check_pictures(name: Path, table: pa.Table, rows: list[SampleRow]) -> None:
     columns = [table[column].to_pylist() for column in ("id", "label", "sha256", "pixels")]
     if list(zip(*columns, strict=True)) != [(row.id, row.label, row.sha256, row.pixels) for row in rows]:
         raise FaultError(f"{name}: its pictures are not the samples of the ledger")
-    for index, row in enumerate(rows):
-        if hashlib.sha256(table["image"][index].as_buffer()).hexdigest() != row.sha256:
+    for image, row in zip(table["image"], rows, strict=True):
+        if hashlib.sha256(image.as_buffer()).hexdigest() != row.sha256:
             raise FaultError(f"{name}: {row.id} is not the picture of its hash")
 
 
@@ -314,8 +334,8 @@ def _check_follows(place: ArtifactStore, step: str, tasks: list[str]) -> None:
     expected = {
         "task": step,
         "after": before,
-        "previous": sha256_of(place.find(SPLITS / before) / SPLIT),
-        "files": own_files(folder),
+        "previous": place.hashes.sha256(place.find(SPLITS / before) / SPLIT),
+        "files": own_files(folder, place.hashes.sha256),
     }
     for name, value in expected.items():
         if record.get(name) != value:
@@ -369,7 +389,7 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     samples = _samples_of(place, step)
     expected = {
         "train": (receipt.train.path, receipt.train.sha256) == (train.as_posix(), record["images"][step]),
-        "record": receipt.record == sha256_of(model / "step.json"),
+        "record": receipt.record == place.hashes.sha256(model / "step.json"),
         "classes": list(receipt.classes) == [its["name"] for its in record["classes"] if its["task"] == step],
         "images": [(image.id, image.sha256) for image in receipt.images]
         == [(row.id, row.sha256) for row in samples if row.split == "train"],
@@ -389,7 +409,7 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
         {path.name: md5_of(path)}
     ):
         raise FaultError(f"{path}: its bytes are not those of {LOCK}")
-    return sha256_of(path)
+    return place.hashes.sha256(path)
 
 
 def _check_evaluation(place: ArtifactStore, step: str, tests: Mapping[str, pa.Table]) -> None:
@@ -427,10 +447,10 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
     evaluation, earlier = (place.find(EVALUATIONS / name) for name in (step, before))
     expected = {
         "step": step,
-        "previous": sha256_of(place.find(GATES / before) / "verdict.json"),
-        "record": sha256_of(place.find(MODELS / step) / "step.json"),
+        "previous": place.hashes.sha256(place.find(GATES / before) / "verdict.json"),
+        "record": place.hashes.sha256(place.find(MODELS / step) / "step.json"),
         "samples": read_json(place.find(SPLITS / step) / "split.json", Split)["digest"],
-        "evaluation": {path.name: sha256_of(path) for path in sorted(evaluation.iterdir())},
+        "evaluation": {path.name: place.hashes.sha256(path) for path in sorted(evaluation.iterdir())},
         "measured": measured_in(evaluation, earlier, verdict["limits"].get("on", "test")),
     }
     for name, value in expected.items():
@@ -459,9 +479,8 @@ def _check_metrics(place: ArtifactStore, params: Params, chain: JoinedRecords) -
 
 def _correct_of(predictions: pa.Table, counts: list[int]) -> list[int]:
     """Return how many predictions of each task are right, tasks having so many images in a row."""
-    labels = predictions["label"].to_pylist()
-    right = [
-        guess == label for guess, label in zip(predictions["prediction"].to_pylist(), labels, strict=True)
-    ]
-    ends = list(accumulate(counts))
-    return [sum(right[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    import numpy as np
+
+    right = np.equal(predictions["prediction"].to_numpy(), predictions["label"].to_numpy())
+    ends = np.cumsum([0, *counts])
+    return [int(right[start:end].sum()) for start, end in pairwise(ends)]

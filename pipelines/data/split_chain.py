@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ def part_file(part: str, task: str) -> str:
     return f"{part}/{task}.arrow"
 
 
-def own_files(folder: Path) -> dict[str, str]:
+def own_files(folder: Path, sha256: Callable[[Path], str] = sha256_of) -> dict[str, str]:
     """Return the files of a split but for its record, with their hashes, as the record names them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SPLIT)
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from pipelines.project.settings import Section, Task, Text
 from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.runtime.console import log_line
 from pipelines.runtime.stage import StageResult
-from pipelines.versioning.artifacts import ObjectStore, md5_of
+from pipelines.versioning.artifacts import ObjectStore
+from pipelines.versioning.file_hashes import md5_of
 
 _RECEIPT = "receipt.json"
 IN_PLACE = "retired.json"

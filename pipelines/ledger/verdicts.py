@@ -39,6 +39,7 @@ def measure(
         that were right and are wrong; `calibration_error` (15 ranges); `new_task`: accuracy on the last task.
     """
     import numpy as np
+    import pyarrow.compute as pc
 
     from sdlora.comparison import calibration_error, flips
 
@@ -47,19 +48,11 @@ def measure(
     right = np.equal(now["prediction"].to_numpy(), now["label"].to_numpy())
     negative = None
     if before is not None:
-        held = dict(
-            zip(
-                before["id"].to_pylist(),
-                np.equal(before["prediction"].to_numpy(), before["label"].to_numpy()).tolist(),
-                strict=True,
-            )
-        )
-        pairs = [
-            (held[sample], hit)
-            for sample, hit in zip(now["id"].to_pylist(), right.tolist(), strict=True)
-            if sample in held
-        ]
-        negative = flips(*zip(*pairs, strict=True)).negative_rate
+        held = before["id"].combine_chunks()
+        place = pc.index_in(now["id"], value_set=held).combine_chunks()
+        known = np.flatnonzero(place.is_valid())
+        was_right = np.equal(before["prediction"].to_numpy(), before["label"].to_numpy())
+        negative = flips(was_right[place.drop_null().to_numpy()], right[known]).negative_rate
     found = {
         "fall": max(falls, default=None),
         "negative_flips": negative,

@@ -109,7 +109,8 @@ class AuditedRecord(TypedDict):
     fit: dict[Name, Sha256]
     code: dict[Name, Sha256]
     metrics: object
-    learned_magnitudes: object
+    learned_magnitudes: NotRequired[object]
+    """of format 1"""
     parameters: dict[Name, object]
 
 

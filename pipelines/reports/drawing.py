@@ -206,23 +206,30 @@ class Heat:
         return np.clip((self.values - self.low) / (self.high - self.low), 0, 1)
 
 
+_MOST_CELLS = 250
+"""Cells of a map in a row or a column. More would be finer than the figure is on a screen."""
 HEAT, COLD = (46, 118, 214), (208, 92, 16)
 """Colours of a map, red green blue, that stand out from a light page and from a dark one: more, and less than 0."""
 
 
 def draw_heat(heat: Heat, *, alt: str) -> str:
-    """Draw a map as SVG. Its cells are the pixels of one image, so that any number of them stays small."""
+    """Draw a map as SVG. Its cells are the pixels of one image, so that any number of them stays small.
+
+    A pixel is the mean of several cells where there are too many of them.
+    """
     rows, columns = heat.values.shape
     with blank(alt, 5.2, min(5.0, 1.1 + max(0.7, 0.19 * rows))) as figure:
         inches = figure.get_size_inches()[1]
         longest = max(len(name) for name in heat.rows)
         left = 0.085 + 0.0165 * longest
         axes = figure.add_axes((left, 0.56 / inches, 0.985 - left, 1 - 0.66 / inches))
-        depth = np.nan_to_num(heat.depth)
-        pixels = np.zeros((rows, columns, 4), np.uint8)
+        size = (-(-rows // _MOST_CELLS), -(-columns // _MOST_CELLS))
+        depth = np.nan_to_num(_coarse(heat.depth, size))
+        pixels = np.zeros((*depth.shape, 4), np.uint8)
         pixels[..., :3] = np.where(depth[..., None] < 0, COLD, HEAT)
         pixels[..., 3] = np.round(255 * np.abs(depth))
-        axes.imshow(pixels, aspect="auto", interpolation="none")
+        bottom, right = (cells * step - 0.5 for cells, step in zip(depth.shape, size, strict=True))
+        axes.imshow(pixels, aspect="auto", interpolation="none", extent=(-0.5, right, bottom, -0.5))
         axes.grid(False)
         for ticks, names, most in (
             (axes.set_xticks, heat.columns, 8),
@@ -232,3 +239,16 @@ def draw_heat(heat: Heat, *, alt: str) -> str:
         axes.set_xlabel(heat.column_label)
         axes.set_ylabel(heat.row_label)
         return to_svg(figure, alt)
+
+
+def _coarse(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the mean of every so many rows and columns, of what is known there. NaN where nothing is."""
+    rows, columns = (np.arange(0, cells, step) for cells, step in zip(values.shape, size, strict=True))
+
+    def summed(cells: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(np.add.reduceat(cells, rows, axis=0), columns, axis=1)
+
+    known = ~np.isnan(values)
+    count = summed(known.astype(np.int64))
+    total = summed(np.where(known, values, 0.0))
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)

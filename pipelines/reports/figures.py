@@ -5,7 +5,7 @@ the SVG gets the page's CSS variables in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,7 @@ from pipelines.reports.drawing import (
     task_colour,
     to_svg,
 )
-from pipelines.reports.history import History
+from pipelines.reports.history import MOST_SHOWN, History, shown_steps
 from pipelines.reports.statistics import calibration_errors, flip_rows, head_bias, reliability
 from pipelines.reports.weights import Movement
 from sdlora import metrics as measure
@@ -70,8 +70,10 @@ def accuracy_heat(history: History) -> Heat:
     )
 
 
-def change_heat(history: History, movement: Movement) -> Heat:
-    """Return the change of every block at every step."""
+def change_heat(history: History, movement: Movement) -> Heat | None:
+    """Return the change of every block at every step. None where it was not computed."""
+    if movement.by_block is None:
+        return None
     return Heat(
         values=movement.by_block.T,
         rows=movement.blocks,
@@ -112,15 +114,16 @@ def bias_heat(history: History) -> Heat:
 
 
 def magnitude_heat(history: History) -> Heat:
-    """Mean magnitude of every direction at every step."""
-    values = np.full((len(history.tasks), len(history.tasks)), np.nan)
+    """Mean magnitude of every direction at every step that is shown."""
+    place = {task: index for index, task in enumerate(history.tasks)}
+    values = np.full((len(history.shown), len(history.tasks)), np.nan)
     for step, held in enumerate(history.magnitudes):
         for task in held:
-            values[step, history.tasks.index(task)] = held[task].mean()
+            values[step, place[task]] = held[task].mean()
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     return Heat(
         values=values,
-        rows=history.tasks,
+        rows=history.shown_tasks,
         columns=history.tasks,
         row_label="after step",
         column_label="magnitude of task",
@@ -185,7 +188,7 @@ def bias_figure(history: History) -> str | None:
     if len(history.tasks) == 1:
         return None
     values = 100 * head_bias(history)
-    last = ", ".join(f"{task} {value:+.1f}" for task, value in zip(history.tasks, values[-1], strict=True))
+    last = ", ".join(f"{history.tasks[place]} {values[-1, place]:+.1f}" for place in history.shown)
     alt = f"Share of predictions minus share of images of each task after each step; after the last: {last}"
     if len(history.tasks) > MANY_TASKS:
         return draw_heat(bias_heat(history), alt=alt)
@@ -206,7 +209,7 @@ def magnitude_figure(history: History) -> str | None:
     if not history.magnitudes[-1]:
         return None
     held = history.magnitudes[-1]
-    last = ", ".join(f"{task} {held[task].mean():.3g}" for task in history.tasks if task in held)
+    last = ", ".join(f"{task} {held[task].mean():.3g}" for task in history.shown_tasks if task in held)
     alt = f"Mean magnitude of each task's direction after each step; after the last: {last}"
     if len(history.tasks) > MANY_TASKS:
         return draw_heat(magnitude_heat(history), alt=alt)
@@ -233,12 +236,15 @@ def flip_figure(history: History) -> str | None:
     if not rows:
         return None
     lost = [row["lost"] for row in rows]
-    alt = f"Images right before and wrong now at each step: {', '.join(map(str, lost))}"
+    alt = f"Images right before and wrong now at each step: {', '.join(str(lost[i]) for i in shown_steps(len(lost)))}"
     with blank(alt, 5.2, 3.3) as figure:
         axes = figure.add_axes((0.125, 0.16, 0.86, 0.8))
         x = range(len(rows))
-        axes.bar(x, [row["gained"] for row in rows], color=GOOD, width=0.7, linewidth=0)
-        axes.bar(x, [-count for count in lost], color=BAD, width=0.7, linewidth=0)
+        for heights, colour in (([row["gained"] for row in rows], GOOD), ([-count for count in lost], BAD)):
+            if len(rows) > MOST_SHOWN:  # bars as one shape
+                axes.fill_between(x, heights, step="mid", color=colour, linewidth=0)
+            else:
+                axes.bar(x, heights, color=colour, width=0.7, linewidth=0)
         axes.axhline(0, color=MUTED, linewidth=1)
         axes.set_xticks(*some([row["step"] for row in rows]))
         axes.set_xlim(-0.6, max(len(rows), 3) - 0.4)
@@ -303,7 +309,7 @@ def training_figures(history: History) -> dict[str, str]:
                 colour=task_colour(i, count),
                 marker=MARKERS[i] if count <= PALETTE else "",
             )
-            for i, (task, curve) in enumerate(zip(history.tasks, history.curves, strict=True))
+            for i, task, curve in ((i, history.tasks[i], history.curves[i]) for i in history.shown)
             if curve
         ]
 
@@ -328,6 +334,6 @@ def training_figures(history: History) -> dict[str, str]:
     }
 
 
-def _percents(values: Iterable[float]) -> str:
-    """Numbers in percent as a text."""
-    return ", ".join(f"{value:.1f}\N{NO-BREAK SPACE}%" for value in values)
+def _percents(values: Sequence[float]) -> str:
+    """Numbers in percent as a text: of many steps those that are shown."""
+    return ", ".join(f"{values[i]:.1f}\N{NO-BREAK SPACE}%" for i in shown_steps(len(values)))

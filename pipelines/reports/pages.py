@@ -25,7 +25,7 @@ from pipelines.reports.figures import (
     training_figures,
 )
 from pipelines.reports.format import chance, p_equals, page_templates
-from pipelines.reports.history import History, Record, head_of
+from pipelines.reports.history import History, Record, head_of, of_shown
 from pipelines.reports.statistics import (
     calibration_errors,
     flip_rows,
@@ -33,7 +33,7 @@ from pipelines.reports.statistics import (
     headline,
     ledger_rows,
     parameter_spans,
-    prediction_shares,
+    share_rows,
     step_rows,
     task_rows,
     version_spans,
@@ -76,23 +76,25 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         matrix=_accuracy_map(history, many),
         accuracy={name: Markup(svg) for name, svg in accuracy_figures(history).items()},
-        tasks_table=task_rows(history),
-        bias=_bias_rows(history),
+        tasks_table=of_shown(task_rows(history)),
+        bias=share_rows(history),
         bias_figure=Markup(bias) if bias else None,
         bias_most=bias_heat(history).high,
         confusions=worst_confusions(history),
         flips=flip_rows(history),
+        of_shown=of_shown,
         flip_figure=Markup(flips) if flips else None,
         flipped=pictures.flips,
         earlier_flips={step: shown for step, shown in list(pictures.flips.items())[1:] if shown},
         calibration={name: Markup(svg) for name, svg in calibration_figures(history).items()},
         calibration_error=calibration_errors(history)[-1],
+        some=len(history.shown) < len(history.tasks),
         samples=pictures.samples,
         magnitudes=Markup(magnitudes) if magnitudes else None,
         magnitude_scale=magnitude_heat(history) if magnitudes and many else None,
         movement=movement,
         changes=movement and _change_map(history, movement, many),
-        targets=movement and _target_rows(history, movement),
+        targets=_target_rows(history, movement) if movement else [],
         overlaps=_overlap_maps(movement) if movement and len(movement.tasks) > 1 else [],
         training={name: Markup(svg) for name, svg in training_figures(history).items()},
         steps=step_rows(history),
@@ -117,9 +119,11 @@ def _accuracy_map(history: History, many: bool) -> Record:
     return table | {"totals": [f"{100 * value:.1f}" for value in pooled]}
 
 
-def _change_map(history: History, movement: Movement, many: bool) -> Record:
+def _change_map(history: History, movement: Movement, many: bool) -> Record | None:
     """Return the change of the weights by block and step."""
     heat = change_heat(history, movement)
+    if heat is None:
+        return None
     alt = "Change of the weights of each block at each step"
     return _heat_map(heat, many, text="{:.2f}".format, scale="{:.2f} %".format, alt=alt)
 
@@ -171,19 +175,10 @@ def _heat_map(
     }
 
 
-def _bias_rows(history: History) -> list[Record]:
-    """Return for each task its share of the test images, and of the predictions of the last step."""
-    shares = prediction_shares(history)
-    return [
-        {"task": task, "actual": actual, "predicted": predicted}
-        for task, actual, predicted in zip(
-            history.tasks, shares.actual[-1].tolist(), shares.predicted[-1].tolist(), strict=True
-        )
-    ]
-
-
 def _target_rows(history: History, movement: Movement) -> list[Record]:
     """Return for each target its change at the last step, at the step that changed it most, and by all steps."""
+    if movement.steps is None or movement.total is None:
+        return []
     return [
         {
             "target": target,

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.reports.history import History
+from pipelines.reports.history import History, Record
 from pipelines.reports.statistics import (
+    GATE,
     calibration_errors,
     curves_over_steps,
     flip_rows,
+    gate_rows,
+    ledger_rows,
     prediction_shares,
     reliability,
     rounded,
+    share_rows,
+    step_rows,
+    task_rows,
 )
 from pipelines.reports.weights import Movement, block_of
 
@@ -24,7 +30,10 @@ _Table = tuple[list[str], Iterable[Sequence[object]]]
 
 
 def write_plots(folder: Path, history: History, movement: Movement | None) -> None:
-    """Write one CSV per plot: long form, fractions, tasks and steps by their ids."""
+    """Write one CSV per plot: long form, fractions, tasks and steps by their ids.
+
+    What has a row for every two of them has those that are shown, so that no file grows with the square of the steps.
+    """
     folder.mkdir()
     tables = {
         "accuracy": _accuracy_table(history),
@@ -41,6 +50,38 @@ def write_plots(folder: Path, history: History, movement: Movement | None) -> No
     }
     for name, (header, rows) in tables.items():
         _write_csv(folder / f"{name}.csv", header, rows)
+
+
+def write_tables(folder: Path, history: History) -> None:
+    """Write one CSV per table of the page that has more rows than the page shows."""
+    folder.mkdir()
+    tables = {
+        "tasks": task_rows(history),
+        "shares": share_rows(history),
+        "steps": [row | {"classes": "\n".join(row["classes"])} for row in step_rows(history)],
+        "ledger": ledger_rows(history),
+        "gate": [_gate_row(row) for row in gate_rows(history)],
+    }
+    for name, rows in tables.items():
+        cells = ([rounded(v) if isinstance(v, float) else v for v in row.values()] for row in rows)
+        _write_csv(folder / f"{name}.csv", list(rows[0]), cells)
+
+
+def _gate_row(row: Record) -> Record:
+    """Return what a gate measured in one level."""
+    measured = {
+        name if key == "value" else f"{name}_limit": cell[key]
+        for name, cell in zip(GATE, row["cells"], strict=True)
+        for key in ("value", "limit")
+    }
+    approved = row["approved"] or {}
+    return {
+        "step": row["step"],
+        "on": row["on"],
+        **measured,
+        "by": approved.get("by"),
+        "why": approved.get("why"),
+    }
 
 
 def _accuracy_table(history: History) -> _Table:
@@ -73,12 +114,13 @@ def _bias_table(history: History) -> _Table:
 
 def _magnitudes_table(history: History) -> _Table:
     """Return the magnitudes of each step, over the targets."""
+    shown = {*history.shown_tasks}
     return (
         ["step", "task", "mean", "lowest", "highest"],
         (
             [step, task, *map(rounded, (values[task].mean(), values[task].min(), values[task].max()))]
-            for step, values in zip(history.tasks, history.magnitudes, strict=True)
-            for task in sorted(values)
+            for step, values in zip(history.shown_tasks, history.magnitudes, strict=True)
+            for task in sorted(values.keys() & shown)
         ),
     )
 
@@ -86,7 +128,7 @@ def _magnitudes_table(history: History) -> _Table:
 def _changes_table(history: History, movement: Movement | None) -> _Table:
     """Return how far each step moved the weights of each target."""
     header = ["step", "block", "target", "change"]
-    if movement is None:
+    if movement is None or movement.steps is None:
         return header, []
     return header, (
         [step, block_of(target), target, rounded(value, 9)]
@@ -98,7 +140,7 @@ def _changes_table(history: History, movement: Movement | None) -> _Table:
 def _changes_by_block_table(history: History, movement: Movement | None) -> _Table:
     """Return how far each step moved the adapted weights of each block."""
     header = ["step", "block", "change"]
-    if movement is None:
+    if movement is None or movement.by_block is None:
         return header, []
     return header, (
         [step, block, rounded(value, 9)]
@@ -157,16 +199,16 @@ def _training_table(history: History) -> _Table:
 def _confusion_table(history: History) -> _Table:
     """Return what every test image is, and what the last step takes it for."""
     names = [entry["name"] for entry in history.classes]
-    found = history.predictions[-1]
+    found = history.last
     pairs = zip(found.label.tolist(), found.prediction.tolist(), strict=True)
     return ["actual", "predicted"], ([names[a], names[b]] for a, b in pairs)
 
 
 def _over_matrix(history: History, values: np.ndarray) -> Iterator[list[object]]:
     """Step, task and value of a (steps, tasks) matrix, of the tasks that each step knows."""
-    for i, after in enumerate(history.tasks):
-        for j, task in enumerate(history.tasks[: i + 1]):
-            yield [after, task, rounded(values[i, j])]
+    for place, i in enumerate(history.shown):
+        for j in history.shown[: place + 1]:
+            yield [history.tasks[i], history.tasks[j], rounded(values[i, j])]
 
 
 def _write_csv(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> None:

@@ -18,7 +18,7 @@ from pipelines.reports.figures import (
     magnitude_figure,
     overlap_heat,
 )
-from pipelines.reports.history import History, head_of
+from pipelines.reports.history import History, head_of, of_shown
 from pipelines.reports.statistics import flip_rows, prediction_shares
 from pipelines.reports.weights import Movement
 
@@ -50,7 +50,8 @@ def _weight_maps(history: History, movement: Movement | None) -> list[str | None
     """Return the maps of what changed."""
     if movement is None:
         return ["No weight of the backbone was changed."]
-    maps = [(change_heat(history, movement), "Change of the weights of each block at each step")]
+    changes = change_heat(history, movement)
+    maps = [(changes, "Change of the weights of each block at each step")] if changes else []
     for spaces, values in (("column", movement.columns), ("row", movement.rows)):
         maps.append((overlap_heat(movement, values), f"Overlap of the {spaces} spaces of every two tasks"))
     return [part for heat, title in maps for part in (f"## {title}", _picture(draw_heat(heat, alt=title)))]
@@ -71,10 +72,8 @@ def _bias_table(history: History) -> str:
     """Shares of the last step."""
     shares = prediction_shares(history)
     rows = (
-        [task, f"{100 * actual:.1f} %", f"{100 * predicted:.1f} %"]
-        for task, actual, predicted in zip(
-            history.tasks, shares.actual[-1], shares.predicted[-1], strict=True
-        )
+        [history.tasks[i], f"{100 * shares.actual[-1, i]:.1f} %", f"{100 * shares.predicted[-1, i]:.1f} %"]
+        for i in history.shown
     )
     return _markdown_table(["task", "images", "predictions"], rows)
 
@@ -85,7 +84,7 @@ def _flips_table(history: History) -> str:
         return "There is no step before the first to compare with."
     rows = (
         [row["step"], row["images"], row["lost"], row["gained"], f"{row['p']:.3g}"]
-        for row in flip_rows(history)
+        for row in of_shown(flip_rows(history))
     )
     return _markdown_table(["step", "images", "lost", "gained", "p"], rows)
 

@@ -92,13 +92,23 @@ def prediction_shares(history: History) -> _Shares:
     """Return how often each step names each task's classes, and how often it should: without a head bias both are
     equal.
     """
-    place = {task: index for index, task in enumerate(history.tasks)}
-    task_of = np.array([place[entry["task"]] for entry in history.classes])
     shares = _Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
-    for step, found in enumerate(history.predictions):
-        for share, tasks in ((shares.predicted, task_of[found.prediction]), (shares.actual, found.task)):
-            share[step, : step + 1] = np.bincount(tasks, minlength=step + 1) / len(tasks)
+    for step, (answers, evaluation) in enumerate(zip(history.answers, history.evaluations, strict=True)):
+        samples = np.array(evaluation["samples"])
+        shares.predicted[step, : step + 1] = answers.named / samples.sum()
+        shares.actual[step, : step + 1] = samples / samples.sum()
     return shares
+
+
+def share_rows(history: History) -> list[Record]:
+    """Return for each task its share of the test images, and of the predictions of the last step."""
+    shares = prediction_shares(history)
+    return [
+        {"task": task, "actual": actual, "predicted": predicted}
+        for task, actual, predicted in zip(
+            history.tasks, shares.actual[-1].tolist(), shares.predicted[-1].tolist(), strict=True
+        )
+    ]
 
 
 def head_bias(history: History) -> np.ndarray:
@@ -109,7 +119,7 @@ def head_bias(history: History) -> np.ndarray:
 
 def worst_confusions(history: History, *, rows: int = 10) -> list[Record]:
     """Return the pairs of classes that the last step confuses most often."""
-    found = history.predictions[-1]
+    found = history.last
     labels = found.label.tolist()
     images = Counter(labels)
     pairs = Counter(zip(labels, found.prediction.tolist(), strict=True))
@@ -125,33 +135,28 @@ def flip_rows(history: History) -> list[Record]:
 
     `p` is McNemar's exact p-value of as many flips one way and the other from a step that changed nothing.
     """
-    rows = []
-    for task, before, now in zip(
-        history.tasks[1:], history.predictions, history.predictions[1:], strict=False
-    ):
-        old = len(before.label)
-        found = comparison.flips(before.right, now.right[:old])
-        rows.append(
-            {
-                "step": task,
-                "images": old,
-                "lost": found.lost,
-                "gained": found.gained,
-                "change": (found.gained - found.lost) / old,
-                "p": found.p_value,
-            }
-        )
-    return rows
+    return [
+        {
+            "step": task,
+            "images": found.images,
+            "lost": found.lost,
+            "gained": found.gained,
+            "change": (found.gained - found.lost) / found.images,
+            "p": found.p_value,
+        }
+        for task, found in zip(history.tasks, (answers.flips for answers in history.answers), strict=True)
+        if found is not None
+    ]
 
 
 def calibration_errors(history: History) -> list[float]:
     """Return the expected calibration error of each step on the test images of all tasks so far."""
-    return [comparison.calibration_error(found.confidence, found.right) for found in history.predictions]
+    return [answers.calibration_error for answers in history.answers]
 
 
 def reliability(history: History) -> list[comparison.Bin]:
     """Sort the test images of the last step into ranges of its confidence."""
-    found = history.predictions[-1]
+    found = history.last
     return comparison.calibration_bins(found.confidence, found.right)
 
 
@@ -217,7 +222,7 @@ def gate_rows(history: History) -> list[Record]:
             "on": verdict["limits"].get("on", "test"),
             "cells": [
                 {"value": value, "limit": verdict["limits"][name]}
-                for name, value in ((name, verdict["measured"][name]) for name in _GATE)
+                for name, value in ((name, verdict["measured"][name]) for name in GATE)
             ],
             "broken": verdict["broken"],
             "approved": verdict["approved"],
@@ -226,7 +231,7 @@ def gate_rows(history: History) -> list[Record]:
     ]
 
 
-_GATE = ("fall", "negative_flips", "calibration_error", "new_task")
+GATE = ("fall", "negative_flips", "calibration_error", "new_task")
 """What a gate measures, in the order of the page."""
 
 

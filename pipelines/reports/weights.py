@@ -19,14 +19,18 @@ class Movement:
     """What all steps did to the weights. The axis of targets is in the model's order."""
 
     targets: list[str]
-    steps: np.ndarray
-    """(steps, targets): ‖ΔW_t − ΔW_{t−1}‖_F / ‖W₀‖_F, ΔW being what step t adds to the backbone; ΔW_0 = 0."""
-    total: np.ndarray
-    """(targets,): ‖ΔW_T‖_F / ‖W₀‖_F after the last step."""
+    steps: np.ndarray | None
+    """(steps, targets): ‖ΔW_t − ΔW_{t−1}‖_F / ‖W₀‖_F, ΔW being what step t adds to the backbone; ΔW_0 = 0.
+
+    None where there are more steps than are shown: every step moves all magnitudes, so it would take the inner products
+    of every two directions.
+    """
+    total: np.ndarray | None
+    """(targets,): ‖ΔW_T‖_F / ‖W₀‖_F after the last step. None where `steps` is."""
     base: np.ndarray
     """(targets,): ‖W₀‖_F."""
     tasks: list[str]
-    """Tasks that left a direction of their own."""
+    """Tasks that left a direction of their own, of those that are shown."""
     columns: np.ndarray
     """(tasks, tasks): overlap of the column spaces (what a direction writes), mean over the targets."""
     rows: np.ndarray
@@ -41,8 +45,10 @@ class Movement:
         return list(dict.fromkeys(map(block_of, self.targets)))
 
     @property
-    def by_block(self) -> np.ndarray:
+    def by_block(self) -> np.ndarray | None:
         """(steps, blocks): the same change of all adapted weights of a block, taken as one: √Σ‖·‖² / √Σ‖W₀‖²."""
+        if self.steps is None:
+            return None
         mine = np.array([[block_of(target) == block for block in self.blocks] for target in self.targets])
         squared = np.square(self.base)
         return np.sqrt(np.square(self.steps) * squared @ mine / (squared @ mine))
@@ -70,27 +76,32 @@ def read_movement(artifacts: Path, history: History) -> Movement | None:
     versions = _find_versions(artifacts / "model", history)
     if not versions or not all(target in norms for target in targets):
         return None
-    files = list(dict.fromkeys(version for step in versions for version in step.values()))
-    own = [
-        files.index(step[task]) for task, step in zip(history.tasks, versions, strict=True) if task in step
+    whole = len(history.shown) == len(history.tasks)
+    mine = [
+        versions[place][task]
+        for place, task in zip(history.shown, history.shown_tasks, strict=True)
+        if task in versions[place]
     ]
+    files = list(dict.fromkeys(version for step in versions for version in step.values())) if whole else mine
+    own = [files.index(version) for version in mine]
     base = np.array([norms[target] for target in targets])
     steps, total, columns, rows, chances = [], [], [], [], []
     for place, target in enumerate(targets):
         pairs = [_read_pair(needed(file.path), target) for file in files]
-        gram = inner_products(pairs)
-        scales = _coefficients(history, versions, files, target)
-        moved = np.diff(scales, axis=0, prepend=0)
-        steps.append(_lengths(moved, gram) / base[place])
-        total.append(_lengths(scales[-1:], gram)[0] / base[place])
-        mine = [pairs[index] for index in own]
-        columns.append(overlaps([pair.up for pair in mine]))
-        rows.append(overlaps([pair.down.T for pair in mine]))
-        chances.append(_chance(mine))
+        if whole:
+            gram = inner_products(pairs)
+            scales = _coefficients(history, versions, files, target)
+            moved = np.diff(scales, axis=0, prepend=0)
+            steps.append(_lengths(moved, gram) / base[place])
+            total.append(_lengths(scales[-1:], gram)[0] / base[place])
+        left = [pairs[index] for index in own]
+        columns.append(overlaps([pair.up for pair in left]))
+        rows.append(overlaps([pair.down.T for pair in left]))
+        chances.append(_chance(left))
     return Movement(
         targets=targets,
-        steps=np.stack(steps, axis=1),
-        total=np.array(total),
+        steps=np.stack(steps, axis=1) if whole else None,
+        total=np.array(total) if whole else None,
         base=base,
         tasks=[files[index].task for index in own],
         columns=_mean_of_known(columns),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.data.decoding import decode
 from pipelines.data.packed import read_images, training_images
 from pipelines.data.scratch_files import scratch_tensor
-from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
+from pipelines.ledger.fit_facts import last_epoch
 from pipelines.ledger.receipts import restore_retired_output
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
@@ -185,7 +185,6 @@ def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
         "directions": list(learned.directions),
         "metrics": last_epoch(fit),
         "rank": max((pair.down.shape[0] for pair in newest.values()), default=0),
-        "learned_magnitudes": learned_magnitudes(fit),
         "magnitudes": {name: round(alpha.mean().item(), 6) for name, alpha in learned.magnitudes.items()},
         "remembered": _remembered(learned),
         "freezing": dict(step.facts),

@@ -10,7 +10,7 @@ from pipelines.project.params import read_params
 from pipelines.project.settings import Task
 from pipelines.reports.history import read_history
 from pipelines.reports.pages import Pictures, render_page
-from pipelines.reports.plots import write_plots
+from pipelines.reports.plots import write_plots, write_tables
 from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import Album, flipped_images, sample_images
 from pipelines.reports.statistics import headline, table_value
@@ -36,6 +36,8 @@ def report(*, artifacts: Path, out: Path, metrics: Path) -> StageResult:
     numbers = headline(history)
     with whole_folder(out) as folder, progress("report", total=3, unit="parts") as bar:
         write_plots(folder / "plots", history, movement)
+        if len(history.shown) < len(tasks):
+            write_tables(folder / "tables", history)
         bar.update(1)
         pictures = Pictures(sample_images(album, history), flipped_images(album, history))
         bar.update(2)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import FaultError, InputError
 from pipelines.project.files import read_json
@@ -20,6 +19,10 @@ from pipelines.project.schemas import RecordedFiles
 from pipelines.project.settings import Fetch
 from pipelines.project.yaml_text import read_lock_file
 from pipelines.runtime.earlier_outputs import Find
+from pipelines.versioning.file_hashes import FileHashes, md5_of
+
+if TYPE_CHECKING:
+    from dvc.ignore import DvcIgnoreFilter
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ class ObjectStore:
 class ArtifactStore:
     """Outputs by path: in the workspace, or else in DVC's cache or remote, as links in a scratch folder."""
 
-    def __init__(self, lock: Lock, scratch: Path) -> None:
+    def __init__(self, lock: Lock, scratch: Path, hashes: FileHashes | None = None) -> None:
         self.lock = lock
+        self.hashes = hashes or FileHashes()
         self._scratch = scratch / "outs"
         (scratch / "objects").mkdir()
         self._objects = ObjectStore(scratch / "objects")
@@ -113,8 +117,8 @@ class ArtifactStore:
 
     def md5(self, path: str) -> str | None:
         """Return the md5 of a file or folder within a compared output. None for what is in none."""
-        for out, hashes in self._checked.items():
-            if path.startswith(f"{out}/"):
+        for folder in PurePosixPath(path).parents:
+            if (hashes := self._checked.get(out := folder.as_posix())) is not None:
                 part = path.removeprefix(f"{out}/")
                 within = {
                     name.removeprefix(f"{part}/"): md5
@@ -135,8 +139,27 @@ class ArtifactStore:
     def workspace_md5(self, path: str) -> str | None:
         """Return the md5 of what no stage made, as it lies in the workspace. None where it is not there."""
         if path not in self._here:
-            self._here[path] = _md5_here(Path(path))
+            self._here[path] = self._md5_here(Path(path))
         return self._here[path]
+
+    def _md5_here(self, path: Path) -> str | None:
+        """Return DVC's hash of a file or folder in the workspace, from all bytes of it. None where there is none."""
+        if not path.is_dir():
+            return self.hashes.md5(path) if path.is_file() else None
+        from dvc.fs import LocalFileSystem
+
+        root = path.absolute()
+        places = self._ignored.walk(LocalFileSystem(), str(root))
+        names = [f"{place}/{name}"[len(str(root)) + 1 :] for place, _, names in places for name in names]
+        return folder_md5({name: self.hashes.md5(path / name) for name in names})
+
+    @cached_property
+    def _ignored(self) -> DvcIgnoreFilter:
+        """What DVC leaves out of the folders that it hashes."""
+        from dvc.repo import Repo
+
+        with contextlib.closing(Repo()) as repo:
+            return repo.dvcignore
 
     def find(self, path: Path) -> Path:
         """Return where an output can be read."""
@@ -226,20 +249,6 @@ def _is_whole(folder: Path, record: str) -> bool:
     )
 
 
-def _md5_here(path: Path) -> str | None:
-    """Return DVC's hash of a file or folder in the workspace, from all bytes of it. None where there is none."""
-    if not path.is_dir():
-        return md5_of(path) if path.is_file() else None
-    from dvc.fs import LocalFileSystem
-    from dvc.repo import Repo
-
-    with contextlib.closing(Repo()) as repo:
-        root = path.absolute()
-        places = repo.dvcignore.walk(LocalFileSystem(), str(root))
-        files = [Path(place) / name for place, _, names in places for name in names]
-    return folder_md5({file.relative_to(root).as_posix(): md5_of(file) for file in files})
-
-
 def _md5_of_listing(path: Path) -> str:
     """Return what DVC names its listing of a folder by. Empty where there is none."""
     return f"{md5_of(path)}.dir" if path.is_file() else ""
@@ -256,9 +265,3 @@ def folder_md5(hashes: Mapping[str, str]) -> str:
     tree.digest()
     assert tree.hash_info.value
     return tree.hash_info.value
-
-
-def md5_of(path: Path) -> str:
-    """Return the MD5 of a file's bytes, which is what DVC names files by."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

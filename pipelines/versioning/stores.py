@@ -11,6 +11,7 @@ from typing import Any
 from pipelines.project.layout import DVC_YAML, PARAMS
 from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.versioning.dvc_failures import dvc_errors
+from pipelines.versioning.patches import apply_patches
 from pipelines.versioning.plan import needs_of
 
 
@@ -43,6 +44,7 @@ def read_dvc_project(root: Path) -> _DvcProject:
     """Read the DVC project in a folder."""
     from dvc.repo import Repo
 
+    apply_patches()
     # DVC names stages relative to the working directory.
     with contextlib.chdir(root), dvc_errors(), contextlib.closing(Repo()) as repo:
         stages = repo.stage.load_all(str(DVC_YAML))

@@ -49,8 +49,8 @@ def whole(update: Update, target: str) -> np.ndarray:
 
 
 def test_the_norm_is_that_of_the_product() -> None:
-    pair = a_pair()
-    assert norm(pair) == pytest.approx(np.linalg.norm(pair.up @ pair.down))
+    for pair in (a_pair(), weighted_sum([(1.0, a_pair())] * 40)):
+        assert norm(pair) == pytest.approx(np.linalg.norm(pair.up @ pair.down))
 
 
 def test_a_sum_is_that_of_the_products() -> None:

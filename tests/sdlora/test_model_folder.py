@@ -1,5 +1,6 @@
 """A model folder holds what its step made, exactly, stands on the folders before, and notices every change."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from sdlora.classifier import ModelState
 from sdlora.drift import DriftMap
 from sdlora.head import HeadBlock
-from sdlora.ledger import JoinedRecords, read_record
+from sdlora.ledger import ChainReader, JoinedRecords, read_record
 from sdlora.model_folder import read_model
 from sdlora.statistics import class_statistics
 from sdlora.verification import faults_of_step
@@ -109,6 +110,16 @@ def test_a_record_is_joined_with_those_before(chain: Path) -> None:
     assert [entry["label"] for entry in record["classes"]] == list(range(6))
     assert record["owners"]["directions/t01.safetensors"] == "t01"
     assert record["owners"]["magnitudes.safetensors"] == "t03"
+
+
+def test_who_reads_steps_in_order_reads_each_record_once(chain: Path) -> None:
+    reader = ChainReader(chain.joinpath)
+    alone = {step: read_record(chain / step) for step in ("t00", "t01", "t02", "t03")}
+    found = {step: reader.read(chain / step) for step in ("t03", "t01", "t02")}
+    shutil.rmtree(chain / "t01")
+    assert found | {step: reader.read(chain / step) for step in ("t03",)} | {"t00": alone["t00"]} == alone
+    with pytest.raises(FileNotFoundError, match=r"t01/step\.json: it is missing"):
+        reader.read(chain / "t02")
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path, steps: list[ModelState]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.packed import PACKED, TRAINING, read_images, write_rows
-from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
+from pipelines.ledger.fit_facts import last_epoch
 from pipelines.ledger.kept import KeptStage, write_note
 from pipelines.ledger.verdicts import broken, measured_in
 from pipelines.project.files import read_json, sha256_of, write_json
@@ -38,7 +38,8 @@ from pipelines.project.yaml_text import read_yaml, value_at
 from pipelines.reports.statistics import headline_of
 from pipelines.stages.report import report
 from pipelines.stages.split import split
-from pipelines.versioning.artifacts import folder_md5, md5_of
+from pipelines.versioning.artifacts import folder_md5
+from pipelines.versioning.file_hashes import md5_of
 from sdlora.ledger import read_record, record_bytes, record_hash
 from sdlora.tensors import read_tensors, write_tensors
 
@@ -81,7 +82,6 @@ def _seal_record(before: str, step: str) -> None:
         "images": {step: sha256_of(TRAINED / step / PACKED)},
         "split": read_json(SPLITS / step / TRAINING),
         "metrics": last_epoch(fit),
-        "learned_magnitudes": learned_magnitudes(fit),
         "magnitudes": means,
     }
     (folder / "step.json").write_bytes(record_bytes(record))

@@ -18,7 +18,7 @@ from pipelines.project.files import sha256_of
 from pipelines.project.layout import RAW
 from pipelines.project.params import Params
 from pipelines.project.settings import Fetch
-from pipelines.versioning.artifacts import md5_of
+from pipelines.versioning.file_hashes import md5_of
 from pipelines.versioning.stores import RemoteStore, Stores, open_stores
 
 

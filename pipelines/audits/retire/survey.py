@@ -33,7 +33,7 @@ from pipelines.project.layout import (
 from pipelines.project.params import Params
 from pipelines.project.settings import Task
 from pipelines.project.yaml_text import read_lock_file
-from pipelines.versioning.artifacts import md5_of
+from pipelines.versioning.file_hashes import md5_of
 from pipelines.versioning.plan import Plan, read_plan
 from sdlora.ledger import read_own_record
 

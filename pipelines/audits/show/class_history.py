@@ -105,7 +105,7 @@ def _class_history(project: AuditedProject, name: str) -> Figures:
         step = project.step(task)
         if name not in {entry["name"] for entry in step.classes}:
             continue
-        answers, pictures = known_answers(step), test_pictures(step)
+        answers, pictures = known_answers(step), test_pictures(step, of=owners[name])
         mine = answers.take(answers.truths == name)
         flips: Figures = {"before": None, "lost": None, "gained": None, "p_value": None}
         if before is not None:

@@ -150,7 +150,8 @@ def test_an_earlier_record_that_was_rewritten_breaks_the_chain_after_it(project:
 
     assert "t01 artifacts/model/t01/step.json: its bytes are not those of dvc.lock" in str(first_fault())
     # Whoever rewrites dvc.lock too is betrayed by the verdict.
-    from pipelines.versioning.artifacts import folder_md5, md5_of, read_lock
+    from pipelines.versioning.artifacts import folder_md5, read_lock
+    from pipelines.versioning.file_hashes import md5_of
 
     names = [file for file in (path.parent).rglob("*") if file.is_file()]
     forged = folder_md5({file.relative_to(path.parent).as_posix(): md5_of(file) for file in names})
@@ -233,7 +234,8 @@ def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(
 
 
 def test_metrics_that_do_not_follow_from_the_evaluations_are_found(project: Path) -> None:
-    from pipelines.versioning.artifacts import md5_of, read_lock
+    from pipelines.versioning.artifacts import read_lock
+    from pipelines.versioning.file_hashes import md5_of
 
     lock, path = project / "dvc.lock", project / "metrics.json"
     was = read_lock(Params.load()).outs["metrics.json"]
@@ -244,7 +246,8 @@ def test_metrics_that_do_not_follow_from_the_evaluations_are_found(project: Path
 
 def test_a_verdict_that_was_rewritten_with_the_lock_is_found(project: Path) -> None:
     """A step that broke a limit cannot be let through afterwards by whoever can write every file."""
-    from pipelines.versioning.artifacts import folder_md5, md5_of, read_lock
+    from pipelines.versioning.artifacts import folder_md5, read_lock
+    from pipelines.versioning.file_hashes import md5_of
 
     path, lock = project / "artifacts/gate/t01/verdict.json", project / "dvc.lock"
     verdict = json.loads(path.read_text())

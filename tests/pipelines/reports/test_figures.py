@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scipy.stats import binomtest
 
 from pipelines.reports.drawing import COLD, HEAT, Heat, draw_heat
 from pipelines.reports.figures import accuracy_heat, overlap_heat
-from pipelines.reports.history import History, head_of, read_history
+from pipelines.reports.history import History, head_of, read_history, shown_steps
 from pipelines.reports.prefect_artifacts import make_exhibits
 from pipelines.reports.samples import FLIPS_ON_THE_PAGE, Album, flipped_images
 from pipelines.reports.statistics import parameter_spans, version_spans
@@ -228,6 +229,33 @@ def test_a_signed_map_has_a_colour_for_either_side() -> None:
     assert found[0, 0].tolist() == [*COLD, 255]
     assert found[1, 0].tolist() == [*HEAT, 128]
     assert found[0, 1, 3] == found[1, 1, 3] == 0
+
+
+def test_a_pixel_is_the_mean_of_the_cells_that_are_known_where_there_are_many() -> None:
+    values = np.tril(np.random.default_rng(0).random((500, 400)))
+    values[np.triu_indices(500, 1, 400)] = np.nan
+    names = [f"{place}" for place in range(500)]
+    heat = Heat(
+        values=values, rows=names, columns=names[:400], row_label="", column_label="", low=0.0, high=1.0
+    )
+    found = pixels(draw_heat(heat, alt="many"))
+    assert found.shape[:2] == (250, 200)
+    blocks = values.reshape(250, 2, 200, 2)
+    for row, column in ((0, 0), (249, 199), (120, 60), (3, 100)):
+        known = blocks[row, :, column][~np.isnan(blocks[row, :, column])]
+        depth = known.mean() if known.size else 0
+        assert found[row, column, 3] == pytest.approx(255 * depth, abs=0.51)
+
+
+def test_all_steps_are_shown_or_the_last_ones_and_some_of_those_before() -> None:
+    for count in (1, 40, 100, 101, 170, 171, 999, 1000):
+        shown = shown_steps(count)
+        assert shown == sorted({*shown})
+        assert shown[0] == 0
+        assert shown[-30:] == list(range(max(0, count - 30), count))[-30:]
+        assert len(shown) == count if count <= 100 else 60 <= len(shown) <= 100
+        gaps = {after - before for before, after in pairwise(shown[:-30])}
+        assert len(gaps) <= 1
 
 
 def test_an_overlap_of_nothing_has_no_colour(project: Path, history: History) -> None:

@@ -137,6 +137,33 @@ def test_the_plot_data_is_in_long_form(finished: Path) -> None:
     assert {row["actual"] for row in confusion} == {"3", "7", "0", "9", "1", "4", "8"}
 
 
+def test_the_page_of_a_long_chain_shows_some_steps_and_names_the_files_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"t{number:02d}": [f"{number}"] for number in range(1, 121)}
+    folder = write_project(tmp_path, names, images=2)
+    run_report(folder, monkeypatch)
+    html = (folder / "artifacts/report/report.html").read_text(encoding="utf-8")
+    rows = [table.count("<tr>") - 1 for table in re.findall(r"<table.*?</table>", html, re.DOTALL)]
+    assert 60 < max(rows) <= 100
+    named = set(re.findall(r"<code>((?:tables|plots)/\w+\.csv)</code>", html))
+    whole = {
+        "tables/tasks.csv",
+        "tables/shares.csv",
+        "tables/steps.csv",
+        "plots/flips.csv",
+        "tables/gate.csv",
+    }
+    assert named >= whole | {"tables/ledger.csv"}
+    for name in named:
+        assert (folder / "artifacts/report" / name).is_file()
+    assert len(read_csv(folder, "../tables/tasks.csv")) == len(read_csv(folder, "steps.csv")) == 120
+    accuracy = read_csv(folder, "accuracy.csv")
+    assert len(accuracy) == len(read_csv(folder, "magnitudes.csv")) <= 100 * 101 / 2
+    assert accuracy[-1]["after"] == accuracy[-1]["task"] == "t120"
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 120
+
+
 def test_the_same_files_give_the_same_bytes_in_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from pipelines.orchestration.run import finish, run_pipeline
 from pipelines.runtime.processes import end_group
 from pipelines.versioning import remote as sharing
 from pipelines.versioning import repro
-from pipelines.versioning.artifacts import md5_of
+from pipelines.versioning.file_hashes import md5_of
 from pipelines.versioning.plan import read_plan
 from pipelines.versioning.remote import unpushed
 from pipelines.versioning.repro import StageFailedError
