@@ -1,13 +1,14 @@
-"""DVC's look at all stages at once: params.yaml is read, and a path hashed, once, and not once for each stage.
+"""DVC's look at stages: params.yaml is read, and a path hashed, once, and not once for each stage.
 
-DVC alone parses params.yaml for every stage, walks all of it for every key, hashes what five stages read five times,
-and rewrites a file of locks for each stage; of 200 tasks this is most of what a look costs. What is found is what DVC
-finds.
+DVC alone parses params.yaml for every stage, eight times for one that runs, and walks all of it for every key. At a
+look at all stages it hashes what five stages read five times, and rewrites a file of locks for each stage. Of 200 tasks
+this is most of what a look costs. What is found is what DVC finds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def use() -> None:
-    """Have DVC, in this process, find a key of a file of parameters by going there."""
+    """Have DVC, in this process, parse a file of parameters once while it is as it was, and go to a key."""
     from dvc.dependency import param
 
     def get(content: Any, key: str, separator: str) -> Any:  # noqa: ANN401 - dpath's own signature
@@ -29,8 +30,19 @@ def use() -> None:
             value = value[part]
         return value
 
-    dpath = param.dpath
+    def load_once(path: Any, fs: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401 - DVC's own signature
+        if getattr(fs, "protocol", "local") != "local" or not os.path.isfile(path):
+            return load(path, fs, **kwargs)
+        facts = os.stat(path)
+        state = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        if read.get(path, (None,))[0] != state:
+            read[path] = (state, load(path, fs, **kwargs))
+        return read[path][1]
+
+    dpath, load = param.dpath, param.load_path
+    read: dict[Any, tuple[Any, Any]] = {}
     param.dpath = SimpleNamespace(get=get, search=dpath.search)
+    param.load_path = load_once
 
 
 def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
@@ -41,30 +53,21 @@ def changes_of(repo: Repo, stages: list[DvcStage]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _each_once() -> Iterator[None]:
-    """While stages are looked at, remember every file of parameters and every hash."""
-    from dvc.dependency import param
+    """While stages are looked at, remember every hash."""
     from dvc.output import Output
 
     from pipelines.versioning.patches.hashing import Hashes
 
-    load, get_hash = param.load_path, Output.get_hash
-    contents: dict[Any, Any] = {}
-    hashes = Hashes()
-
-    def load_once(path: Any, fs: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401 - DVC's own signature
-        key = (path, id(fs))
-        if key not in contents:
-            contents[key] = load(path, fs, **kwargs)
-        return contents[key]
+    get_hash, hashes = Output.get_hash, Hashes()
 
     def hash_once(self: Output) -> Any:  # noqa: ANN401
         return hashes.of(self)[2].hash_info
 
-    param.load_path, Output.get_hash = load_once, hash_once
+    Output.get_hash = hash_once
     try:
         yield
     finally:
-        param.load_path, Output.get_hash = load, get_hash
+        Output.get_hash = get_hash
 
 
 @contextlib.contextmanager
