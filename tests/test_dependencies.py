@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 from tests.support.repository import REPOSITORY
 
-BOUNDS_ALONE = {"fastapi", "sqlalchemy"}
+BOUNDS_ALONE = {"fastapi"}
 """Declared because another package bounds them too widely: no code of this project imports them."""
 PLUGINS = {"onnxscript", "s3fs"}
 """Found by other packages, by name: the exporter of torch, and fsspec."""

@@ -17,8 +17,6 @@ from pipelines.project.errors import GateClosedError, InputError
 
 app = typer.Typer(
     name="sdlora",
-    help="Teach an image classifier new classes, task by task, without touching what it knows.",
-    epilog=f"Stages of dvc.yaml: {' '.join(stage_commands())} (each has its --help).",
     cls=StageGroup,
     no_args_is_help=True,
     add_completion=False,
@@ -81,7 +79,10 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    help="Teach an image classifier new classes, task by task, without touching what it knows. "
+    f"Stages of dvc.yaml, each with its --help: {' '.join(stage_commands())}."
+)
 def options(
     version: Annotated[
         bool,
@@ -93,7 +94,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Teach an image classifier new classes, task by task, without touching what it knows."""
+    """Take the options that go before a command."""
 
 
 @app.command()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Record = dict[str, Any]
-Row = TypeVar("Row")
+_Row = TypeVar("_Row")
 
 
 MOST_SHOWN = 100
@@ -43,7 +43,7 @@ def shown_steps(count: int) -> list[int]:
     return [*range(0, early, stride), *range(early, count)]
 
 
-def of_shown(rows: Sequence[Row]) -> list[Row]:
+def of_shown(rows: Sequence[_Row]) -> list[_Row]:
     """Return those rows of a table that are shown of it, one row being of one step."""
     return [rows[place] for place in shown_steps(len(rows))]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.reports.history import History, Record
 from pipelines.reports.statistics import (
-    GATE,
+    GATE_FIGURES,
     calibration_errors,
     curves_over_steps,
     flip_rows,
@@ -71,7 +71,7 @@ def _gate_row(row: Record) -> Record:
     """Return what a gate measured in one level."""
     measured = {
         name if key == "value" else f"{name}_limit": cell[key]
-        for name, cell in zip(GATE, row["cells"], strict=True)
+        for name, cell in zip(GATE_FIGURES, row["cells"], strict=True)
         for key in ("value", "limit")
     }
     approved = row["approved"] or {}

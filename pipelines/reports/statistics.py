@@ -222,7 +222,7 @@ def gate_rows(history: History) -> list[Record]:
             "on": verdict["limits"].get("on", "test"),
             "cells": [
                 {"value": value, "limit": verdict["limits"][name]}
-                for name, value in ((name, verdict["measured"][name]) for name in GATE)
+                for name, value in ((name, verdict["measured"][name]) for name in GATE_FIGURES)
             ],
             "broken": verdict["broken"],
             "approved": verdict["approved"],
@@ -231,7 +231,7 @@ def gate_rows(history: History) -> list[Record]:
     ]
 
 
-GATE = ("fall", "negative_flips", "calibration_error", "new_task")
+GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task")
 """What a gate measures, in the order of the page."""
 
 

@@ -252,7 +252,7 @@ def test_a_second_time_is_refused_and_so_is_what_cannot_be(
     assert "  DVC's remote storage: 2 objects" in said
     now = contents(retired)
     assert {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} <= {
-        name for name in now if name.startswith((".dvc/tmp", ".sdlora/run.lock"))
+        name for name in now if name.startswith((".dvc/tmp", ".sdlora/run.lock", ".sdlora/plan.json"))
     }
 
 
