@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
-from pipelines.orchestration.names import artifact_key, project_name
+from pipelines.orchestration.names import artifact_key, project_name, stage_artifact
 from pipelines.orchestration.server import PREFECT_SETTINGS, prefect_server, server_missing
 from pipelines.orchestration.stage_runs import STAGE_TAG
 from pipelines.project.errors import InputError
-from pipelines.project.layout import HISTORY, PREFECT, StageName
+from pipelines.project.layout import HISTORY, PREFECT
 from pipelines.reports.format import count
 from pipelines.runtime.console import echo
 from pipelines.runtime.processes import environment
@@ -194,8 +194,7 @@ async def _show(session: AsyncSession, label: str, run: UUID, end: Mapping[str, 
     from prefect.server.schemas.core import Artifact
 
     project = project_name()
-    name = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
-    made = [(name, "table", json.dumps(end["rows"]))] if end.get("rows") else []
+    made = [(stage_artifact(label), "table", json.dumps(end["rows"]))] if end.get("rows") else []
     made += [(key, "markdown", text) for key, text in end.get("documents", {}).items()]
     for key, kind, data in made:
         artifact = Artifact(key=artifact_key(project, key), type=kind, data=data, flow_run_id=run)

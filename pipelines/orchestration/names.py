@@ -7,7 +7,7 @@ import re
 
 from pipelines.orchestration.repository import repository_name
 from pipelines.project.environment import WORKERS_PROJECT
-from pipelines.project.layout import PARAMS
+from pipelines.project.layout import PARAMS, StageName
 from pipelines.project.params import Params
 
 WORK_TAG = "sdlora"
@@ -33,6 +33,11 @@ def inbox_resource(project: str) -> str:
 def artifact_key(project: str, name: str) -> str:
     """Return the key of an artifact of a project. Prefect takes lower case, digits and dashes."""
     return f"{project}-{name}"
+
+
+def stage_artifact(label: str) -> str:
+    """Return what the table of a stage is called in its project's artifacts, such as `fit-t03`."""
+    return "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
 
 
 def project_name() -> str:

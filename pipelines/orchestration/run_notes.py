@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from pipelines.project.environment import HISTORY_FILE, PARENT_FLOW_RUN
-from pipelines.project.error_text import one_line, user_message
+from pipelines.project.error_text import failure_message, one_line
 from pipelines.project.layout import HISTORY
 from pipelines.runtime.console import log_line
 from pipelines.runtime.processes import environment
@@ -56,7 +56,7 @@ def noted(stage: Stage, label: str, arguments: Mapping[str, str | Path]) -> Stag
     try:
         result = stage(**arguments)
     except Exception as error:
-        _note(run, state="Failed", message=user_message(error) or f"{type(error).__name__}: {error}")
+        _note(run, state="Failed", message=failure_message(error))
         raise
     except BaseException as end:
         _note(run, state="Crashed", message=f"it was told to stop ({type(end).__name__})")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.ledger import journal
-from pipelines.orchestration.names import artifact_key, project_name
+from pipelines.orchestration.names import artifact_key, project_name, stage_artifact
 from pipelines.orchestration.progress_artifact import ProgressArtifact
 from pipelines.orchestration.run_notes import noted
 from pipelines.orchestration.server import PREFECT_SETTINGS, patience, server_missing
 from pipelines.project.environment import HISTORY_FILE, PARENT_FLOW_RUN
-from pipelines.project.error_text import one_line, user_message
+from pipelines.project.error_text import failure_message, one_line
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code, stage_fingerprint
 from pipelines.project.layout import CODE, STAGES, StageName
@@ -137,7 +137,7 @@ def _observed(stage: Stage, label: str, kept: _Work, deadline: Deadline) -> Call
                 kept.result = stage(*args, **kwargs)
             except Exception as error:
                 kept.error = error
-                return Failed(message=user_message(error) or f"{type(error).__name__}: {error}")
+                return Failed(message=failure_message(error))
             except BaseException as end:
                 # Told to stop: a server that cannot be told of it is no reason to begin again.
                 kept.error = end
@@ -201,7 +201,7 @@ def _publish(result: StageResult, label: str) -> None:
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-    name = "-".join(part for part in StageName.parse(label) if part).replace("_", "-").lower()
+    name = stage_artifact(label)
     try:
         project = project_name()
         create_table_artifact(table=result.rows, key=artifact_key(project, name))

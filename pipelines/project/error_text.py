@@ -30,6 +30,11 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def failure_message(error: BaseException) -> str:
+    """Return what is told of work that failed: the user's line, or the type and text of a bug."""
+    return user_message(error) or f"{type(error).__name__}: {error}"
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's text as one line that a terminal shows, or its type where it has none."""
     return as_line(str(error)) or type(error).__name__

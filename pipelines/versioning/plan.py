@@ -140,16 +140,21 @@ def _facts_of(stages: list[DvcStage], known: Mapping[str, StageFacts]) -> dict[s
             reads_code=_reads_code(stage),
             code=_code_of(stage),
             objects=[out.hash_info.value for out in stage.outs if out.use_cache and out.hash_info],
-            reads_all_tasks=_reads_all_tasks(stage),
+            reads_all_params=_reads_all_params(stage),
         )
         for name, stage in ((stage.addressing, stage) for stage in stages)
     }
 
 
-def _reads_all_tasks(stage: DvcStage) -> bool:
-    item = StageName.parse(stage.addressing).item
-    keys = [key.split(".") for dep in stage.deps for key in getattr(dep, "params", ())]
-    return item is None or any(key[0] == "tasks" and key[1:2] != [item] for key in keys)
+def _reads_all_params(stage: DvcStage) -> bool:
+    """Return whether a stage reads params.yaml as a whole, or of its tasks more than the entry of its own."""
+    own = ["tasks", StageName.parse(stage.addressing).item]
+    for dep in stage.deps:
+        if dep.def_path == str(PARAMS):
+            keys = [key.split(".") for key in getattr(dep, "params", ())]
+            if not keys or any(key[0] == "tasks" and key[:2] != own for key in keys):
+                return True
+    return False
 
 
 def _reasons(

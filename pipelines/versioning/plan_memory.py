@@ -50,8 +50,8 @@ class StageFacts:
     """the md5 of the fingerprint of the code that made it"""
     objects: list[str]
     """the hashes of its outputs in the cache"""
-    reads_all_tasks: bool
-    """whether it depends on more of the tasks in params.yaml than on its own"""
+    reads_all_params: bool
+    """whether it depends on more of params.yaml than on chosen keys and the entry of its own task"""
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,12 @@ class _Look:
     def signature(self, name: str, facts: StageFacts) -> _Like:
         """Return a digest of all that DVC would look at to say whether a stage is up to date."""
         project, task = self._project, StageName.parse(name).item or ""
-        files = [self._like(path) for path in (*facts.outs, *facts.deps) if path != str(PARAMS)]
+        skipped = None if facts.reads_all_params else str(PARAMS)
+        files = [self._like(path) for path in (*facts.outs, *facts.deps) if path != skipped]
         files += [self._ignored(os.path.dirname(path)) for path in (*facts.outs, *facts.deps)]
         files += [self._like(str(pointer)) for pointer in self._pointers(facts)]
         said = [
-            project.tasks if facts.reads_all_tasks else project.tasks.get(task),
+            project.tasks.get(task),
             [project.lock.get(other) for other in (name, *facts.needs)],
             [file.text for file in files],
             [self._stored(md5) for md5 in facts.objects],

@@ -1,7 +1,7 @@
 """DVC's hashes of files and folders, found once where DVC finds the same several times over.
 
 A stage that runs has each of its deps hashed six times, and a folder of folders is walked again for each of those
-within. The report reads the steps of all tasks: of 200 tasks that are 130,000 files, 5 seconds in place of 20.
+within. The report reads the steps of all tasks, all files of the chain: 23 a task.
 """
 
 from __future__ import annotations

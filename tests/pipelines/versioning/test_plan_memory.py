@@ -201,6 +201,33 @@ def test_what_is_in_the_remote_alone_is_remembered_for_those_who_take_it_from_th
     assert whole == afresh(TASKS)
 
 
+@pytest.mark.parametrize(
+    ("reads", "old", "new"),
+    [
+        pytest.param(
+            "params:\n        - params.yaml:\n      deps:", "data/t2}", "data/t2, x: 1}", id="all-keys"
+        ),
+        pytest.param("params:\n        - tasks\n      deps:", "data/t2}", "data/t2, x: 1}", id="all-tasks"),
+        pytest.param("deps:\n        - params.yaml", "inner: 1}", "inner: 1} # one", id="the-file"),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_a_stage_of_a_task_that_reads_all_of_params_is_asked_about_after_any_edit(
+    reads: str, old: str, new: str
+) -> None:
+    edit("dvc.yaml", "deps:\n        - out/${key}/a", f"{reads}\n        - out/${{key}}/a")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    assert read_plan(TASKS).stale() == []
+    assert set(remembered()) == set(ALL)
+
+    edit("params.yaml", old, new)
+
+    assert "next@t1" not in remembered()
+    plan = read_plan(TASKS)
+    assert "next@t1" in plan.stale()
+    assert plan == afresh(TASKS)
+
+
 @pytest.mark.usefixtures("project")
 def test_nothing_is_remembered_of_a_file_that_has_just_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_memory, "_SETTLED", 10**12)
