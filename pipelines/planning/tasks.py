@@ -133,8 +133,9 @@ def inside_project(source: str | Path, path: Path) -> tuple[str, str | None]:
     A manifest that stands for its folder is one by its name; in every other case the manifest is None.
     """
     if re.match(r"[a-z0-9+]+:/", str(source)):
+        url = re.sub(":/+", "://", str(source), count=1)  # of which a path keeps one stroke
         raise InputError(
-            f"{source}: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
+            f"{url}: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
         )
     manifest = None
     if not manifest_fault(Path(source).name) and not Path(source).is_dir():

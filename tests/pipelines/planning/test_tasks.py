@@ -81,7 +81,7 @@ def test_shards_are_a_source_by_their_folder_or_by_a_pattern_and_a_url_is_pinned
     with pytest.raises(InputError) as caught:
         add_task(Path("s3://bucket/own"))
     assert str(caught.value) == (
-        "s3:/bucket/own: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
+        "s3://bucket/own: a URL; `sdlora pin URL data/NAME` reads it and notes what was there, then give data/NAME"
     )
 
 
