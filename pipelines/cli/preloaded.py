@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.project.environment import STAGE_SOCKET
-from pipelines.project.layout import LOCK, SCRATCH
+from pipelines.project.layout import CODE_STAGE, LOCK, SCRATCH
 from pipelines.runtime.fork_server import (
     STAGE_ENTRY,
     delegate,
     end_as,
+    forget,
+    has_loaded,
     listening,
     receive,
     start_server,
@@ -42,27 +44,36 @@ _LIBRARIES = (
     "safetensors.torch",
 )
 """What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
+_WITHOUT_TORCH = {CODE_STAGE, "fetch", "start", "split", "gate", "report"}
+"""The stages that load no torch. By itself each begins within a second, and a new server loads torch for some five."""
 
 
 def delegate_stage(arguments: Sequence[str]) -> int | None:
     """Have a fork server run this command, if it is a stage's. Return its status, None if it has to run by itself."""
     if STAGE_SOCKET in os.environ:
         with contextlib.suppress(OSError):
-            return delegate(os.environ[STAGE_SOCKET], arguments)
+            return _delegate(os.environ[STAGE_SOCKET], arguments)
         return None
     dvc = starter() if "DVC_STAGE" in os.environ else None
     if dvc is None or not hasattr(os, "pidfd_open"):
         return None
     path = SCRATCH / f"server-{dvc}"
     try:
-        return delegate(str(path), arguments)
+        return _delegate(str(path), arguments)
     except FileNotFoundError:
         if _has_ended_a_stage(dvc) or _begins_a_chain(dvc):
             with contextlib.suppress(OSError):
                 _start_for_dvc(path, dvc)
     except OSError:  # of a server that was killed
-        path.unlink(missing_ok=True)
+        forget(str(path))
     return None
+
+
+def _delegate(path: str, arguments: Sequence[str]) -> int | None:
+    """Have the server at a path run a command. Return None for one that is sooner done than the server has loaded."""
+    if _WITHOUT_TORCH & {*arguments[:1]} and Path(path).exists() and not has_loaded(path):
+        return None
+    return delegate(path, arguments)
 
 
 def _has_ended_a_stage(dvc: int) -> bool:

@@ -126,6 +126,21 @@ _ANSWER = 8
 """Bytes of an answer: the number of the process that was forked, then its status."""
 
 
+def forget(path: str) -> None:
+    """Remove what a fork server that has ended left at its path."""
+    for left in (_mark(path), Path(path)):
+        left.unlink(missing_ok=True)
+
+
+def has_loaded(path: str) -> bool:
+    """Return whether the fork server that listens at a path has loaded all that it preloads."""
+    return _mark(path).exists()
+
+
+def _mark(path: str) -> Path:
+    return Path(f"{path}.ready")
+
+
 def delegate(path: str, arguments: Sequence[str]) -> int:
     """Have a fork server run a command in place of this process. Return its status as a shell has it.
 
@@ -164,9 +179,10 @@ def receive(
             if prepare is not None:
                 prepare()
             gc.freeze()  # a collection in a forked process would copy all of it
+            _mark(listener.getsockname()).touch()
             request = _fork_for_each(listener, prepare, until)
         except SystemExit:
-            Path(listener.getsockname()).unlink(missing_ok=True)
+            forget(listener.getsockname())
             raise
     os.chdir(request["folder"])
     os.environ.clear()

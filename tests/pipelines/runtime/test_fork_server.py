@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.cli import preloaded
 from pipelines.project.environment import STAGE_SOCKET
-from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server, listening, start_server
+from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server, has_loaded, listening, start_server
 from tests.support.repository import REPOSITORY
 
 
@@ -24,12 +24,16 @@ def server_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The fork server of stages, which preloads only what is loaded fast."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with fork_server(STAGE_ENTRY, STAGE_SOCKET, ["json"]):
-        path = Path(os.environ[STAGE_SOCKET])
-        end = time.monotonic() + 30
-        while not path.exists():
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        yield str(path)
+        path = os.environ[STAGE_SOCKET]
+        wait_until(lambda: has_loaded(path))
+        yield path
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def sdlora(*arguments: str, folder: Path) -> subprocess.Popen[str]:
@@ -65,6 +69,30 @@ def test_a_command_that_finds_no_fork_server_runs_by_itself(
     with sdlora("start", folder=tmp_path) as process:
         process.communicate(timeout=60)
     assert process.returncode == 2
+
+
+def test_a_stage_that_needs_no_torch_does_not_wait_until_the_server_has_loaded_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text("import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.01)\n")
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(tmp_path)]))
+    monkeypatch.chdir(tmp_path)
+    with fork_server(STAGE_ENTRY, STAGE_SOCKET, ["slow"]):
+        path = os.environ[STAGE_SOCKET]
+        with sdlora("start", "--out", "x", "--evaluation", "y", "--gate", "z", folder=tmp_path) as early:
+            early.communicate(timeout=60)
+        assert early.returncode == 0
+        with sdlora("backbone", "--out", "b", folder=tmp_path) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(timeout=1)
+            assert not has_loaded(path)
+            (tmp_path / "go").touch()
+            waiting.communicate(timeout=60)
+        assert waiting.returncode == 2  # params.yaml is empty
+        assert has_loaded(path)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
