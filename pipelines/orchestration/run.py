@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipelines.planning.keep import require_decision
 from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import require_own_code
-from pipelines.project.layout import CODE, StageName
+from pipelines.project.layout import CODE, MODELS, StageName
 from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
@@ -40,8 +41,10 @@ def run_pipeline(*, retrain: bool = False) -> int:
     """
     params = Params.load()
     require_own_code()
-    with only_run():
+    with only_run(), contextlib.ExitStack() as servers:
         _leave_removed_tasks_to_the_cache(params)
+        if not all((MODELS / task).exists() for task in params.tasks):
+            servers.enter_context(_preloaded_processes())  # they load while the plan is made
         plan = read_plan(params.tasks)
         for line in require_decision(plan, params, retrain=retrain):
             echo(line)
@@ -52,7 +55,9 @@ def run_pipeline(*, retrain: bool = False) -> int:
             print_summary(params)
             return 0
         try:
-            with local_history(), _preloaded_processes(plan):
+            if _is_worth_servers(plan):
+                servers.enter_context(_preloaded_processes())
+            with local_history():
                 pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
                 if server_missing():
                     noted(pipeline, "pipeline", {})
@@ -84,7 +89,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
             close_dead_runs()
         rows: Rows = []
         if plan.stale():
-            with _preloaded_processes(plan):
+            with _preloaded_processes() if _is_worth_servers(plan) else contextlib.nullcontext():
                 rows = bring_up_to_date(
                     params, plan, partial_checkout=True, before_each=before_each, progressed=progressed
                 )
@@ -100,10 +105,15 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
         return rows
 
 
+def _is_worth_servers(plan: Plan) -> bool:
+    """Return whether several stages will need the libraries. For one or two it is not worth a process."""
+    return len(plan.stale()) > 2
+
+
 @contextlib.contextmanager
-def _preloaded_processes(plan: Plan) -> Iterator[None]:
-    """Load the libraries once where several stages will need them. For one or two it is not worth a process."""
-    if len(plan.stale()) <= 2:
+def _preloaded_processes() -> Iterator[None]:
+    """Load the libraries once for all stages, where nobody has."""
+    if STAGE_SOCKET in os.environ:
         yield
         return
     with dvc_server(), fork_server(STAGE_ENTRY, STAGE_SOCKET):

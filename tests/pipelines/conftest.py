@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,6 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         servers.enter_context(dvc_server())
         servers.enter_context(fork_server(STAGE_ENTRY, STAGE_SOCKET))
         patch.undo()
-        patch.setattr("pipelines.orchestration.run._preloaded_processes", lambda plan: nullcontext())
         yield
 
 
