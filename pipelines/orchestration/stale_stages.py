@@ -52,7 +52,8 @@ def bring_up_to_date(
     Returns:
         A row for each stage that was run, or taken from the cache.
     """
-    with environment({PARENT_FLOW_RUN: current_flow_run() or current_note() or ""}), order_of_dvc():
+    parent = environment({PARENT_FLOW_RUN: current_flow_run() or current_note() or ""})
+    with parent, order_of_dvc(plan.outs, plan.deps):
         return _StaleStages(params, plan, partial_checkout, before_each, progressed).run()
 
 
