@@ -27,6 +27,7 @@ def grow(folder: Path, tasks: int) -> dict[str, float]:
     """Write the files of a chain of so many tasks into a folder, and measure its report."""
     names = {f"t{number:02}": [f"{number}.{index}" for index in range(10)] for number in range(1, tasks + 1)}
     write_project(folder, names, images=2)
+    (folder / "dvc.yaml").touch()  # a stage is called in the folder of a project
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-P", "-m", "pipelines", *REPORT]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
