@@ -1,6 +1,6 @@
 """What one large task costs each stage: seconds, peak memory, images a second, and a floor measured beside it.
 
-Makes a project with one task of many tiny PNG files in class folders (seeded), and calls every stage as a process of
+Makes a project with one task of many tiny files in class folders (seeded), and calls every stage as a process of
 its own, as dvc.yaml does: doctor, split, fit (one epoch of the head on a frozen backbone, a tiny one of random
 weights), freeze, evaluate, gate, report.
 
@@ -11,6 +11,7 @@ what the process itself has (RssAnon), in MiB, of the largest of the stage's pro
 
     python benchmarks/million_images.py                                    # 20,000 images of 200 classes
     python benchmarks/million_images.py --images 1000000 --classes 10000
+    python benchmarks/million_images.py --images 10000 --classes 100 --side 224    # JPEG files of this size
 """
 
 import argparse
@@ -44,8 +45,8 @@ from sdlora.preprocessing import Preprocessing, normalise
 
 RESULTS = Path(__file__).parent / "results/million_images.jsonl"
 SOURCE = Path("data/raw/many")
-SIDE = 16
-"""Pixels on a side of an image."""
+_JPEG_FROM = 64
+"""Pixels on a side from which images are JPEG files, as photographs are; smaller ones are PNG files."""
 ROOM = "1"
 """GiB that decoded images and features may take in memory; more of them are mapped from a file."""
 SAMPLE = 5000
@@ -90,19 +91,22 @@ def class_name(index: int) -> str:
     return f"c{index:05}"
 
 
-def paint(folder: Path, each: int, seed: int, index: int) -> None:
+def paint(folder: Path, each: int, side: int, seed: int, index: int) -> None:
     """Write the images of one class: its coarse pattern, with a pattern and noise of each image's own."""
     random = np.random.default_rng([seed, index])
     place = folder / class_name(index)
     place.mkdir(parents=True)
     coarse = random.integers(0, 110, (1, 4, 4)) + random.integers(0, 110, (each, 4, 4))
-    pixels = coarse.repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
-    pixels = (pixels + random.integers(0, 36, (each, SIDE, SIDE))).astype(np.uint8)
+    pixels = coarse.repeat(side // 4, axis=1).repeat(side // 4, axis=2)
+    pixels = (pixels + random.integers(0, 36, (each, side, side))).astype(np.uint8)
     for number, image in enumerate(pixels):
-        Image.fromarray(image).save(place / f"{number}.png", compress_level=1)
+        if side < _JPEG_FROM:
+            Image.fromarray(image).save(place / f"{number}.png", compress_level=1)
+        else:
+            Image.fromarray(image).convert("RGB").save(place / f"{number}.jpg")
 
 
-def write_project(folder: Path, images: int, classes: int, seed: int) -> None:
+def write_project(folder: Path, images: int, classes: int, side: int, seed: int) -> None:
     """Write a project of one task, and its images."""
     for name, text in project_files("many", example=False).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def write_project(folder: Path, images: int, classes: int, seed: int) -> None:
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     with ProcessPoolExecutor(2) as pool:
         for _ in pool.map(
-            partial(paint, folder / SOURCE, images // classes, seed), range(classes), chunksize=20
+            partial(paint, folder / SOURCE, images // classes, side, seed), range(classes), chunksize=20
         ):
             pass
 
@@ -164,7 +168,7 @@ def threads() -> int:
 
 def decode_floor(folder: Path, images: int) -> float:
     """Files a second that are read and decoded, and nothing more."""
-    files = sorted((folder / SOURCE).glob("*/*.png"))
+    files = sorted((folder / SOURCE).glob("*/*.*g"))
     files = files[:: max(1, images // SAMPLE)][:SAMPLE]
 
     def look(path: Path) -> None:
@@ -229,6 +233,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--classes", type=int, default=200)
+    parser.add_argument("--side", type=int, default=16, help="pixels on a side, a multiple of 4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--folder", type=Path, help="work here, with the images that are there, and leave all"
@@ -238,12 +243,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(TemporaryDirectory(prefix="sdlora-many-")))
         if not (folder / SOURCE).is_dir():
-            write_project(folder, arguments.images, arguments.classes, arguments.seed)
+            write_project(folder, arguments.images, arguments.classes, arguments.side, arguments.seed)
         rows = list(show(measure(folder, arguments.images, arguments.classes)))
     machine = {"processor": platform.processor() or platform.machine(), "threads": threads()}
+    made = {"at": time.strftime("%Y-%m-%d"), "side": arguments.side}
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     with arguments.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"machine": machine, "at": time.strftime("%Y-%m-%d"), "rows": rows}) + "\n")
+        file.write(json.dumps({"machine": machine, **made, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":
