@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -206,9 +207,8 @@ def write_evaluation(
     table = pa.Table.from_pylist(rows, pa.schema([*fields, ("confidence", pa.float32())]))
     write_arrow(folder / "predictions.arrow", table)
     samples = [tests[task].num_rows for task in tests]
-    correct = [
-        sum(row["task"] == task and row["label"] == row["prediction"] for row in rows) for task in tests
-    ]
+    right = Counter(row["task"] for row in rows if row["label"] == row["prediction"])
+    correct = [right[task] for task in tests]
     ratios = [round(right / of, 6) for right, of in zip(correct, samples, strict=True)]
     dump(
         folder / "metrics.json",
