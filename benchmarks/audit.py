@@ -11,6 +11,7 @@ verification can do without.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -147,20 +148,25 @@ def step(seen: list[str], targets: dict[str, tuple[int, int]], generator: torch.
     )
 
 
+@functools.cache
+def answers(task: str) -> list[tuple[str, str, int, int, float]]:
+    """What every step says of the test images of a task: one of ten is named wrong."""
+    table = read_images(ARTIFACTS / "split" / task / "test" / f"{task}.arrow")
+    named = zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)
+    return [
+        (sample, task, label, label if index % 10 else 0 if label else 1, 0.5)
+        for index, (sample, label) in enumerate(named)
+    ]
+
+
 def predict(folder: Path, tasks: list[str]) -> None:
-    """An evaluation in which one image of ten is named wrong."""
-    rows = []
-    for task in tasks:
-        table = read_images(ARTIFACTS / "split" / task / "test" / f"{task}.arrow")
-        for index, (sample, label) in enumerate(
-            zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)
-        ):
-            rows.append((sample, task, label, label if index % 10 else 0 if label else 1, 0.5))
+    """An evaluation on all tasks so far."""
+    rows = [row for task in tasks for row in answers(task)]
     types = {"id": pa.string(), "task": pa.string(), "label": pa.int32(), "prediction": pa.int32()}
     folder.mkdir(parents=True)
     write_rows(folder / "predictions.arrow", rows, {**types, "confidence": pa.float32()})
-    correct = [sum(row[2] == row[3] for row in rows if row[1] == task) for task in tasks]
-    counts = [sum(row[1] == task for row in rows) for task in tasks]
+    correct = [sum(row[2] == row[3] for row in answers(task)) for task in tasks]
+    counts = [len(answers(task)) for task in tasks]
     accuracy = [round(right / count, 6) for right, count in zip(correct, counts, strict=True)]
     metrics = {"step": tasks[-1], "tasks": tasks, "accuracy": accuracy, "samples": counts, "correct": correct}
     write_json(folder / "metrics.json", metrics)
