@@ -26,7 +26,7 @@ from pipelines.data.decoding import decode
 from pipelines.data.packed import ImageRow, read_images, write_images
 from pipelines.project.files import natural_key
 from pipelines.project.param_checks import HEADS_OF
-from pipelines.project.settings import Digits, Glyphs100
+from pipelines.project.settings import Digits, EmbeddedGlyphs
 from pipelines.stages.fetch import KNOWN
 from sdlora.backbones import Backbone, create_backbone
 from sdlora.classifier import ModelState, merged_classifier
@@ -55,7 +55,7 @@ SCHEDULE = Schedule(
     precision="fp32",
     compile=False,
 )
-ENTRIES = {"digits": Digits(test_fraction=0.2, seed=0), "glyphs100": Glyphs100()}
+ENTRIES = {"digits": Digits(test_fraction=0.2, seed=0), "glyphs100": EmbeddedGlyphs()}
 RANKS = {"t01": 10, "t04": 8, "t08": 6}
 SUITES = {
     "glyphs100-10": ("glyphs100", 10, [1993, 1994, 1995, 1996, 1997]),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.data.archives import archive_members, gunzip, is_archive, names
 from pipelines.data.downloads import Remote, obtain
+from pipelines.data.glyphs import scenes
 from pipelines.data.png import png
 from pipelines.data.source_files import is_litter
 from pipelines.project.errors import InputError
@@ -174,6 +175,11 @@ def _numbered(
                 yield PurePosixPath(part, benchmark.classes[label], f"{index:05d}.png"), png(picture)
                 done += 1
                 bar.update(done)
+
+
+def _scenes(benchmark: Benchmark, split: str) -> Iterator[_Image]:
+    """Yield the packaged characters in front of clutter, which need no file."""
+    return scenes()
 
 
 def _imagenet_variant(benchmark: Benchmark, split: str) -> Iterator[_Image]:
@@ -356,6 +362,7 @@ LAYOUTS: dict[str, Callable[[Benchmark, str], Iterator[_Image]]] = {
     "cub200": _cub,
     "domainnet": _domainnet,
     "fashion-mnist": _mnist,
+    "glyphs100-scene": _scenes,
     "imagenet-a": _imagenet_variant,
     "imagenet-r": _imagenet_variant,
     "mnist": _mnist,

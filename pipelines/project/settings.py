@@ -71,8 +71,8 @@ class Digits(Section):
     """chooses the test images"""
 
 
-class Glyphs100(Section):
-    """The embedded benchmark comes divided already and has no settings."""
+class EmbeddedGlyphs(Section):
+    """The packaged characters, and the scenes made of them, come divided already and have no settings."""
 
 
 class Published(Section):
@@ -121,8 +121,10 @@ class Fetch(Section):
 
     digits: Digits | None = None
     """scikit-learn's handwritten digits"""
-    glyphs100: Glyphs100 | None = None
+    glyphs100: EmbeddedGlyphs | None = None
     """the embedded benchmark of 100 characters"""
+    glyphs100_scene: EmbeddedGlyphs | None = Field(None, alias="glyphs100-scene")
+    """the same characters, moved, in front of clutter"""
     mnist: Published | None = None
     """handwritten digits, 28x28"""
     fashion_mnist: Published | None = Field(None, alias="fashion-mnist")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.catalog import LAYOUTS, images
+from pipelines.data.glyphs import glyphs
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import naming, whole_folder
 from pipelines.project.names import class_name_fault
 from pipelines.project.params import read_params
-from pipelines.project.settings import Digits, Fetch, Glyphs100, Section
+from pipelines.project.settings import Digits, EmbeddedGlyphs, Fetch, Section
 from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
@@ -118,30 +117,13 @@ def distinct_images(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     )
 
 
-def _glyphs100(options: Glyphs100) -> _DataSet:
-    """Return the embedded benchmark, divided as it was made: test fonts are not among the train fonts."""
-    import pyarrow as pa
-
-    packed = resources.files("pipelines.data") / "embedded" / "glyphs100" / "glyphs100.arrow"
-    try:
-        table = pa.ipc.open_file(pa.py_buffer(packed.read_bytes())).read_all()
-    except FileNotFoundError:
-        raise InputError(f"{packed}: the file is missing from the package; install it again") from None
-    except pa.ArrowInvalid:
-        raise InputError(f"{packed}: not an Arrow file; install the package again") from None
-    columns = (table[name].to_pylist() for name in ("split", "label", "font", "image"))
-    files = []
-    for index, (part, label, font, image) in enumerate(zip(*columns, strict=True)):
-        class_name = str(label)
-        if part not in ("train", "test") or class_name_fault(class_name):
-            raise InputError(f"{packed}: row {index} has no class folder; install the package again")
-        slug = re.sub(r"[^a-z0-9]+", "-", font.lower()).strip("-")
-        files.append((PurePosixPath(part, class_name, f"{index:04d}-{slug}.png"), image))
-    return _DataSet(files, left_out=0)
+def _glyphs100(options: EmbeddedGlyphs) -> _DataSet:
+    """Return the embedded benchmark, divided as it was made."""
+    return _DataSet(list(glyphs()))
 
 
 def _published(name: str, options: Section) -> _DataSet:
-    """Return a data set of the papers, downloaded where it is not here yet, its images as its authors made them."""
+    """Return a data set of the catalog, downloaded where it is not here yet, its images as its authors made them."""
     chosen = options.model_dump()
     archive = Path(chosen["archive"]) if chosen.get("archive") else None
     return _DataSet(images(name, chosen.get("split", "official"), archive, chosen.get("sha256")))

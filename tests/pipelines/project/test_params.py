@@ -160,8 +160,8 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "digits: {test_fraction: 0.2, seed: 0}", "speech: {}",
-            "fetch.speech: unknown key; known are digits, glyphs100, mnist, fashion-mnist, cifar100, imagenet-r,"
-            " imagenet-a, cub200, domainnet",
+            "fetch.speech: unknown key; known are digits, glyphs100, glyphs100-scene, mnist, fashion-mnist, cifar100,"
+            " imagenet-r, imagenet-a, cub200, domainnet",
             id="a-data-set-that-no-name-is-like",
         ),
         pytest.param(

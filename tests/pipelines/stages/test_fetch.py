@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipelines.data import glyphs
 from pipelines.data.png import png
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
 from pipelines.project.settings import Digits, Fetch
-from pipelines.stages import fetch as module
 from pipelines.stages.fetch import KNOWN, digits, distinct_images, fetch
 from tests.support.repository import REPOSITORY
 
@@ -36,7 +36,7 @@ def pack_glyphs(folder: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[s
     table = pa.Table.from_pylist(rows)
     with pa.ipc.new_file(folder / "embedded" / "glyphs100" / "glyphs100.arrow", table.schema) as file:
         file.write_table(table)
-    monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda _: folder))
+    monkeypatch.setattr(glyphs, "resources", SimpleNamespace(files=lambda _: folder))
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -130,7 +130,7 @@ def test_a_benchmark_that_points_outside_its_folder_is_refused(
 
 def test_a_missing_benchmark_file_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_glyphs()
-    monkeypatch.setattr(module, "resources", SimpleNamespace(files=lambda _: project))
+    monkeypatch.setattr(glyphs, "resources", SimpleNamespace(files=lambda _: project))
 
     with pytest.raises(InputError, match=r"embedded/glyphs100/glyphs100\.arrow: the file is missing"):
         fetch("glyphs100", out=project / "out")
