@@ -12,10 +12,10 @@ from collections.abc import Callable, Container, Generator, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.data.archives import archive_members, gunzip, is_archive, names
-from pipelines.data.downloads import Remote, obtain
+from pipelines.data.downloads import Installed, Remote, obtain
 from pipelines.data.glyphs import scenes
 from pipelines.data.png import png
 from pipelines.data.source_files import is_litter
@@ -89,16 +89,24 @@ def load_benchmark(name: str) -> Benchmark:
         name=name,
         title=source["title"],
         page=source["page"],
-        remotes={
-            file["name"]: Remote(
-                name=file["name"], urls=tuple(file["urls"]), size=file["size"], digest=file["digest"]
-            )
-            for file in source["files"]
-        },
+        remotes={file["name"]: _remote(file) for file in source["files"]},
         of_split={file["name"]: file["split"] for file in source["files"] if "split" in file},
         images=source["images"],
         notes=source.get("notes", {}),
         folders={line.split("\t")[0]: line.split("\t")[-1] for line in lines},
+    )
+
+
+def _remote(file: dict[str, Any]) -> Remote:
+    """Return what `source.json` says of one file."""
+    installed = file.get("installed")
+    return Remote(
+        name=file["name"],
+        urls=tuple(file["urls"]),
+        size=file["size"],
+        digest=file["digest"],
+        installed=installed
+        and Installed(path=Path(installed["path"]), header=bytes.fromhex(installed["header"])),
     )
 
 

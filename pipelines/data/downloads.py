@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pipelines.project.errors import InputError, RefusedError, TransientError
-from pipelines.project.files import naming
+from pipelines.project.files import naming, write_whole
 from pipelines.runtime.console import log_line
 from pipelines.runtime.deadline import within
 from pipelines.runtime.file_lock import held
@@ -53,6 +53,15 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Installed:
+    """Where a package of the distribution puts a gzip file, which differs from the published one in its header."""
+
+    path: Path
+    header: bytes
+    """the published one, in place of the first ten bytes: distributions leave name and time out"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Remote:
     """A file on the web: every address in `urls` has the same bytes."""
 
@@ -62,10 +71,12 @@ class Remote:
     """bytes, where recorded"""
     digest: str | None
     """`sha256:`, `md5:` or `git-blob:` (the id that git gives a file) and hexadecimal digits, where recorded"""
+    installed: Installed | None = None
+    """where the same file may be on this machine already; only with a sha256"""
 
 
 def obtain(remote: Remote, folder: Path) -> Path:
-    """Return the verified file in `folder`, downloaded if it is not there.
+    """Return the verified file in `folder`, downloaded if it is neither there nor installed on this machine.
 
     What a download that was cut off left in NAME.part is continued where a hash will tell whether the halves
     fit. A download with another hash than the recorded one is thrown away; a file that was put there is left.
@@ -76,6 +87,9 @@ def obtain(remote: Remote, folder: Path) -> Path:
             raise InputError(f"{path}: {fault}; delete it, and run the same again to download it")
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    if (data := _installed(remote)) is not None:
+        write_whole(path, data)
+        return path
     part = folder / f"{remote.name}.part"
     faults = []
     with only_download(part) as file:
@@ -100,6 +114,18 @@ def obtain(remote: Remote, folder: Path) -> Path:
         f"{remote.name}: not downloaded ({'; '.join(faults)}); run the same again"
         f"{f' to go on at byte {kept:,}' if kept else ''}, or put the file into {folder}"
     )
+
+
+def _installed(remote: Remote) -> bytes | None:
+    """Return the bytes of a file that a package of the distribution has put on this machine. None if there is none."""
+    if remote.installed is None or not remote.installed.path.is_file():
+        return None
+    data = remote.installed.header + remote.installed.path.read_bytes()[10:]
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != remote.digest:
+        log_line(f"{remote.installed.path}: not the published file, so that is downloaded")
+        return None
+    log_line(f"{remote.name}: taken from {remote.installed.path}")
+    return data
 
 
 def _mismatch(path: Path, remote: Remote) -> str | None:

@@ -229,6 +229,69 @@ def test_mnist_is_read_from_its_four_files(project: Path, name: str) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(project / "out/train/zero/00001.png")), images[1])
 
 
+def as_debian_packs(data: bytes) -> bytes:
+    """A gzip file without name and time in its header, as in Debian's packages."""
+    name_ends = data.index(b"\0", 10) + 1
+    return data[:3] + bytes(5) + data[8:10] + data[name_ends:]
+
+
+def published_and_installed() -> dict[str, bytes]:
+    """Publish Fashion-MNIST, put it into a folder in the layout of Debian's package, and forget the downloads."""
+    images = np.arange(2 * 4 * 3).reshape(2, 4, 3)
+    parts = {"train-images-idx3": images, "t10k-images-idx3": images[1:]}
+    parts |= {"train-labels-idx1": np.array([1, 0]), "t10k-labels-idx1": np.array([1])}
+    files = {}
+    for name, array in parts.items():
+        packed = io.BytesIO()
+        with gzip.GzipFile(f"{name}-ubyte", "wb", fileobj=packed, mtime=1504176627) as file:
+            file.write(gzip.decompress(idx(array)))
+        files[f"{name}-ubyte.gz"] = packed.getvalue()
+    folder = Path("../datasets").resolve()
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(as_debian_packs(data))
+    publish("fashion-mnist", files, ["zero", "one"])
+    record = Path("../package/embedded/fashion-mnist/source.json")
+    source = json.loads(record.read_text(encoding="utf-8"))
+    for row in source["files"]:
+        data = files[row["name"]]
+        header = data[: data.index(b"\0", 10) + 1].hex()
+        row["installed"] = {"path": str(folder / row["name"]), "header": header}
+    record.write_text(json.dumps(source), encoding="utf-8")
+    shutil.rmtree(".sdlora/downloads")
+    choose("fashion-mnist: {}")
+    return files
+
+
+def test_files_of_debians_package_become_those_of_the_download(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = published_and_installed()
+
+    fetch("fashion-mnist", out=project / "out")
+
+    assert tree(project / ".sdlora/downloads/fashion-mnist") == files
+    assert set(tree(project / "out")) == {
+        "train/one/00000.png", "train/zero/00001.png", "test/one/00000.png",
+    }  # fmt: skip
+    assert "t10k-labels-idx1-ubyte.gz: taken from " in capsys.readouterr().err
+
+
+def test_an_installed_file_that_is_another_one_is_downloaded_instead(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.data import downloads
+
+    monkeypatch.setattr(downloads, "TRIES", 1)
+    published_and_installed()
+    installed = project.parent / "datasets/t10k-images-idx3-ubyte.gz"
+    installed.write_bytes(installed.read_bytes()[:-1] + b"?")
+
+    with pytest.raises(InputError, match=r"t10k-images-idx3-ubyte\.gz: not downloaded \(http://127"):
+        fetch("fashion-mnist", out=project / "out")
+    assert f"{installed}: not the published file, so that is downloaded\n" in capsys.readouterr().err
+
+
 def test_what_is_not_an_idx_file_is_refused(project: Path) -> None:
     labels = idx(np.array([1]))
     files = dict.fromkeys(("train-labels-idx1-ubyte.gz", "t10k-labels-idx1-ubyte.gz"), labels)
