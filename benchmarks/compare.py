@@ -111,7 +111,7 @@ class Variant:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What of it names a run. The two last came later, and stand only where they say something."""
+        """What of it names a run. The last two came later, and stand only where they say something."""
         recipe = RECIPES[self.recipe]
         return {
             "method": self.method,
@@ -471,24 +471,26 @@ def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
 def ends_of(results: list[dict[str, Any]], suite: Suite) -> list[tuple[str, str]]:
     """Where the headroom begins and ends, label and head: frozen features, and joint training at its own rate.
 
-    Chosen on held-out training images of the suite's first seed; empty where they were not measured yet.
+    Empty where they were not measured yet.
     """
-    held_out = {
-        label: found
-        for label in ["frozen", *AT_ONCE]
-        if (found := rows_of(results, suite, label, validation=True))
-    }
+    chosen = held_out(results, suite)
     ends = []
     for labels in (["frozen"], AT_ONCE):
-        scores = {
-            (label, head): held_out[label][0]["heads"][head]["last"]
-            for label in labels
-            if label in held_out
-            for head in held_out[label][0]["heads"]
-        }
+        scores = {key: score for key, score in chosen.items() if key[0] in labels}
         if scores:
             ends.append(max(scores, key=scores.__getitem__))
     return ends if len(ends) == 2 else []
+
+
+def held_out(results: list[dict[str, Any]], suite: Suite) -> dict[tuple[str, str], float]:
+    """Last accuracy on held-out training images of the suite's first seed, by label and head."""
+    return {
+        (label, head): of["last"]
+        for label in ["frozen", *AT_ONCE]
+        for found in rows_of(results, suite, label, validation=True)
+        if found["run"]["seed"] == suite.seeds[0]
+        for head, of in found["heads"].items()
+    }
 
 
 def rows_of(
@@ -593,20 +595,17 @@ def headroom_text(results: list[dict[str, Any]], suite: Suite) -> list[str]:
         if room < _LEAST_ROOM
         else []
     )
-    held_out = [
-        f"- {label}: "
-        + ", ".join(f"`{head}` {100 * of['last']:.1f}" for head, of in found[0]["heads"].items())
-        for label in ["frozen", *AT_ONCE]
-        if (found := rows_of(results, suite, label, validation=True))
-    ]
+    judged: dict[str, list[str]] = {}
+    for (label, head), score in held_out(results, suite).items():
+        judged.setdefault(label, []).append(f"`{head}` {100 * score:.1f}")
     return [
         f"**Headroom: {100 * room:.1f} points** (seed{'s' if len(seeds) > 1 else ''} {names}).",
         f"{start.label} with `{start.head}` has {spread(start.values('last', seeds))},",
         f"{end.label} with `{end.head}` {spread(end.values('last', seeds))}.",
         *few,
-        "Both were chosen on held-out training images of one seed:",
+        f"Both were chosen on held-out training images, seed {suite.seeds[0]}:",
         "",
-        *held_out,
+        *(f"- {label}: {', '.join(scores)}" for label, scores in judged.items()),
     ]
 
 
@@ -723,7 +722,10 @@ def main() -> None:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--methods", nargs="+", choices=VARIANTS, help="default: those of the suite")
     parser.add_argument(
-        "--headroom", action=argparse.BooleanOptionalAction, default=True, help="run what it is measured by"
+        "--headroom",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run first what it is measured by; leave it out where other settings are tried",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the suite")
     parser.add_argument("--validation", action="store_true", help="judge on held-out training images")
@@ -759,9 +761,9 @@ def main() -> None:
         with arguments.results.open("a") as file:
             file.write(json.dumps({"run": run, **result}, sort_keys=True) + "\n")
         lasts = "  ".join(f"{head} {found['last']:.4f}" for head, found in result["heads"].items())
-        held_out = ", held out" if run["validation"] else ""
+        judged = "held-out" if run["validation"] else "test"
         print(
-            f"{run['data']} in {run['tasks']}, seed {run['seed']}{held_out}, {label}: last {lasts}",
+            f"{run['data']} in {run['tasks']}, seed {run['seed']}, {judged} images, {label}: last {lasts}",
             flush=True,
         )
     if arguments.write:

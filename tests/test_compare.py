@@ -49,6 +49,8 @@ HELD_OUT = [
 def test_the_ends_of_the_headroom_are_chosen_on_held_out_images_whatever_the_test_images_say() -> None:
     tests = [result("frozen", lda=of_eight(1), aligned=of_eight(8)), result(LOW, lda=of_eight(8))]
 
+    tests += [result(HIGH, held_out=True, seed=1994, lda=of_eight(8))]
+
     assert compare.ends_of(HELD_OUT + tests, SUITE) == [("frozen", "lda"), (MIDDLE, "lda")]
 
 
