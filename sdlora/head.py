@@ -14,9 +14,14 @@ class HeadBlock(NamedTuple):
     bias: Tensor
 
 
-def initial_block(classes: int, features: int, *, generator: torch.Generator) -> HeadBlock:
-    """Weights ~ U(−√(3/features), √(3/features)) and bias 0, as the released code (backbone/linears.py:27-29)."""
-    bound = math.sqrt(3 / features)
+def initial_block(
+    classes: int, features: int, *, generator: torch.Generator, deviation: float | None = None
+) -> HeadBlock:
+    """Weights ~ U(−√3·deviation, √3·deviation) and bias 0.
+
+    Without a deviation it is 1/√features, as in the released code (backbone/linears.py:27-29).
+    """
+    bound = math.sqrt(3 / features) if deviation is None else math.sqrt(3) * deviation
     weight = torch.empty(classes, features).uniform_(-bound, bound, generator=generator)
     return HeadBlock(weight=weight, bias=torch.zeros(classes))
 

@@ -15,12 +15,19 @@ from sdlora.backbones import spell_out_attention
 from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
+from sdlora.heads import discriminant
 from sdlora.image_store import ImageStore
 from sdlora.methods import FitResult, Method, Settings
 from sdlora.preprocessing import normalise
 from sdlora.process_group import SINGLE, ProcessGroup
 from sdlora.products import by_onednn
 from sdlora.seeding import generator_for
+from sdlora.statistics import class_statistics
+
+_SMALL = 0.01
+"""Deviation of rows that start small: their logits are near 0, so they pull at no feature before they have learned."""
+_CALM, _PRINCIPAL = 8, 16
+"""Of rows that start as a discriminant: what its logits are divided by, and the principal directions of a class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class Schedule:
     optimizer: str
     """`sgd` or `adam`; no weight decay, which would move what must stay."""
     learning_rate: float
-    """One rate for factors, magnitudes and head."""
+    """The rate of factors, and of magnitudes and head where they have none of their own."""
     momentum: float
     """Of SGD; Adam has its own."""
     decay: str
@@ -47,6 +54,12 @@ class Schedule:
     """`fp32`; `tf32`, which is fp32 here (`set_deterministic` says how it rounds); or `bf16` for autocast."""
     compile: bool
     """Whether full batches go through kernels that torch.compile makes for this model and batch."""
+    head_rate: float | None = None
+    """The rate of the head's rows."""
+    magnitude_rate: float | None = None
+    """The rate of the magnitudes."""
+    head_start: str = "random"
+    """How the new rows start: `random`, `small` (see `initial_block`), or `discriminant` of the task's own features."""
 
 
 class TaskImages(NamedTuple):
@@ -138,7 +151,7 @@ class Fit:
         self._grown = list(tasks)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._kept = self._snapshot_parameters()
-        self._optimizer = _make_optimizer(list(self._trained.values()), schedule) if self._trained else None
+        self._optimizer = _make_optimizer(self._trained, schedule) if self._trained else None
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._order = torch.empty(0, dtype=torch.long)
@@ -148,6 +161,7 @@ class Fit:
         self.step = 0
         self._compiled = torch.compile(model.features, dynamic=False) if schedule.compile else None
         self._constant = self._constant_features()
+        self._start_rows(tasks)
         self.curve: list[EpochRecord] = []
 
     def _begin(self, tasks: Mapping[str, TaskImages]) -> None:
@@ -165,7 +179,12 @@ class Fit:
             )
         for name, (_, own) in tasks.items():
             generator = generator_for(self.seed, "head", name)
-            block = initial_block(int(own.max()) + 1, self.model.feature_size, generator=generator)
+            block = initial_block(
+                int(own.max()) + 1,
+                self.model.feature_size,
+                generator=generator,
+                deviation=_SMALL if self.schedule.head_start == "small" else None,
+            )
             self.model.head.grow(HeadBlock(*(part.to(self._dtype) for part in block)))
         if self._method.trains_head and not self.lone:
             self.model.head.train_newest(len(tasks))
@@ -229,10 +248,9 @@ class Fit:
             self._order = torch.randperm(len(self._images), generator=generator)
         size = self.schedule.batch_size
         batch = self._order[within * size : (within + 1) * size]
-        rate = self._learning_rate()
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._decayed(group["start"])
         own = self._group.share(torch.arange(len(batch)))
         chosen = batch[own]
         there = chosen.to(self._device)
@@ -241,6 +259,7 @@ class Fit:
         self._add_up(facts)
         self._optimizer.step()
         self._sums += facts
+        rate = self._decayed(self.schedule.learning_rate)
         self.step += 1
         if within + 1 == self._steps_per_epoch:
             self._close_epoch(epoch, rate)
@@ -333,12 +352,16 @@ class Fit:
             done += len(part)
             self._looked(done)
 
-    @torch.no_grad()
     def _constant_features(self) -> Tensor | None:
         """Return the features (n, d) of all images, once for all, where neither the images nor the backbone change."""
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
         if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
             return None
+        return self._all_features()
+
+    @torch.no_grad()
+    def _all_features(self) -> Tensor:
+        """Return the features (n, d) of all images as they are now, not augmented."""
         size = len(self._images), self.model.feature_size
         if self._device.type == "cpu":
             found = self._empty(size, self._dtype)
@@ -348,10 +371,34 @@ class Fit:
             place.copy_(self._features(batch))
         return found
 
-    def _learning_rate(self) -> float:
+    @torch.no_grad()
+    def _start_rows(self, tasks: Mapping[str, TaskImages]) -> None:
+        """Put the discriminant of the task's features, as they are before the first step, in place of the drawn rows.
+
+        Its logits are divided, so that the loss still has a gradient.
+        """
+        if self.schedule.head_start != "discriminant" or not self._trained or not self._method.trains_head:
+            return
+        found = (self._all_features() if self._constant is None else self._constant).cpu()
+        parts = zip(found.split([len(labels) for _, labels in tasks.values()]), tasks.items(), strict=True)
+        statistics = {
+            name: class_statistics(features, labels.long(), rank=min(_PRINCIPAL, features.shape[1]))
+            for features, (name, (_, labels)) in parts
+        }
+        weights, biases = (
+            list(part)[-len(tasks) :] for part in (self.model.head.weights, self.model.head.biases)
+        )
+        drawn = dict(zip(tasks, map(HeadBlock, weights, biases), strict=True))
+        generator = generator_for(self.seed, "head", self.task)
+        for name, block in discriminant(drawn, statistics, generator=generator).items():
+            for parameter, start in zip(drawn[name], block, strict=True):
+                parameter.copy_(start / _CALM)
+
+    def _decayed(self, rate: float) -> float:
+        """Return what a rate has become at the present step."""
         if self.schedule.decay == "cosine":
-            return self.schedule.learning_rate * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
-        return self.schedule.learning_rate
+            return rate * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
+        return rate
 
     def _close_epoch(self, epoch: int, rate: float) -> None:
         loss, accuracy = (self._sums / len(self._images)).tolist()
@@ -470,7 +517,15 @@ def _copy(parameter: Tensor) -> Tensor:
     return parameter.detach().cpu().clone().contiguous()
 
 
-def _make_optimizer(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+def _make_optimizer(trained: Mapping[str, nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    """Return an optimiser with a group for each rate, whose `start` it is. Equal rates make one group."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        own = schedule.head_rate if name.startswith("head.") else None
+        if name.endswith(".magnitudes"):
+            own = schedule.magnitude_rate
+        by_rate.setdefault(schedule.learning_rate if own is None else own, []).append(parameter)
+    groups = [{"params": parameters, "lr": rate, "start": rate} for rate, parameters in by_rate.items()]
     if schedule.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=schedule.learning_rate, fused=True)
-    return torch.optim.SGD(parameters, lr=schedule.learning_rate, momentum=schedule.momentum, fused=True)
+        return torch.optim.Adam(groups, lr=schedule.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum, fused=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import KeptStage, write_note
-from pipelines.planning.new_project import other_calls, renew_stages
+from pipelines.planning.new_project import add_keys, missing_keys, other_calls, renew_stages
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of
 from pipelines.project.fingerprints import code_files, require_own_code
-from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, StageName
+from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, PARAMS, StageName
 from pipelines.project.params import Params
 from pipelines.versioning.plan import Plan, asked_otherwise, code_hashes, read_plan, record_as_it_is
 from pipelines.versioning.project_lock import only_run
@@ -43,6 +43,9 @@ def _keep(params: Params) -> list[str]:
     if other_calls():
         renew_stages()
         told = [f"{DVC_YAML}: written as this version has it; `git diff {DVC_YAML}` shows what is other"]
+    if lacking := missing_keys():
+        add_keys(lacking)
+        told.append(f"{PARAMS}: {', '.join(lacking)} added as null, which is as before")
     before = read_plan(params.tasks)
     outdated = _made_by_other_code(before)
     reproduce_stage(CODE_STAGE, pull=False)
@@ -77,14 +80,19 @@ def require_decision(plan: Plan, params: Params, *, retrain: bool) -> Iterator[s
     The stages of a retired task are not trained again: they give back what they left.
 
     Raises:
-        InputError: some of them are trained, and nobody has decided whether they are trained again. Or dvc.yaml is of
-            another version.
+        InputError: some of them are trained, and nobody has decided whether they are trained again. Or dvc.yaml or
+            params.yaml is of another version.
     """
     if others := other_calls():
         kind, options = next(iter(others.items()))
         raise InputError(
             f"{DVC_YAML} is of another version of sdlora (stage {kind}: {', '.join(options[:3])}); `sdlora keep` "
             "writes the one of this version, and keeps what was trained"
+        )
+    if lacking := missing_keys():
+        raise InputError(
+            f"{PARAMS}: {', '.join(lacking)}: of another version than {DVC_YAML}, which has DVC watch what is missing; "
+            "`sdlora keep` adds it as null, and keeps what was trained"
         )
     outdated = _made_by_other_code(plan)
     trained = [name for name in outdated if _is_trained(StageName.parse(name), params)]

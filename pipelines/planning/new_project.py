@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import CODE_STAGE, DVC, DVC_YAML, PARAMS, STAGES, refuse_braces
+from pipelines.project.params import Params
+from pipelines.project.params_text import with_value, yaml_nodes
 from pipelines.project.yaml_text import read_text, read_yaml
 
 _PACKAGED = resources.files("pipelines.planning") / "template"
@@ -103,11 +107,36 @@ def _stages(*, watched: bool) -> str:
 
 
 def other_calls() -> dict[str, list[str]]:
-    """Return the stages that dvc.yaml calls with other options than this version has, and these options."""
-    mine = _calls(_template(str(DVC_YAML)))
-    theirs = _calls(read_text(DVC_YAML))
-    found = {kind: sorted(mine[kind] ^ theirs[kind]) for kind in mine.keys() & theirs.keys()}
-    return {kind: options for kind, options in sorted(found.items()) if options}
+    """Return the stages that dvc.yaml has otherwise than this version, and in what.
+
+    That are options of the call, and keys of params.yaml that the stage reads and DVC would not watch. A project may
+    have DVC watch more.
+    """
+    mine, theirs = (_stages_of(text) for text in (_template(str(DVC_YAML)), read_text(DVC_YAML)))
+    found = {
+        kind: [
+            *sorted(mine[kind].options ^ theirs[kind].options),
+            *sorted(mine[kind].keys - theirs[kind].keys),
+        ]
+        for kind in mine.keys() & theirs.keys()
+    }
+    return {kind: others for kind, others in sorted(found.items()) if others}
+
+
+def missing_keys() -> list[str]:
+    """Return the keys that dvc.yaml watches and params.yaml lacks: it is of a version that did not know them."""
+    there = yaml_nodes(read_text(PARAMS))
+    keys = {key for stage in _stages_of(read_text(DVC_YAML)).values() for key in stage.keys if "$" not in key}
+    return sorted(key for key in keys if tuple(key.split(".")) not in there)
+
+
+def add_keys(keys: Collection[str]) -> None:
+    """Write keys into params.yaml as null, which is as if they were not there."""
+    text = read_text(PARAMS)
+    for key in keys:
+        text = with_value(text, tuple(key.split(".")), None)
+    Params.parse(text, origin=f"{PARAMS} with {', '.join(keys)} (not written)")
+    write_whole(PARAMS, text.encode())
 
 
 def renew_stages() -> None:
@@ -124,15 +153,27 @@ def renew_stages() -> None:
     write_whole(DVC_YAML, _stages(watched=watched).encode())
 
 
-def _calls(text: str) -> dict[str, set[str]]:
-    """Return the options with which the stages of a dvc.yaml are called. Nothing of one that is damaged."""
+class _Stage(NamedTuple):
+    """What dvc.yaml says of a stage."""
+
+    options: set[str]
+    """with which it is called"""
+    keys: set[str]
+    """of params.yaml, which DVC watches"""
+
+
+def _stages_of(text: str) -> dict[str, _Stage]:
+    """Return the stages of a dvc.yaml that are this program's. Nothing of one that is damaged."""
     stages = read_yaml(text, origin=str(DVC_YAML)).get("stages")
     found = {}
     for kind, stage in stages.items() if isinstance(stages, dict) else ():
         called = stage.get("do", stage) if isinstance(stage, dict) else {}
-        command = called.get("cmd") if isinstance(called, dict) else None
+        command, keys = (
+            (called.get("cmd"), called.get("params")) if isinstance(called, dict) else (None, None)
+        )
         if kind in STAGES and isinstance(command, str) and command.split()[:2] == ["sdlora", kind]:
-            found[kind] = set(re.findall(r"(?<!\S)--[a-z-]+", command))
+            watched = {key for key in keys if isinstance(key, str)} if isinstance(keys, list) else set()
+            found[kind] = _Stage(set(re.findall(r"(?<!\S)--[a-z-]+", command)), watched)
     return found
 
 

@@ -256,6 +256,12 @@ class Training(Section):
     """the rule of descent"""
     learning_rate: Annotated[float, Field(gt=0)]
     """size of its steps"""
+    head_rate: Annotated[float, Field(gt=0)] | None = None
+    """learning rate of the head's new rows; null is learning_rate"""
+    magnitude_rate: Annotated[float, Field(gt=0)] | None = None
+    """learning rate of the magnitudes; null is learning_rate"""
+    head_start: Literal["random", "small", "discriminant"] | None = None
+    """how the head's new rows start; null is random, as published"""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """of sgd only"""
     schedule: Literal["constant", "cosine"]
@@ -280,6 +286,11 @@ class Training(Section):
     """seconds between two saved states of an unfinished fit"""
     checkpoint_store: _Path | None
     """a folder or fsspec URL for them; null is .sdlora/checkpoints"""
+
+    @property
+    def of_the_fit(self) -> dict[str, Any]:
+        """What changes a fit's result. A key that is null by default is left out then, as if it were not known."""
+        return self.model_dump(exclude={"checkpoint_seconds", "checkpoint_store"}, exclude_defaults=True)
 
 
 class Evaluation(Section):

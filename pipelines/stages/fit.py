@@ -35,21 +35,12 @@ if TYPE_CHECKING:
     from sdlora.training import Fit, Schedule
 
 
-_OF_CHECKPOINTS = {"checkpoint_seconds", "checkpoint_store"}
-"""Training keys that say when and where checkpoints are kept."""
-
-
 class _Choices(NamedTuple):
     """What a fit reads of `params.yaml`."""
 
     adapter: Adapter
     training: Training
     seed: int
-
-    @property
-    def decisive(self) -> dict[str, object]:
-        """The training settings that change the result: all but where and how often checkpoints are kept."""
-        return self.training.model_dump(exclude=_OF_CHECKPOINTS)
 
 
 def _read_choices() -> _Choices:
@@ -149,7 +140,7 @@ def _description(
         "split": read_json(train, TrainingImages),
         "code": code_hash(fit.fn),
         "versions": library_versions(),
-        "training": choices.decisive,
+        "training": choices.training.of_the_fit,
         "seed": choices.seed,
         "steps": learner.total_steps,
         "images": learner.images,
@@ -346,11 +337,11 @@ def _schedule_of(training: Training) -> "Schedule":
     """Return the schedule of a fit: its training settings but for where it runs and where it is kept."""
     from sdlora.training import Schedule
 
-    settings = training.model_dump(exclude=_NOT_SCHEDULED)
+    settings = {key: value for key, value in training.of_the_fit.items() if key not in _NOT_SCHEDULED}
     return Schedule(decay=settings.pop("schedule"), **settings)
 
 
-_NOT_SCHEDULED = {"devices", "deterministic", *_OF_CHECKPOINTS}
+_NOT_SCHEDULED = {"devices", "deterministic"}
 """Training keys that say where and how a fit runs, and nothing of its steps."""
 
 
@@ -448,7 +439,7 @@ def _key(task: str, choices: _Choices, inputs: Mapping[str, Path]) -> str:
         "code": code_hash(fit.fn),
         "task": task,
         "adapter": choices.adapter.of_the_fit,
-        "training": choices.decisive,
+        "training": choices.training.of_the_fit,
         "seed": choices.seed,
         "classes": _own_classes(task, inputs["classes"]),
     }

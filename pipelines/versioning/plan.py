@@ -17,7 +17,7 @@ from pipelines.project.layout import CODE, CODE_STAGE, DVC_YAML, PARAMS, RETIRED
 from pipelines.project.leftovers import leftovers
 from pipelines.project.params import Params
 from pipelines.project.regular_files import require_regular_files
-from pipelines.project.yaml_text import read_text
+from pipelines.project.yaml_text import read_text, read_yaml, value_at
 from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
@@ -417,9 +417,11 @@ def asked_otherwise(plan: Plan, params: Params, names: Iterable[str]) -> dict[st
 
     Another version of this program may call a stage with other options, and name other parts of the outputs that it
     reads. All that the stage has read by dvc.lock must be as it was, by its bytes, and what it is said to read besides
-    must be a part of an output that it has read from.
+    must be a part of an output that it has read from. It may also know more keys of params.yaml: one that is null is
+    as if it were not there.
     """
     lock = read_lock(params)
+    chosen = read_yaml(read_text(PARAMS), origin=str(PARAMS))
     found: dict[str, set[str]] = {}
     with TemporaryDirectory(prefix="sdlora-keep-") as scratch:
         store = ArtifactStore(lock, Path(scratch))
@@ -431,8 +433,17 @@ def asked_otherwise(plan: Plan, params: Params, names: Iterable[str]) -> dict[st
             known = all(_output_of(path, lock) in outs - {None} for path in new)
             words = ("changed", "is new")
             asked = {"changed command", *(f"{path} {what}" for path in new for what in words)}
+            keys = (reason.removesuffix(" is new") for reason in plan.reasons[name])
+            asked |= {f"{key} is new" for key in keys if _is_null(chosen, key)}
             found[name] = asked if same and known else set()
     return found
+
+
+def _is_null(params: dict[str, Any], key: str) -> bool:
+    """Return whether a dotted key is one of params.yaml, and has nothing behind it."""
+    *around, last = key.split(".")
+    block = value_at(params, tuple(around))
+    return isinstance(block, dict) and last in block and block[last] is None
 
 
 def _is_data(path: str) -> bool:

@@ -12,8 +12,10 @@ from torch import Tensor
 from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze
+from sdlora.heads import discriminant
 from sdlora.methods import METHODS, FitResult
 from sdlora.preprocessing import normalise
+from sdlora.statistics import class_statistics
 from sdlora.training import Fit, TaskImages
 from tests.support.tiny_model import everything, finish, learn, make_fit, settings, tiny_task, tiny_vit
 
@@ -183,6 +185,17 @@ def test_a_direction_that_diverged_is_refused_by_name() -> None:
         pytest.param({}, id="sgd"),
         pytest.param({"optimizer": "adam", "learning_rate": 0.003}, id="adam"),
         pytest.param({"decay": "cosine", "crop_scale": 0.5, "flip": True}, id="cosine-with-augmentation"),
+        pytest.param(
+            {
+                "optimizer": "adam",
+                "learning_rate": 0.003,
+                "decay": "cosine",
+                "head_rate": 0.02,
+                "magnitude_rate": 0.01,
+            },
+            id="a-rate-for-each",
+        ),
+        pytest.param({"head_start": "discriminant"}, id="rows-that-start-as-a-discriminant"),
         pytest.param({"formulation": "reference"}, id="reference"),
         pytest.param({"formulation": "paper"}, id="paper"),
         *(pytest.param({"method": name}, id=name) for name in METHODS if METHODS[name].trains_head),
@@ -204,6 +217,95 @@ def test_a_resumed_fit_is_bit_identical_to_an_undisturbed_one(stop: int, options
 
     assert_identical(finish(resumed), expected)
     assert resumed.curve == whole.curve
+
+
+def groups_of(fit: Fit) -> dict[str, float]:
+    """What is trained, by its kind, and the rate of its next step."""
+    assert fit._optimizer is not None
+    kinds = {id(p): name.rstrip(".0123456789") for name, p in fit.model.named_parameters()}
+    return {
+        kinds[id(parameter)].rpartition(".")[2]: group["lr"]
+        for group in fit._optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].trains_head])
+def test_a_rate_of_its_own_that_is_the_common_one_changes_no_bit(method: str, optimizer: str) -> None:
+    common = {"method": method, "optimizer": optimizer, "learning_rate": 0.003, "decay": "cosine"}
+    plain = finish(make_fit(learn(1, method=method), 2, **common))
+    own = finish(make_fit(learn(1, method=method), 2, **common, head_rate=0.003, magnitude_rate=0.003))
+
+    assert_identical(own, plain)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].trains_head])
+def test_the_head_obeys_a_rate_of_its_own_in_every_method(method: str) -> None:
+    before = learn(1, method=method)
+    start = make_fit(before, 2, method=method).result()
+    still = finish(make_fit(before, 2, method=method, head_rate=1e-30))
+
+    for task, block in still.head.items():
+        assert torch.equal(block.weight, start.head[task].weight)
+    changed = [
+        name for name, pair in still.factors.items() if not torch.equal(pair.up, start.factors[name].up)
+    ]
+    assert bool(changed) == bool(METHODS[method].targets)
+
+
+def test_magnitudes_obey_a_rate_of_their_own(three_steps: dict[str, ModelState]) -> None:
+    for name in FORMULATIONS:
+        fit = make_fit(three_steps[name], 4, chosen=settings(name), magnitude_rate=1e-30)
+        start = fit.result()
+        end = finish(fit)
+
+        assert all(torch.equal(end.magnitudes[task], start.magnitudes[task]) for task in end.magnitudes)
+        assert not torch.equal(end.head["t04"].weight, start.head["t04"].weight)
+
+
+def test_all_rates_follow_one_schedule() -> None:
+    fit = make_fit(learn(1), 2, decay="cosine", head_rate=0.5, magnitude_rate=0.001)
+    for _ in fit.run():
+        rates = groups_of(fit)
+        assert rates["up"] == rates["down"]
+        assert rates["weights"] / rates["up"] == pytest.approx(0.5 / 0.05)
+        assert rates["magnitudes"] / rates["up"] == pytest.approx(0.001 / 0.05)
+    assert fit.curve[-1].learning_rate == rates["up"] < 0.05 / 10
+
+
+def test_rows_start_with_the_deviation_that_is_asked_for() -> None:
+    random, small = (make_fit(ModelState(), 1, head_start=start).result() for start in ("random", "small"))
+
+    torch.testing.assert_close(
+        small.head["t01"].weight / 0.01, random.head["t01"].weight * 16**0.5, rtol=1e-5, atol=1e-6
+    )
+    assert not small.head["t01"].bias.any()
+    for name, pair in random.factors.items():
+        assert torch.equal(small.factors[name].down, pair.down)
+
+
+@pytest.mark.parametrize("method", ["sdlora", "frozen", "joint"])
+def test_rows_that_start_as_a_discriminant_know_the_classes_before_the_first_step(method: str) -> None:
+    """The logits are those of the closed form on the features of the start, divided by eight."""
+    before = learn(1, method=method)
+    fit = make_fit(before, 2, method=method, head_start="discriminant")
+    images = torch.cat([tiny_task(i)[0] for i in ((1, 2) if method == "joint" else (2,))])
+    labels = torch.cat([tiny_task(i)[1] + 2 * (i - 1) for i in ((1, 2) if method == "joint" else (2,))])
+    features = fit.model.features(normalise(images, mean=[0.5], std=[0.5])).detach()
+    blocks = fit.result().head
+    own = labels - labels.min()
+    statistics = {
+        task: class_statistics(features[own // 2 == i], own[own // 2 == i] % 2, rank=16)
+        for i, task in enumerate(blocks)
+    }
+    expected = discriminant(blocks, statistics, generator=torch.Generator())
+
+    for task, block in blocks.items():
+        torch.testing.assert_close(8 * block.weight, expected[task].weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(8 * block.bias, expected[task].bias, rtol=1e-3, atol=1e-3)
+    logits = torch.cat([features @ block.weight.T + block.bias for block in blocks.values()], dim=1)
+    assert (logits.argmax(dim=1) == own).float().mean() > 0.9
 
 
 def test_a_snapshot_holds_the_factors_that_are_not_trained_too() -> None:

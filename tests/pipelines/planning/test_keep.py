@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from pipelines.ledger.kept import read_notes
 from pipelines.planning.new_project import project_files
@@ -254,3 +256,44 @@ def test_a_dvc_yaml_of_another_version_is_renewed_and_what_was_made_stays(projec
     assert stages.read_text() == new
     assert call("sdlora", "run").returncode == 0
     assert all(f"{name}" not in call("sdlora", "status").stdout for name in changed)
+
+
+def test_params_of_a_version_that_knew_fewer_keys_keep_what_they_trained(project: Path, call: Call) -> None:
+    """The new keys are added as null, and nothing is trained again. One that is chosen then trains."""
+    keys = ["head_rate", "head_start", "magnitude_rate"]
+    stages, params = project / "dvc.yaml", project / "params.yaml"
+    new = stages.read_text(encoding="utf-8")
+    old = YAML(typ="safe").load(new)
+    watched = old["stages"]["fit"]["do"]["params"]
+    old["stages"]["fit"]["do"]["params"] = [
+        key for key in watched if key.removeprefix("training.") not in keys
+    ]
+    YAML().dump(old, stages)
+    for path in (params, project / "dvc.lock"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text(
+            "".join(line for line in lines if not re.match(rf" +(training\.)?({'|'.join(keys)}):", line))
+        )
+    assert not any(Params.load().training.model_dump()[key] for key in keys)
+    edit(file_with(project, "class Adapter(Section)"), '== "carried"', '!= "carried"')
+    commit = ["-c", "user.name=Ana", "-c", "user.email=ana@example.org", "commit", "-qam", "Older stages"]
+    assert not any(call("git", *words).returncode for words in (["init", "-q"], ["add", "dvc.yaml"], commit))
+    model = (project / "artifacts/model/t02/step.json").read_bytes()
+
+    names = ", ".join(f"training.{key}" for key in keys)
+    assert f"of another version of sdlora (stage fit: {names[:30]}" in call("sdlora", "run").stderr
+    stages.write_text(new)
+    assert f"params.yaml: {names}: of another version than dvc.yaml" in call("sdlora", "run").stderr
+    assert call("git", "checkout", "-q", "dvc.yaml").returncode == 0
+    done = call("sdlora", "keep")
+    assert done.returncode == 0, done.stderr
+    assert f"params.yaml: {names} added as null, which is as before" in done.stdout
+    assert "kept as they are: 4 stages (" in done.stdout
+    done = call("sdlora", "run")
+    assert done.returncode == 0, done.stderr
+    assert "fit@" not in done.stdout
+    assert (project / "artifacts/model/t02/step.json").read_bytes() == model
+    assert call("sdlora", "audit", "verify").returncode == 0
+
+    edit(params, "head_rate:", "head_rate: 0.5")
+    assert "training.head_rate changed" in " ".join(call("sdlora", "status").stdout.split())

@@ -48,6 +48,16 @@ def test_the_shipped_params_are_valid() -> None:
     assert params.fetch.glyphs100 is None
 
 
+def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> None:
+    text = SHIPPED.read_text()
+    older = re.sub(r"^  (head_rate|magnitude_rate|head_start):.*\n", "", text, flags=re.MULTILINE)
+    assert older.count("\n") == text.count("\n") - 3
+
+    then, now = Params.parse(older, origin="params.yaml"), Params.load(SHIPPED)
+    assert then == now
+    assert not {"head_rate", "magnitude_rate", "head_start"} & now.training.of_the_fit.keys()
+
+
 def test_params_cannot_be_changed() -> None:
     params = Params.load(SHIPPED)
 
