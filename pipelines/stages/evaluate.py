@@ -132,16 +132,16 @@ def _predict(
         device=device,
         bf16=settings.precision == "bf16",
     )
-    predictions: list[np.ndarray] = []
-    confidences: list[np.ndarray] = []
-    done = 0
-    with progress(f"evaluate {task}", total=sum(len(packed) for _, packed in images), unit="images") as bar:
+    total, done = sum(len(packed) for _, packed in images), 0
+    # Arrays of each batch would lie between the logits of two, and keep the memory of 10,000 classes from being reused.
+    predictions, confidences = np.empty(total, np.int32), np.empty(total, np.float32)
+    with progress(f"evaluate {task}", total=total, unit="images") as bar:
         for name, batch in zip(tasks, batches, strict=True):
-            predictions.append(batch.classes.numpy().astype(np.int32))
-            confidences.append(batch.confidences.numpy())
-            done += len(batch.classes)
+            own = slice(done, done + len(batch.classes))
+            predictions[own], confidences[own] = batch.classes.numpy(), batch.confidences.numpy()
+            done = own.stop
             bar.update(done, task=name)
-    return np.concatenate(predictions), np.concatenate(confidences)
+    return predictions, confidences
 
 
 def _tables(images: Mapping[str, PackedImages]) -> dict[str, pa.Table]:
