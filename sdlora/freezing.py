@@ -11,6 +11,7 @@ from sdlora.drift import carried, drift_map
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
+from sdlora.retention import estimated_retention
 from sdlora.statistics import class_statistics
 
 _Features = Callable[[ModelState], Tensor]
@@ -115,3 +116,58 @@ def recompute_head(
     now = carried(statistics, drift, tasks=list(statistics))
     settled = head.settle({**learned.head, **before.settled}, now, generator=generator)
     return replace(learned, settled=settled, statistics=statistics, drift=drift)
+
+
+def settled(
+    before: ModelState,
+    step: FrozenStep,
+    *,
+    task: str,
+    labels: Tensor,
+    features: _Features,
+    head: Head,
+    covariance_rank: int,
+    generator: torch.Generator,
+    drawn: torch.Generator,
+    lost: float,
+) -> FrozenStep:
+    """Return the step with all rows of the head settled, as `recompute_head` does.
+
+    What its drift does to the earlier classes is among the facts: `old_accuracy_before`, `old_accuracy_after` and
+    `drift_residual` as `Retention` has them. Of accuracy, `drift_loss` is the share that is lost over all steps so far.
+    A step that moved no feature says nothing of itself.
+
+    Args:
+        drawn: what the estimate is drawn from.
+        lost: `drift_loss` of the step before.
+    """
+    known: dict[int, Tensor] = {}
+
+    def once(learned: ModelState) -> Tensor:
+        if id(learned) not in known:
+            known[id(learned)] = features(learned)
+        return known[id(learned)]
+
+    learned = recompute_head(
+        before,
+        step.learned,
+        task=task,
+        labels=labels,
+        features=once,
+        head=head,
+        covariance_rank=covariance_rank,
+        generator=generator,
+    )
+    if task not in learned.drift:
+        return replace(step, learned=learned, facts={**step.facts, **({"drift_loss": lost} if lost else {})})
+    found = estimated_retention(
+        before, learned, task=task, old=once(before), new=once(step.learned), labels=labels, generator=drawn
+    )
+    estimate = {
+        "old_accuracy_before": found.before,
+        "old_accuracy_after": found.after,
+        "drift_residual": found.residual,
+        "drift_loss": 1 - (1 - lost) * found.kept,
+    }
+    facts = {**step.facts, **{name: round(value, 4) for name, value in estimate.items()}}
+    return replace(step, learned=learned, facts=facts)

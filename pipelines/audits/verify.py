@@ -451,7 +451,9 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
         "record": place.hashes.sha256(place.find(MODELS / step) / "step.json"),
         "samples": read_json(place.find(SPLITS / step) / "split.json", Split)["digest"],
         "evaluation": {path.name: place.hashes.sha256(path) for path in sorted(evaluation.iterdir())},
-        "measured": measured_in(evaluation, earlier, verdict["limits"].get("on", "test")),
+        "measured": measured_in(
+            evaluation, earlier, verdict["limits"].get("on", "test"), model=place.find(MODELS / step)
+        ),
     }
     for name, value in expected.items():
         if verdict.get(name) != value:

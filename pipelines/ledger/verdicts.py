@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.data.packed import read_images
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
-from pipelines.project.schemas import Metrics
+from pipelines.project.schemas import FreezingFacts, Metrics
 from pipelines.project.settings import Gate
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 _ANSWERS = ("id", "label", "prediction", "confidence")
 """Columns of a file of predictions that are measured."""
+
+
+MUCH_DRIFT = 0.25
+"""Share of the accuracy of earlier classes: a step by which drift has cost more is told, where no gate stops it."""
 
 
 def measure(
@@ -75,10 +79,11 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
         "negative_flips": f"turned {{:.1f}} % of the old {limits.on} images wrong (gate.negative_flips: {{:.1f}})",
         "calibration_error": "has a calibration error of {:.1f} % (gate.calibration_error: {:.1f})",
         "new_task": "names {:.1f} % of its own task right (gate.new_task: {:.1f})",
+        "drift": "has lost an estimated {:.1f} % of the accuracy of earlier classes to drift (gate.drift: {:.1f})",
     }
     found = {}
     for name, text in words.items():
-        limit, value = getattr(limits, name), measured[name]
+        limit, value = getattr(limits, name), measured.get(name)
         if limit is None or value is None:
             continue
         if value < limit if name == "new_task" else value > limit:
@@ -87,8 +92,12 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
 
 
 def in_a_verdict(limits: Gate) -> dict[str, Any]:
-    """Return the limits as a verdict holds them. One that was measured on test images does not say so."""
-    return limits.model_dump(exclude_defaults=limits.on == "test") | limits.limits
+    """Return the limits as a verdict holds them.
+
+    One that was measured on test images does not say so, and one that knows no limit of drift says nothing of it.
+    """
+    held = limits.model_dump(exclude_defaults=limits.on == "test") | limits.limits
+    return {name: value for name, value in held.items() if name != "drift" or value is not None}
 
 
 def results_of(evaluation: Path) -> str:
@@ -97,12 +106,24 @@ def results_of(evaluation: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def measured_in(evaluation: Path, before: Path, on: Literal["test", "validation"]) -> dict[str, float | None]:
+def measured_in(
+    evaluation: Path, before: Path, on: Literal["test", "validation"], *, model: Path
+) -> dict[str, float | None]:
     """Return what `measure` says of two evaluation folders, that of a step and that of the step before.
+
+    Where the record in its model folder has an estimate of what drift has cost (`sdlora.freezing.settled`), `drift` is
+    that.
 
     Raises:
         InputError: the step has no images of its own that could be measured on.
     """
+    facts = read_json(model / "step.json", FreezingFacts).get("freezing", {})
+    drift = {"drift": float(facts["drift_loss"])} if "drift_loss" in facts else {}
+    return _measured_on(evaluation, before, on) | drift
+
+
+def _measured_on(evaluation: Path, before: Path, on: str) -> dict[str, float | None]:
+    """Return what is measured on images."""
     metrics, was = (read_json(folder / "metrics.json", Metrics) for folder in (evaluation, before))
     if on == "test":
         old = read_images(before / "predictions.arrow", *_ANSWERS) if was["tasks"] else None

@@ -10,7 +10,7 @@ from pipelines.ledger.verdicts import broken, measured_in, results_of
 from pipelines.project.display import show_key, show_names, show_value
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
-from pipelines.project.layout import EVALUATIONS, PARAMS
+from pipelines.project.layout import EVALUATIONS, MODELS, PARAMS
 from pipelines.project.names import line_fault
 from pipelines.project.params import Params
 from pipelines.project.params_text import entry_lines, with_lines
@@ -33,7 +33,8 @@ def approve(task: str, *, by: str, why: str, path: Path = PARAMS) -> list[str]:
     for option, value in (("--by", by), ("--why", why)):
         if fault := line_fault(value.strip()):
             raise InputError(f"approve: {option}: {show_value(value)} {fault}, for those who read the ledger")
-    faults = broken(params.gate, measured_in(results, EVALUATIONS / params.tasks[task].after, params.gate.on))
+    was = EVALUATIONS / params.tasks[task].after
+    faults = broken(params.gate, measured_in(results, was, params.gate.on, model=MODELS / task))
     if not faults:
         raise InputError(f"approve: {task} breaks no limit of gate in {path}; there is nothing to approve")
     entry = Approval.model_validate(

@@ -155,8 +155,13 @@ def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]
             yield f"approvals.{show_key(key)}: there is no such task; known are {show_names(tasks)}"
 
 
-def gate_faults(gate: Gate, data: Data) -> Iterator[str]:
-    """Yield a fault where a gate is to measure on images that nobody holds out."""
+def gate_faults(gate: Gate, data: Data, adapter: Adapter) -> Iterator[str]:
+    """Yield a fault where a gate is to measure on images that nobody holds out, or what nobody estimates."""
+    if gate.drift is not None and adapter.head == "linear":
+        yield (
+            f"gate.drift: found {show_value(gate.drift)}, but the head linear keeps no statistics of classes, of which "
+            "it is estimated; write null"
+        )
     if gate.on == "validation" and data.validation is None:
         yield "gate.on: found validation, but data.validation is null; write a share there, or gate.on: test"
 

@@ -82,7 +82,7 @@ class Params(Section):
                 *fetch_faults(params.fetch),
                 *backbone_faults(params.backbone),
                 *adapter_faults(params.adapter),
-                *gate_faults(params.gate, params.data),
+                *gate_faults(params.gate, params.data, params.adapter),
                 *task_faults(params.tasks),
                 *approval_faults(params.approvals, params.tasks),
                 *worker_faults(params.workers),

@@ -100,6 +100,18 @@ class RecordedFiles(TypedDict):
     files: NotRequired[dict[FileName | _SplitFile, Sha256]]
 
 
+class _Freezing(TypedDict):
+    """What happened when a step was frozen, as far as it is read."""
+
+    drift_loss: NotRequired[Number]
+
+
+class FreezingFacts(TypedDict):
+    """step.json: what happened when the step was frozen. Steps without earlier classes have no estimate of drift."""
+
+    freezing: NotRequired[_Freezing]
+
+
 class AuditedRecord(TypedDict):
     """step.json of a step that learned a task, as far as an audit reads it beside what the library does."""
 

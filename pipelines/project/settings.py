@@ -315,6 +315,8 @@ class Gate(Section):
     """largest expected calibration error on all images so far"""
     new_task: Annotated[float, Field(ge=0, le=1)] | None
     """least accuracy on the task just learned"""
+    drift: Annotated[float, Field(ge=0, le=1)] | None = None
+    """largest share of the earlier classes' accuracy that drift may have cost by then, as the steps estimate it"""
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -332,7 +334,8 @@ class Approval(Section):
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the results that were looked at: it holds for no others"""
     limits: Annotated[
-        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task"], ...], Field(strict=False)
+        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task", "drift"], ...],
+        Field(strict=False),
     ]
     """the limits that they broke: it holds for no others"""
 

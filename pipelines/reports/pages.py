@@ -28,6 +28,7 @@ from pipelines.reports.format import chance, p_equals, page_templates
 from pipelines.reports.history import History, Record, head_of, of_shown
 from pipelines.reports.statistics import (
     calibration_errors,
+    first_drifted,
     flip_rows,
     gate_rows,
     headline,
@@ -100,6 +101,7 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         steps=step_rows(history),
         ledger=ledger_rows(history),
         gate=gate_rows(history),
+        drifted=first_drifted(history),
         head=head_of(history),
         parameters=parameter_spans(history),
         versions=version_spans(history),

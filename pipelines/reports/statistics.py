@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.ledger.verdicts import MUCH_DRIFT
 from pipelines.reports.format import flattened
 from pipelines.reports.history import History, Record, accuracies, validation_accuracy
 from sdlora import comparison
@@ -221,8 +222,8 @@ def gate_rows(history: History) -> list[Record]:
             "step": step,
             "on": verdict["limits"].get("on", "test"),
             "cells": [
-                {"value": value, "limit": verdict["limits"][name]}
-                for name, value in ((name, verdict["measured"][name]) for name in GATE_FIGURES)
+                {"value": verdict["measured"].get(name), "limit": verdict["limits"].get(name)}
+                for name in GATE_FIGURES
             ],
             "broken": verdict["broken"],
             "approved": verdict["approved"],
@@ -231,7 +232,13 @@ def gate_rows(history: History) -> list[Record]:
     ]
 
 
-GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task")
+def first_drifted(history: History) -> str | None:
+    """Return the first step by which drift has cost much of the accuracy of earlier classes, by its own estimate."""
+    losses = (record.get("freezing", {}).get("drift_loss", 0.0) for record in history.records)
+    return next((step for step, loss in zip(history.tasks, losses, strict=True) if loss > MUCH_DRIFT), None)
+
+
+GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task", "drift")
 """What a gate measures, in the order of the page."""
 
 

@@ -1,7 +1,6 @@
 """Stage `freeze`: turn a fit into a step: directions, magnitudes and head frozen, a record added to the ledger."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,13 @@ from pipelines.data.packed import read_images, training_images
 from pipelines.data.scratch_files import scratch_tensor
 from pipelines.ledger.fit_facts import last_epoch
 from pipelines.ledger.receipts import restore_retired_output
+from pipelines.ledger.verdicts import MUCH_DRIFT
 from pipelines.project.errors import InputError
 from pipelines.project.files import sha256_of, whole_folder
 from pipelines.project.params import read_params
 from pipelines.project.provenance import code_hash, library_versions
 from pipelines.project.settings import Adapter
+from pipelines.runtime.console import log_line
 from pipelines.runtime.earlier_outputs import outputs_beside
 from pipelines.runtime.memory import memory_room
 from pipelines.runtime.progress import progress
@@ -23,7 +24,6 @@ from pipelines.runtime.stage import StageResult, stage
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
     from torch import Tensor
 
     from sdlora.classifier import ModelState
@@ -54,7 +54,6 @@ def freeze(
     from sdlora.fit_folder import read_fit
     from sdlora.ledger import record_hash
     from sdlora.model_folder import read_model, write_model
-    from sdlora.seeding import generator_for
 
     restored = restore_retired_output("freeze", task, out)
     if restored is not None:
@@ -68,7 +67,7 @@ def freeze(
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])
     features = _TrainingFeatures(task, train=train, images=images, backbone=backbone)
-    step = _frozen(learned, result, adapter, features, generator_for(seed, "settle", task))
+    step = _frozen(learned, result, adapter, features, seed, lost=_lost(record))
     with whole_folder(out) as folder:
         written = write_model(
             folder,
@@ -83,6 +82,7 @@ def freeze(
             },
             before=learned,
         )
+    _warn(step, task, lost=_lost(record))
     row = {
         "step": task,
         "directions": len(step.learned.directions),
@@ -92,6 +92,23 @@ def freeze(
         **step.facts,
     }
     return StageResult([row])
+
+
+def _lost(record: Mapping[str, Any]) -> float:
+    """Return the share of the accuracy of earlier classes that drift has cost by a step, as the steps estimate it."""
+    return float(record.get("freezing", {}).get("drift_loss", 0.0))
+
+
+def _warn(step: "FrozenStep", task: str, *, lost: float) -> None:
+    """Say where drift has cost much of the accuracy of earlier classes, and what to do about it."""
+    loss = float(step.facts.get("drift_loss", 0.0))
+    if loss > MUCH_DRIFT and loss > lost:
+        before, after = (100 * float(step.facts[f"old_accuracy_{when}"]) for when in ("before", "after"))
+        log_line(
+            f"freeze {task}: warning: drift has cost about {100 * loss:.0f} % of the accuracy of earlier classes (in "
+            f"this step an estimated {before:.1f} % right became {after:.1f}); lower training.learning_rate, or set "
+            "training.head_rate and training.head_start"
+        )
 
 
 def _require_head(adapter: Adapter, record: Mapping[str, Any], before: Path) -> None:
@@ -108,13 +125,16 @@ def _frozen(
     result: "FitResult",
     adapter: Adapter,
     features: "_TrainingFeatures",
-    generator: "torch.Generator",
+    seed: int,
+    *,
+    lost: float,
 ) -> "FrozenStep":
     """Return the step as the method freezes it, with the head that `params.yaml` chooses."""
     from pipelines.project.method_settings import settings_of
     from sdlora import freezing
     from sdlora.heads import HEADS
     from sdlora.methods import METHODS
+    from sdlora.seeding import generator_for
 
     step = freezing.freeze(before, result, method=METHODS[adapter.method], settings=settings_of(adapter))
     if step.changed:
@@ -122,17 +142,18 @@ def _frozen(
     head = HEADS[adapter.head]
     if head.settle is None:
         return step
-    learned = freezing.recompute_head(
+    return freezing.settled(
         before,
-        step.learned,
+        step,
         task=result.task,
         labels=features.labels(),
         features=features,
         head=head,
         covariance_rank=adapter.covariance_rank,
-        generator=generator,
+        generator=generator_for(seed, "settle", result.task),
+        drawn=generator_for(seed, "retention", result.task),
+        lost=lost,
     )
-    return replace(step, learned=learned)
 
 
 def _described_fit(fit: Path, task: str, adapter: Adapter) -> dict[str, Any]:

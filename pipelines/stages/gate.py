@@ -39,7 +39,7 @@ def gate(
         out: Folder to leave, with the verdict, and open.json, without which the next task is not learned.
     """
     limits = read_params("gate", Gate)
-    measured = measured_in(evaluation, evaluation_before, limits.on)
+    measured = measured_in(evaluation, evaluation_before, limits.on, model=model)
     faults = broken(limits, measured)
     approval = read_params("approvals", dict[str, Approval]).get(task)
     if faults and not (approval and _covers(approval, faults, evaluation)):

@@ -17,8 +17,11 @@ from pipelines.project.errors import GateClosedError, InputError
 from pipelines.project.files import read_json, sha256_of, write_json
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
+from pipelines.stages.freeze import _warn
 from pipelines.stages.gate import gate
 from pipelines.stages.start import start
+from sdlora.classifier import ModelState
+from sdlora.freezing import FrozenStep
 from tests.support.evaluations import ROW, write_evaluation
 from tests.support.parameters import settings
 
@@ -324,7 +327,8 @@ def test_an_old_task_without_images_to_hold_out_is_not_measured_and_a_new_one_is
     on_validation()
     with pytest.raises(InputError, match=r"gate\.on: validation, but no image of t01 is held out"):
         run_gate("t01", "t00")
-    assert measured_in(Path("artifacts/evaluation/t02"), Path("artifacts/evaluation/t01"), "validation") == {
+    folders = (Path(f"artifacts/evaluation/{task}") for task in ("t02", "t01"))
+    assert measured_in(*folders, "validation", model=Path("artifacts/model/t02")) == {
         "fall": None, "negative_flips": None, "calibration_error": 0.5, "new_task": 0.0,
     }  # fmt: skip
 
@@ -335,6 +339,53 @@ def test_a_verdict_on_test_images_has_the_bytes_that_it_always_had(project: Path
     assert read_json(Path("artifacts/gate/t01/verdict.json"))["limits"] == {
         "fall": 0.5, "negative_flips": None, "calibration_error": None, "new_task": None,
     }  # fmt: skip
+
+
+def test_a_gate_stops_a_step_that_has_lost_too_much_to_drift_by_its_own_estimate(project: Path) -> None:
+    limit(drift=0.3)
+    write_json(Path("artifacts/model/t02/step.json"), {"step": "t02", "freezing": {"drift_loss": 0.3001}})
+    run_gate("t01", "t00")  # which has no earlier class, and no estimate
+    assert "drift" not in read_json(Path("artifacts/gate/t01/verdict.json"))["measured"]
+    with pytest.raises(
+        GateClosedError, match=r"t02 has lost an estimated 30\.0 % of the accuracy of earlier classes"
+    ):
+        run_gate("t02", "t01")
+    approve("t02", by="me", why="fine")
+    run_gate("t02", "t01")
+    verdict = read_json(Path("artifacts/gate/t02/verdict.json"))
+    assert verdict["measured"]["drift"] == 0.3001
+    assert verdict["limits"]["drift"] == 0.3
+    assert set(verdict["broken"]) == {"drift"}
+
+
+def test_a_gate_without_a_limit_of_drift_measures_it_all_the_same(project: Path) -> None:
+    write_json(Path("artifacts/model/t01/step.json"), {"step": "t01", "freezing": {"drift_loss": 0.9}})
+    run_gate("t01", "t00")
+    verdict = read_json(Path("artifacts/gate/t01/verdict.json"))
+    assert verdict["measured"]["drift"] == 0.9
+    assert "drift" not in verdict["limits"]
+
+
+def test_much_drift_is_told_by_the_step_that_adds_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"old_accuracy_before": 0.9, "old_accuracy_after": 0.45, "drift_loss": 0.5}
+    for lost, told in ((0.0, 1), (0.5, 0)):  # nothing more was lost in the second
+        _warn(FrozenStep(learned=ModelState(), trained=ModelState(), facts=facts), "t02", lost=lost)
+        assert capsys.readouterr().err.splitlines() == told * [
+            "freeze t02: warning: drift has cost about 50 % of the accuracy of earlier classes (in this step an "
+            "estimated 90.0 % right became 45.0); lower training.learning_rate, or set training.head_rate and "
+            "training.head_start"
+        ]
+    _warn(FrozenStep(learned=ModelState(), trained=ModelState(), facts={"drift_loss": 0.25}), "t02", lost=0.0)
+    _warn(FrozenStep(learned=ModelState(), trained=ModelState()), "t02", lost=0.0)
+    assert not capsys.readouterr().err
+
+
+def test_a_limit_of_drift_wants_a_head_that_can_estimate_it() -> None:
+    text = (
+        settings().replace("\n  drift:  ", "\n  drift: 0.2").replace("\n  head: aligned", "\n  head: linear")
+    )
+    with pytest.raises(InputError, match=r"gate\.drift: found 0\.2, but the head linear keeps no statistics"):
+        Params.parse(text, origin="params.yaml")
 
 
 def test_a_gate_on_images_that_nobody_holds_out_is_refused() -> None:
