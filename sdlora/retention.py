@@ -12,8 +12,9 @@ from sdlora.head import HeadBlock
 
 _IMAGES = 2**13
 """Images of the task that are looked at; more change no digit that is shown."""
-_PARTS, _FEW = 2, 4
-"""Parts that the classes are put into for the error of the map. With fewer classes the images are."""
+_FEW = 4
+"""With fewer classes than these, half of them is a single one. A map of one class knows no direction between classes,
+so its error is taken for twice the variance of that of the whole map (docs/explanation/method.md)."""
 _DRAWS, _MOST_OF_EACH = 2**15, 64
 """Made features of all earlier classes together, about, and at most of each."""
 _CLASSES = 2**8
@@ -91,17 +92,17 @@ def estimated_retention(
 def _left_by_the_map(old: Tensor, new: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
     """Return what a map fitted on other classes leaves of the movement of each image, (n, d).
 
-    Of few classes a map without some of them says little about the whole one: there it is fitted on other images.
+    Of a single class the images are halved.
     """
     classes = int(labels.max()) + 1
-    units = labels if classes >= _FEW else torch.arange(len(labels))
-    part = (torch.randperm(int(units.max()) + 1, generator=generator) % _PARTS)[units]
+    units = labels if classes > 1 else torch.arange(len(labels))
+    half = (torch.randperm(int(units.max()) + 1, generator=generator) % 2)[units]
     left = torch.zeros_like(old)
-    for mine in (part == number for number in range(_PARTS)):
+    for mine in (half == 0, half == 1):
         if mine.any() and not mine.all():
             fitted = drift_map(old[~mine], new[~mine])
             left[mine] = (new - old)[mine] - old[mine] @ fitted.matrix.double().T - fitted.offset.double()
-    return left
+    return left * 0.5**0.5 if 1 < classes < _FEW else left
 
 
 def _means(learned: ModelState, tasks: Sequence[str]) -> Tensor:
