@@ -388,6 +388,24 @@ def test_records_of_an_older_release_are_shown_without_what_they_lack(
     assert read_csv(folder, "changes.csv") == []
 
 
+def test_the_page_says_from_which_step_on_drift_has_cost_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "it is much" not in read_page(folder).text
+    for task, loss in (("t02", 0.2), ("t03", 0.4321)):
+        path = folder / f"artifacts/model/{task}/step.json"
+        dump(path, json.loads(path.read_text()) | {"freezing": {"drift_loss": loss}})
+        path = folder / f"artifacts/gate/{task}/verdict.json"
+        verdict = json.loads(path.read_text())
+        dump(path, verdict | {"measured": verdict["measured"] | {"drift": loss}})
+    run_report(folder, monkeypatch)
+    text = " ".join(read_page(folder).text.split())
+    assert "In t03 it is much : lower training.learning_rate" in text.replace("much:", "much :")
+    assert "43.2" in text
+
+
 def test_a_broken_chain_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_project(tmp_path)
     run_report(folder, monkeypatch)
