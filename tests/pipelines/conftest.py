@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,23 +12,32 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.project.environment import STAGE_SOCKET
-from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
+from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
+from pipelines.runtime.fork_server import fork_server
 from pipelines.versioning.dvc_server import dvc_server
-from tests.support.commands import call
+from tests.support.commands import COMMAND_ENTRY, call
 from tests.support.parameters import settings
 from tests.support.pictures import paint
 from tests.support.repository import REPOSITORY
 
 
-@pytest.fixture(scope="module")
-def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The fork servers of a run, kept for all that a module runs in this process in place of two for each."""
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as servers:
-        patch.chdir(tmp_path_factory.mktemp("preloaded"))
-        servers.enter_context(dvc_server())
-        servers.enter_context(fork_server(STAGE_ENTRY, STAGE_SOCKET))
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The fork servers of a run, kept for a whole session. Return the variables that name them."""
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as kept:
+        patch.chdir(tmp_path_factory.mktemp("servers"))
+        kept.enter_context(dvc_server())
+        kept.enter_context(fork_server(COMMAND_ENTRY, STAGE_SOCKET))
         patch.undo()
+        yield {name: os.environ.pop(name) for name in (STAGE_SOCKET, DVC_SOCKET)}
+
+
+@pytest.fixture(scope="module")
+def preloaded(servers: dict[str, str]) -> Iterator[None]:
+    """Have all that a module runs use the servers of the session: no command loads its libraries by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, path in servers.items():
+            patch.setenv(name, path)
         yield
 
 

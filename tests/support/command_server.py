@@ -1,0 +1,44 @@
+"""The fork server of tests: `sdlora` and `dvc` with all that they load, this project's own modules too.
+
+It is the fork server of stages, with more in it: no source of this project changes while tests run. It also runs what
+is no stage, which finds the servers still, and plain `dvc`.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from pipelines import audits, cli, planning, reports, serving, stages
+from pipelines.cli.preloaded import _LIBRARIES as STAGE_LIBRARIES
+from pipelines.project.environment import STAGE_SOCKET
+from pipelines.project.layout import CODE_STAGE, STAGES
+from pipelines.runtime.fork_server import end_as, receive
+from pipelines.versioning.dvc_server import _LIBRARIES as DVC_LIBRARIES
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    rooms = (audits, cli, planning, reports, serving, stages)
+    own = [
+        module.name for room in rooms for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")
+    ]
+    libraries = [name for name in (*STAGE_LIBRARIES, *DVC_LIBRARIES) if "prefect" not in name]
+    request = receive(arguments, [*libraries, *own])
+    program, *words = request["arguments"]
+    if program == "dvc":
+        from dvc.cli import main as dvc
+
+        sys.argv = ["dvc", *words]
+        end_as(lambda: dvc(words))
+    if program in (CODE_STAGE, *STAGES):
+        os.environ.pop(STAGE_SOCKET, None)
+    sys.argv = ["sdlora", program, *words]
+    from pipelines.cli.app import main
+
+    end_as(main)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1:])
