@@ -11,21 +11,38 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
-from pipelines import audits, cli, planning, reports, serving, stages
+from PIL import Image
+
+import pipelines
+import sdlora
 from pipelines.cli.preloaded import _LIBRARIES as STAGE_LIBRARIES
 from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.layout import CODE_STAGE, STAGES
 from pipelines.runtime.fork_server import end_as, receive
 from pipelines.versioning.dvc_server import _LIBRARIES as DVC_LIBRARIES
 
+_LATE = (
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "pyarrow.compute",
+    "tabulate",
+)
+"""What is loaded by functions alone."""
+_PREFECT = ("pipelines.orchestration.worker_", "pipelines.sweeps.flow")
+"""Modules of this project that load Prefect, which few commands need."""
+
 
 def _serve(arguments: Sequence[str]) -> None:
-    rooms = (audits, cli, planning, reports, serving, stages)
     own = [
-        module.name for room in rooms for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")
+        module.name
+        for package in (sdlora, pipelines)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.startswith(_PREFECT) and not module.name.endswith("__main__")
     ]
     libraries = [name for name in (*STAGE_LIBRARIES, *DVC_LIBRARIES) if "prefect" not in name]
-    request = receive(arguments, [*libraries, *own])
+    request = receive(arguments, [*libraries, *own, *_LATE], prepare=Image.preinit)
     program, *words = request["arguments"]
     if program == "dvc":
         from dvc.cli import main as dvc

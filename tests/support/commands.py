@@ -49,7 +49,11 @@ def finish(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def _forked(folder: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     words = command if command[0] == "dvc" else command[1:]
     settings = {**os.environ, "PATH": _path(), "PREFECT_API_URL": NO_SERVER, "PWD": str(folder)}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error, open(os.devnull, "rb") as nothing:
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as error,
+        open(os.devnull, "rb") as nothing,
+    ):
         streams = [file.fileno() for file in (nothing, out, error)]
         with chdir(folder):
             process = ForkedProcess(os.environ[STAGE_SOCKET], words, settings, streams)
