@@ -79,6 +79,19 @@ def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield os.environ.pop("PREFECT_API_URL")
 
 
+@pytest.fixture(scope="session")
+def prefect_preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the fork server of Prefect's command line listens, one for the whole session."""
+    from pipelines.runtime.fork_server import fork_server
+
+    name = "SDLORA_TEST_PREFECT"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("preloaded"))
+        with fork_server("tests.support.prefect_server", name):
+            patch.undo()
+            yield os.environ.pop(name)
+
+
 @pytest.fixture
 def make_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
     """Make a DVC project of the given files in a folder of its own, and go there."""

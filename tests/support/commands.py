@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -34,35 +36,51 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
-def finish(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the environment in a folder to its end, whatever that is.
+def finish(folder: Path, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment in a folder, with further settings, to its end, whatever that is.
 
     Where `preloaded` keeps a server, `sdlora` and `dvc` are forked from it, which takes a second less and more.
     """
     if STAGE_SOCKET in os.environ and command[0] in ("sdlora", "dvc"):
-        return _forked(folder, command)
+        return _forked(folder, command, settings)
     return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=_SECONDS
+        command,
+        cwd=folder,
+        env={**environment(), **settings},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
     )
 
 
-def _forked(folder: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _forked(
+    folder: Path, command: tuple[str, ...], changes: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
     words = command if command[0] == "dvc" else command[1:]
-    settings = {**os.environ, "PATH": _path(), "PREFECT_API_URL": NO_SERVER, "PWD": str(folder)}
-    with (
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as error,
-        open(os.devnull, "rb") as nothing,
-    ):
-        streams = [file.fileno() for file in (nothing, out, error)]
-        with chdir(folder):
-            process = ForkedProcess(os.environ[STAGE_SOCKET], words, settings, streams)
-        status = process.wait(_SECONDS)
+    settings = {**os.environ, "PATH": _path(), "PREFECT_API_URL": NO_SERVER, "PWD": str(folder), **changes}
+    return finish_forked(os.environ[STAGE_SOCKET], folder, words, settings)
+
+
+def fork(
+    server: str, folder: Path, words: Sequence[str], settings: Mapping[str, str], *files: IO[bytes]
+) -> ForkedProcess:
+    """Have a fork server run a command in a folder, with files for its stdout and its stderr."""
+    with chdir(folder), open(os.devnull, "rb") as nothing:
+        return ForkedProcess(server, words, settings, [file.fileno() for file in (nothing, *files)])
+
+
+def finish_forked(
+    server: str, folder: Path, words: Sequence[str], settings: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Have a fork server run a command in a folder to its end, whatever that is."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        status = fork(server, folder, words, settings, out, error).wait(_SECONDS)
         said = []
         for file in (out, error):
             file.seek(0)
             said.append(file.read().decode())
-    return subprocess.CompletedProcess(command, status, *said)
+    return subprocess.CompletedProcess(list(words), status, *said)
 
 
 def call(folder: Path, *command: str) -> str:

@@ -83,5 +83,5 @@ def ran(folder: Path) -> list[str]:
 
 
 def preload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the fork servers of runs preload no torch: stages that are shell scripts need none."""
+    """Have the fork servers of runs preload nothing: stages that are shell scripts need no libraries."""
     monkeypatch.setenv("PYTHONPATH", str(NO_LIBRARIES), prepend=os.pathsep)

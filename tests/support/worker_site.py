@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from pipelines.runtime.processes import end_group
+from pipelines.versioning.repro import Process
+from tests.support.commands import finish_forked, fork
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import NO_LIBRARIES
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 class Site:
     """A server, a shared remote and inbox, and any number of clones with a worker in each."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, preloaded: str) -> None:
+        """`preloaded` is where the fork server listens that has loaded Prefect."""
+        self.root, self._preloaded = root, preloaded
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -37,7 +40,7 @@ class Site:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
         }
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self._port = port
         self._client: SyncPrefectClient | None = None
 
@@ -59,37 +62,39 @@ class Site:
         for process in reversed(self.processes):
             end_group(process)
 
-    def serve(self) -> subprocess.Popen[bytes]:
+    def serve(self) -> Process:
         command = ("prefect", "server", "start", "--no-ui", "--host", "127.0.0.1", "--port", str(self._port))
         process = self.start(command, self.root, "server")
         wait_for(lambda: answers(self.settings["PREFECT_API_URL"]), 60)
         return process
 
-    def start(
-        self, command: tuple[str, ...], folder: Path, name: str, **settings: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, command: tuple[str, ...], folder: Path, name: str, **settings: str) -> Process:
+        settings = {**self.settings, "PWD": str(folder), **settings}
+        process: Process
         with (self.root / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={**self.settings, "PWD": str(folder), **settings},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if command[0] == "prefect":
+                process = fork(self._preloaded, folder, command[1:], settings, log, log)
+            else:
+                process = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=settings,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         self.processes.append(process)
         return process
 
     def call(self, *command: str, folder: Path | None = None) -> str:
-        done = subprocess.run(
-            command,
-            cwd=folder or self.root / "one",
-            env=self.settings,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        folder = folder or self.root / "one"
+        if command[0] == "prefect":
+            done = finish_forked(self._preloaded, folder, command[1:], {**self.settings, "PWD": str(folder)})
+        else:
+            done = subprocess.run(
+                command, cwd=folder, env=self.settings, capture_output=True, text=True, timeout=120
+            )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
@@ -100,7 +105,7 @@ class Site:
         (folder / "data/inbox").symlink_to(self.root / "inbox")
         return folder
 
-    def work_in(self, folder: Path) -> subprocess.Popen[bytes]:
+    def work_in(self, folder: Path) -> Process:
         command = ("prefect", "worker", "start", "--pool", "gpu", "--limit", "1", "--name", folder.name)
         return self.start(command, folder, folder.name, CUDA_VISIBLE_DEVICES="0")
 
@@ -159,4 +164,4 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.3)
+        time.sleep(0.7)  # each question is work for the server

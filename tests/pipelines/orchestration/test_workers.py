@@ -40,9 +40,9 @@ SLOW_FIT = FIT.replace("#!/bin/sh\n", "#!/bin/sh\nwhile test -f ../slow; do touc
 
 
 @pytest.fixture(scope="module")
-def deployed(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deployed(prefect_home: Path, prefect_preloaded: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home of a server with the deployment, to be copied."""
-    here = Site(tmp_path_factory.mktemp("deployed"))
+    here = Site(tmp_path_factory.mktemp("deployed"), prefect_preloaded)
     try:
         prepare(here)
         home = copy_home(prefect_home, here.root / "prefect")
@@ -54,16 +54,26 @@ def deployed(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def site(deployed: Path, tmp_path: Path) -> Iterator[Site]:
-    """A server with the deployment, one clone of a finished project of two tasks, and new images in the inbox."""
-    here = Site(tmp_path)
+def silent(deployed: Path, prefect_preloaded: str, tmp_path: Path) -> Iterator[Site]:
+    """A site whose server is not at work yet: it knows the deployment.
+
+    There is one clone of a finished project of two tasks, and the inbox has new images.
+    """
+    here = Site(tmp_path, prefect_preloaded)
     try:
         prepare(here)
         copy_home(deployed, tmp_path / "prefect")
-        here.serve()
         yield here
     finally:
         here.end()
+
+
+@pytest.fixture
+def site(silent: Site, servers: dict[str, str]) -> Site:
+    """That site with its server, where runs find fork servers and need none of their own."""
+    silent.settings |= servers
+    silent.serve()
+    return silent
 
 
 def prepare(here: Site) -> None:
@@ -208,7 +218,9 @@ def is_engine(process: psutil.Process) -> bool:
         return False
 
 
-def test_where_a_machine_died_another_one_goes_on(site: Site) -> None:
+def test_where_a_machine_died_another_one_goes_on(silent: Site) -> None:
+    site = silent  # no process outlives the machine, a fork server neither
+    site.serve()
     (site.root / "slow").touch()
     first = site.work_in(site.root / "one")
     command = ("prefect", "deployment", "run", "learn/origin", "--param", "folder=animals")
@@ -251,16 +263,15 @@ def test_a_worker_tells_the_runs_that_are_alive_from_those_that_were_overlooked(
         assert (state.name, state.message) == ("Completed", "nothing was overlooked")
 
 
-def test_the_clock_starts_what_the_deployments_say(site: Site) -> None:
+def test_the_clock_starts_what_the_deployments_say(silent: Site) -> None:
     """With SQLAlchemy 2.1 the server made no run of any schedule, and said so in its log only."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    end_group(site.processes[0])
+    site = silent
     del site.settings["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"]
     site.serve()
-    site.call("sdlora", "deploy")
     url = site.settings["PREFECT_API_URL"]
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
 

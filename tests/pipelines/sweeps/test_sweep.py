@@ -455,7 +455,7 @@ def working_in(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
-    project: Path, prefect_home: Path, tmp_path: Path
+    project: Path, prefect_home: Path, prefect_preloaded: str, tmp_path: Path
 ) -> None:
     (tmp_path / "remote").mkdir()
     call(project, "dvc", "remote", "add", "-d", "shared", str(tmp_path / "remote"))
@@ -463,7 +463,7 @@ def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
     call(project, "git", "add", ".")
     call(project, "git", *person, "commit", "-qm", "first")
     (tmp_path / "origin").symlink_to(project)
-    site = Site(tmp_path)
+    site = Site(tmp_path, prefect_preloaded)
     copy_home(prefect_home, tmp_path / "prefect")
     try:
         site.serve()
