@@ -32,7 +32,9 @@ OUTCOME_FILE = "SDLORA_OUTCOME_FILE"
 """Set by `sdlora run` for a stage: a file for its outcome, because DVC passes on no line and no exit status."""
 
 STAGE_SOCKET = "SDLORA_STAGE_SERVER"
-"""Set by `sdlora run` for stages: where the fork server listens that has loaded their libraries."""
+"""Set by `sdlora run` for stages: where the fork server listens that has loaded their libraries.
+
+A run that finds it set uses that one, and starts none."""
 
 DVC_SOCKET = "SDLORA_DVC_SERVER"
 """Set by `sdlora run` for itself: where the fork server listens that has loaded DVC."""

@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
 from pipelines.runtime.fork_server import fork_server
+from pipelines.runtime.processes import environment
 from pipelines.versioning.dvc_server import dvc_server
 from tests.support.commands import COMMAND_ENTRY, call
 from tests.support.parameters import settings
@@ -35,22 +36,25 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 @pytest.fixture(scope="module")
 def preloaded(servers: dict[str, str]) -> Iterator[None]:
     """Have all that a module runs use the servers of the session: no command loads its libraries by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, path in servers.items():
-            patch.setenv(name, path)
+    with environment(servers):
         yield
 
 
 @pytest.fixture(scope="session")
-def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[Path, str]:
+def finished(
+    made_once: Callable[[str, Callable[[Path], object]], Path], servers: dict[str, str]
+) -> tuple[Path, str]:
     """A project of two tasks of two classes that `sdlora run` has brought up to date, and what it printed."""
-    made = made_once("chain", finish_chain)
+    with environment(servers):
+        made = made_once("chain", finish_chain)
     return made / "project", (made / "printed.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
 def grown(
-    finished: tuple[Path, str], made_once: Callable[[str, Callable[[Path], object]], Path]
+    finished: tuple[Path, str],
+    made_once: Callable[[str, Callable[[Path], object]], Path],
+    servers: dict[str, str],
 ) -> tuple[Path, str]:
     """A copy of it to which a third task was added, and what the run printed that learned that task."""
 
@@ -59,7 +63,8 @@ def grown(
         call(folder, "sdlora", "add-task", "more")
         (root / "printed.txt").write_text(call(folder, "sdlora", "run"), encoding="utf-8")
 
-    made = made_once("grown", grow)
+    with environment(servers):
+        made = made_once("grown", grow)
     return made / "project", (made / "printed.txt").read_text(encoding="utf-8")
 
 

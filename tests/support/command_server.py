@@ -1,7 +1,7 @@
 """The fork server of tests: `sdlora` and `dvc` with all that they load, this project's own modules too.
 
-It is the fork server of stages, with more in it: no source of this project changes while tests run. It also runs what
-is no stage, which finds the servers still, and plain `dvc`.
+It is the fork server of stages, with more in it: the sources of this project do not change while tests run. It also
+runs what is no stage, which finds the servers still, and plain `dvc`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -43,6 +44,7 @@ def _serve(arguments: Sequence[str]) -> None:
     ]
     libraries = [name for name in (*STAGE_LIBRARIES, *DVC_LIBRARIES) if "prefect" not in name]
     request = receive(arguments, [*libraries, *own, *_LATE], prepare=Image.preinit)
+    _take_named_sources()
     program, *words = request["arguments"]
     if program == "dvc":
         from dvc.cli import main as dvc
@@ -55,6 +57,16 @@ def _serve(arguments: Sequence[str]) -> None:
     from pipelines.cli.app import main
 
     end_as(main)
+
+
+def _take_named_sources() -> None:
+    """Forget this project's modules where PYTHONPATH names other sources of it, as a new process would find them."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if any(folder and Path(folder, "pipelines").is_dir() for folder in named):
+        sys.path[:0] = named
+        for name in [*sys.modules]:
+            if name.partition(".")[0] in ("pipelines", "sdlora"):
+                del sys.modules[name]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from pipelines.ledger.receipts import read_receipts
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.params import Params
-from tests.support.commands import call, call_here, environment, said_here
+from tests.support.commands import call, call_here, finish, said_here
 from tests.support.shards import png, write_parquet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
@@ -36,7 +35,7 @@ def copy(source: Path, folder: Path) -> Path:
 
 def refused(folder: Path, *command: str) -> str:
     """The one line of a command that is refused with status 2."""
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    done = finish(folder, *command)
     assert done.returncode == 2, done.stdout + done.stderr
     return done.stderr
 
@@ -463,11 +462,8 @@ def test_other_code_gives_back_what_was_and_says_so(retired: Path) -> None:
     source.write_text(
         source.read_text().replace("is neither in DVC's cache nor", "is not in DVC's cache nor")
     )
-    settings = {**environment(), "PYTHONPATH": str(retired)}
     for stage in ("code", "split@t01", "fit@t01", "freeze@t01"):
-        done = subprocess.run(
-            ["dvc", "repro", "-s", stage], cwd=retired, env=settings, capture_output=True, text=True
-        )
+        done = finish(retired, "dvc", "repro", "-s", stage, PYTHONPATH=str(retired))
         assert done.returncode == 0, done.stderr
         assert stage == "code" or f"{stage.replace('@', ' ')}: its images were deleted" in done.stderr
     shutil.rmtree(retired / "artifacts/code")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from pipelines.project.errors import FaultError
 from pipelines.project.params import Params
 from sdlora.ledger import file_sha256, read_record, record_bytes
 from sdlora.tensors import read_tensors, write_tensors
-from tests.support.commands import call, call_here, environment, said_here
+from tests.support.commands import call, call_here, finish, said_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def project(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.Monk
 
 def verify(folder: Path) -> tuple[int, list[str]]:
     """The exit status and the lines of `sdlora audit verify`."""
-    done = subprocess.run(
-        ["sdlora", "audit", "verify"], cwd=folder, env=environment(), capture_output=True, text=True
-    )
+    done = finish(folder, "sdlora", "audit", "verify")
     assert not done.stderr
     return done.returncode, done.stdout.splitlines()
 
@@ -330,7 +327,6 @@ def test_a_report_of_other_results_than_there_are_is_found(project: Path) -> Non
     )
 
 
-@pytest.mark.usefixtures("preloaded")
 def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     project: Path, tmp_path: Path
 ) -> None:

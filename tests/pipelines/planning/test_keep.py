@@ -21,9 +21,9 @@ from pipelines.project.layout import RUN_LOCK
 from pipelines.project.params import Params
 from pipelines.runtime.file_lock import held
 from pipelines.versioning.artifacts import read_lock
-from tests.support.commands import environment
+from tests.support.commands import environment, finish
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("preloaded")]
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,16 +42,7 @@ def call(project: Path) -> Call:
     """Run a command in the project with the project's own sources."""
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        settings = {**environment(), "PYTHONPATH": str(project)}
-        return subprocess.run(
-            command,
-            cwd=project,
-            env=settings,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            stdin=subprocess.DEVNULL,
-        )
+        return finish(project, *command, PYTHONPATH=str(project))
 
     return run
 
