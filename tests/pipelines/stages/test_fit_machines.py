@@ -30,31 +30,39 @@ def change(folder: Path, key: str, value: str) -> None:
     params.write_text("\n".join(lines) + "\n")
 
 
-def test_two_machines_of_two_processes_learn_what_one_learns(project: Path) -> None:
-    shutil.copy(REPOSITORY / "dvc.yaml", project)
-    run_fit("t01", "t00", "alone")
-    machines = start_machines([project, project], *FIT)
+@pytest.fixture(scope="module")
+def learned(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The project after a fit on two machines of two processes that nothing disturbed, and what each has said."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("learned") / "project")
+    shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    machines = start_machines([folder, folder], *FIT)
     said = said_by(machines)
     assert [machine.returncode for machine in machines] == [0, 0], said
+    return folder, said
+
+
+def test_two_machines_of_two_processes_learn_what_one_learns(
+    project: Path, learned: tuple[Path, list[str]]
+) -> None:
+    folder, said = learned
+    run_fit("t01", "t00", "alone")
     assert sum(text.count("on 4 × cpu") for text in said) == 1
     names = {path.relative_to("alone").as_posix() for path in Path("alone").rglob("*")}
-    assert names == {path.relative_to("fit/t01").as_posix() for path in Path("fit/t01").rglob("*")}
+    shared = folder / "fit/t01"
+    assert names == {path.relative_to(shared).as_posix() for path in shared.rglob("*")}
     for path in Path("alone").rglob("*.safetensors"):
-        one, four = read_tensors(path), read_tensors(Path("fit/t01", path.relative_to("alone")))
+        one, four = read_tensors(path), read_tensors(shared / path.relative_to("alone"))
         assert one.keys() == four.keys()
         for name in one:
             torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_machine_that_dies_ends_the_others_and_the_next_call_goes_on_to_the_same_bytes(
-    project: Path,
+    project: Path, learned: tuple[Path, list[str]]
 ) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", project)
     change(project, "checkpoint_seconds", "0.01")
-    said_by(start_machines([project, project], *FIT))
-    expected = contents(project / "fit/t01")
-    shutil.rmtree("fit/t01")
-    shutil.rmtree(".sdlora")
+    expected = contents(learned[0] / "fit/t01")
 
     machines = start_machines([project, project], *FIT)
     while not list(Path(".sdlora").rglob("*.safetensors")):
