@@ -28,6 +28,7 @@ from pipelines.runtime.fork_server import (
     start_server,
 )
 from pipelines.runtime.processes import starter
+from pipelines.runtime.surroundings import prepare_libraries
 
 _LIBRARIES = (
     "prefect.flow_engine",
@@ -38,12 +39,13 @@ _LIBRARIES = (
     "ruamel.yaml",
     "pyarrow",
     "PIL.Image",
-    "imagehash",
     "torch",
     "timm",
     "safetensors.torch",
 )
 """What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
+_LATER = ("imagehash", "matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2")
+"""What no fit loads, but `split` or the report."""
 _WITHOUT_TORCH = {CODE_STAGE, "fetch", "start", "split", "gate", "report"}
 """The stages that load no torch. By itself each begins within a second, and a new server loads torch for some five."""
 
@@ -112,7 +114,8 @@ def _serve(arguments: Sequence[str]) -> None:
     libraries = arguments[2:] or [
         name for name in _LIBRARIES if "prefect" not in name or "PREFECT_API_URL" in os.environ
     ]
-    request = receive(arguments, libraries)
+    prepare_libraries()
+    request = receive(arguments, libraries, later=() if arguments[2:] else _LATER)
     os.environ.pop(STAGE_SOCKET, None)
     sys.argv = ["sdlora", *request["arguments"]]
     from pipelines.cli.app import main

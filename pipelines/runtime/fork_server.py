@@ -154,7 +154,11 @@ def delegate(path: str, arguments: Sequence[str]) -> int:
 
 
 def receive(
-    arguments: Sequence[str], libraries: Sequence[str], *, prepare: Callable[[], object] | None = None
+    arguments: Sequence[str],
+    libraries: Sequence[str],
+    *,
+    later: Sequence[str] = (),
+    prepare: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Preload libraries, and fork for each request. Only a forked process returns, with its request.
 
@@ -164,6 +168,7 @@ def receive(
     Args:
         arguments: What `start_server` has given the entry: the socket, and the process with which to end.
         libraries: The modules to preload.
+        later: More of them, each loaded while nobody asks.
         prepare: What else to do.
     """
     # Called last of all that is registered from here on.
@@ -174,13 +179,11 @@ def receive(
             for name in libraries:
                 if until is not None and select.select([until], [], [], 0)[0]:
                     raise SystemExit
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(name)
+                _preload(name)
             if prepare is not None:
                 prepare()
-            gc.freeze()  # a collection in a forked process would copy all of it
             _mark(listener.getsockname()).touch()
-            request = _fork_for_each(listener, prepare, until)
+            request = _fork_for_each(listener, prepare, until, list(later))
         except SystemExit:
             forget(listener.getsockname())
             raise
@@ -188,6 +191,12 @@ def receive(
     os.environ.clear()
     os.environ.update(request["environment"])
     return request
+
+
+def _preload(name: str) -> None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+    gc.freeze()  # a collection in a forked process would copy all of it
 
 
 _status = 0
@@ -221,15 +230,20 @@ def _exit_without_freeing() -> None:
 
 
 def _fork_for_each(
-    listener: socket.socket, prepare: Callable[[], object] | None, until: int | None
+    listener: socket.socket, prepare: Callable[[], object] | None, until: int | None, later: list[str]
 ) -> dict[str, Any]:
-    """Fork for each request. Only a forked process returns, with its request and the asker's streams."""
+    """Fork for each request, and load what is for later in between.
+
+    Only a forked process returns, with its request and the asker's streams.
+    """
     this = os.getpid()
     at_work: dict[int, _Worker] = {}
     while True:
         links = [worker.link.fileno() for worker in at_work.values() if not worker.told]
         own = [listener.fileno(), *([] if until is None else [until])]
-        ready, _, _ = select.select([*own, *at_work, *links], [], [])
+        ready, _, _ = select.select([*own, *at_work, *links], [], [], 0 if later else None)
+        if later and not ready:
+            _preload(later.pop(0))
         if until in ready:
             raise SystemExit
         for handle, worker in list(at_work.items()):

@@ -23,6 +23,7 @@ from pipelines.runtime.fork_server import end_as, receive
 from pipelines.versioning.dvc_server import _LIBRARIES as DVC_LIBRARIES
 
 _LATE = (
+    "imagehash",
     "jinja2",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",

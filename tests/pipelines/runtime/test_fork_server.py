@@ -240,3 +240,22 @@ def test_a_forked_process_ends_as_python_ends(
     assert "unflushed" in done.stderr
     assert error in done.stderr
     assert ("Traceback" in done.stderr) == (how == "bug")
+
+
+def test_what_is_for_later_is_loaded_while_nobody_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "noted.py").write_text("from pathlib import Path\nPath('loaded').touch()\n")
+    (tmp_path / "entry.py").write_text(
+        "import sys\n"
+        "from pipelines.runtime.fork_server import end_as, receive\n"
+        "receive(sys.argv[1:], [], later=['no_such_library', 'noted'])\n"
+        "end_as(lambda: 'noted' not in sys.modules)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(tmp_path)]))
+    monkeypatch.chdir(tmp_path)
+    with fork_server("entry", "SDLORA_TEST_SERVER"):
+        wait_until(Path("loaded").exists)
+        ask = "import os, sys; from pipelines.runtime.fork_server import delegate; sys.exit(delegate(sys.argv[1], []))"
+        done = subprocess.run([sys.executable, "-c", ask, os.environ["SDLORA_TEST_SERVER"]], timeout=60)
+    assert done.returncode == 0
