@@ -54,9 +54,8 @@ def check_files(root: Path, statement: Json) -> Json:
         name, digest = entry["name"], entry["digest"]["sha256"]
         top, kind, step, *rest = parts = [*name.split("/"), ""]
         require(top and ".." not in parts and (root / name).is_file(), f"{name}: not in the checkout")
-        with (root / name).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
-        require(same, f"{name}: not the file of the bundle")
+        found = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        require(found == digest, f"{name}: not the file of the bundle")
         files.setdefault(f"{kind}/{step}", {})["/".join(rest[:-1])] = digest
     for part, kind in (("record", "model"), ("verdict", "gate"), ("metrics", "evaluation")):
         path = root / f"artifacts/{kind}/{told['record']['step']}/{'step' if kind == 'model' else part}.json"
@@ -93,6 +92,7 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
             ("fit", record["fit"], files[f"fit/{step}"]),
             ("record of the verdict", verdict["record"], model["step.json"]),
             ("evaluation", verdict["evaluation"], files[f"evaluation/{step}"]),
+            ("drift", verdict["measured"].get("drift"), record.get("freezing", {}).get("drift_loss")),
             *((n, d, record["files"].get(n, d)) for n, d in before["files"].items() if n.startswith(frozen)),
             *gate_of(verdict, told["metrics"], before["metrics"]),
         ]
@@ -107,7 +107,7 @@ def gate_of(verdict: Json, metrics: Json, before: Json) -> Iterator[tuple[str, o
     then, now = ([r / n for r, n in zip(m["correct"], m["samples"], strict=True)] for m in (before, metrics))
     fall = round(max(was - share for was, share in zip(then, now, strict=False)), 6) if then else None
     got, limits = verdict["measured"], verdict["limits"]
-    given = [name for name in got if None not in (got[name], limits[name])]
+    given = [name for name in got if None not in (got[name], limits.get(name))]
     broken = {n for n in given if (limits[n] > got[n] if n == "new_task" else got[n] > limits[n])}
     if limits.get("on") != "validation":  # those are measured in validation.arrow, which takes Arrow to read
         yield "measured accuracies", (got["fall"], got["new_task"]), (fall, round(now[-1], 6))

@@ -90,7 +90,7 @@ def _seal_record(before: str, step: str) -> None:
 def _seal_verdict(before: str, step: str) -> None:
     path = GATES / step / "verdict.json"
     verdict = read_json(path)
-    measured = measured_in(EVALUATIONS / step, EVALUATIONS / before, "test")
+    measured = measured_in(EVALUATIONS / step, EVALUATIONS / before, "test", model=MODELS / step)
     verdict |= {
         "previous": sha256_of(GATES / before / "verdict.json"),
         "record": record_hash(MODELS / step),
