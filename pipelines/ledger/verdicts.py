@@ -107,17 +107,17 @@ def results_of(evaluation: Path) -> str:
 
 
 def measured_in(
-    evaluation: Path, before: Path, on: Literal["test", "validation"], *, model: Path
+    evaluation: Path, before: Path, on: Literal["test", "validation"], *, model: Path | None
 ) -> dict[str, float | None]:
     """Return what `measure` says of two evaluation folders, that of a step and that of the step before.
 
     Where the record in its model folder has an estimate of what drift has cost (`sdlora.freezing.settled`), `drift` is
-    that.
+    that. Without a folder nothing is said of drift.
 
     Raises:
         InputError: the step has no images of its own that could be measured on.
     """
-    facts = read_json(model / "step.json", FreezingFacts).get("freezing", {})
+    facts = read_json(model / "step.json", FreezingFacts).get("freezing", {}) if model else {}
     drift = {"drift": float(facts["drift_loss"])} if "drift_loss" in facts else {}
     return _measured_on(evaluation, before, on) | drift
 

@@ -290,5 +290,5 @@ def test_params_of_a_version_that_knew_fewer_keys_keep_what_they_trained(project
     assert (project / "artifacts/model/t02/step.json").read_bytes() == model
     assert call("sdlora", "audit", "verify").returncode == 0
 
-    edit(params, "head_rate:", "head_rate: 0.5")
+    edit(params, "\n  head_rate:", "\n  head_rate: 0.5")
     assert "training.head_rate changed" in " ".join(call("sdlora", "status").stdout.split())
