@@ -121,8 +121,8 @@ def kept_notes() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _preloaded(stages: int) -> Iterator[None]:
-    """Load the libraries once for many stages, where nobody has."""
-    if stages < _PRELOADED_FROM or STAGE_SOCKET in os.environ:
+    """Load the libraries once for many stages."""
+    if stages < _PRELOADED_FROM:
         yield
         return
     with fork_server(STAGE_ENTRY, STAGE_SOCKET):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +43,8 @@ def run_pipeline(*, retrain: bool = False) -> int:
     with only_run(), contextlib.ExitStack() as servers:
         _leave_removed_tasks_to_the_cache(params)
         if not all((MODELS / task).exists() for task in params.tasks):
-            servers.enter_context(_preloaded_processes())  # they load while the plan is made
+            # It takes some five seconds to load, so it does that while the plan is made.
+            servers.enter_context(fork_server(STAGE_ENTRY, STAGE_SOCKET))
         plan = read_plan(params.tasks)
         for line in require_decision(plan, params, retrain=retrain):
             echo(line)
@@ -55,9 +55,7 @@ def run_pipeline(*, retrain: bool = False) -> int:
             print_summary(params)
             return 0
         try:
-            if _is_worth_servers(plan):
-                servers.enter_context(_preloaded_processes())
-            with local_history():
+            with local_history(), _preloaded_processes(plan):
                 pipeline = Stage("pipeline", lambda: StageResult(bring_up_to_date(params, plan)))
                 if server_missing():
                     noted(pipeline, "pipeline", {})
@@ -89,7 +87,7 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
             close_dead_runs()
         rows: Rows = []
         if plan.stale():
-            with _preloaded_processes() if _is_worth_servers(plan) else contextlib.nullcontext():
+            with _preloaded_processes(plan):
                 rows = bring_up_to_date(
                     params, plan, partial_checkout=True, before_each=before_each, progressed=progressed
                 )
@@ -105,15 +103,10 @@ def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = 
         return rows
 
 
-def _is_worth_servers(plan: Plan) -> bool:
-    """Return whether several stages will need the libraries. For one or two it is not worth a process."""
-    return len(plan.stale()) > 2
-
-
 @contextlib.contextmanager
-def _preloaded_processes() -> Iterator[None]:
-    """Load the libraries once for all stages, where nobody has."""
-    if STAGE_SOCKET in os.environ:
+def _preloaded_processes(plan: Plan) -> Iterator[None]:
+    """Load the libraries once where several stages will need them. For one or two it is not worth a process."""
+    if len(plan.stale()) <= 2:
         yield
         return
     with dvc_server(), fork_server(STAGE_ENTRY, STAGE_SOCKET):

@@ -34,9 +34,10 @@ STAGE_ENTRY = "pipelines.cli.preloaded"
 def fork_server(entry: str, variable: str, arguments: Sequence[str] = ()) -> Iterator[None]:
     """Keep a fork server for commands that are started meanwhile. An environment variable says where it listens.
 
-    Where there is none, on a system that cannot have one, commands do their own work.
+    One that the variable names already is used. Where there is none, on a system that cannot have one, commands do
+    their own work.
     """
-    if not hasattr(os, "pidfd_open"):
+    if variable in os.environ or not hasattr(os, "pidfd_open"):
         yield
         return
     parent = os.getpid()
