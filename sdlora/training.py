@@ -146,9 +146,8 @@ class Fit:
         model = _adapted(backbone, before, method, targets)
         self.model = model.to(device)
         self._dtype = next(model.backbone.parameters()).dtype
-        self._labels = _labels_of(tasks).to(device)
+        self._labels, self._grown = _labels_of(tasks).to(device), list(tasks)
         self._begin(tasks)
-        self._grown = list(tasks)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._kept = self._snapshot_parameters()
         self._optimizer = _make_optimizer(self._trained, schedule) if self._trained else None
