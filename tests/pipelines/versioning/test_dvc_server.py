@@ -58,10 +58,11 @@ def project(
 
 
 def server() -> psutil.Process:
-    """The process that forks."""
-    return next(
+    """The process that forks: the newest, beside one that is kept for other tests."""
+    servers = [
         child for child in psutil.Process().children() if "pipelines.versioning.dvc_server" in child.cmdline()
-    )
+    ]
+    return max(servers, key=psutil.Process.create_time)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
