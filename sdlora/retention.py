@@ -12,7 +12,7 @@ from sdlora.head import HeadBlock
 
 _IMAGES = 2**13
 """Images of the task that are looked at; more change no digit that is shown."""
-_FEW = 4
+FEW_CLASSES = 4
 """With fewer classes than these, half of them is a single one. A map of one class knows no direction between classes,
 so its error is taken for twice the variance of that of the whole map (docs/explanation/method.md)."""
 _DRAWS, _MOST_OF_EACH = 2**15, 64
@@ -102,7 +102,7 @@ def _left_by_the_map(old: Tensor, new: Tensor, labels: Tensor, *, generator: tor
         if mine.any() and not mine.all():
             fitted = drift_map(old[~mine], new[~mine])
             left[mine] = (new - old)[mine] - old[mine] @ fitted.matrix.double().T - fitted.offset.double()
-    return left * 0.5**0.5 if 1 < classes < _FEW else left
+    return left * 0.5**0.5 if 1 < classes < FEW_CLASSES else left
 
 
 def _means(learned: ModelState, tasks: Sequence[str]) -> Tensor:

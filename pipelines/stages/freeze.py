@@ -82,7 +82,7 @@ def freeze(
             },
             before=learned,
         )
-    _warn(step, task, lost=_lost(record))
+    _warn(step, task, lost=_lost(record), classes=len(written["classes"]))
     row = {
         "step": task,
         "directions": len(step.learned.directions),
@@ -99,15 +99,18 @@ def _lost(record: Mapping[str, Any]) -> float:
     return float(record.get("freezing", {}).get("drift_loss", 0.0))
 
 
-def _warn(step: "FrozenStep", task: str, *, lost: float) -> None:
+def _warn(step: "FrozenStep", task: str, *, lost: float, classes: int) -> None:
     """Say where drift has cost much of the accuracy of earlier classes, and what to do about it."""
+    from sdlora.retention import FEW_CLASSES
+
     loss = float(step.facts.get("drift_loss", 0.0))
     if loss > MUCH_DRIFT and loss > lost:
         before, after = (100 * float(step.facts[f"old_accuracy_{when}"]) for when in ("before", "after"))
+        doubt = ", or much less, as a task of so few classes tells little" if classes < FEW_CLASSES else ""
         log_line(
-            f"freeze {task}: warning: drift has cost about {100 * loss:.0f} % of the accuracy of earlier classes (in "
-            f"this step an estimated {before:.1f} % right became {after:.1f}); lower training.learning_rate, or set "
-            "training.head_rate and training.head_start"
+            f"freeze {task}: warning: drift has cost about {100 * loss:.0f} % of the accuracy of earlier classes"
+            f"{doubt} (in this step an estimated {before:.1f} % right became {after:.1f}); lower "
+            "training.learning_rate, or set training.head_rate and training.head_start"
         )
 
 

@@ -369,15 +369,20 @@ def test_a_gate_without_a_limit_of_drift_measures_it_all_the_same(project: Path)
 def test_much_drift_is_told_by_the_step_that_adds_to_it(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"old_accuracy_before": 0.9, "old_accuracy_after": 0.45, "drift_loss": 0.5}
     for lost, told in ((0.0, 1), (0.5, 0)):  # nothing more was lost in the second
-        _warn(FrozenStep(learned=ModelState(), trained=ModelState(), facts=facts), "t02", lost=lost)
+        _warn(
+            FrozenStep(learned=ModelState(), trained=ModelState(), facts=facts), "t02", lost=lost, classes=4
+        )
         assert capsys.readouterr().err.splitlines() == told * [
             "freeze t02: warning: drift has cost about 50 % of the accuracy of earlier classes (in this step an "
             "estimated 90.0 % right became 45.0); lower training.learning_rate, or set training.head_rate and "
             "training.head_start"
         ]
-    _warn(FrozenStep(learned=ModelState(), trained=ModelState(), facts={"drift_loss": 0.25}), "t02", lost=0.0)
-    _warn(FrozenStep(learned=ModelState(), trained=ModelState()), "t02", lost=0.0)
+    for few in ({"drift_loss": 0.25}, {}):
+        step = FrozenStep(learned=ModelState(), trained=ModelState(), facts=few)
+        _warn(step, "t02", lost=0.0, classes=4)
     assert not capsys.readouterr().err
+    _warn(FrozenStep(learned=ModelState(), trained=ModelState(), facts=facts), "t02", lost=0.0, classes=3)
+    assert ", or much less, as a task of so few classes tells little (" in capsys.readouterr().err
 
 
 def test_a_limit_of_drift_wants_a_head_that_can_estimate_it() -> None:
