@@ -1,6 +1,6 @@
 """What a step's drift does to the classes before it, estimated without one of their images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,10 +71,9 @@ def estimated_retention(
     scatter = old - _class_means(old, labels)[labels]
     scatter *= (len(old) / max(len(old) - len(shift), 1)) ** 0.5
     matrix = learned.drift[task].matrix.double()
-    was = _means(before, list(before.statistics))
-    now = _means(learned, list(before.statistics))
+    was, now = _means(before), _means(learned)
     after = _accuracy(
-        now,
+        now[: len(was)],
         scatter + scatter @ matrix.T,
         learned.settled,
         errors=(_factor(left - shift[labels]), _factor(shift)),
@@ -83,9 +82,7 @@ def estimated_retention(
     return Retention(
         before=_accuracy(was, scatter, before.settled, errors=None, generator=generator),
         after=after,
-        residual=float(
-            shift.square().sum(dim=1).mean().sqrt() / _nearest(_means(learned, list(learned.statistics)))
-        ),
+        residual=float(shift.square().sum(dim=1).mean().sqrt() / _nearest(now)),
     )
 
 
@@ -105,10 +102,10 @@ def _left_by_the_map(old: Tensor, new: Tensor, labels: Tensor, *, generator: tor
     return left * 0.5**0.5 if 1 < classes < FEW_CLASSES else left
 
 
-def _means(learned: ModelState, tasks: Sequence[str]) -> Tensor:
-    """Return the means of the classes of some tasks, carried to the last step, (classes, d)."""
+def _means(learned: ModelState) -> Tensor:
+    """Return the means of all classes, carried to the last step, (classes, d), in order of arrival."""
     found = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    return torch.cat([found[task].mean for task in tasks]).double()
+    return torch.cat([each.mean for each in found.values()]).double()
 
 
 def _class_means(features: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from sdlora.classifier import ModelState
 from sdlora.head import HeadBlock
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
+from sdlora.preprocessing import Preprocessing
 from sdlora.tensors import write_tensors
 from tests.support.families import FAMILIES
 
@@ -73,6 +74,17 @@ def _backbone_hash(models: Path) -> str:
     from sdlora.ledger import read_record
 
     return read_record(models / "t00")["backbone"]
+
+
+TINY_PREPROCESSING = Preprocessing(
+    input_size=(3, 8, 8),
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    interpolation="bicubic",
+    crop_pct=1.0,
+    crop_mode="center",
+)
+"""For images of 8×8 pixels."""
 
 
 def picture(seed: int, *, mode: str = "RGB") -> Image.Image:

@@ -20,17 +20,10 @@ from pipelines.project.errors import InputError
 from pipelines.project.fingerprints import fingerprint_of
 from pipelines.project.layout import DECODED
 from sdlora.preprocessing import Preprocessing
+from tests.support.chains import TINY_PREPROCESSING as WAY
 from tests.support.chains import encoded, picture
 
 CPU = torch.device("cpu")
-WAY = Preprocessing(
-    input_size=(3, 8, 8),
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    interpolation="bicubic",
-    crop_pct=1.0,
-    crop_mode="center",
-)
 SIZE = 3 * 8 * 8 + 32
 """Bytes of an image with its checksum."""
 

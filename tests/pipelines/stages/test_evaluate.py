@@ -11,18 +11,10 @@ from pipelines.data.packed import ImageRow, write_images
 from pipelines.data.pixel_cache import PackedImages
 from pipelines.project.settings import Evaluation
 from pipelines.stages.evaluate import _predict
-from sdlora.preprocessing import Preprocessing
+from tests.support.chains import TINY_PREPROCESSING as WAY
 from tests.support.chains import encoded, picture
 
 BATCH, BATCHES, CLASSES = 64, 40, 10_000
-WAY = Preprocessing(
-    input_size=(3, 8, 8),
-    mean=(0.5,) * 3,
-    std=(0.5,) * 3,
-    interpolation="bicubic",
-    crop_pct=1.0,
-    crop_mode="center",
-)
 
 
 class ManyClasses(nn.Module):
