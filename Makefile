@@ -37,7 +37,7 @@ fuzz: $(READY) ## Search for faulty inputs that get no answer, MINUTES long, oth
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while test $$(date +%s) -lt $$end; do \
 	  SDLORA_FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q -m fuzz -n $(WORKERS) || exit 1; done
 
-compare: $(READY) ## Run what is missing of the comparison of all methods (hours, about one with SUITE=scene), write its page.
+compare: $(READY) ## Run what is missing of the comparison of all methods (hours, fewer with SUITE=scene), write its page.
 	@$(BIN)/python benchmarks/compare.py $(if $(SUITE),--suite $(SUITE)) --write
 
 chaos: $(READY) ## Kill, stop and fill what two workers need, FAULTS times; compare what they make.
