@@ -168,7 +168,7 @@ def adapted_classifier(backbone: nn.Module, learned: ModelState) -> IncrementalC
     return model.eval()
 
 
-def merged_classifier(backbone: nn.Module, learned: ModelState) -> nn.Module:
+def merged_classifier(backbone: nn.Module, learned: ModelState) -> IncrementalClassifier:
     """Return the step's model for inference: `backbone` with merged weights under its whole head, nothing trainable.
 
     It costs what the plain timm model costs. `backbone` is changed in place.

@@ -1,5 +1,6 @@
 """One step's fit: the ordinary loop, the same for the first task and for every later one, resumable at any step."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sdlora.adapters import Factors
 from sdlora.augmentation import DRAWS, crop_and_flip
 from sdlora.backbones import spell_out_attention
-from sdlora.classifier import IncrementalClassifier, ModelState
+from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
 from sdlora.fit_folder import EpochRecord
 from sdlora.head import HeadBlock, initial_block
 from sdlora.heads import discriminant
@@ -60,6 +61,10 @@ class Schedule:
     """The rate of the magnitudes."""
     head_start: str = "random"
     """How the new rows start: `random`, `small` (see `initial_block`), or `discriminant` of the task's own features."""
+    feature_distillation: float = 0.0
+    """Weight in the loss of the mean of ‖f − g‖² / ‖g‖², of an image's features f as they are and g before the step.
+
+    The first step has no earlier class that moves, so it has no such term."""
 
 
 class TaskImages(NamedTuple):
@@ -143,10 +148,11 @@ class Fit:
         self._images = ImageStore([images for images, _ in tasks.values()], device, room=image_room)
         if device.type == "cpu" and schedule.precision == "bf16":
             spell_out_attention(backbone)
+        self._labels, self._grown = _labels_of(tasks).to(device), list(tasks)
+        self._teacher = self._model_before(backbone)
         model = _adapted(backbone, before, method, targets)
         self.model = model.to(device)
         self._dtype = next(model.backbone.parameters()).dtype
-        self._labels, self._grown = _labels_of(tasks).to(device), list(tasks)
         self._begin(tasks)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._kept = self._snapshot_parameters()
@@ -160,8 +166,18 @@ class Fit:
         self.step = 0
         self._compiled = torch.compile(model.features, dynamic=False) if schedule.compile else None
         self._constant = self._constant_features()
+        self._goals: Tensor | None = None
+        if self._teacher is not None and not self._augments:
+            self._goals, self._teacher = self._all_features(self._teacher), None
         self._start_rows(tasks)
         self.curve: list[EpochRecord] = []
+
+    def _model_before(self, backbone: nn.Module) -> IncrementalClassifier | None:
+        """Return the model of the steps before, where the features are to stay near its own."""
+        kept = self._before.head and self._method.targets and not self._method.joint and not self.lone
+        if not self.schedule.feature_distillation or not kept:
+            return None
+        return merged_classifier(copy.deepcopy(backbone), self._before).to(self._device)
 
     def _begin(self, tasks: Mapping[str, TaskImages]) -> None:
         """Have the method prepare the model, and give the head the rows of the tasks."""
@@ -209,6 +225,11 @@ class Fit:
         return not self._labels.any()
 
     @property
+    def _augments(self) -> bool:
+        """Whether the model sees another image than the one that is stored."""
+        return self.schedule.crop_scale < 1.0 or self.schedule.flip
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole fit. None where nothing is trained."""
         return self.schedule.epochs * self._steps_per_epoch if self._trained else 0
@@ -254,7 +275,7 @@ class Fit:
         chosen = batch[own]
         there = chosen.to(self._device)
         inputs = self._augmented(chosen, own) if self._constant is None else self._constant[there]
-        facts = self._backward(inputs, self._labels[there], of=len(batch))
+        facts = self._backward(inputs, there, of=len(batch))
         self._add_up(facts)
         self._optimizer.step()
         self._sums += facts
@@ -264,8 +285,8 @@ class Fit:
             self._close_epoch(epoch, rate)
         return len(batch)
 
-    def _backward(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
-        """Leave this share's part in the gradients of the mean loss of `of` images.
+    def _backward(self, inputs: Tensor, chosen: Tensor, *, of: int) -> Tensor:
+        """Leave this share's part in the gradients of the mean loss of `of` images: inputs, and their indices.
 
         Returns (2,), in double: the share's part in the sum of their losses, and how many are right.
 
@@ -274,16 +295,16 @@ class Fit:
         """
         while True:
             try:
-                return self._accumulate(inputs, labels, of=of)
+                return self._accumulate(inputs, chosen, of=of)
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
             # Out here nothing refers to what the failed pass has allocated.
-            self.micro_batch = (min(self.micro_batch, len(labels)) + 1) // 2
+            self.micro_batch = (min(self.micro_batch, len(chosen)) + 1) // 2
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, inputs: Tensor, labels: Tensor, *, of: int) -> Tensor:
+    def _accumulate(self, inputs: Tensor, chosen: Tensor, *, of: int) -> Tensor:
         """Do as `_backward` does, in parts of at most `micro_batch` images, each weighted by how many it has.
 
         No image's logits depend on the images beside it (no layer here has statistics of a batch), so the gradients
@@ -291,14 +312,18 @@ class Fit:
         """
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
-        if not len(labels):
+        if not len(chosen):
             return torch.zeros(2, dtype=torch.float64, device=self._device)
         losses: list[Tensor] = []
         rights: list[Tensor] = []
-        for part, own in zip(inputs.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
+        for part, at in zip(inputs.split(self.micro_batch), chosen.split(self.micro_batch), strict=True):
+            own = self._labels[at]
             features = self._features(part) if self._constant is None else part
             logits = self.model.head.newest(features, blocks=len(self._grown))
             loss = nn.functional.cross_entropy(logits, own)
+            goals = self._goals_of(part, at)
+            if goals is not None:
+                loss = loss + self.schedule.feature_distillation * _relative_change(features, goals)
             if len(own) < of:
                 loss = loss * (len(own) / of)
             # Of the parameters alone, so once; the first share is never empty.
@@ -332,13 +357,20 @@ class Fit:
             draws=draws[places],
         )
 
-    def _features(self, batch: Tensor) -> Tensor:
-        """Features (batch, d) of images as the model takes them."""
+    @torch.no_grad()
+    def _goals_of(self, batch: Tensor, chosen: Tensor) -> Tensor | None:
+        """Return the features (batch, d) before the step of images as the model sees them, which have these indices."""
+        if self._goals is not None:
+            return self._goals[chosen]
+        return None if self._teacher is None else self._features(batch, self._teacher)
+
+    def _features(self, batch: Tensor, model: IncrementalClassifier | None = None) -> Tensor:
+        """Features (batch, d) of images as the model takes them: the one in training, or another one."""
         bf16 = self.schedule.precision == "bf16"
         # What has another shape, the rest of an epoch, is not worth kernels of its own.
         whole = len(batch) == min(self.micro_batch, self._whole_share)
         compiled = self._compiled if whole and torch.is_grad_enabled() else None
-        forward = compiled or self.model.features
+        forward = compiled or (model or self.model).features
         products = nullcontext() if bf16 or compiled else by_onednn(self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16), products:
             return forward(batch).to(self._dtype)
@@ -354,20 +386,20 @@ class Fit:
     def _constant_features(self) -> Tensor | None:
         """Return the features (n, d) of all images, once for all, where neither the images nor the backbone change."""
         adapted = any(parameter.requires_grad for parameter in self.model.backbone.parameters())
-        if adapted or not self._trained or self.schedule.crop_scale < 1.0 or self.schedule.flip:
+        if adapted or not self._trained or self._augments:
             return None
         return self._all_features()
 
     @torch.no_grad()
-    def _all_features(self) -> Tensor:
-        """Return the features (n, d) of all images as they are now, not augmented."""
+    def _all_features(self, model: IncrementalClassifier | None = None) -> Tensor:
+        """Return the features (n, d) of all images, not augmented: under the model as it is now, or another one."""
         size = len(self._images), self.model.feature_size
         if self._device.type == "cpu":
             found = self._empty(size, self._dtype)
         else:
             found = torch.empty(size, dtype=self._dtype, device=self._device)
         for batch, place in zip(self._batches(), found.split(self.schedule.batch_size), strict=True):
-            place.copy_(self._features(batch))
+            place.copy_(self._features(batch, model))
         return found
 
     @torch.no_grad()
@@ -501,6 +533,11 @@ def _require_images(tasks: Mapping[str, TaskImages], method: Method) -> None:
             raise ValueError(f"{name}: no training image")
     if len(tasks) != 1 and not method.joint:
         raise ValueError(f"{len(tasks)} tasks for a method that learns one at a time")
+
+
+def _relative_change(features: Tensor, goals: Tensor) -> Tensor:
+    """Return the mean of ‖f − g‖² / ‖g‖² over images, a scalar, of features (batch, d) and goals (batch, d)."""
+    return ((features - goals).square().sum(dim=1) / goals.square().sum(dim=1)).mean()
 
 
 def _labels_of(tasks: Mapping[str, TaskImages]) -> Tensor:

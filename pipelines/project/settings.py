@@ -262,6 +262,8 @@ class Training(Section):
     """learning rate of the magnitudes; null is learning_rate"""
     head_start: Literal["random", "small", "discriminant"] | None = None
     """how the head's new rows start; null is random, as published"""
+    feature_distillation: Annotated[float, Field(ge=0)] | None = None
+    """weight that keeps the features of a task's images near those before the step; null is none"""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     """of sgd only"""
     schedule: Literal["constant", "cosine"]

@@ -15,6 +15,7 @@ from sdlora.freezing import freeze
 from sdlora.heads import discriminant
 from sdlora.methods import METHODS, FitResult
 from sdlora.preprocessing import normalise
+from sdlora.seeding import generator_for
 from sdlora.statistics import class_statistics
 from sdlora.training import Fit, TaskImages
 from tests.support.tiny_model import everything, finish, learn, make_fit, settings, tiny_task, tiny_vit
@@ -196,6 +197,11 @@ def test_a_direction_that_diverged_is_refused_by_name() -> None:
             id="a-rate-for-each",
         ),
         pytest.param({"head_start": "discriminant"}, id="rows-that-start-as-a-discriminant"),
+        pytest.param({"feature_distillation": 2.0}, id="near-the-features-before"),
+        pytest.param(
+            {"feature_distillation": 2.0, "crop_scale": 0.5, "flip": True},
+            id="near-the-features-before-with-augmentation",
+        ),
         pytest.param({"formulation": "reference"}, id="reference"),
         pytest.param({"formulation": "paper"}, id="paper"),
         *(pytest.param({"method": name}, id=name) for name in METHODS if METHODS[name].trains_head),
@@ -306,6 +312,59 @@ def test_rows_that_start_as_a_discriminant_know_the_classes_before_the_first_ste
         torch.testing.assert_close(8 * block.bias, expected[task].bias, rtol=1e-3, atol=1e-3)
     logits = torch.cat([features @ block.weight.T + block.bias for block in blocks.values()], dim=1)
     assert (logits.argmax(dim=1) == own).float().mean() > 0.9
+
+
+def moved(before: ModelState, **options: str | float | bool) -> float:
+    """How far a step moves the features of its own images: the mean of ‖f − g‖² / ‖g‖²."""
+    fit = make_fit(before, 2, optimizer="adam", learning_rate=0.01, **options)
+    images = normalise(tiny_task(2)[0], mean=[0.5], std=[0.5])
+    start = merged_classifier(tiny_vit(), before).features(images)
+    finish(fit)
+    end = fit.model.features(images).detach()
+    return float(((end - start).square().sum(dim=1) / start.square().sum(dim=1)).mean())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].targets and name != "joint"])
+def test_features_stay_nearer_to_those_before_the_more_their_distillation_weighs(method: str) -> None:
+    before = learn(1, method=method)
+    free, light, heavy = (
+        moved(before, method=method, feature_distillation=weight) for weight in (0.0, 1.0, 100.0)
+    )
+
+    assert free > light > heavy
+    assert heavy < free / 10
+
+
+@pytest.mark.parametrize("augmentation", [{}, {"crop_scale": 0.5, "flip": True}], ids=["plain", "augmented"])
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_distillation_adds_the_relative_change_of_the_features_to_the_loss(
+    formulation: str, augmentation: dict[str, float | bool], three_steps: dict[str, ModelState]
+) -> None:
+    """Of the images as the model sees them, against the model of the steps before and no other."""
+    before, chosen = three_steps[formulation], settings(formulation)
+    common = {"chosen": chosen, "learning_rate": 1e-30, "epochs": 1, "batch_size": 24, **augmentation}
+    plain, with_it = (make_fit(before, 4, feature_distillation=weight, **common) for weight in (0.0, 3.0))
+    order = torch.randperm(24, generator=generator_for(7, "order", "t04", 0))
+    inputs = plain._augmented(order, torch.arange(24))
+    was = merged_classifier(tiny_vit(), before).features(inputs)
+    now = plain.model.features(inputs).detach()
+    change = (now - was).square().sum(dim=1) / was.square().sum(dim=1)
+    for fit in (plain, with_it):
+        finish(fit)
+
+    added = with_it.curve[0].loss - plain.curve[0].loss
+    assert added == pytest.approx(3 * float(change.mean()), rel=1e-3, abs=1e-5)
+    assert (added > 1e-3) == (formulation != "continuous")  # which begins where the step before ended
+
+
+@pytest.mark.parametrize(("method", "index"), [("sdlora", 1), ("frozen", 2), ("joint", 2)])
+def test_where_no_earlier_class_moves_distillation_changes_no_bit(method: str, index: int) -> None:
+    before = learn(index - 1, method=method)
+    plain, with_it = (
+        finish(make_fit(before, index, method=method, feature_distillation=weight)) for weight in (0.0, 3.0)
+    )
+
+    assert_identical(with_it, plain)
 
 
 def test_a_snapshot_holds_the_factors_that_are_not_trained_too() -> None:

@@ -345,7 +345,9 @@ def test_a_step_learned_again_gives_the_same_bytes_and_one_that_cannot_is_named(
     lines = call_here(project, "audit", "verify", "--retrain", "t02").splitlines()
 
     assert lines[-2].startswith("t02     learned again in ")
-    assert [list(folder.iterdir()) for folder in scratch.iterdir()] == [[]]  # its notes are gone, their folder stays
+    assert [list(folder.iterdir()) for folder in scratch.iterdir()] == [
+        []
+    ]  # its notes are gone, their folder stays
     assert not store.exists()  # a checkpoint would have learned nothing again
     assert sorted(path for path in project.rglob("*") if path.is_file()) == before
 

@@ -253,7 +253,7 @@ def test_params_of_a_version_that_knew_fewer_keys_keep_what_they_trained(project
     """The new keys are added as null, and nothing is trained again. One that is chosen then trains."""
     for name in ("pipelines", "sdlora"):  # as where the tool is installed
         shutil.rmtree(project / name)
-    keys = ["head_rate", "head_start", "magnitude_rate"]
+    keys = ["feature_distillation", "head_rate", "head_start", "magnitude_rate"]
     stages, params = project / "dvc.yaml", project / "params.yaml"
     new = project_files("mine", example=False)["dvc.yaml"]
     old = YAML(typ="safe").load(new)

@@ -50,12 +50,17 @@ def test_the_shipped_params_are_valid() -> None:
 
 def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> None:
     text = SHIPPED.read_text()
-    older = re.sub(r"^  (head_rate|magnitude_rate|head_start):.*\n", "", text, flags=re.MULTILINE)
-    assert older.count("\n") == text.count("\n") - 3
+    older = re.sub(
+        r"^  (head_rate|magnitude_rate|head_start|feature_distillation):.*\n", "", text, flags=re.MULTILINE
+    )
+    assert older.count("\n") == text.count("\n") - 4
 
     then, now = Params.parse(older, origin="params.yaml"), Params.load(SHIPPED)
     assert then == now
-    assert not {"head_rate", "magnitude_rate", "head_start"} & now.training.of_the_fit.keys()
+    assert (
+        not {"head_rate", "magnitude_rate", "head_start", "feature_distillation"}
+        & now.training.of_the_fit.keys()
+    )
 
 
 def test_params_cannot_be_changed() -> None:
