@@ -9,10 +9,12 @@ and the head of both are chosen on held-out training images of the first seed, w
 
 Every finished chain is one line of a JSON-lines file; a chain that is there is not repeated, so the command can be
 interrupted and given again. A chain is named by its settings and not by the code: after a change of a method or a
-head, delete its lines. --write puts all that is there into docs/reference/comparison.md.
+head, delete its lines. Its fits stay in --cache, named by the code too, so that another head costs no fit. --write puts
+all that is there into docs/reference/comparison.md.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -20,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +32,7 @@ from torch import Tensor
 from pipelines.data.decoding import decode
 from pipelines.data.packed import ImageRow, read_images, write_images
 from pipelines.project.files import natural_key
+from pipelines.project.fingerprints import fingerprint
 from pipelines.project.param_checks import HEADS_OF
 from pipelines.project.settings import Digits, EmbeddedGlyphs
 from pipelines.stages.fetch import KNOWN
@@ -37,10 +41,11 @@ from sdlora.classifier import ModelState, merged_classifier
 from sdlora.comparison import flips, holm
 from sdlora.devices import best_device, set_deterministic
 from sdlora.evaluation import feature_batches
+from sdlora.fit_folder import read_fit, write_fit
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze, measured, recompute_head
 from sdlora.heads import HEADS
-from sdlora.methods import METHODS, Settings
+from sdlora.methods import METHODS, FitResult, Settings
 from sdlora.metrics import average_accuracy, forgetting
 from sdlora.preprocessing import Preprocessing
 from sdlora.seeding import generator_for
@@ -204,6 +209,7 @@ class Images:
             for path, data in KNOWN[name](ENTRIES[name]).files
             if not (validation and path.parts[0] == "test")
         ]
+        self.folder = folder
         packed = folder / f"{name}.arrow"
         packed.parent.mkdir(parents=True, exist_ok=True)
         write_images(packed, rows)
@@ -248,8 +254,42 @@ def settings_of(run: Mapping[str, Any]) -> Settings:
     )
 
 
-def fitted(images: Images, run: Mapping[str, Any], tasks: Mapping[str, list[str]], before: ModelState) -> Fit:
-    """The finished fit of some tasks (id → classes)."""
+class Fitted(NamedTuple):
+    """A finished fit."""
+
+    result: FitResult
+    trained_parameters: int
+    seconds: float
+
+
+def fitted(
+    images: Images, run: Mapping[str, Any], tasks: Mapping[str, list[str]], before: ModelState
+) -> Fitted:
+    """The finished fit of some tasks (id → classes), made once by the same code."""
+    key = json.dumps([run, tasks, fingerprint("sdlora.training", "Fit").text], sort_keys=True)
+    folder = images.folder / "fits" / hashlib.sha256(key.encode()).hexdigest()
+    if not folder.is_dir():
+        started = time.monotonic()
+        fit = fit_of(images, run, tasks, before)
+        description = {
+            "task": fit.task,
+            "classes": tasks[fit.task],
+            "trained_parameters": fit.trained_parameters,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        folder.parent.mkdir(exist_ok=True)
+        with TemporaryDirectory(dir=images.folder) as unfinished:
+            whole = Path(unfinished) / "fit"
+            whole.mkdir()
+            write_fit(whole, fit.result(), curve=fit.curve, description=description)
+            whole.rename(folder)
+    described = json.loads((folder / "fit.json").read_text())
+    result = read_fit(folder, described, tasks=[*before.head, *tasks])
+    return Fitted(result, described["trained_parameters"], described["seconds"])
+
+
+def fit_of(images: Images, run: Mapping[str, Any], tasks: Mapping[str, list[str]], before: ModelState) -> Fit:
+    """The fit of some tasks (id → classes), run to its end."""
     config = create_backbone(run["backbone"]).description["pretrained_cfg"]
     fit = Fit(
         create_backbone(run["backbone"]).model,
@@ -297,27 +337,36 @@ def summary(right: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
-    """Learn all classes together, and evaluate every head of the statistics of all training images."""
-    groups = groups_of(images, run)
-    tasks = {f"t{i + 1:02}": group for i, group in enumerate(groups)}
-    started = time.monotonic()
-    fit = fitted(images, run, tasks, ModelState())
-    learned = freeze(
-        ModelState(), fit.result(), method=METHODS[run["method"]], settings=settings_of(run)
-    ).learned
-    seconds = time.monotonic() - started
-    base = create_backbone(run["backbone"])
+def with_true_statistics(
+    images: Images, run: Mapping[str, Any], tasks: Mapping[str, list[str]], heads: Mapping[str, ModelState]
+) -> dict[str, ModelState]:
+    """The same models, head → model, with the statistics of all training images in place of what a chain has of them.
+
+    The heads share the network.
+    """
+    base, learned = create_backbone(run["backbone"]), next(iter(heads.values()))
     statistics = {}
     for task, classes in tasks.items():
         pixels, labels = images.part("train", classes)
         found = features(base, run["backbone"], learned, pixels)
         statistics[task] = class_statistics(found, labels, rank=COVARIANCE_RANK)
     settled = {}
-    for name in variant.heads:
+    for name, own in heads.items():
         settle, generator = HEADS[name].settle, generator_for(run["seed"], "settle", list(tasks)[-1])
-        rows = settle(learned.head, statistics, generator=generator) if settle else {}
-        settled[name] = replace(learned, settled=rows)
+        rows = settle({**own.head, **own.settled}, statistics, generator=generator) if settle else {}
+        settled[name] = replace(own, settled=rows)
+    return settled
+
+
+def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Learn all classes together, and evaluate every head of the statistics of all training images."""
+    groups = groups_of(images, run)
+    tasks = {f"t{i + 1:02}": group for i, group in enumerate(groups)}
+    fit = fitted(images, run, tasks, ModelState())
+    learned = freeze(
+        ModelState(), fit.result, method=METHODS[run["method"]], settings=settings_of(run)
+    ).learned
+    settled = with_true_statistics(images, run, tasks, dict.fromkeys(variant.heads, learned))
     right = answers(images, run, groups, settled)
     return {
         "trained_parameters": fit.trained_parameters,
@@ -325,7 +374,7 @@ def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dic
             name: {
                 **summary(right[name]),
                 "stored_numbers": stored_numbers(settled[name]),
-                "seconds": round(seconds, 1),
+                "seconds": fit.seconds,
             }
             for name in variant.heads
         },
@@ -345,12 +394,10 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
     for step, group in enumerate(groups):
         task = f"t{step + 1:02}"
         first = 0 if method.joint else step
-        started = time.monotonic()
         fit = fitted(images, run, {f"t{i + 1:02}": groups[i] for i in range(first, step + 1)}, learned)
         trained = fit.trained_parameters
-        result = fit.result()
-        frozen = freeze(learned, result, method=method, settings=settings)
-        seconds["fit"] += time.monotonic() - started
+        frozen = freeze(learned, fit.result, method=method, settings=settings)
+        seconds["fit"] += fit.seconds
         pixels, labels = images.part("train", group)
         known: dict[int, Tensor] = {}
         training = {id(learned): learned, id(frozen.learned): frozen.learned}
@@ -394,6 +441,8 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
         right = answers(images, run, groups[: step + 1], settled)
         for name in variant.heads:
             accuracy[name][step, : step + 1] = [one.mean() for one in right[name]]
+    tasks = {f"t{i + 1:02}": group for i, group in enumerate(groups)}
+    undrifted = answers(images, run, groups, with_true_statistics(images, run, tasks, settled))
     return {
         "trained_parameters": trained,
         "facts": facts,
@@ -404,6 +453,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
                     [round(v, 6) for v in row[: i + 1]] for i, row in enumerate(accuracy[name].tolist())
                 ],
                 **summary(right[name]),
+                "last_true": summary(undrifted[name])["last"],
                 "average": round(average_accuracy(accuracy[name]), 6),
                 "forgetting": round(forgetting(accuracy[name]), 6),
                 "stored_numbers": stored_numbers(settled[name]),
