@@ -44,6 +44,7 @@ from sdlora.evaluation import feature_batches
 from sdlora.fit_folder import read_fit, write_fit
 from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze, measured, recompute_head
+from sdlora.head import block_logits
 from sdlora.heads import HEADS
 from sdlora.methods import METHODS, FitResult, Settings
 from sdlora.metrics import average_accuracy, forgetting
@@ -320,9 +321,7 @@ def answers(
         pixels, labels = images.part("test", classes)
         found = features(base, run["backbone"], next(iter(heads.values())), pixels)
         for name, settled in heads.items():
-            weight = torch.cat([block.weight for block in settled.rows.values()])
-            bias = torch.cat([block.bias for block in settled.rows.values()])
-            named = (found @ weight.T + bias).argmax(dim=1) == labels + offset
+            named = block_logits(settled.rows.values(), found).argmax(dim=1) == labels + offset
             right[name].append(named.numpy())
         offset += len(classes)
     return right

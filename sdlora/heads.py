@@ -2,7 +2,7 @@
 
 The rows of different steps were trained apart, each against the classes of its own task, so their logits are not
 comparable. Each head but `linear` replaces all rows, old ones included, by rows that are: what it needs is a few
-statistics per class, never an image. The result is a linear head in every case, so nothing else knows of it.
+statistics per class, never an image. The result is linear, but for `rgda`, which adds half a sum of squares.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdlora.head import HeadBlock
+from sdlora.head import HeadBlock, QuadraticBlock, Rows
 from sdlora.statistics import ClassStatistics
 
 _SAMPLES, _EPOCHS, _BATCH = 256, 10, 256
@@ -26,10 +26,12 @@ _RATE, _DECAY = 0.005, 5e-4
 """Of `aligned`: Adam's rate, cosine to 0, and its decoupled weight decay. SLCA's SGD is too slow for so few passes: it
 leaves accuracy behind on held-out images (docs/explanation/method.md)."""
 _SHRINKAGE = 0.05
-"""Of `lda`: the part of the pooled covariance that is spread evenly, against classes with few images."""
+"""Of `lda` and `rgda`: the part of the covariance that is spread evenly, against classes with few images."""
+_LARGEST_PART = 0.3
+"""Of `rgda`: m where nothing of how classes differ is chance (docs/explanation/method.md)."""
 _LEAST = 0.01
-"""Of `ncm` and `lda`: the least variance of a feature, as a share of the mean square of the classes' means. Single or
-flat images have less, down to rounding, and logits, which are divided by it, would have no bound."""
+"""Of `ncm`, `lda` and `rgda`: the least variance of a feature, as a share of the mean square of the classes' means.
+Single or flat images have less, down to rounding, and logits, which are divided by it, would have no bound."""
 
 _CLASSES = 2**10
 """Classes whose principal directions are in double precision at a time."""
@@ -40,11 +42,11 @@ class _Settle(Protocol):
 
     def __call__(
         self,
-        head: Mapping[str, HeadBlock],
+        head: Mapping[str, Rows],
         statistics: Mapping[str, ClassStatistics],
         *,
         generator: torch.Generator,
-    ) -> dict[str, HeadBlock]: ...
+    ) -> Mapping[str, Rows]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Head:
 
 
 def class_means(
-    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Return rows of the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance.
 
@@ -76,22 +78,15 @@ def class_means(
 
 
 def discriminant(
-    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Linear discriminant analysis: Bayes' rule for Gaussian classes that share their covariance C.
 
     w_c = C⁻¹μ_c, b_c = −μ_cᵀC⁻¹μ_c / 2, with C the mean of the classes' covariances by their number of images.
     """
-    size = next(iter(statistics.values())).mean.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float64)
-    images = 0.0
-    for count, _, factors, spread in statistics.values():
-        for some, images_of in zip(factors.split(_CLASSES), count.split(_CLASSES), strict=True):
-            scaled = some.double() * images_of.double().sqrt()[:, None, None]
-            total += torch.einsum("cik,cjk->ij", scaled, scaled)
-        total += torch.eye(size, dtype=torch.float64) * (count.double() * spread.double()).sum()
-        images += float(count.sum())
-    pooled, unit = total / images, torch.eye(size, dtype=torch.float64)
+    pooled = _pooled_covariance(statistics)
+    size = len(pooled)
+    unit = torch.eye(size, dtype=torch.float64)
     pooled += unit * (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
     inverse = torch.linalg.inv((1 - _SHRINKAGE) * pooled + _SHRINKAGE * unit * (pooled.trace() / size))
     blocks = {}
@@ -101,8 +96,109 @@ def discriminant(
     return blocks
 
 
+def _pooled_covariance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
+    """Return the mean of the classes' covariances by their number of images, (d, d) float64."""
+    size = next(iter(statistics.values())).mean.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64)
+    images = 0.0
+    for count, _, factors, spread in statistics.values():
+        for some, images_of in zip(factors.split(_CLASSES), count.split(_CLASSES), strict=True):
+            scaled = some.double() * images_of.double().sqrt()[:, None, None]
+            total += torch.einsum("cik,cjk->ij", scaled, scaled)
+        total += torch.eye(size, dtype=torch.float64) * (count.double() * spread.double()).sum()
+        images += float(count.sum())
+    return total / images
+
+
+def regularised_discriminant(
+    head: Mapping[str, Rows],
+    statistics: Mapping[str, ClassStatistics],
+    *,
+    generator: torch.Generator,
+    own: float | None = None,
+) -> dict[str, QuadraticBlock]:
+    """Return a regularised Gaussian discriminant: each class is measured by its own covariance, in part.
+
+    Its logits are −½ (f − μ_c)ᵀ K_c⁻¹ (f − μ_c) without log-determinant, up to a term that all classes share, with
+    K_c = (1 − e)[(1 − m) S + m (U_c U_cᵀ + s I)] + e (tr S / d) I, S the pooled covariance, s the pooled spread and
+    e the shrinkage. As s and the trace are pooled, K_c differs from one matrix A by U_c alone, and fᵀA⁻¹f is common:
+    by Woodbury the rest is linear plus ½ ‖P_c f − P_c μ_c‖². Source: LR-RGDA (arXiv 2602.00144).
+
+    Args:
+        own: m, the part of a class's own covariance; 0 is `discriminant`. None for `own_part`.
+    """
+    share = own_part(statistics) if own is None else own
+    pooled, spread = _pooled_covariance(statistics), _pooled_spread(statistics)
+    size = len(pooled)
+    unit = torch.eye(size, dtype=torch.float64)
+    lacking = (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
+    pooled, spread = pooled + unit * lacking, spread + lacking
+    even = (1 - _SHRINKAGE) * share * spread + _SHRINKAGE * pooled.trace() / size
+    inverse = torch.linalg.inv((1 - _SHRINKAGE) * (1 - share) * pooled + even * unit)
+    # Logits are smaller, and float32 exacter, where features are taken from the middle of the classes.
+    middle = torch.cat([each.mean for each in statistics.values()]).double().mean(dim=0)
+    blocks = {}
+    for task, (_, mean, factors, _) in statistics.items():
+        means, like = mean.double(), head[task]
+        weight = (means - middle) @ inverse
+        bias = (middle @ inverse @ middle - ((means @ inverse) * means).sum(dim=1)) / 2
+        products, offsets = [], []
+        for some, centres in zip(factors.split(_CLASSES), means.split(_CLASSES), strict=True):
+            found = _own_products(((1 - _SHRINKAGE) * share) ** 0.5 * some.double(), inverse)
+            products.append(found.to(like.weight.dtype))
+            offsets.append((found @ centres[:, :, None])[:, :, 0].to(like.bias.dtype))
+        blocks[task] = QuadraticBlock(
+            *_block(weight, bias, like=like), products=torch.cat(products), offsets=torch.cat(offsets)
+        )
+    return blocks
+
+
+def _own_products(factors: Tensor, inverse: Tensor) -> Tensor:
+    """Return P (classes, k, d) with PᵀP = A⁻¹ − (A + V Vᵀ)⁻¹ for V (classes, d, k) and A⁻¹ (d, d)."""
+    through = inverse @ factors
+    inner = factors.transpose(1, 2) @ through + torch.eye(factors.shape[2], dtype=factors.dtype)
+    lower = torch.linalg.cholesky(inner)
+    return torch.linalg.solve_triangular(lower, through.transpose(1, 2), upper=False)
+
+
+def _pooled_spread(statistics: Mapping[str, ClassStatistics]) -> Tensor:
+    """Return the mean of the classes' spreads by their number of images, a scalar float64."""
+    count = torch.cat([each.images for each in statistics.values()]).double()
+    spread = torch.cat([each.spread for each in statistics.values()]).double()
+    return (count * spread).sum() / count.sum()
+
+
+def own_part(statistics: Mapping[str, ClassStatistics]) -> float:
+    """Return m of `rgda`: 0.3 of the share of how classes' covariances differ that is not chance.
+
+    Of n images drawn from one covariance S, theirs differs from it by (‖S‖² + (tr S)²) / (n − 1) in the mean square.
+    What is beyond is real. Classes of few images, or of much the same scatter, are measured by what they share.
+    """
+    pooled = _pooled_covariance(statistics)
+    whole, trace = pooled.square().sum(), pooled.trace()
+    count = torch.cat([each.images for each in statistics.values()]).double()
+    apart = torch.cat([_distances(each, pooled) for each in statistics.values()])
+    differ = (count * apart).sum() * len(count) / max(len(count) - 1, 1)
+    chance = (count / (count - 1).clamp_min(1)).sum() * (whole + trace.square())
+    return _LARGEST_PART * float((1 - chance / differ).clamp_min(0)) if differ > 0 else 0.0
+
+
+def _distances(statistics: ClassStatistics, pooled: Tensor) -> Tensor:
+    """Return the squared distance of each class's covariance from the pooled one (classes,) float64."""
+    size, found = len(pooled), []
+    for some, spread in zip(
+        statistics.factors.split(_CLASSES), statistics.spread.double().split(_CLASSES), strict=True
+    ):
+        factors = some.double()
+        grams = factors.transpose(1, 2) @ factors
+        own = grams.square().sum(dim=(1, 2)) + 2 * spread * grams.diagonal(dim1=1, dim2=2).sum(dim=1)
+        common = (factors * (pooled @ factors)).sum(dim=(1, 2)) + spread * pooled.trace()
+        found.append(own + size * spread.square() - 2 * common + pooled.square().sum())
+    return torch.cat(found)
+
+
 def aligned(
-    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Train all rows on from where they are, on samples of every class's Gaussian (Zhang et al., ICCV 2023, SLCA).
 
@@ -110,7 +206,7 @@ def aligned(
     class; plain cross-entropy over all classes. With a single task the rows were trained together already and stay.
     """
     if len(statistics) < 2:
-        return dict(head)
+        return {task: HeadBlock(block.weight, block.bias) for task, block in head.items()}
     counts = [len(block.bias) for block in head.values()]
     classes = sum(counts)
     with torch.enable_grad():
@@ -162,7 +258,7 @@ def _variances(statistics: ClassStatistics) -> Tensor:
     return statistics.spread.double() + torch.cat(squares) / size
 
 
-def _block(weight: Tensor, bias: Tensor, *, like: HeadBlock) -> HeadBlock:
+def _block(weight: Tensor, bias: Tensor, *, like: Rows) -> HeadBlock:
     return HeadBlock(weight=weight.to(like.weight.dtype), bias=bias.to(like.bias.dtype))
 
 
@@ -170,6 +266,16 @@ HEADS = {
     "linear": Head(settle=None),
     "ncm": Head(settle=class_means),
     "lda": Head(settle=discriminant, covariance=True),
+    "rgda": Head(settle=regularised_discriminant, covariance=True),
     "aligned": Head(settle=aligned, covariance=True),
 }
 """The kinds of head by name."""
+LINEAR_FALLBACK = "lda"
+"""The head that stands in where a format can hold no other than linear rows."""
+
+
+def linear_rows(
+    head: Mapping[str, HeadBlock], statistics: Mapping[str, ClassStatistics]
+) -> dict[str, HeadBlock]:
+    """Return the rows of `LINEAR_FALLBACK`."""
+    return discriminant(head, statistics, generator=torch.Generator())

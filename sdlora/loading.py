@@ -1,6 +1,7 @@
 """A step of a chain as a model to use: a plain timm module with its transform and its class names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
 from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
+from sdlora.drift import carried
+from sdlora.head import QuadraticBlock
+from sdlora.heads import LINEAR_FALLBACK, linear_rows
 from sdlora.ledger import RECORD, folders_beside, read_own_record
 from sdlora.model_folder import read_model
 from sdlora.preprocessing import Preprocessing
@@ -21,7 +25,8 @@ class _Model(NamedTuple):
     """The model of a step, in evaluation mode: `module(transform(picture)[None])` are logits (1, classes)."""
 
     module: nn.Module
-    """The plain timm model with merged weights and all rows of the head; float32 (n, c, h, w) → logits (n, classes)."""
+    """The plain timm model with merged weights and all rows of the head; float32 (n, c, h, w) → logits (n, classes).
+    Where the head is no linear one, the merged model under the head of this library."""
     transform: Preprocessing
     """A Pillow picture → float32 (c, h, w); all that is known of the input stands in its fields."""
     classes: list[str]
@@ -36,6 +41,13 @@ class Step(NamedTuple):
     backbone: Backbone
     learned: ModelState
     record: dict[str, Any]
+    fallback: str | None = None
+    """The head whose rows are in use in place of the record's; None for its own."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the rows in use are linear."""
+        return not any(isinstance(rows, QuadraticBlock) for rows in self.learned.rows.values())
 
     @property
     def classes(self) -> list[str]:
@@ -56,15 +68,19 @@ def load(folder: Path | str, *, backbone: Path | str | None = None, device: str 
     """
     step = read_step(Path(folder), backbone=None if backbone is None else Path(backbone))
     return _Model(
-        module=timm_classifier(step).to(torch.device(device) if device else best_device()),
+        module=inference_model(step).to(torch.device(device) if device else best_device()),
         transform=Preprocessing.of(step.backbone.description),
         classes=step.classes,
         tasks=list(step.record["tasks"]),
     )
 
 
-def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
-    """Return what `folder` and its chain's backbone hold. Raises as `load` does."""
+def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = False) -> Step:
+    """Return what `folder` and its chain's backbone hold. Raises as `load` does.
+
+    Args:
+        linear: whether rows that are not linear are replaced by those of `LINEAR_FALLBACK`, of the same statistics.
+    """
     base_folder = backbone or folder.resolve().parent / "t00"
     if not (base_folder / RECORD).is_file():
         raise FileNotFoundError(
@@ -78,10 +94,27 @@ def read_step(folder: Path, *, backbone: Path | None = None) -> Step:
             f"{base_folder} ({base.description['sha256'][:12]}); say where its own is"
         )
     beside = folders_beside(folder)
-    learned, record = read_model(folder, beside=lambda step: base_folder if step == "t00" else beside(step))
+    learned, record = read_model(
+        folder, beside=lambda step: base_folder if step == "t00" else beside(step), statistics=linear
+    )
     if not learned.rows:
         raise ValueError(f"{folder}: step {record['step']} knows no classes yet; choose a later one")
-    return Step(base, learned, record)
+    step = Step(base, learned, record)
+    if step.linear or not linear:
+        return step
+    now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
+    settled = linear_rows(learned.head, now)
+    return step._replace(learned=replace(learned, settled=settled), fallback=LINEAR_FALLBACK)
+
+
+def inference_model(step: Step) -> nn.Module:
+    """Return the step as `timm_classifier` does or, where its rows are not linear, as it is evaluated.
+
+    The step's backbone is changed in place.
+    """
+    if step.linear:
+        return timm_classifier(step)
+    return merged_classifier(step.backbone.model, step.learned).requires_grad_(False)
 
 
 def timm_classifier(step: Step) -> nn.Module:
@@ -91,7 +124,7 @@ def timm_classifier(step: Step) -> nn.Module:
     models), each of them gets the rows: the head reads the mean of what they read.
 
     Raises:
-        ValueError: the model's classifier is no linear layer on its features.
+        ValueError: the model's classifier is no linear layer on its features, or the rows are not linear.
     """
     model = step.backbone.model
     merged_classifier(model, step.learned)
@@ -105,6 +138,8 @@ def timm_classifier(step: Step) -> nn.Module:
 def head_rows(learned: ModelState) -> dict[str, Tensor]:
     """Return all rows of the head: `weight` (classes, d), `bias` (classes,)."""
     blocks = learned.rows.values()
+    if any(isinstance(block, QuadraticBlock) for block in blocks):
+        raise ValueError("the head is not linear; read the step with the rows of a linear one")
     return {
         "weight": torch.cat([block.weight for block in blocks]),
         "bias": torch.cat([block.bias for block in blocks]),

@@ -10,7 +10,7 @@ import torch
 from sdlora.adapters import Factors
 from sdlora.classifier import ModelState
 from sdlora.drift import DRIFT_SHAPES, DriftMap
-from sdlora.head import HeadBlock
+from sdlora.head import HeadBlock, QuadraticBlock, Rows
 from sdlora.ledger import OWN_FILES, RECORD, Beside, file_sha256, read_record, record_bytes, require_files
 from sdlora.statistics import ClassStatistics, statistics_shapes
 from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
@@ -27,9 +27,10 @@ def write_model(
     Files: `directions/TASK.safetensors` (`TARGET.up`, `TARGET.down`), `head/TASK.safetensors` (`weight`, `bias`),
     `magnitudes.safetensors` (TASK: one number per target, in the record's order of targets). Where the head is made
     from statistics `statistics/TASK.safetensors` (the fields of `ClassStatistics`), `drift/TASK.safetensors` (those of
-    `DriftMap`) if the features moved, and `classifier.safetensors` (`TASK.weight`, `TASK.bias`: the rows in use). Where
-    the method needs it `memory.safetensors`. `step.json` is `record` with the hash of every other file. What `before`
-    holds already is not written again: it lies in the folder of an earlier step.
+    `DriftMap`) if the features moved, and `classifier.safetensors` (the rows in use: `TASK.weight`, `TASK.bias`, and
+    the other fields of `QuadraticBlock` where they are such). Where the method needs it `memory.safetensors`.
+    `step.json` is `record` with the hash of every other file. What `before` holds already is not written again: it
+    lies in the folder of an earlier step.
     """
     for kind, held, tensors in (
         ("directions", before.directions, {t: _named_factors(d) for t, d in learned.directions.items()}),
@@ -60,7 +61,7 @@ def _named_factors(direction: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     }
 
 
-def _named_rows(blocks: Mapping[str, HeadBlock]) -> dict[str, torch.Tensor]:
+def _named_rows(blocks: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
     return {
         f"{task}.{name}": part for task, block in blocks.items() for name, part in block._asdict().items()
     }
@@ -90,10 +91,14 @@ def read_model(
     classes = Counter(entry["task"] for entry in record["classes"])
     sizes: dict[str, int] = {}
 
-    def read(name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, torch.Tensor]:
+    def read(
+        name: str, shapes: Mapping[str, tuple[int | str, ...]], others: Mapping[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
         path = require_files(folder, record, [name], beside=beside)[name]
         tensors = read_tensors(path)
-        check_tensors(path, tensors, shapes, sizes)
+        check_tensors(
+            path, tensors, others if others and not tensors.keys() <= shapes.keys() else shapes, sizes
+        )
         return tensors
 
     directions, head, known, drift = {}, {}, {}, {}
@@ -103,7 +108,7 @@ def read_model(
             target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets
         }
     for task in tasks:
-        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _row_shapes(classes[task])))
+        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _linear_shapes(classes[task])))
         if statistics and f"statistics/{task}.safetensors" in files:
             shapes = statistics_shapes(classes[task])
             known[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
@@ -129,22 +134,32 @@ def read_model(
 
 def _rows_in_use(
     record: Mapping[str, Any], classes: Mapping[str, int], read: Callable[..., dict[str, torch.Tensor]]
-) -> dict[str, HeadBlock]:
+) -> dict[str, Rows]:
     """Return the rows that are used in place of the trained ones, by task. Nothing where the trained ones are."""
     tasks, files = record["tasks"], record["files"]
     if _CLASSIFIER in files:
-        shapes = {
-            f"{task}.{name}": shape for task in tasks for name, shape in _row_shapes(classes[task]).items()
-        }
-        rows = read(_CLASSIFIER, shapes)
-        return {task: HeadBlock(rows[f"{task}.weight"], rows[f"{task}.bias"]) for task in tasks}
+        linear, quadratic = (
+            {f"{task}.{name}": _row_shapes(classes[task])[name] for task in tasks for name in kind._fields}
+            for kind in (HeadBlock, QuadraticBlock)
+        )
+        rows = read(_CLASSIFIER, linear, quadratic)
+        kind: type[Rows] = HeadBlock if rows.keys() == linear.keys() else QuadraticBlock
+        return {task: kind(*(rows[f"{task}.{name}"] for name in kind._fields)) for task in tasks}
     if any(name.startswith("settled/") for name in files):  # a record of format 1
         return {
-            task: HeadBlock(**read(f"settled/{task}.safetensors", _row_shapes(classes[task])))
+            task: HeadBlock(**read(f"settled/{task}.safetensors", _linear_shapes(classes[task])))
             for task in tasks
         }
     return {}
 
 
-def _row_shapes(classes: int) -> dict[str, tuple[int | str, ...]]:
+def _linear_shapes(classes: int) -> dict[str, tuple[int | str, ...]]:
     return {"weight": (classes, "features"), "bias": (classes,)}
+
+
+def _row_shapes(classes: int) -> dict[str, tuple[int | str, ...]]:
+    return {
+        **_linear_shapes(classes),
+        "products": (classes, "principal directions", "features"),
+        "offsets": (classes, "principal directions"),
+    }

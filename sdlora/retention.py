@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
-from sdlora.head import HeadBlock
+from sdlora.head import Rows, block_logits
 
 _IMAGES = 2**13
 """Images of the task that are looked at; more change no digit that is shown."""
@@ -123,15 +123,12 @@ def _factor(deviations: Tensor) -> Tensor:
 def _accuracy(
     means: Tensor,
     scatter: Tensor,
-    rows: Mapping[str, HeadBlock],
+    rows: Mapping[str, Rows],
     *,
     errors: tuple[Tensor, Tensor] | None,
     generator: torch.Generator,
 ) -> float:
     """Return the share of made features of each class, of which the rows come first, that the rows name right."""
-    blocks = list(rows.values())
-    weight = torch.cat([block.weight for block in blocks]).double()
-    bias = torch.cat([block.bias for block in blocks]).double()
     each = min(_MOST_OF_EACH, max(1, _DRAWS // len(means)))
     right = 0
     for labels, some in zip(torch.arange(len(means)).split(_CLASSES), means.split(_CLASSES), strict=True):
@@ -140,7 +137,7 @@ def _accuracy(
         for factor, times in () if errors is None else zip(errors, (each, 1), strict=True):
             noise = torch.randn(len(some), times, len(factor), generator=generator, dtype=torch.float64)
             made = made + noise @ factor
-        named = (made @ weight.T + bias).argmax(dim=2)
+        named = block_logits(rows.values(), made).argmax(dim=2)
         right += int((named == labels[:, None]).sum())
     return right / (len(means) * each)
 

@@ -30,7 +30,7 @@ READ_BY = {
     "penalty": ("olora", "nlora", "clora"),
 }
 """Keys of `adapter` that are null by default, and the methods that read them."""
-HEADS_OF = {"ncm": ("ncm", "lda"), "joint": ("linear",)}
+HEADS_OF = {"ncm": ("ncm", "lda", "rgda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,5})"
 """What a task may be called."""

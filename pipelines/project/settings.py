@@ -205,7 +205,7 @@ class Adapter(Section):
         "clora",
     ]
     """how tasks are learned"""
-    head: Literal["aligned", "lda", "ncm", "linear"]
+    head: Literal["aligned", "rgda", "lda", "ncm", "linear"]
     """what becomes of the classifier's rows when a step is frozen"""
     formulation: Literal["continuous", "reference", "paper"]
     """how directions are scaled and their magnitudes start"""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from sdlora.loading import Step
+
 _LIMIT, _ROUNDING = 1e-4, 1e-6
 """The largest difference of a logit that passes; where logits exceed 100, this share of the largest one. Those of
 the heads `ncm` and `lda` do: on the packaged backbone (logits up to 267) float32 itself is up to 2e-4 away from
@@ -44,6 +46,8 @@ class _Format:
     usage: Callable[[Path, Subject], str]
     needs: tuple[str, ...] = ()
     """Packages beyond those that every installation has."""
+    linear: bool = True
+    """Whether it can hold linear rows only."""
 
 
 FORMATS = {
@@ -57,6 +61,7 @@ FORMATS = {
         logits=onnx_file.logits,
         usage=onnx_file.usage,
         needs=("onnx", "onnxruntime", "onnxscript"),
+        linear=False,
     ),
 }
 """The formats by name."""
@@ -109,9 +114,9 @@ def export(
         )
     _check_out(out)
     subject = Subject(model=model, backbone=backbone or model.resolve().parent / "t00")
-    step = subject.step()
+    step = subject.linear_step() if chosen.linear else subject.step()
     pictures = check_pictures(subject, images, count)
-    expected = reference_logits(subject, pictures)
+    expected = reference_logits(subject, pictures, linear=chosen.linear)
     with whole_folder(out) as folder:
         chosen.write(folder, subject)
         found = chosen.logits(folder, subject, pictures)
@@ -127,8 +132,18 @@ def export(
     return [
         f"step {step.record['step']}: {len(step.classes)} classes of {len(step.record['tasks'])} tasks, "
         f"record {subject.chain()[0].sha256[:12]}",
+        *(_stand_in(name, step, expected, reference_logits(subject, pictures)) if step.fallback else []),
         f"check: {difference}",
         f"{out}: {chosen.usage(out, subject)}",
+    ]
+
+
+def _stand_in(name: str, step: Step, expected: Tensor, evaluated: Tensor) -> list[str]:
+    """Return the line that says which head takes the place of the step's own, and what that changes."""
+    others = int((expected.argmax(dim=1) != evaluated.argmax(dim=1)).sum())
+    return [
+        f"head: {name} can hold a linear one only, so {step.fallback} in place of {step.record['head']}: another class "
+        f"for {others} of {len(expected)} images; onnx holds {step.record['head']}"
     ]
 
 

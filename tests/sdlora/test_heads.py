@@ -1,13 +1,23 @@
 """Settled heads are what their statistics say, and the statistics are those of the features."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
 
 from sdlora.classifier import ModelState
 from sdlora.freezing import freeze, recompute_head
-from sdlora.head import HeadBlock
-from sdlora.heads import HEADS, aligned, class_means, discriminant, samples
+from sdlora.head import GrowingHead, HeadBlock, Rows, block_logits
+from sdlora.heads import (
+    HEADS,
+    aligned,
+    class_means,
+    discriminant,
+    own_part,
+    regularised_discriminant,
+    samples,
+)
 from sdlora.methods import METHODS
 from sdlora.statistics import ClassStatistics, class_statistics
 from tests.support.tiny_model import learn, make_fit, settings
@@ -29,10 +39,8 @@ def zero_rows(classes: int) -> HeadBlock:
     return HeadBlock(weight=torch.zeros(classes, SIZE), bias=torch.zeros(classes))
 
 
-def logits(blocks: dict[str, HeadBlock], features: Tensor) -> Tensor:
-    weight = torch.cat([block.weight for block in blocks.values()])
-    bias = torch.cat([block.bias for block in blocks.values()])
-    return features @ weight.T + bias
+def logits(blocks: Mapping[str, Rows], features: Tensor) -> Tensor:
+    return block_logits(blocks.values(), features)
 
 
 def generator() -> torch.Generator:
@@ -99,6 +107,140 @@ def test_lda_names_the_class_of_the_nearest_mean_in_mahalanobis_distance() -> No
     assert (found.argmax(1) == labels).sum() > (plain.argmax(1) == labels).sum()
 
 
+def double_rows(classes: int) -> HeadBlock:
+    return HeadBlock(*(part.double() for part in zero_rows(classes)))
+
+
+def two_tasks(rank: int = 3) -> dict[str, ClassStatistics]:
+    """Statistics of two tasks whose classes scatter differently, of different numbers of images."""
+    return {
+        "t01": class_statistics(*clouds(1, 3, each=40, stretch=4.0), rank=rank),
+        "t02": class_statistics(*clouds(2, 4, each=25), rank=rank),
+    }
+
+
+def dense_logits(statistics: Mapping[str, ClassStatistics], features: Tensor, own: float) -> Tensor:
+    """The logits of `rgda` by inverting each class's matrix."""
+    images, means, factors, spreads = (
+        torch.cat([getattr(each, field) for each in statistics.values()]).double()
+        for field in ("images", "mean", "factors", "spread")
+    )
+    share, unit = images / images.sum(), torch.eye(SIZE, dtype=torch.float64)
+    spread = (share * spreads).sum()
+    outer = factors @ factors.transpose(1, 2)
+    pooled = (share[:, None, None] * outer).sum(0) + spread * unit
+    found = []
+    for mean, mine in zip(means, outer, strict=True):
+        matrix = 0.95 * ((1 - own) * pooled + own * (mine + spread * unit))
+        matrix += 0.05 * pooled.trace() / SIZE * unit
+        gaps = features - mean
+        found.append(-torch.einsum("ni,ij,nj->n", gaps, torch.linalg.inv(matrix), gaps) / 2)
+    return torch.stack(found, dim=1)
+
+
+def gaps_between(found: Tensor) -> Tensor:
+    """Logits without what all classes share."""
+    return found - found.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("own", [None, 0.0, 0.3, 1.0])
+def test_rgda_is_the_gaussian_discriminant_of_each_classs_own_matrix(own: float | None) -> None:
+    statistics = two_tasks()
+    features = torch.cat([clouds(1, 3)[0], clouds(2, 4)[0]]).double()
+    rows = {"t01": double_rows(3), "t02": double_rows(4)}
+    blocks = regularised_discriminant(rows, statistics, generator=generator(), own=own)
+    part = own_part(statistics) if own is None else own
+
+    assert part > 0.1 or own == 0
+    torch.testing.assert_close(
+        gaps_between(logits(blocks, features)),
+        gaps_between(dense_logits(statistics, features, part)),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def test_rgda_with_nothing_of_a_class_of_its_own_is_lda() -> None:
+    statistics, rows = two_tasks(), {"t01": double_rows(3), "t02": double_rows(4)}
+    features = clouds(5, 4)[0].double()
+    plain = logits(discriminant(rows, statistics, generator=generator()), features)
+    found = logits(regularised_discriminant(rows, statistics, generator=generator(), own=0.0), features)
+
+    torch.testing.assert_close(gaps_between(found), gaps_between(plain), rtol=1e-9, atol=1e-9)
+    assert torch.equal(found.argmax(1), plain.argmax(1))
+
+
+def test_rgda_of_round_classes_is_ncm() -> None:
+    statistics, rows = two_tasks(rank=0), {"t01": double_rows(3), "t02": double_rows(4)}
+    features = clouds(5, 4)[0].double()
+    plain = logits(class_means(rows, statistics, generator=generator()), features)
+    found = logits(regularised_discriminant(rows, statistics, generator=generator(), own=1.0), features)
+
+    torch.testing.assert_close(gaps_between(found), gaps_between(plain), rtol=1e-9, atol=1e-9)
+
+
+def test_rgda_of_tasks_in_another_order_has_the_same_logits_in_that_order() -> None:
+    statistics, rows = two_tasks(), {"t01": double_rows(3), "t02": double_rows(4)}
+    features = clouds(5, 4)[0].double()
+    found = logits(regularised_discriminant(rows, statistics, generator=generator()), features)
+    turned = {task: statistics[task] for task in ("t02", "t01")}
+    other = logits(regularised_discriminant(rows, turned, generator=generator()), features)
+
+    torch.testing.assert_close(torch.cat([other[:, 4:], other[:, :4]], dim=1), found, rtol=1e-9, atol=1e-9)
+
+
+def test_rgda_tells_classes_apart_that_differ_in_their_scatter_alone() -> None:
+    random = torch.Generator().manual_seed(7)
+    labels = torch.arange(2).repeat_interleave(400)
+    features = torch.randn(800, SIZE, generator=random)
+    features[:400, 0] *= 6
+    features[400:, 1] *= 6
+    statistics = {"t01": class_statistics(features, labels, rank=2)}
+
+    def right(name: str) -> float:
+        settle = HEADS[name].settle
+        assert settle is not None
+        found = logits(settle({"t01": zero_rows(2)}, statistics, generator=generator()), features)
+        return float((found.argmax(1) == labels).double().mean())
+
+    assert right("rgda") > 0.8
+    assert right("lda") < 0.6
+
+
+@pytest.mark.parametrize("each", [8, 1000])
+def test_classes_of_one_scatter_have_hardly_anything_of_their_own(each: int) -> None:
+    assert own_part({"t01": class_statistics(*clouds(1, 20, each=each, stretch=3.0), rank=SIZE)}) < 0.1
+
+
+def test_classes_of_different_scatter_have_more_of_their_own_the_more_images_they_have() -> None:
+    parts = []
+    for each in (4, 20, 1000):
+        labels = torch.arange(SIZE).repeat_interleave(each)
+        features = torch.randn(len(labels), SIZE, generator=torch.Generator().manual_seed(1))
+        features[torch.arange(len(labels)), labels] *= 4
+        parts.append(own_part({"t01": class_statistics(features, labels, rank=SIZE)}))
+
+    assert parts == sorted(parts)
+    assert parts[-1] == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_growing_head_computes_quadratic_blocks_beside_linear_ones() -> None:
+    statistics = two_tasks()
+    blocks: dict[str, Rows] = {
+        **regularised_discriminant(
+            {"t01": zero_rows(3), "t02": zero_rows(4)}, statistics, generator=generator()
+        ),
+        "t03": HeadBlock(torch.ones(2, SIZE), torch.ones(2)),
+    }
+    head, features = GrowingHead(), clouds(5, 4)[0]
+    for block in blocks.values():
+        head.grow(block)
+
+    torch.testing.assert_close(head(features), logits(blocks, features))
+    torch.testing.assert_close(head.newest(features), features.sum(1, keepdim=True).expand(-1, 2) + 1)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
 def test_aligned_rows_make_the_logits_of_two_tasks_comparable() -> None:
     parts = {"t01": clouds(1, 3), "t02": clouds(2, 3)}
     statistics = {task: class_statistics(*part, rank=3) for task, part in parts.items()}
@@ -161,7 +303,7 @@ def test_samples_have_the_mean_and_covariance_of_the_class() -> None:
     torch.testing.assert_close(torch.cov(drawn.T), covariance, rtol=0.1, atol=0.15)
 
 
-@pytest.mark.parametrize("name", ["ncm", "lda"])
+@pytest.mark.parametrize("name", ["ncm", "lda", "rgda"])
 @pytest.mark.parametrize("each", [1, 2, 20])
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
 def test_logits_of_single_or_flat_images_are_bounded_and_name_the_nearest_mean(

@@ -15,7 +15,14 @@ from torch import nn
 
 import sdlora
 from sdlora.classifier import adapted_classifier, merged_classifier
-from sdlora.loading import classifier_names, read_step, summed_directions, timm_architecture, timm_classifier
+from sdlora.loading import (
+    classifier_names,
+    head_rows,
+    read_step,
+    summed_directions,
+    timm_architecture,
+    timm_classifier,
+)
 from tests.support.chains import make_chain, picture
 from tests.support.families import FAMILIES
 
@@ -39,6 +46,29 @@ def test_the_loaded_model_computes_what_is_evaluated(name: str, chains: dict[str
     assert expected.std() > 0.01
     assert loaded.classes == [f"class {label} | ä" for label in range(4)]
     assert loaded.tasks == ["t01", "t02"]
+
+
+def test_the_loaded_model_of_a_head_that_is_not_linear_computes_what_is_evaluated(tmp_path: Path) -> None:
+    folder = make_chain(tmp_path, "tiny_vit", head="rgda") / "t02"
+    loaded, step = sdlora.load(folder, device="cpu"), read_step(folder)
+    images = torch.stack([loaded.transform(picture(seed)) for seed in range(4)])
+    expected = merged_classifier(step.backbone.model, step.learned)(images)
+
+    assert torch.equal(loaded.module(images), expected)
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+    with pytest.raises(ValueError, match="the head is not linear"):
+        timm_classifier(read_step(folder))
+
+
+def test_the_linear_rows_of_a_head_that_is_not_linear_are_those_of_lda(tmp_path: Path) -> None:
+    quadratic, linear = (
+        make_chain(tmp_path / head, "tiny_vit", head=head) / "t02" for head in ("rgda", "lda")
+    )
+    found, own = read_step(quadratic, linear=True), read_step(linear, linear=True)
+
+    assert (found.fallback, own.fallback) == ("lda", None)
+    for name, rows in head_rows(own.learned).items():
+        assert torch.equal(head_rows(found.learned)[name], rows)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,11 +10,21 @@ import torch
 
 from sdlora.classifier import ModelState
 from sdlora.drift import DriftMap
-from sdlora.head import HeadBlock
-from sdlora.ledger import ChainReader, JoinedRecords, read_record
-from sdlora.model_folder import read_model
+from sdlora.head import HeadBlock, QuadraticBlock
+from sdlora.ledger import (
+    RECORD,
+    ChainReader,
+    JoinedRecords,
+    file_sha256,
+    read_own_record,
+    read_record,
+    record_bytes,
+)
+from sdlora.model_folder import read_model, write_model
 from sdlora.statistics import class_statistics
+from sdlora.tensors import read_tensors, write_tensors
 from sdlora.verification import faults_of_step
+from tests.support.chains import make_chain
 from tests.support.model_chains import first_folder, write_chain, write_old_folder, write_step
 from tests.support.tiny_model import learn
 
@@ -120,6 +130,31 @@ def test_who_reads_steps_in_order_reads_each_record_once(chain: Path) -> None:
     assert found | {step: reader.read(chain / step) for step in ("t03",)} | {"t00": alone["t00"]} == alone
     with pytest.raises(FileNotFoundError, match=r"t01/step\.json: it is missing"):
         reader.read(chain / "t02")
+
+
+def test_quadratic_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    folder = make_chain(tmp_path, "tiny_vit", head="rgda") / "t02"
+    found, record = read_model(folder, statistics=True)
+    again = tmp_path / "again"
+    again.mkdir()
+    write_model(again, found, record, before=ModelState())
+
+    assert all(isinstance(rows, QuadraticBlock) for rows in found.settled.values())
+    for name in ("classifier.safetensors", "statistics/t02.safetensors"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_quadratic_rows_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    folder = make_chain(tmp_path, "tiny_vit", head="rgda") / "t02"
+    tensors = read_tensors(folder / "classifier.safetensors")
+    del tensors["t01.offsets"]
+    write_tensors(folder / "classifier.safetensors", tensors)
+    record = read_own_record(folder)
+    record["files"]["classifier.safetensors"] = file_sha256(folder / "classifier.safetensors")
+    (folder / RECORD).write_bytes(record_bytes(record))
+
+    with pytest.raises(ValueError, match=r"it lacks the tensor t01\.offsets; restore the file"):
+        read_model(folder)
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path, steps: list[ModelState]) -> None:

@@ -1,6 +1,7 @@
 """Chains of model folders without any training: random directions, magnitudes and rows on a tiny backbone."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,20 @@ from pipelines.data.packed import ImageRow, write_images
 from sdlora.adapters import Factors, inject_adapters
 from sdlora.backbones import create_backbone, write_backbone
 from sdlora.classifier import ModelState
+from sdlora.drift import DriftMap, carried
 from sdlora.head import HeadBlock
+from sdlora.heads import HEADS
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
 from sdlora.preprocessing import Preprocessing
+from sdlora.statistics import class_statistics
 from sdlora.tensors import write_tensors
 from tests.support.families import FAMILIES
 
 
-def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True) -> Path:
+def make_chain(
+    root: Path, name: str, *, steps: int = 2, directions: bool = True, head: str = "linear"
+) -> Path:
     """Leave artifacts/model/t00 … and the test images of every step under `root`; returns artifacts/model.
 
     A task has two classes, called as no file could be; ranks differ from task to task and from target to target.
@@ -51,6 +57,16 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             magnitudes={**learned.magnitudes, task: 1 + draw(len(found))} if directions else {},
             head={**learned.head, task: HeadBlock(draw(2, features), draw(2))},
         )
+        if settle := HEADS[head].settle:
+            drawn = class_statistics(10 * draw(40, features), torch.arange(40) % 2, rank=3)
+            statistics = {**earlier.statistics, task: drawn}
+            drift = {
+                **earlier.drift,
+                **({task: DriftMap(draw(features, features), draw(features))} if index > 1 else {}),
+            }
+            now = carried(statistics, drift, tasks=list(statistics))
+            settled = settle(learned.head, now, generator=generator)
+            learned = replace(learned, settled=settled, statistics=statistics, drift=drift)
         (models / task).mkdir()
         record = {
             "step": task,
@@ -64,6 +80,7 @@ def make_chain(root: Path, name: str, *, steps: int = 2, directions: bool = True
             "directions": list(learned.directions),
             "targets": list(found) if directions else [],
             "method": "sdlora" if directions else "frozen",
+            "head": head,
         }
         write_model(models / task, learned, record, before=earlier)
         pack(root / f"artifacts/split/{task}/test/{task}.arrow", seed=index)

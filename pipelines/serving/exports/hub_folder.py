@@ -22,7 +22,7 @@ logits = timm_folder.logits
 def write(folder: Path, subject: Subject) -> None:
     """Leave what the timm export leaves, and README.md."""
     timm_folder.write(folder, subject)
-    text = _card(folder, subject, subject.step(), _evaluations(subject))
+    text = _card(folder, subject, subject.linear_step(), _evaluations(subject))
     write_whole(folder / "README.md", text.encode())
 
 
@@ -42,7 +42,7 @@ def _card(folder: Path, subject: Subject, step: Step, metrics: dict[str, dict[st
     head, *earlier = subject.chain()
     chain = "\n".join(f"| {link.step} | `{link.sha256}` |" for link in (head, *earlier))
     return f"""---
-{_front_matter(record, licence, metrics.get(record["step"]))}
+{_front_matter(record, licence, None if step.fallback else metrics.get(record["step"]))}
 ---
 
 # {len(step.classes)} classes in {len(record["tasks"])} tasks, step {record["step"]}
@@ -65,6 +65,7 @@ probabilities = model(image[None]).softmax(dim=1)  # in the order of classes.jso
 {_accuracy_table(record, metrics)}
 
 Share of right answers on each task's test images (rows) after each step (columns), among all classes up to that step.
+{_stand_in(step)}
 
 ## How it was made
 
@@ -92,6 +93,16 @@ Share of right answers on each task's test images (rows) after each step (column
 
 `ledger.json` holds this list and the record itself.
 """
+
+
+def _stand_in(step: Step) -> str:
+    """Return what has to be said where this folder holds other rows than those that were evaluated."""
+    if not step.fallback:
+        return ""
+    return (
+        f"These are of the head `{step.record['head']}`. This folder can hold a linear head only, and holds "
+        f"`{step.fallback}`, made of\nthe same statistics of the classes. Its own accuracy was not measured.\n"
+    )
 
 
 def _front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str, Any] | None) -> str:

@@ -27,10 +27,10 @@ def write(folder: Path, subject: Subject) -> None:
     """Leave model.onnx, with the carried facts in its metadata too, and the carried files."""
     import onnx
 
-    from sdlora.loading import timm_classifier
+    from sdlora.loading import inference_model
 
     step = subject.step()
-    model = timm_classifier(step)
+    model = inference_model(step)
     proto = _convert(model, subject.preprocessing.input_size)
     facts = {
         "classes": step.classes,

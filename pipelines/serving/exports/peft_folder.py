@@ -26,14 +26,14 @@ def write(folder: Path, subject: Subject) -> None:
     from sdlora.loading import classifier_names, head_rows, summed_directions, timm_classifier
     from sdlora.tensors import write_tensors
 
-    step = subject.step()
+    step = subject.linear_step()
     layers = summed_directions(step)
     if not layers:
         raise InputError(
             f"{subject.model}: this step has no direction that an adapter could hold "
             f"(method {step.record.get('method')}); export it as timm, onnx or hub"
         )
-    heads = classifier_names(timm_classifier(subject.step()))
+    heads = classifier_names(timm_classifier(subject.linear_step()))
     tensors = {}
     for name, factors in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.down
@@ -104,6 +104,16 @@ def usage(out: Path, subject: Subject) -> str:
     return f'peft.PeftModel.from_pretrained(base, "{out}").merge_and_unload(); {out}/README.md makes the base'
 
 
+def _stand_in(step: Step) -> str:
+    """Return what has to be said where the head is not the step's own."""
+    if not step.fallback:
+        return ""
+    return (
+        f"\nThe head is `{step.fallback}`, made of the same statistics of the classes as the step's own, "
+        f"`{step.record['head']}`, which an\nadapter cannot hold. Other answers than those of the step are possible.\n"
+    )
+
+
 def _readme(step: Step, layers: dict[str, Factors]) -> str:
     """Return how the adapter is loaded, and onto what."""
     from sdlora.loading import timm_architecture
@@ -138,7 +148,7 @@ model = PeftModel.from_pretrained(base, ".").merge_and_unload().eval()
 
 `backbone.safetensors` is the file of step t00 (`artifacts/model/t00`), sha256
 `{step.backbone.description["sha256"]}`.
-{own}
+{own}{_stand_in(step)}
 Without `merge_and_unload` the adapter works only where the backbone calls its projections; BEiT and some EVA models
 read their weights.
 """

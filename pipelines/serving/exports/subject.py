@@ -37,9 +37,16 @@ class Subject:
 
     def step(self) -> Step:
         """Return the step anew, because building a model of it changes its backbone."""
+        return self._read(linear=False)
+
+    def linear_step(self) -> Step:
+        """Return the step anew with linear rows: its own, or those of the head that stands in for them."""
+        return self._read(linear=True)
+
+    def _read(self, *, linear: bool) -> Step:
         from sdlora.loading import read_step
 
-        return read_step(self.model, backbone=self.backbone)
+        return read_step(self.model, backbone=self.backbone, linear=linear)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -99,6 +106,7 @@ class Subject:
     def described_ledger(self, step: Step) -> dict[str, Any]:
         """Return which step this is, and what it came from.
 
+        Where another head stands in for the step's own, `classifier` says so.
         `sha256` is the hash of its record, `head` that of its verdict, which signatures name: null where no folder of
         verdicts lies beside that of the models.
         """
@@ -110,7 +118,12 @@ class Subject:
             "head": sha256_of(verdict) if verdict.is_file() else None,
             "earlier": [link._asdict() for link in earlier],
             "record": step.record,
+            **({"classifier": _stand_in(step)} if step.fallback else {}),
         }
+
+
+def _stand_in(step: Step) -> dict[str, Any]:
+    return {"head": step.fallback, "in_place_of": step.record["head"]}
 
 
 def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:
@@ -119,13 +132,17 @@ def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:
         yield pictures[start : start + _BATCH]
 
 
-def reference_logits(subject: Subject, pictures: Sequence[Image]) -> Tensor:
-    """Logits (n, classes) of the model as it is evaluated, on the CPU."""
+def reference_logits(subject: Subject, pictures: Sequence[Image], *, linear: bool = False) -> Tensor:
+    """Logits (n, classes) of the model as it is evaluated, on the CPU.
+
+    Args:
+        linear: whether it is evaluated with the rows that a linear format holds.
+    """
     import torch
 
     from sdlora.classifier import merged_classifier
 
-    step, transform = subject.step(), subject.preprocessing
+    step, transform = subject.linear_step() if linear else subject.step(), subject.preprocessing
     model = merged_classifier(step.backbone.model, step.learned)
     with torch.inference_mode():
         return torch.cat(

@@ -24,7 +24,7 @@ def write(folder: Path, subject: Subject) -> None:
     from sdlora.loading import timm_classifier
     from sdlora.tensors import write_tensors
 
-    step = subject.step()
+    step = subject.linear_step()
     model = timm_classifier(step)
     write_tensors(folder / "model.safetensors", model.state_dict())
     write_json(folder / "config.json", _config(step))

@@ -334,7 +334,7 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             "method: sdlora ", "method: ncm ",
-            'adapter.head: found "aligned", expected ncm or lda with the method ncm',
+            'adapter.head: found "aligned", expected ncm or lda or rgda with the method ncm',
             id="a-head-of-trained-rows-for-a-method-that-trains-none",
         ),
         pytest.param(

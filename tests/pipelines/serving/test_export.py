@@ -165,6 +165,50 @@ def test_an_export_carries_classes_preprocessing_and_the_ledgers_head(
     ]
 
 
+@pytest.fixture(scope="module")
+def quadratic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a step whose head is not linear."""
+    return make_chain(tmp_path_factory.mktemp("quadratic"), "tiny_vit", head="rgda") / "t02"
+
+
+def test_onnx_holds_a_head_that_is_not_linear(quadratic: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    lines = run_export("onnx", tmp_path / "out", quadratic)
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx", providers=["CPUExecutionProvider"])
+    subject = Subject(model=quadratic, backbone=quadratic.parent / "t00")
+    pictures = [picture(seed) for seed in range(5)]
+    batch = torch.stack([subject.preprocessing(one) for one in pictures]).numpy()
+    expected = reference_logits(subject, pictures)
+
+    assert not any(line.startswith("head: ") for line in lines)
+    assert "classifier" not in json.loads((tmp_path / "out/ledger.json").read_bytes())
+    for count in (1, 5):
+        (found,) = session.run(["logits"], {"images": batch[:count]})
+        np.testing.assert_allclose(found, expected[:count].numpy(), rtol=1e-5, atol=1e-4)
+    assert (expected - reference_logits(subject, pictures, linear=True)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("form", ["timm", "hub", "peft"])
+def test_what_can_hold_linear_rows_only_says_which_it_holds_instead(
+    form: str, quadratic: Path, tmp_path: Path
+) -> None:
+    lines = run_export(form, tmp_path / "out", quadratic)
+    (said,) = [line for line in lines if line.startswith("head: ")]
+    ledger = json.loads((tmp_path / "out/ledger.json").read_bytes())
+
+    assert said.startswith(
+        f"head: {form} can hold a linear one only, so lda in place of rgda: another class for "
+    )
+    assert said.endswith(" of 10 images; onnx holds rgda")
+    assert ledger["classifier"] == {"head": "lda", "in_place_of": "rgda"}
+    if form != "timm":
+        card = (tmp_path / "out/README.md").read_text()
+        assert "`lda`, made of" in card
+        assert "`rgda`" in card
+        assert "model-index" not in card
+
+
 LOADED_BY_TIMM = ["glyph_vit", "tiny_deit_distilled", "tiny_siglip"]
 LOADED_BY_PEFT = ["glyph_vit", "tiny_vit"]
 LOAD_WITH_TIMM = """

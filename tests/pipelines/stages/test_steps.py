@@ -58,11 +58,12 @@ def run_evaluation(task: str) -> None:
 
 EVERY = [
     *((method, "linear", "continuous") for method in METHODS if method != "ncm"),
-    *(("sdlora", head, "continuous") for head in ("aligned", "lda", "ncm")),
+    *(("sdlora", head, "continuous") for head in ("aligned", "rgda", "lda", "ncm")),
     *(("sdlora", "aligned", formulation) for formulation in ("reference", "paper")),
     *(("ncm", head, "continuous") for head in ("ncm", "lda")),
     ("finetune", "aligned", "continuous"),
     ("inflora", "lda", "continuous"),
+    ("inflora", "rgda", "continuous"),
 ]
 
 
