@@ -32,7 +32,7 @@ from pipelines.project.layout import (
     StageName,
     read_beside_deps,
 )
-from pipelines.project.params import Params
+from pipelines.project.params import Params, tasks_read
 from pipelines.project.provenance import library_versions
 from pipelines.project.yaml_text import read_text, read_yaml
 from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
@@ -171,8 +171,6 @@ def _run_and_compare(params: Params, place: ArtifactStore, stage: StageName) -> 
 
 def _read_by(params: Params, lock: Lock, stage: StageName) -> set[Path]:
     """Return the outputs and source folders that a stage reads. Not its code, which is installed."""
-    from pipelines.project.method_settings import tasks_read
-
     found: set[Path] = set()
     for path in map(Path, lock.deps[str(stage)]):
         if path.is_relative_to(CODE):

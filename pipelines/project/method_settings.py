@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from pipelines.project.params import Params
 from pipelines.project.settings import Adapter
 from sdlora.formulations import FORMULATIONS
-from sdlora.methods import METHODS, Settings
+from sdlora.methods import Settings
 
 
 def settings_of(adapter: Adapter) -> Settings:
@@ -19,9 +18,3 @@ def settings_of(adapter: Adapter) -> Settings:
         compress=adapter.compress,
         penalty=adapter.penalty,
     )
-
-
-def tasks_read(params: Params, task: str) -> list[str]:
-    """Whose images the fit of a task reads: its own, and those of all before it where the method learns them all."""
-    tasks = list(params.tasks)
-    return tasks[: tasks.index(task) + 1] if METHODS[params.adapter.method].joint else [task]

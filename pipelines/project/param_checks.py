@@ -32,6 +32,8 @@ READ_BY = {
 """Keys of `adapter` that are null by default, and the methods that read them."""
 HEADS_OF = {"ncm": ("ncm", "lda", "rgda"), "joint": ("linear",)}
 """Methods that go with some heads only: one trains no rows that could be kept, one trains all rows together."""
+JOINT_METHODS = {"joint"}
+"""Methods that learn the images of all tasks so far with every task."""
 TASK_KEY = r"t(0[1-9]|[1-9][0-9]{1,5})"
 """What a task may be called."""
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.project.errors import InputError
 from pipelines.project.layout import PARAMS
 from pipelines.project.param_checks import (
+    JOINT_METHODS,
     adapter_faults,
     approval_faults,
     backbone_faults,
@@ -90,6 +91,12 @@ class Params(Section):
         if faults:
             raise _refusal(origin, faults[0], len(faults))
         return params
+
+
+def tasks_read(params: Params, task: str) -> list[str]:
+    """Whose images the fit of a task reads: its own, and those of all before it where the method learns them all."""
+    tasks = list(params.tasks)
+    return tasks[: tasks.index(task) + 1] if params.adapter.method in JOINT_METHODS else [task]
 
 
 def _refusal(origin: str, first: str, count: int) -> InputError:

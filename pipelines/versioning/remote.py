@@ -10,7 +10,7 @@ from pipelines.project.error_text import one_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_whole
 from pipelines.project.layout import TRAINED, UNPUSHED, StageName, read_beside_deps
-from pipelines.project.params import Params
+from pipelines.project.params import Params, tasks_read
 from pipelines.runtime.console import echo
 from pipelines.versioning.dvc_failures import dvc_errors
 from pipelines.versioning.patches import apply_patches
@@ -71,8 +71,6 @@ def _images_read(name: str, params: Params) -> list[str]:
     kind, task = StageName.parse(name)
     if task is None or kind not in ("fit", "freeze"):
         return []
-    from pipelines.project.method_settings import tasks_read
-
     return [(TRAINED / key).as_posix() for key in (tasks_read(params, task) if kind == "fit" else [task])]
 
 

@@ -30,6 +30,7 @@ from pipelines.project.layout import (
     TRAINED,
     StageName,
 )
+from pipelines.project.param_checks import JOINT_METHODS
 from pipelines.project.params import Params
 from pipelines.project.settings import Task
 from pipelines.project.yaml_text import read_lock_file
@@ -82,7 +83,7 @@ def _refuse_joint(params: Params) -> None:
     """Refuse a method that learns all images with every task: it needs them for ever."""
     records = (MODELS / name / "step.json" for name in params.tasks)
     needed = [path for path in records if path.is_file() and read_json(path).get("needs_old_images")]
-    if needed or params.adapter.method == "joint":
+    if needed or params.adapter.method in JOINT_METHODS:
         raise InputError(
             "retire: the method joint learns the images of all tasks with every task; none can go"
         )

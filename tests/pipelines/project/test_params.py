@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from pipelines.project.errors import InputError
 from pipelines.project.names import class_name_fault
-from pipelines.project.param_checks import HEADS_OF, READ_BY, missing_source
+from pipelines.project.param_checks import HEADS_OF, JOINT_METHODS, READ_BY, missing_source
 from pipelines.project.params import Params
 from pipelines.project.settings import Adapter, Section
 from tests.support.repository import REPOSITORY
@@ -593,6 +593,7 @@ def test_the_names_that_can_be_chosen_are_those_of_the_library() -> None:
     assert choices("head") == set(HEADS)
     assert choices("formulation") == set(FORMULATIONS)
     assert choices("targets") == set(TARGETS)
+    assert {name for name, m in METHODS.items() if m.joint} == JOINT_METHODS
     assert set(HEADS_OF) == {name for name, m in METHODS.items() if m.joint or not m.trains_head}
     assert {name for names in READ_BY.values() for name in names} <= set(METHODS)
 
