@@ -16,7 +16,7 @@ from pipelines.project.environment import PLAIN_DVC
 from pipelines.versioning.patches.known import PATCHES, unknown_of, unknown_version
 from tests.support.commands import NO_SERVER
 from tests.support.repository import REPOSITORY
-from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, ran
+from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, NO_LIBRARIES, REPORT, ran
 
 RENAMING = """
 import importlib.abc, importlib.machinery, os, re, sys
@@ -105,7 +105,8 @@ def test_with_a_private_name_of_dvc_gone_all_works_and_one_line_says_so(
         for key in ("t01", "t02"):
             subprocess.run(["./evaluate", key], check=True)
     (tmp_path / "renaming").mkdir()
-    (tmp_path / "renaming/sitecustomize.py").write_text(RENAMING)
+    nothing_preloaded = (NO_LIBRARIES / "sitecustomize.py").read_text()
+    (tmp_path / "renaming/sitecustomize.py").write_text(nothing_preloaded + RENAMING)
     path = os.pathsep.join([str(tmp_path / "renaming"), str(REPOSITORY)])
     settings = {"PREFECT_API_URL": NO_SERVER, "PYTHONPATH": path, "RENAMED": name}
     commands = [sys.executable, "-c", COMMANDS, str(tmp_path), "status", "run", "status"]
@@ -124,7 +125,7 @@ def test_with_a_private_name_of_dvc_gone_all_works_and_one_line_says_so(
 
 @pytest.mark.slow
 def test_plain_dvc_and_the_patches_leave_the_same(project: Path) -> None:
-    settings = {"PYTHONPATH": str(REPOSITORY)}
+    settings = {"PYTHONPATH": os.pathsep.join([str(NO_LIBRARIES), str(REPOSITORY)])}
     assert sdlora("run", **settings)[1] == []
     lock = (project / "dvc.lock").read_bytes()
     assert sdlora("status", **settings, **{PLAIN_DVC: "1"})[0] == sdlora("status", **settings)[0]
