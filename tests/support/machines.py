@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.commands import environment
@@ -19,13 +19,19 @@ def free_port() -> int:
         return port
 
 
-def start_machines(folders: Sequence[Path], *command: str) -> list[subprocess.Popen[str]]:
-    """Start a command of `sdlora` by torchrun in each of these folders, as if each were a machine."""
+def start_machines(
+    folders: Sequence[Path], *command: str, servers: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start a command of `sdlora` by torchrun in each of these folders, as if each were a machine.
+
+    `servers` names fork servers that the processes of torchrun hand the command to. By themselves each loads torch.
+    """
     port = free_port()
     options = [f"--nnodes={len(folders)}", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=fit"]
     options += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "-m", "pipelines"]
     settings = {
         **environment(),
+        **(servers or {}),
         "PYTHONPATH": str(REPOSITORY),
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_CPP_LOG_LEVEL": "FATAL",

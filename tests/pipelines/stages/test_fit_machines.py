@@ -31,11 +31,13 @@ def change(folder: Path, key: str, value: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def learned(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def learned(
+    made: Path, servers: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
     """The project after a fit on two machines of two processes that nothing disturbed, and what each has said."""
     folder = shutil.copytree(made, tmp_path_factory.mktemp("learned") / "project")
     shutil.copy(REPOSITORY / "dvc.yaml", folder)
-    machines = start_machines([folder, folder], *FIT)
+    machines = start_machines([folder, folder], *FIT, servers=servers)
     said = said_by(machines)
     assert [machine.returncode for machine in machines] == [0, 0], said
     return folder, said
@@ -58,7 +60,7 @@ def test_two_machines_of_two_processes_learn_what_one_learns(
 
 
 def test_a_machine_that_dies_ends_the_others_and_the_next_call_goes_on_to_the_same_bytes(
-    project: Path, learned: tuple[Path, list[str]]
+    project: Path, learned: tuple[Path, list[str]], servers: dict[str, str]
 ) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", project)
     change(project, "checkpoint_seconds", "0.01")
@@ -79,18 +81,20 @@ def test_a_machine_that_dies_ends_the_others_and_the_next_call_goes_on_to_the_sa
     assert psutil.wait_procs(families[first], timeout=20)[1] == []
     assert not Path("fit/t01").exists()
 
-    machines = start_machines([project, project], *FIT)
+    machines = start_machines([project, project], *FIT, servers=servers)
     said_again = said_by(machines)
     assert [machine.returncode for machine in machines] == [0, 0], said_again
     assert sum(text.count("fit t01: going on from step") for text in said_again) == 1
     assert contents(project / "fit/t01") == expected
 
 
-def test_a_machine_with_other_inputs_ends_the_fit_with_one_line_before_a_step(project: Path) -> None:
+def test_a_machine_with_other_inputs_ends_the_fit_with_one_line_before_a_step(
+    project: Path, servers: dict[str, str]
+) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", project)
     other = shutil.copytree(project, project.parent / "other")
     change(other, "epochs", "3")
-    machines = start_machines([project, other], *FIT)
+    machines = start_machines([project, other], *FIT, servers=servers)
     said = "".join(said_by(machines))
     assert any(machine.returncode for machine in machines)
     assert said.count("error: ") == 1
