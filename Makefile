@@ -3,7 +3,8 @@ PYTHON ?= python3
 FAULTS ?= 50
 SEED ?= 0
 CHAOS ?=
-WORKERS ?= 2
+# One more than two cores: many tests wait for a server or a worker, and leave a core idle.
+WORKERS ?= 3
 MINUTES ?= 10
 QUICK_FIT := --backbone vit_tiny_patch16_224 --rounds 1
 BIN := .venv/bin
