@@ -1,21 +1,25 @@
-"""The two hashes of files, taken by other threads before they are asked for."""
+"""The two hashes of files, taken by other processes before they are asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
+import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
-from threading import Semaphore
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from pipelines.project.files import sha256_of
+from pipelines.runtime.processes import die_with
 
-_GROUPS_AHEAD, _FILES_AHEAD = 100, 100_000
-"""How far to go ahead. What is beyond is hashed when it is asked for."""
+_GROUPS_AHEAD, _FILES_AHEAD = 16, 50_000
+"""How many groups to go ahead, and for how many files at each path. What is beyond is hashed when it is asked for."""
 _CHUNK = 2**20
 """Bytes that are read at once."""
 
@@ -29,7 +33,7 @@ class FileHashes:
     """The MD5 and SHA-256 of files, which are those of the time when they were taken.
 
     Within its context they are taken ahead, both from one reading, group after group. What was not is hashed when it is
-    asked for.
+    asked for. Processes take them, because threads would wait for the interpreter at each of many small files.
     """
 
     def __init__(self, groups: Iterable[Iterable[Path]] = ()) -> None:
@@ -37,10 +41,14 @@ class FileHashes:
         self._groups = iter(groups)
         self._coming: deque[list[Future[dict[str, _Hashes]]]] = deque()
         self._known: dict[str, _Hashes] = {}
-        self._room = Semaphore(_FILES_AHEAD)
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._pool = ProcessPoolExecutor(
+            len(os.sched_getaffinity(0)),
+            mp_context=multiprocessing.get_context("spawn"),  # a fork would share the threads' locks
+            initializer=_begin,
+            initargs=(os.getpid(),),
+        )
         for _ in range(_GROUPS_AHEAD):
             self._submit()
         return self
@@ -51,29 +59,19 @@ class FileHashes:
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self) -> None:
-        group = next(self._groups, None)
-        if group is not None:
-            self._coming.append([self._pool.submit(self._take, os.fspath(place)) for place in group])
+        group = next(self._groups, ())
+        taken: list[Future[dict[str, _Hashes]]] = []
+        with contextlib.suppress(BrokenExecutor):
+            taken += (self._pool.submit(_take, os.fspath(place)) for place in group)
+        self._coming.append(taken)
 
     def advance(self) -> None:
         """Hold the hashes of the next group, and forget those of the one before."""
-        self._room.release(len(self._known) or 1)
         self._known = {}
         for taken in self._coming.popleft():
-            self._known |= taken.result()
+            with contextlib.suppress(BrokenExecutor):  # its process was killed
+                self._known |= taken.result()
         self._submit()
-
-    def _take(self, place: str) -> dict[str, _Hashes]:
-        """Return the hashes of files at a path, as many as there is room for. Whoever asks for others learns why."""
-        found = {}
-        for path in _files_at(place):
-            if not self._room.acquire(blocking=False):
-                break
-            try:
-                found[path] = _both(path)
-            except OSError:
-                self._room.release()
-        return found
 
     def md5(self, path: Path) -> str:
         """Return the MD5 of a file's bytes, which is what DVC names files by."""
@@ -84,6 +82,21 @@ class FileHashes:
         """Return the SHA-256 of a file's bytes, in hexadecimal."""
         known = self._known.get(os.fspath(path))
         return known.sha256 if known else sha256_of(path)
+
+
+def _begin(parent: int) -> None:
+    """Leave an interrupt to the process that asked, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
+
+
+def _take(place: str) -> dict[str, _Hashes]:
+    """Return the hashes of the files at a path, as many as there is room for. Whoever asks for others learns why."""
+    found = {}
+    for path in itertools.islice(_files_at(place), _FILES_AHEAD):
+        with contextlib.suppress(OSError):
+            found[path] = _both(path)
+    return found
 
 
 def md5_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Hashes that are taken ahead are those of the files, and what was not taken is hashed when it is asked for."""
 
 import hashlib
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -51,3 +52,14 @@ def test_a_pipe_among_the_files_is_not_waited_for(files: Path) -> None:
     with FileHashes([[files / "t01", files / "t01/pipe"]]) as hashes:
         hashes.advance()
         assert hashes.md5(files / "t01/a") == expected(files / "t01/a")[0]
+
+
+def test_hashes_are_right_where_the_processes_that_take_them_are_killed(files: Path) -> None:
+    groups = [[files / "t01"], [files / "t02", files / "alone"]]
+    with FileHashes(groups) as hashes:
+        for process in multiprocessing.active_children():
+            process.kill()
+        for _ in groups:
+            hashes.advance()
+            for name in NAMES:
+                assert (hashes.md5(files / name), hashes.sha256(files / name)) == expected(files / name)
