@@ -190,6 +190,43 @@ def test_a_test_picture_that_was_swapped_is_found_whatever_stands_beside_it(
         check_split(place, "t02", record, SeenPictures())
 
 
+def test_the_class_map_of_a_split_is_that_of_the_ledger_however_it_is_written(project: Path) -> None:
+    from pipelines.audits.verify import SeenPictures, check_bytes, check_split
+    from pipelines.data.split_chain import own_files
+    from pipelines.versioning.artifacts import ArtifactStore, read_lock
+
+    (project / "scratch").mkdir()
+    place = ArtifactStore(read_lock(Params.load()), project / "scratch")
+    split = project / "artifacts/split/t02"
+    record = read_record(project / "artifacts/model/t02")
+    check_bytes(place, "artifacts/split/t01")
+    named = json.loads((split / "classes.json").read_text())
+    for file in (split / "classes.json", split / "split.json"):
+        file.chmod(0o644)
+
+    def check_map(written: str) -> None:
+        (split / "classes.json").write_text(written)
+        described = json.loads((split / "split.json").read_text())
+        (split / "split.json").write_text(json.dumps({**described, "files": own_files(split)}))
+        seen = SeenPictures()
+        check_split(place, "t01", read_record(project / "artifacts/model/t01"), seen)
+        check_split(place, "t02", record, seen)
+
+    check_map(json.dumps(named))
+    named["classes"][0]["name"] = "renamed"
+    with pytest.raises(FaultError, match=r"t02/classes\.json: not the classes of the ledger"):
+        check_map(json.dumps(named, sort_keys=True, indent=2) + "\n")
+
+
+def test_the_hash_of_a_class_map_follows_from_the_records_in_order(project: Path) -> None:
+    from pipelines.audits.verify import _ClassMaps
+
+    maps = _ClassMaps()
+    for step in ("t01", "t02"):
+        record = read_record(project / "artifacts/model" / step)
+        assert maps.sha256(record) == file_sha256(project / "artifacts/split" / step / "classes.json")
+
+
 def test_a_picture_that_an_earlier_task_was_trained_on_is_found_in_a_later_test(project: Path) -> None:
     from pipelines.audits.verify import SeenPictures, check_bytes, check_split
     from pipelines.data.packed import SampleRow, read_images, samples_digest, write_samples
