@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from sdlora.calibration import calibration_of, fitted_temperature, left_out_logits, tempered
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
+from sdlora.head import Rows
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
 from sdlora.retention import estimated_retention
-from sdlora.statistics import class_statistics
+from sdlora.statistics import ClassStatistics, class_statistics
 
 _Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
@@ -130,6 +133,8 @@ def settled(
     generator: torch.Generator,
     drawn: torch.Generator,
     lost: float,
+    left_out: torch.Generator | None = None,
+    temperature: float = 1.0,
 ) -> FrozenStep:
     """Return the step with all rows of the head settled, as `recompute_head` does.
 
@@ -140,7 +145,12 @@ def settled(
     Args:
         drawn: what the estimate is drawn from.
         lost: `drift_loss` of the step before.
+        left_out: what images are left out by, for one temperature, by which all rows are divided. It is among the
+            facts, with the calibration error of these images before and after. None for none.
+        temperature: what the rows of the step before were divided by.
     """
+    if temperature != 1:
+        before = replace(before, settled=tempered(before.settled, 1 / temperature))
     known: dict[int, Tensor] = {}
 
     def once(learned: ModelState) -> Tensor:
@@ -158,6 +168,10 @@ def settled(
         covariance_rank=covariance_rank,
         generator=generator,
     )
+    if left_out is not None:
+        settle = _settler(before, step.learned, head, generator)
+        rows, facts = _calibrated(learned, once(step.learned), labels, task, settle, left_out)
+        learned, step = replace(learned, settled=rows), replace(step, facts={**step.facts, **facts})
     if task not in learned.drift:
         return replace(step, learned=learned, facts={**step.facts, **({"drift_loss": lost} if lost else {})})
     found = estimated_retention(
@@ -171,3 +185,38 @@ def settled(
     }
     facts = {**step.facts, **{name: round(value, 4) for name, value in estimate.items()}}
     return replace(step, learned=learned, facts=facts)
+
+
+def _settler(
+    before: ModelState, learned: ModelState, head: Head, generator: torch.Generator
+) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]]:
+    """Return what makes rows of statistics as they are made of those of all images."""
+    assert head.settle is not None
+    return partial(head.settle, {**learned.head, **before.settled}, generator=generator)
+
+
+def _calibrated(
+    learned: ModelState,
+    features: Tensor,
+    labels: Tensor,
+    task: str,
+    settle: Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]],
+    generator: torch.Generator,
+) -> tuple[Mapping[str, Rows], dict[str, float | int | str]]:
+    """Return the settled rows divided by one temperature, and what is known of it.
+
+    Nothing is divided, and known, where no image can be left out or there is one class only.
+    """
+    now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
+    logits, truths = left_out_logits(
+        features, labels, task=task, statistics=now, settle=settle, generator=generator
+    )
+    if not len(logits) or logits.shape[1] < 2:
+        return learned.settled, {}
+    temperature = round(fitted_temperature(logits, truths), 4)
+    facts: dict[str, float | int | str] = {
+        "temperature": temperature,
+        "calibration_error_before": round(calibration_of(logits, truths), 4),
+        "calibration_error_after": round(calibration_of(logits / temperature, truths), 4),
+    }
+    return tempered(learned.settled, temperature), facts

@@ -92,6 +92,8 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
     if adapter.head not in heads:
         expected = " or ".join(heads)
         yield f"adapter.head: found {show_value(adapter.head)}, expected {expected} with the method {adapter.method}"
+    if adapter.temperature and adapter.head == "linear":
+        yield ('adapter.temperature: found "auto", but the head linear is kept as it was trained; write null')
     for key, methods in READ_BY.items():
         value = getattr(adapter, key)
         if value is not None and adapter.method not in methods:

@@ -50,7 +50,7 @@ _ModelName = Annotated[str, _checked(model_fault)]
 _ProjectName = Annotated[str, _checked(project_fault)]
 _Ref = Annotated[str, _checked(branch_fault)]
 _ClassName = Annotated[str, _checked(class_name_fault, "; rename the class and its folder")]
-AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank"}
+AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank", "temperature"}
 """Keys of `adapter` that no fit reads."""
 
 
@@ -231,12 +231,20 @@ class Adapter(Section):
     penalty: Annotated[float, Field(ge=0)] | None
     """weight of what olora, nlora and clora add to the loss; null is the method's own"""
     covariance_rank: Count
-    """principal directions of every class that aligned and lda remember"""
+    """principal directions of every class that aligned, rgda and lda remember"""
+    temperature: Literal["auto"] | None = None
+    """whether one number divides all logits of a step, so that confidences are right more often; null is none"""
 
     @property
     def of_the_fit(self) -> dict[str, Any]:
         """What a fit reads. The rest is read when the step is frozen."""
         return self.model_dump(mode="json", exclude=AT_FREEZING)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a step's record says. A key that came later is left out where it is null."""
+        later = {"temperature"} if self.temperature is None else set()
+        return self.model_dump(mode="json", exclude=later)
 
     @property
     def own_choices(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def freeze(
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])
     features = _TrainingFeatures(task, train=train, images=images, backbone=backbone)
-    step = _frozen(learned, result, adapter, features, seed, lost=_lost(record))
+    step = _frozen(learned, result, adapter, features, seed, earlier=record.get("freezing", {}))
     with whole_folder(out) as folder:
         written = write_model(
             folder,
@@ -130,9 +130,13 @@ def _frozen(
     features: "_TrainingFeatures",
     seed: int,
     *,
-    lost: float,
+    earlier: Mapping[str, Any],
 ) -> "FrozenStep":
-    """Return the step as the method freezes it, with the head that `params.yaml` chooses."""
+    """Return the step as the method freezes it, with the head that `params.yaml` chooses.
+
+    Args:
+        earlier: what happened when the step before was frozen, by its record.
+    """
     from pipelines.project.method_settings import settings_of
     from sdlora import freezing
     from sdlora.heads import HEADS
@@ -155,7 +159,9 @@ def _frozen(
         covariance_rank=adapter.covariance_rank,
         generator=generator_for(seed, "settle", result.task),
         drawn=generator_for(seed, "retention", result.task),
-        lost=lost,
+        lost=float(earlier.get("drift_loss", 0.0)),
+        left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
+        temperature=float(earlier.get("temperature", 1.0)),
     )
 
 
@@ -195,7 +201,7 @@ def _made_with(adapter: Adapter, described: Mapping[str, Any], *, deterministic:
         "versions": library_versions(),
         "determinism": "deterministic algorithms" if deterministic else "none required",
         "parameters": {
-            "adapter": adapter.model_dump(mode="json"),
+            "adapter": adapter.recorded,
             **{key: described[key] for key in ("training", "seed")},
         },
     }

@@ -50,17 +50,15 @@ def test_the_shipped_params_are_valid() -> None:
 
 def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> None:
     text = SHIPPED.read_text()
-    older = re.sub(
-        r"^  (head_rate|magnitude_rate|head_start|feature_distillation):.*\n", "", text, flags=re.MULTILINE
-    )
-    assert older.count("\n") == text.count("\n") - 4
+    of_the_fit = {"head_rate", "magnitude_rate", "head_start", "feature_distillation"}
+    pattern = rf"^  ({'|'.join(of_the_fit)}|temperature):.*\n"
+    older = re.sub(pattern, "", text, flags=re.MULTILINE)
+    assert older.count("\n") == text.count("\n") - 5
 
     then, now = Params.parse(older, origin="params.yaml"), Params.load(SHIPPED)
     assert then == now
-    assert (
-        not {"head_rate", "magnitude_rate", "head_start", "feature_distillation"}
-        & now.training.of_the_fit.keys()
-    )
+    assert not of_the_fit & now.training.of_the_fit.keys()
+    assert "temperature" not in {**now.adapter.of_the_fit, **now.adapter.recorded}
 
 
 def test_params_cannot_be_changed() -> None:

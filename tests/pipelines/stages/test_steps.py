@@ -86,6 +86,35 @@ def test_every_method_and_head_goes_through_the_stages(
     assert (record["remembered"]["memory"] > 0) == (method == "inflora")
 
 
+@pytest.mark.parametrize("head", ["aligned", "rgda", "lda", "ncm"])
+def test_a_temperature_is_recorded_and_changes_confidences_alone(project: Path, head: str) -> None:
+    for temperature in ("null", "auto"):
+        Path("params.yaml").write_text(settings(head=head, temperature=temperature))
+        for task, before in (("t01", "t00"), ("t02", "t01")):
+            run_step(task, before)
+            run_evaluation(task)
+        shutil.copytree("model", f"{temperature}/model")
+        shutil.copytree("evaluation", f"{temperature}/evaluation")
+    plain, divided = (read_json(Path(f"{name}/model/t02/step.json")) for name in ("null", "auto"))
+    found = divided["freezing"]
+    rows, smaller = (
+        safetensors.torch.load_file(f"{name}/model/t02/classifier.safetensors") for name in ("null", "auto")
+    )
+
+    assert "temperature" not in {**plain["freezing"], **plain["parameters"]["adapter"]}
+    assert divided["parameters"]["adapter"]["temperature"] == "auto"
+    assert found["calibration_error_after"] <= 1
+    assert found["calibration_error_before"] <= 1
+    torch.testing.assert_close(
+        smaller["t01.weight"] * found["temperature"], rows["t01.weight"], rtol=1e-3, atol=1e-4
+    )
+    named, again = (
+        read_images(Path(f"{name}/evaluation/t02/predictions.arrow"))["prediction"].to_pylist()
+        for name in ("null", "auto")
+    )
+    assert named == again
+
+
 def test_two_freezings_of_one_fit_leave_the_same_bytes(project: Path) -> None:
     for task, before in (("t01", "t00"), ("t02", "t01")):
         run_step(task, before)

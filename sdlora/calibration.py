@@ -1,0 +1,106 @@
+"""One temperature for the logits of a step, from images of its task that are left out in turn."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdlora.comparison import calibration_error
+from sdlora.head import HeadBlock, QuadraticBlock, Rows, block_logits
+from sdlora.statistics import ClassStatistics, class_statistics
+
+_PARTS = 5
+"""Each image is left out once, with a part of so many of its class."""
+_IMAGES, _LOGITS = 2**12, 2**26
+"""Images that are looked at, at most, and logits of them."""
+_HALVINGS = 60
+_WIDEST = 20.0
+"""Of the search: the logarithm of a temperature is within this."""
+
+_Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]]
+"""Rows of all classes from their statistics."""
+
+
+def left_out_logits(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    task: str,
+    statistics: Mapping[str, ClassStatistics],
+    settle: _Settle,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return logits (m, all classes) of images of a task under rows made without them, and their labels (m,) among all.
+
+    Of each class a fifth at a time is left out. An image that is alone in its class never is.
+
+    Args:
+        features: (n, d) of the task's images.
+        labels: (n,), 0 … classes − 1 within the task.
+        task: the last one of `statistics`.
+        statistics: of every class so far, in the features of this step.
+    """
+    rank = statistics[task].factors.shape[2]
+    first = sum(len(each.images) for name, each in statistics.items() if name != task)
+    classes = first + len(statistics[task].images)
+    part = _parts(labels, generator=generator)
+    out = torch.nonzero(part >= 0).flatten()
+    most = max(1, min(_IMAGES, _LOGITS // classes))
+    looked = torch.zeros(len(labels), dtype=torch.bool)
+    looked[out[torch.randperm(len(out), generator=generator)[:most]]] = True
+    logits, truths = [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.long)]
+    for which in range(_PARTS):
+        mine = looked & (part == which)
+        if mine.any():
+            rest = class_statistics(features[part != which], labels[part != which], rank=rank)
+            rows = settle({**statistics, task: rest})
+            logits.append(block_logits(rows.values(), features[mine].float()))
+            truths.append(labels[mine] + first)
+    return torch.cat(logits), torch.cat(truths)
+
+
+def _parts(labels: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Return which part each image is left out with (n,), −1 for one that is alone in its class."""
+    part = torch.full((len(labels),), -1)
+    for label in labels.unique():
+        own = torch.nonzero(labels == label).flatten()
+        if len(own) > 1:
+            part[own[torch.randperm(len(own), generator=generator)]] = torch.arange(len(own)) % _PARTS
+    return part
+
+
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the T whose softmax of logits / T has the least cross-entropy (Guo et al., ICML 2017).
+
+    One image more counts, of which every class is equally likely: where all are right, the least would be at T = 0.
+    """
+    found = logits.double()
+    aim = found.gather(1, labels[:, None]).sum() + found.mean()
+    low, high = -_WIDEST, _WIDEST
+    for _ in range(_HALVINGS):  # the slope by 1 / T rises with it
+        middle = (low + high) / 2
+        expected = ((found * float(np.exp(middle))).softmax(dim=1) * found).sum(dim=1)
+        if expected.sum() + expected.mean() > aim:
+            high = middle
+        else:
+            low = middle
+    return float(np.exp(-(low + high) / 2))
+
+
+def tempered(rows: Mapping[str, Rows], temperature: float) -> dict[str, Rows]:
+    """Return rows whose logits are those of `rows` divided by a temperature."""
+    found: dict[str, Rows] = {}
+    for task, block in rows.items():
+        linear = HeadBlock(block.weight / temperature, block.bias / temperature)
+        found[task] = linear
+        if isinstance(block, QuadraticBlock):
+            root = temperature**0.5
+            found[task] = QuadraticBlock(*linear, block.products / root, block.offsets / root)
+    return found
+
+
+def calibration_of(logits: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error of logits (n, classes), a share of 1 (15 ranges of confidence)."""
+    confidence, named = logits.double().softmax(dim=1).max(dim=1)
+    return float(calibration_error(confidence.numpy(), (named == labels).numpy()))
