@@ -61,6 +61,19 @@ def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> No
     assert "temperature" not in {**now.adapter.of_the_fit, **now.adapter.recorded}
 
 
+def test_rows_that_are_kept_as_they_were_trained_have_no_temperature() -> None:
+    text = (
+        SHIPPED.read_text()
+        .replace("head: aligned", "head: linear")
+        .replace("  temperature:", "  temperature: auto")
+    )
+
+    with pytest.raises(
+        InputError, match=r"adapter\.temperature: found \"auto\", but the head linear is kept"
+    ):
+        Params.parse(text, origin="params.yaml")
+
+
 def test_params_cannot_be_changed() -> None:
     params = Params.load(SHIPPED)
 
