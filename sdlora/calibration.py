@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdlora.comparison import calibration_error
-from sdlora.head import HeadBlock, QuadraticBlock, Rows, block_logits
+from sdlora.head import HeadBlock, HeadRows, QuadraticBlock, block_logits
 from sdlora.statistics import ClassStatistics, class_statistics
 
 _PARTS = 5
@@ -18,7 +18,7 @@ _HALVINGS = 60
 _WIDEST = 20.0
 """Of the search: the logarithm of a temperature is within this."""
 
-_Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]]
+_Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]
 """Rows of all classes from their statistics."""
 
 
@@ -88,9 +88,9 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(np.exp(-(low + high) / 2))
 
 
-def tempered(rows: Mapping[str, Rows], temperature: float) -> dict[str, Rows]:
+def tempered(rows: Mapping[str, HeadRows], temperature: float) -> dict[str, HeadRows]:
     """Return rows whose logits are those of `rows` divided by a temperature."""
-    found: dict[str, Rows] = {}
+    found: dict[str, HeadRows] = {}
     for task, block in rows.items():
         linear = HeadBlock(block.weight / temperature, block.bias / temperature)
         found[task] = linear

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters, target_of
 from sdlora.drift import DriftMap
-from sdlora.head import GrowingHead, HeadBlock, Rows
+from sdlora.head import GrowingHead, HeadBlock, HeadRows
 from sdlora.statistics import ClassStatistics
 
 
@@ -25,7 +25,7 @@ class ModelState:
     """Task id → (targets,), in the order of the target names."""
     head: Mapping[str, HeadBlock] = field(default_factory=dict)
     """Task id → the rows of its classes, as they were trained; frozen."""
-    settled: Mapping[str, Rows] = field(default_factory=dict)
+    settled: Mapping[str, HeadRows] = field(default_factory=dict)
     """Task id → the rows that are used in their place, anew at every step; empty where the trained ones are."""
     statistics: Mapping[str, ClassStatistics] = field(default_factory=dict)
     """Task id → what was taken of its classes at its own step; empty where the head needs none."""
@@ -35,7 +35,7 @@ class ModelState:
     """What the method keeps for its next step; empty for most."""
 
     @property
-    def rows(self) -> Mapping[str, Rows]:
+    def rows(self) -> Mapping[str, HeadRows]:
         """Task id → the rows that classify."""
         return self.settled or self.head
 

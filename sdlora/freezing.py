@@ -10,7 +10,7 @@ from torch import Tensor
 from sdlora.calibration import calibration_of, fitted_temperature, left_out_logits, tempered
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
-from sdlora.head import Rows
+from sdlora.head import HeadRows
 from sdlora.heads import Head
 from sdlora.methods import FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
@@ -170,12 +170,36 @@ def settled(
     )
     if left_out is not None:
         settle = _settler(before, step.learned, head, generator)
-        rows, facts = _calibrated(learned, once(step.learned), labels, task, settle, left_out)
-        learned, step = replace(learned, settled=rows), replace(step, facts={**step.facts, **facts})
+        rows, found = _calibrated(learned, once(step.learned), labels, task, settle, left_out)
+        learned, step = replace(learned, settled=rows), replace(step, facts={**step.facts, **found})
+    facts = _estimate(
+        before, learned, step.learned, task=task, features=once, labels=labels, drawn=drawn, lost=lost
+    )
+    return replace(step, learned=learned, facts={**step.facts, **facts})
+
+
+def _estimate(
+    before: ModelState,
+    learned: ModelState,
+    frozen: ModelState,
+    *,
+    task: str,
+    features: _Features,
+    labels: Tensor,
+    drawn: torch.Generator,
+    lost: float,
+) -> dict[str, float]:
+    """Return what the step's drift does to the earlier classes."""
     if task not in learned.drift:
-        return replace(step, learned=learned, facts={**step.facts, **({"drift_loss": lost} if lost else {})})
+        return {"drift_loss": lost} if lost else {}
     found = estimated_retention(
-        before, learned, task=task, old=once(before), new=once(step.learned), labels=labels, generator=drawn
+        before,
+        learned,
+        task=task,
+        old=features(before),
+        new=features(frozen),
+        labels=labels,
+        generator=drawn,
     )
     estimate = {
         "old_accuracy_before": found.before,
@@ -183,13 +207,12 @@ def settled(
         "drift_residual": found.residual,
         "drift_loss": 1 - (1 - lost) * found.kept,
     }
-    facts = {**step.facts, **{name: round(value, 4) for name, value in estimate.items()}}
-    return replace(step, learned=learned, facts=facts)
+    return {name: round(value, 4) for name, value in estimate.items()}
 
 
 def _settler(
     before: ModelState, learned: ModelState, head: Head, generator: torch.Generator
-) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]]:
+) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]:
     """Return what makes rows of statistics as they are made of those of all images."""
     assert head.settle is not None
     return partial(head.settle, {**learned.head, **before.settled}, generator=generator)
@@ -200,9 +223,9 @@ def _calibrated(
     features: Tensor,
     labels: Tensor,
     task: str,
-    settle: Callable[[Mapping[str, ClassStatistics]], Mapping[str, Rows]],
+    settle: Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]],
     generator: torch.Generator,
-) -> tuple[Mapping[str, Rows], dict[str, float | int | str]]:
+) -> tuple[Mapping[str, HeadRows], dict[str, float | int | str]]:
     """Return the settled rows divided by one temperature, and what is known of it.
 
     Nothing is divided, and known, where no image can be left out or there is one class only.

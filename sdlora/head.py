@@ -30,7 +30,7 @@ class QuadraticBlock(NamedTuple):
     """(classes, k)."""
 
 
-Rows = HeadBlock | QuadraticBlock
+HeadRows = HeadBlock | QuadraticBlock
 
 
 def initial_block(
@@ -45,7 +45,7 @@ def initial_block(
     return HeadBlock(weight=weight, bias=torch.zeros(classes))
 
 
-def block_logits(blocks: Iterable[Rows], features: Tensor) -> Tensor:
+def block_logits(blocks: Iterable[HeadRows], features: Tensor) -> Tensor:
     """Logits (…, all classes of the blocks) of features (…, d), in the type of the features."""
     held = list(blocks)
     weight = torch.cat([block.weight for block in held]).to(features.dtype)
@@ -80,7 +80,7 @@ class GrowingHead(nn.Module):
         self.squares = nn.ModuleDict()
         """Place of a block → what it adds to its linear part; most have none."""
 
-    def grow(self, block: Rows) -> None:
+    def grow(self, block: HeadRows) -> None:
         """Append a `block`. Nothing is trained until `train_newest` says so."""
         if isinstance(block, QuadraticBlock):
             self.squares[str(len(self.weights))] = _Squares(block)

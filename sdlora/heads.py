@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sdlora.head import HeadBlock, QuadraticBlock, Rows
+from sdlora.head import HeadBlock, HeadRows, QuadraticBlock
 from sdlora.statistics import ClassStatistics
 
 _SAMPLES, _EPOCHS, _BATCH = 256, 10, 256
@@ -42,11 +42,11 @@ class _Settle(Protocol):
 
     def __call__(
         self,
-        head: Mapping[str, Rows],
+        head: Mapping[str, HeadRows],
         statistics: Mapping[str, ClassStatistics],
         *,
         generator: torch.Generator,
-    ) -> Mapping[str, Rows]: ...
+    ) -> Mapping[str, HeadRows]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Head:
 
 
 def class_means(
-    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, HeadRows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Return rows of the nearest class mean: logits −‖f − μ_c‖² / 2σ², σ² the mean variance.
 
@@ -78,7 +78,7 @@ def class_means(
 
 
 def discriminant(
-    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, HeadRows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Linear discriminant analysis: Bayes' rule for Gaussian classes that share their covariance C.
 
@@ -111,7 +111,7 @@ def _pooled_covariance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
 
 
 def regularised_discriminant(
-    head: Mapping[str, Rows],
+    head: Mapping[str, HeadRows],
     statistics: Mapping[str, ClassStatistics],
     *,
     generator: torch.Generator,
@@ -198,7 +198,7 @@ def _distances(statistics: ClassStatistics, pooled: Tensor) -> Tensor:
 
 
 def aligned(
-    head: Mapping[str, Rows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
+    head: Mapping[str, HeadRows], statistics: Mapping[str, ClassStatistics], *, generator: torch.Generator
 ) -> dict[str, HeadBlock]:
     """Train all rows on from where they are, on samples of every class's Gaussian (Zhang et al., ICCV 2023, SLCA).
 
@@ -258,7 +258,7 @@ def _variances(statistics: ClassStatistics) -> Tensor:
     return statistics.spread.double() + torch.cat(squares) / size
 
 
-def _block(weight: Tensor, bias: Tensor, *, like: Rows) -> HeadBlock:
+def _block(weight: Tensor, bias: Tensor, *, like: HeadRows) -> HeadBlock:
     return HeadBlock(weight=weight.to(like.weight.dtype), bias=bias.to(like.bias.dtype))
 
 

@@ -10,7 +10,7 @@ import torch
 from sdlora.adapters import Factors
 from sdlora.classifier import ModelState
 from sdlora.drift import DRIFT_SHAPES, DriftMap
-from sdlora.head import HeadBlock, QuadraticBlock, Rows
+from sdlora.head import HeadBlock, HeadRows, QuadraticBlock
 from sdlora.ledger import OWN_FILES, RECORD, Beside, file_sha256, read_record, record_bytes, require_files
 from sdlora.statistics import ClassStatistics, statistics_shapes
 from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
@@ -61,7 +61,7 @@ def _named_factors(direction: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     }
 
 
-def _named_rows(blocks: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
+def _named_rows(blocks: Mapping[str, HeadRows]) -> dict[str, torch.Tensor]:
     return {
         f"{task}.{name}": part for task, block in blocks.items() for name, part in block._asdict().items()
     }
@@ -134,7 +134,7 @@ def read_model(
 
 def _rows_in_use(
     record: Mapping[str, Any], classes: Mapping[str, int], read: Callable[..., dict[str, torch.Tensor]]
-) -> dict[str, Rows]:
+) -> dict[str, HeadRows]:
     """Return the rows that are used in place of the trained ones, by task. Nothing where the trained ones are."""
     tasks, files = record["tasks"], record["files"]
     if _CLASSIFIER in files:
@@ -143,7 +143,7 @@ def _rows_in_use(
             for kind in (HeadBlock, QuadraticBlock)
         )
         rows = read(_CLASSIFIER, linear, quadratic)
-        kind: type[Rows] = HeadBlock if rows.keys() == linear.keys() else QuadraticBlock
+        kind: type[HeadRows] = HeadBlock if rows.keys() == linear.keys() else QuadraticBlock
         return {task: kind(*(rows[f"{task}.{name}"] for name in kind._fields)) for task in tasks}
     if any(name.startswith("settled/") for name in files):  # a record of format 1
         return {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
-from sdlora.head import Rows, block_logits
+from sdlora.head import HeadRows, block_logits
 
 _IMAGES = 2**13
 """Images of the task that are looked at; more change no digit that is shown."""
@@ -123,7 +123,7 @@ def _factor(deviations: Tensor) -> Tensor:
 def _accuracy(
     means: Tensor,
     scatter: Tensor,
-    rows: Mapping[str, Rows],
+    rows: Mapping[str, HeadRows],
     *,
     errors: tuple[Tensor, Tensor] | None,
     generator: torch.Generator,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdlora.calibration import fitted_temperature, left_out_logits, tempered
-from sdlora.head import HeadBlock, Rows, block_logits
+from sdlora.head import HeadBlock, HeadRows, block_logits
 from sdlora.heads import HEADS
 from sdlora.statistics import ClassStatistics, class_statistics
 
@@ -47,7 +47,7 @@ def test_left_out_images_of_a_task_make_new_images_of_all_tasks_less_surprising(
     features, labels = images(1, 8, each=25)
     statistics, rows = of_two_tasks(features, labels), {"t01": blank(4), "t02": blank(4)}
 
-    def made(of: Mapping[str, ClassStatistics]) -> Mapping[str, Rows]:
+    def made(of: Mapping[str, ClassStatistics]) -> Mapping[str, HeadRows]:
         return settle(rows, of, generator=generator())
 
     logits, truths = left_out_logits(

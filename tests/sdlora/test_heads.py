@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdlora.classifier import ModelState
 from sdlora.freezing import freeze, recompute_head
-from sdlora.head import GrowingHead, HeadBlock, Rows, block_logits
+from sdlora.head import GrowingHead, HeadBlock, HeadRows, block_logits
 from sdlora.heads import (
     HEADS,
     aligned,
@@ -39,7 +39,7 @@ def zero_rows(classes: int) -> HeadBlock:
     return HeadBlock(weight=torch.zeros(classes, SIZE), bias=torch.zeros(classes))
 
 
-def logits(blocks: Mapping[str, Rows], features: Tensor) -> Tensor:
+def logits(blocks: Mapping[str, HeadRows], features: Tensor) -> Tensor:
     return block_logits(blocks.values(), features)
 
 
@@ -226,7 +226,7 @@ def test_classes_of_different_scatter_have_more_of_their_own_the_more_images_the
 
 def test_a_growing_head_computes_quadratic_blocks_beside_linear_ones() -> None:
     statistics = two_tasks()
-    blocks: dict[str, Rows] = {
+    blocks: dict[str, HeadRows] = {
         **regularised_discriminant(
             {"t01": zero_rows(3), "t02": zero_rows(4)}, statistics, generator=generator()
         ),
