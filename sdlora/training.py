@@ -150,8 +150,7 @@ class Fit:
             spell_out_attention(backbone)
         self._labels, self._grown = _labels_of(tasks).to(device), list(tasks)
         self._teacher = self._model_before(backbone)
-        model = _adapted(backbone, before, method, targets)
-        self.model = model.to(device)
+        self.model = model = _adapted(backbone, before, method, targets).to(device)
         self._dtype = next(model.backbone.parameters()).dtype
         self._begin(tasks)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -159,16 +158,13 @@ class Fit:
         self._optimizer = _make_optimizer(self._trained, schedule) if self._trained else None
         self._steps_per_epoch = math.ceil(len(self._images) / schedule.batch_size)
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._order = torch.empty(0, dtype=torch.long)
+        self.step, self._order = 0, torch.empty(0, dtype=torch.long)
         self._whole_share = len(group.share(torch.arange(min(schedule.batch_size, len(self._images)))))
         self.micro_batch = schedule.batch_size
         """Images that go through the model at once; fewer than `schedule.batch_size` once memory has run out."""
-        self.step = 0
         self._compiled = torch.compile(model.features, dynamic=False) if schedule.compile else None
         self._constant = self._constant_features()
-        self._goals: Tensor | None = None
-        if self._teacher is not None and not self._augments:
-            self._goals, self._teacher = self._all_features(self._teacher), None
+        self._goals = self._features_before()
         self._start_rows(tasks)
         self.curve: list[EpochRecord] = []
 
@@ -178,6 +174,13 @@ class Fit:
         if not self.schedule.feature_distillation or not kept:
             return None
         return merged_classifier(copy.deepcopy(backbone), self._before).to(self._device)
+
+    def _features_before(self) -> Tensor | None:
+        """Return the features (n, d) of all images before the step. Those of augmented images are others every time."""
+        if self._teacher is None or self._augments:
+            return None
+        teacher, self._teacher = self._teacher, None
+        return self._all_features(teacher)
 
     def _begin(self, tasks: Mapping[str, TaskImages]) -> None:
         """Have the method prepare the model, and give the head the rows of the tasks."""
