@@ -374,7 +374,9 @@ def test_an_export_that_is_not_the_model_is_refused_and_leaves_nothing(
 ) -> None:  # fmt: skip
     """The reference moves by three times the limit, as if what was written were off by so much."""
     models = chain("tiny_vit")
-    monkeypatch.setattr(module, "reference_logits", lambda *given: reference_logits(*given) + 3e-4)
+    monkeypatch.setattr(
+        module, "reference_logits", lambda *given, **options: reference_logits(*given, **options) + 3e-4
+    )
     with pytest.raises(UnequalError, match=r"max \|Δlogit\| 3\.0e-04 on 10 images .*was not written"):
         run_export(form, tmp_path / "out", models / "t02")
 
