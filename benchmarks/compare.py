@@ -228,10 +228,13 @@ class Images:
             if not (validation and path.parts[0] == "test")
         ]
         self.folder = folder
-        packed = folder / f"{name}.arrow"
-        packed.parent.mkdir(parents=True, exist_ok=True)
-        write_images(packed, rows)
-        self.pixels = torch.from_numpy(decode(read_images(packed), Preprocessing.of(backbone.description)))
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as own:  # another comparison may run at the same time
+            packed = Path(own) / "images.arrow"
+            write_images(packed, rows)
+            self.pixels = torch.from_numpy(
+                decode(read_images(packed), Preprocessing.of(backbone.description))
+            )
         paths = [Path(row.id) for row in rows]
         self.classes = sorted({path.parts[1] for path in paths}, key=natural_key)
         self.of: dict[tuple[str, str], torch.Tensor] = {}
