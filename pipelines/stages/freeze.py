@@ -67,7 +67,7 @@ def freeze(
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])
     features = _TrainingFeatures(task, train=train, images=images, backbone=backbone)
-    step = _frozen(learned, result, adapter, features, seed, earlier=record.get("freezing", {}))
+    step = _frozen(learned, result, adapter, features, seed, record=record)
     with whole_folder(out) as folder:
         written = write_model(
             folder,
@@ -110,7 +110,7 @@ def _warn(step: "FrozenStep", task: str, *, lost: float, classes: int) -> None:
         log_line(
             f"freeze {task}: warning: drift has cost about {100 * loss:.0f} % of the accuracy of earlier classes"
             f"{doubt} (in this step an estimated {before:.1f} % right became {after:.1f}); lower "
-            "training.learning_rate, or set training.head_rate and training.head_start"
+            "training.learning_rate, or set training.feature_distillation, training.head_rate and training.head_start"
         )
 
 
@@ -130,12 +130,12 @@ def _frozen(
     features: "_TrainingFeatures",
     seed: int,
     *,
-    earlier: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> "FrozenStep":
     """Return the step as the method freezes it, with the head that `params.yaml` chooses.
 
     Args:
-        earlier: what happened when the step before was frozen, by its record.
+        record: that of the step before.
     """
     from pipelines.project.method_settings import settings_of
     from sdlora import freezing
@@ -159,9 +159,9 @@ def _frozen(
         covariance_rank=adapter.covariance_rank,
         generator=generator_for(seed, "settle", result.task),
         drawn=generator_for(seed, "retention", result.task),
-        lost=float(earlier.get("drift_loss", 0.0)),
+        lost=_lost(record),
         left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
-        temperature=float(earlier.get("temperature", 1.0)),
+        temperature=float(record.get("freezing", {}).get("temperature", 1.0)),
     )
 
 

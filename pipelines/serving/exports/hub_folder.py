@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.files import read_json, sha256_of, write_whole
 from pipelines.serving.exports import timm_folder
-from pipelines.serving.exports.subject import Subject
+from pipelines.serving.exports.subject import Subject, head_note
 
 if TYPE_CHECKING:
     from sdlora.loading import Step
@@ -65,7 +65,7 @@ probabilities = model(image[None]).softmax(dim=1)  # in the order of classes.jso
 {_accuracy_table(record, metrics)}
 
 Share of right answers on each task's test images (rows) after each step (columns), among all classes up to that step.
-{_stand_in(step)}
+{head_note(step)}
 
 ## How it was made
 
@@ -93,16 +93,6 @@ Share of right answers on each task's test images (rows) after each step (column
 
 `ledger.json` holds this list and the record itself.
 """
-
-
-def _stand_in(step: Step) -> str:
-    """Return what has to be said where this folder holds other rows than those that were evaluated."""
-    if not step.fallback:
-        return ""
-    return (
-        f"These are of the head `{step.record['head']}`. This folder can hold a linear head only, and holds "
-        f"`{step.fallback}`, made of\nthe same statistics of the classes. Its own accuracy was not measured.\n"
-    )
 
 
 def _front_matter(record: dict[str, Any], licence: str | None, metrics: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.project.errors import InputError
 from pipelines.project.files import write_json, write_whole
-from pipelines.serving.exports.subject import Subject, batches
+from pipelines.serving.exports.subject import Subject, batches, head_note
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,16 +104,6 @@ def usage(out: Path, subject: Subject) -> str:
     return f'peft.PeftModel.from_pretrained(base, "{out}").merge_and_unload(); {out}/README.md makes the base'
 
 
-def _stand_in(step: Step) -> str:
-    """Return what has to be said where the head is not the step's own."""
-    if not step.fallback:
-        return ""
-    return (
-        f"\nThe head is `{step.fallback}`, made of the same statistics of the classes as the step's own, "
-        f"`{step.record['head']}`, which an\nadapter cannot hold. Other answers than those of the step are possible.\n"
-    )
-
-
 def _readme(step: Step, layers: dict[str, Factors]) -> str:
     """Return how the adapter is loaded, and onto what."""
     from sdlora.loading import timm_architecture
@@ -148,7 +138,7 @@ model = PeftModel.from_pretrained(base, ".").merge_and_unload().eval()
 
 `backbone.safetensors` is the file of step t00 (`artifacts/model/t00`), sha256
 `{step.backbone.description["sha256"]}`.
-{own}{_stand_in(step)}
+{own}{head_note(step)}
 Without `merge_and_unload` the adapter works only where the backbone calls its projections; BEiT and some EVA models
 read their weights.
 """

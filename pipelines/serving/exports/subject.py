@@ -118,12 +118,23 @@ class Subject:
             "head": sha256_of(verdict) if verdict.is_file() else None,
             "earlier": [link._asdict() for link in earlier],
             "record": step.record,
-            **({"classifier": _stand_in(step)} if step.fallback else {}),
+            **(
+                {"classifier": {"head": step.fallback, "in_place_of": step.record["head"]}}
+                if step.fallback
+                else {}
+            ),
         }
 
 
-def _stand_in(step: Step) -> dict[str, Any]:
-    return {"head": step.fallback, "in_place_of": step.record["head"]}
+def head_note(step: Step) -> str:
+    """Return what a README says where the head is not the step's own; else nothing."""
+    if not step.fallback:
+        return ""
+    return (
+        f"\nThe head in this folder is `{step.fallback}`, made of the same statistics of the classes. The step's own, "
+        f"`{step.record['head']}`, is\nnot linear, and this folder cannot hold it. Figures of the step are of its own "
+        f"head: the accuracy of\n`{step.fallback}` was not measured.\n"
+    )
 
 
 def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:

@@ -374,8 +374,8 @@ def test_much_drift_is_told_by_the_step_that_adds_to_it(capsys: pytest.CaptureFi
         )
         assert capsys.readouterr().err.splitlines() == told * [
             "freeze t02: warning: drift has cost about 50 % of the accuracy of earlier classes (in this step an "
-            "estimated 90.0 % right became 45.0); lower training.learning_rate, or set training.head_rate and "
-            "training.head_start"
+            "estimated 90.0 % right became 45.0); lower training.learning_rate, or set training.feature_distillation, "
+            "training.head_rate and training.head_start"
         ]
     for few in ({"drift_loss": 0.25}, {}):
         step = FrozenStep(learned=ModelState(), trained=ModelState(), facts=few)
