@@ -1,6 +1,7 @@
 """One temperature for the logits of a step, from images of its task that are left out in turn."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ _WIDEST = 20.0
 
 _Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]
 """Rows of all classes from their statistics."""
+
+
+class Temperature(NamedTuple):
+    """A number that logits are divided by, and what is known of it."""
+
+    value: float = 1.0
+    information: float = 0.0
+    """The Fisher information of its logarithm in the images of one step, the largest of all steps so far."""
+
+
+UNDIVIDED = Temperature()
+"""Before the first step."""
 
 
 def left_out_logits(
@@ -70,22 +83,39 @@ def _parts(labels: Tensor, *, generator: torch.Generator) -> Tensor:
     return part
 
 
-def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+def fitted_temperature(logits: Tensor, labels: Tensor, *, before: Temperature = UNDIVIDED) -> Temperature:
     """Return the T whose softmax of logits / T has the least cross-entropy (Guo et al., ICML 2017).
 
-    One image more counts, of which every class is equally likely: where all are right, the least would be at T = 0.
+    What earlier steps know counts too, by a penalty J (x − 1 − log x) of x = T before / T, where J is their
+    information. A task whose images are all right has none to add. Where no step has any, one image more counts, of
+    which every class is equally likely, as the least would be at T = 0. The information is the largest of a step, not
+    the sum of all, so that a chain may go on to harder tasks.
+
+    Args:
+        logits: (m, classes). At least one image, and two classes.
+        labels: (m,), 0 … classes − 1.
+        before: the temperature of the step before.
     """
     found = logits.double()
-    aim = found.gather(1, labels[:, None]).sum() + found.mean()
+    true = found.gather(1, labels[:, None])
+    known = before.information
+    aim = true.sum() + (0 if known else found.mean())
     low, high = -_WIDEST, _WIDEST
     for _ in range(_HALVINGS):  # the slope by 1 / T rises with it
         middle = (low + high) / 2
-        expected = ((found * float(np.exp(middle))).softmax(dim=1) * found).sum(dim=1)
-        if expected.sum() + expected.mean() > aim:
+        scale = float(np.exp(middle))
+        expected = ((found * scale).softmax(dim=1) * found).sum(dim=1)
+        slope = expected.sum() + (known * (before.value - 1 / scale) if known else expected.mean()) - aim
+        if slope > 0:
             high = middle
         else:
             low = middle
-    return float(np.exp(-(low + high) / 2))
+    scale = float(np.exp((low + high) / 2))
+    if (found.argmax(dim=1, keepdim=True) == labels[:, None]).all():
+        return Temperature(1 / scale, known)
+    chances = (found * scale).softmax(dim=1)
+    spread = (chances * found**2).sum(dim=1) - (chances * found).sum(dim=1) ** 2
+    return Temperature(1 / scale, max(known, float(spread.sum()) * scale**2))
 
 
 def tempered(rows: Mapping[str, HeadRows], temperature: float) -> dict[str, HeadRows]:

@@ -7,7 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdlora.calibration import calibration_of, fitted_temperature, left_out_logits, tempered
+from sdlora.calibration import (
+    UNDIVIDED,
+    Temperature,
+    calibration_of,
+    fitted_temperature,
+    left_out_logits,
+    tempered,
+)
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
 from sdlora.head import HeadRows
@@ -134,7 +141,7 @@ def settled(
     drawn: torch.Generator,
     lost: float,
     left_out: torch.Generator | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = UNDIVIDED,
 ) -> FrozenStep:
     """Return the step with all rows of the head settled, as `recompute_head` does.
 
@@ -147,10 +154,10 @@ def settled(
         lost: `drift_loss` of the step before.
         left_out: what images are left out by, for one temperature, by which all rows are divided. It is among the
             facts, with the calibration error of these images before and after. None for none.
-        temperature: what the rows of the step before were divided by.
+        temperature: that of the step before, which its rows are divided by.
     """
-    if temperature != 1:
-        before = replace(before, settled=tempered(before.settled, 1 / temperature))
+    if temperature.value != 1:
+        before = replace(before, settled=tempered(before.settled, 1 / temperature.value))
     known: dict[int, Tensor] = {}
 
     def once(learned: ModelState) -> Tensor:
@@ -170,7 +177,9 @@ def settled(
     )
     if left_out is not None:
         settle = _settler(before, step.learned, head, generator)
-        rows, found = _calibrated(learned, once(step.learned), labels, task, settle, left_out)
+        rows, found = _calibrated(
+            learned, once(step.learned), labels, task, settle, left_out, before=temperature
+        )
         learned, step = replace(learned, settled=rows), replace(step, facts={**step.facts, **found})
     facts = _estimate(
         before, learned, step.learned, task=task, features=once, labels=labels, drawn=drawn, lost=lost
@@ -225,21 +234,26 @@ def _calibrated(
     task: str,
     settle: Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]],
     generator: torch.Generator,
+    *,
+    before: Temperature,
 ) -> tuple[Mapping[str, HeadRows], dict[str, float | int | str]]:
     """Return the settled rows divided by one temperature, and what is known of it.
 
-    Nothing is divided, and known, where no image can be left out or there is one class only.
+    Where no image can be left out, the temperature before goes on. One class has none.
     """
     now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
     logits, truths = left_out_logits(
         features, labels, task=task, statistics=now, settle=settle, generator=generator
     )
-    if not len(logits) or logits.shape[1] < 2:
+    if logits.shape[1] < 2:
         return learned.settled, {}
-    temperature = round(fitted_temperature(logits, truths), 4)
+    temperature = fitted_temperature(logits, truths, before=before) if len(logits) else before
+    value = round(temperature.value, 4)
     facts: dict[str, float | int | str] = {
-        "temperature": temperature,
-        "calibration_error_before": round(calibration_of(logits, truths), 4),
-        "calibration_error_after": round(calibration_of(logits / temperature, truths), 4),
+        "temperature": value,
+        "temperature_information": round(temperature.information, 4),
     }
-    return tempered(learned.settled, temperature), facts
+    if len(logits):
+        facts["calibration_error_before"] = round(calibration_of(logits, truths), 4)
+        facts["calibration_error_after"] = round(calibration_of(logits / value, truths), 4)
+    return tempered(learned.settled, value), facts

@@ -89,6 +89,7 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         earlier_flips={step: shown for step, shown in list(pictures.flips.items())[1:] if shown},
         calibration={name: Markup(svg) for name, svg in calibration_figures(history).items()},
         calibration_error=calibration_errors(history)[-1],
+        temperature=history.records[-1].get("freezing", {}).get("temperature"),
         some=len(history.shown) < len(history.tasks),
         samples=pictures.samples,
         magnitudes=Markup(magnitudes) if magnitudes else None,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
+    from sdlora.calibration import Temperature
     from sdlora.classifier import ModelState
     from sdlora.freezing import FrozenStep
     from sdlora.methods import FitResult
@@ -99,6 +100,14 @@ def _lost(record: Mapping[str, Any]) -> float:
     return float(record.get("freezing", {}).get("drift_loss", 0.0))
 
 
+def _temperature(record: Mapping[str, Any]) -> "Temperature":
+    """Return what the rows of a step are divided by, and what is known of it."""
+    from sdlora.calibration import Temperature
+
+    facts = record.get("freezing", {})
+    return Temperature(facts.get("temperature", 1.0), facts.get("temperature_information", 0.0))
+
+
 def _warn(step: "FrozenStep", task: str, *, lost: float, classes: int) -> None:
     """Say where drift has cost much of the accuracy of earlier classes, and what to do about it."""
     from sdlora.retention import FEW_CLASSES
@@ -161,7 +170,7 @@ def _frozen(
         drawn=generator_for(seed, "retention", result.task),
         lost=_lost(record),
         left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
-        temperature=float(record.get("freezing", {}).get("temperature", 1.0)),
+        temperature=_temperature(record),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.calibration import fitted_temperature, left_out_logits, tempered
+from sdlora.calibration import Temperature, fitted_temperature, left_out_logits, tempered
 from sdlora.head import HeadBlock, HeadRows, block_logits
 from sdlora.heads import HEADS
 from sdlora.statistics import ClassStatistics, class_statistics
@@ -54,7 +54,7 @@ def test_left_out_images_of_a_task_make_new_images_of_all_tasks_less_surprising(
         features[labels >= 4], labels[labels >= 4] - 4, task="t02", statistics=statistics, settle=made,
         generator=generator(),
     )  # fmt: skip
-    temperature = fitted_temperature(logits, truths)
+    temperature = fitted_temperature(logits, truths).value
     others, their = images(2, 8, each=200)
     before = block_logits(made(statistics).values(), others)
     after = block_logits(tempered(made(statistics), temperature).values(), others)
@@ -72,8 +72,36 @@ def test_the_temperature_is_that_by_which_calibrated_logits_were_multiplied() ->
     logits = 2 * torch.randn(20000, 5, generator=random)
     labels = torch.multinomial(logits.softmax(dim=1), 1, generator=random).flatten()
 
-    assert fitted_temperature(logits, labels) == pytest.approx(1, abs=0.03)
-    assert fitted_temperature(7 * logits, labels) == pytest.approx(7, abs=0.2)
+    assert fitted_temperature(logits, labels).value == pytest.approx(1, abs=0.03)
+    assert fitted_temperature(7 * logits, labels).value == pytest.approx(7, abs=0.2)
+
+
+def test_a_task_that_is_too_easy_to_tell_leaves_the_temperature_to_the_steps_before() -> None:
+    easy, right = 40 * torch.eye(3)[torch.arange(90) % 3], torch.arange(90) % 3
+    alone = fitted_temperature(easy, right)
+    before = Temperature(5.0, 70.0)
+    after = fitted_temperature(easy, right, before=before)
+
+    assert alone.value > 6
+    assert alone.information == 0
+    assert after.value == pytest.approx(5, rel=0.1)
+    assert after.information == 70
+
+
+def test_steps_that_know_as_much_meet_between_their_temperatures() -> None:
+    random = generator()
+    logits = 2 * torch.randn(2000, 5, generator=random)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=random).flatten()
+    own = fitted_temperature(logits, labels)
+
+    met = [
+        fitted_temperature(logits, labels, before=Temperature(2.0, share * own.information)).value
+        for share in (1e-9, 0.1, 1, 10, 1e9)
+    ]
+    assert met == sorted(met)
+    assert met[0] == pytest.approx(own.value, rel=1e-2)
+    assert 1.2 < met[2] < 1.7
+    assert met[-1] == pytest.approx(2, rel=1e-3)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -81,7 +109,7 @@ def test_the_temperature_of_answers_that_are_all_right_or_all_wrong_is_finite(ri
     logits = torch.eye(3)[torch.arange(30) % 3] * 10
     labels = torch.arange(30) % 3 if right else (torch.arange(30) + 1) % 3
 
-    assert 0 < fitted_temperature(logits, labels) < 1e12
+    assert 0 < fitted_temperature(logits, labels).value < 1e12
 
 
 def test_an_image_that_is_alone_in_its_class_is_never_left_out() -> None:

@@ -406,6 +406,18 @@ def test_the_page_says_from_which_step_on_drift_has_cost_much(
     assert "43.2" in text
 
 
+def test_the_page_says_by_what_the_last_step_divides_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "divided by" not in read_page(folder).text
+    path = folder / "artifacts/model/t03/step.json"
+    dump(path, json.loads(path.read_text()) | {"freezing": {"temperature": 8.0123}})
+    run_report(folder, monkeypatch)
+    assert "The logits of the last step are divided by 8.01, a temperature" in read_page(folder).text
+
+
 def test_a_broken_chain_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_project(tmp_path)
     run_report(folder, monkeypatch)
