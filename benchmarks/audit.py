@@ -77,9 +77,12 @@ def project(folder: Path, tasks: list[str]) -> None:
                     noise = random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
                     Image.fromarray(noise).save(place / f"{index}.jpg", quality=70)
     text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8").split("\ntasks:\n")[0]
-    text = text.replace("  digits: {test_fraction: 0.2, seed: 0}", "  {}").replace(
-        "head: aligned", "head: linear"
-    )
+    for old, new in (
+        ("  digits: {test_fraction: 0.2, seed: 0}", "  {}"),
+        ("head: rgda", "head: linear"),
+        ("temperature: auto", "temperature: null"),
+    ):
+        text = text.replace(old, new)
     Path("params.yaml").write_text(text + "\ntasks:\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """The comparison of all methods: what its page says of a set's headroom, and what learning at once is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import compare
+from pipelines.project.params import Params
 from sdlora.backbones import create_backbone
+from tests.support.repository import REPOSITORY
 
 SUITE = compare.SUITES["scene"]
 
@@ -32,6 +35,16 @@ def result(label: str, *, seed: int = 1993, held_out: bool = False, **right: lis
             for head, bits in right.items()
         },
     }
+
+
+def test_the_distilled_rows_are_trained_as_the_shipped_parameters_say() -> None:
+    params = Params.load(REPOSITORY / "params.yaml")
+    recipe = compare.RECIPES["Adam 0.002, distilled"]
+    trained = asdict(recipe.schedule)
+    shipped = {"decay": params.training.schedule, **params.training.model_dump()}
+
+    assert {key: shipped[key] for key in trained} == trained
+    assert params.adapter.targets == recipe.targets
 
 
 def of_eight(number: int) -> list[int]:

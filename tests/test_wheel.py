@@ -64,7 +64,7 @@ def projects(call: Call, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         done = call(folder.parent, "sdlora", "init", name)
         assert done.returncode == 0, done.stderr
         params = (folder / "params.yaml").read_text()
-        (folder / "params.yaml").write_text(params.replace("epochs: 10 ", "epochs: 1 "))
+        (folder / "params.yaml").write_text(params.replace("epochs: 8 ", "epochs: 1 "))
         for index in range(2):
             paint(folder / f"data/raw/{name}/class{index}", index, 8)
         for command in (["add-task", f"data/raw/{name}"], ["run"]):

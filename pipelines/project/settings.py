@@ -1,9 +1,9 @@
 """The sections of `params.yaml`: their keys, types and bounds."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -188,6 +188,12 @@ class BackboneChoice(Section):
     """mean and standard deviation of the model's own configuration, or pixels in [0, 1] as they are"""
 
 
+_Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+
+_ALL_TARGETS = BeforeValidator(lambda value: get_args(_Target) if value == "all" else value)
+"""One word, because DVC writes a list over several lines when it changes another key of the file."""
+
+
 class Adapter(Section):
     """What a task adds to the backbone."""
 
@@ -209,11 +215,8 @@ class Adapter(Section):
     """what becomes of the classifier's rows when a step is frozen"""
     formulation: Literal["continuous", "reference", "paper"]
     """how directions are scaled and their magnitudes start"""
-    targets: (
-        Annotated[tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...], Field(strict=False, min_length=1)]
-        | None
-    )
-    """which projections of every block are adapted; null is the method's own"""
+    targets: Annotated[tuple[_Target, ...], Field(strict=False, min_length=1), _ALL_TARGETS] | None
+    """which projections of every block are adapted, all or a list; null is the method's own"""
     rank: Count
     """rank of each task's directions"""
     rank_schedule: Mapping[str, Count]

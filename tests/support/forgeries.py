@@ -351,7 +351,7 @@ FORGERIES: dict[str, Forgery] = {
     "a parameter in a record": other_recorded_seed,
     "a parameter in records, fits, `params.yaml`, lock and report": other_seed,
     "`params.yaml` and lock: the learning rate": partial(
-        other_parameter, "learning_rate: 0.01", "learning_rate: 0.02"
+        other_parameter, "learning_rate: 0.002", "learning_rate: 0.02"
     ),
     "`params.yaml` and lock: the precision of evaluations": partial(
         other_parameter,

@@ -267,7 +267,8 @@ def test_a_step_that_is_not_done_keeps_its_images(project: Path) -> None:
     with pytest.raises(InputError, match=r"t03 is not up to date \(split@t03: it has never run\)"):
         retire("t03", by="me", why="x", dry=False, yes=True)
     text = Path("params.yaml").read_text(encoding="utf-8")
-    joint = text.replace("method: sdlora ", "method: joint ").replace("head: aligned", "head: linear")
+    joint = text.replace("method: sdlora ", "method: joint ").replace("head: rgda", "head: linear")
+    joint = joint.replace("temperature: auto", "temperature: null")
     Path("params.yaml").write_text(joint, encoding="utf-8")
     with pytest.raises(InputError, match="the method joint learns the images of all tasks"):
         retire("t01", by="me", why="x", dry=False, yes=True)

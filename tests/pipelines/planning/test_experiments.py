@@ -229,6 +229,14 @@ def test_both_kinds_of_a_set_say_the_same_keys_but_for_the_head_that_reads_one_m
     assert len(found) == 1
 
 
+def test_a_set_names_every_choice_of_its_training() -> None:
+    """A key that it left out would be whatever stood there before."""
+    known = Params.load(SHIPPED)
+    for path in EXPERIMENTS:
+        named = read_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+        assert known.training.of_the_fit.keys() - named["training"].keys() <= {"deterministic"}, path
+
+
 # Laying a set over.
 
 
@@ -236,8 +244,8 @@ def test_every_changed_key_is_printed_and_no_other_byte_changes() -> None:
     lines = lay_over(overlay("training: {epochs: 20, flip: false}\nadapter:\n  targets: [q, k]\n"))
 
     assert lines == [
-        "params.yaml: training.epochs: 10 → 20",
-        "params.yaml: adapter.targets: null → [q, k]",
+        "params.yaml: training.epochs: 8 → 20",
+        "params.yaml: adapter.targets: all → [q, k]",
     ]
     lines_of = SHIPPED.read_text(encoding="utf-8").splitlines()
     new = [line for line, old in zip(text().splitlines(), lines_of, strict=True) if line != old]
@@ -280,7 +288,7 @@ def test_a_missing_set_is_one_line() -> None:
 
 
 def test_what_is_not_committed_is_overwritten_only_by_force() -> None:
-    mine = text().replace("epochs: 10", "epochs: 11")
+    mine = text().replace("epochs: 8", "epochs: 11")
     write(mine)
     changes = overlay("training: {epochs: 20}")
 

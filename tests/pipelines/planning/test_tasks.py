@@ -396,7 +396,7 @@ def test_an_edit_that_would_make_the_file_invalid_leaves_it_alone() -> None:
 
 
 def test_nothing_is_added_to_a_file_that_is_broken() -> None:
-    write(text().replace("epochs: 10", "epochs: ten"))
+    write(text().replace("epochs: 8", "epochs: ten"))
     make_classes("data/raw/own", "zebra")
 
     with pytest.raises(InputError, match=r"params.yaml: training.epochs: expected a whole number"):

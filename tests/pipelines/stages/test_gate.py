@@ -386,9 +386,7 @@ def test_much_drift_is_told_by_the_step_that_adds_to_it(capsys: pytest.CaptureFi
 
 
 def test_a_limit_of_drift_wants_a_head_that_can_estimate_it() -> None:
-    text = (
-        settings().replace("\n  drift:  ", "\n  drift: 0.2").replace("\n  head: aligned", "\n  head: linear")
-    )
+    text = settings(head="linear", temperature="null").replace("\n  drift:  ", "\n  drift: 0.2")
     with pytest.raises(InputError, match=r"gate\.drift: found 0\.2, but the head linear keeps no statistics"):
         Params.parse(text, origin="params.yaml")
 

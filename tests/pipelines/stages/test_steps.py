@@ -235,7 +235,10 @@ def test_a_fit_serves_every_head(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "fault"),
-    [({"head": "linear"}, "made with head 'aligned'"), ({"targets": "[q]"}, "made with targets 'q, v'")],
+    [
+        ({"head": "linear"}, "made with head 'rgda'"),
+        ({"targets": "[q]"}, "made with targets 'fc1, fc2, k, proj, q, v'"),
+    ],
     ids=["head", "targets"],
 )
 def test_a_chain_keeps_its_head_and_its_targets(project: Path, change: dict[str, str], fault: str) -> None:
@@ -438,6 +441,8 @@ def test_a_fit_that_is_told_to_stop_ends_though_its_store_hangs(project: Path) -
 def test_a_fit_that_runs_out_of_memory_goes_on_with_fewer_images_at_once_and_says_so(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Adam would divide the rounding of a small gradient by the gradient.
+    Path("params.yaml").write_text(settings(optimizer="sgd", learning_rate="0.01"))
     run_fit("t01", "t00", "fit/rich")
     give_memory_for(2, monkeypatch)
     run_fit("t01", "t00", "fit/poor")
