@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +16,34 @@ from sdlora.calibration import (
     left_out_logits,
     tempered,
 )
+from sdlora.choices import AdapterChoices, settings_of
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
 from sdlora.head import HeadRows
-from sdlora.heads import Head
-from sdlora.methods import FitResult, Frozen, Method, Settings
+from sdlora.heads import HEADS, Head
+from sdlora.methods import METHODS, FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
 from sdlora.retention import estimated_retention
+from sdlora.seeding import generator_for
 from sdlora.statistics import ClassStatistics, class_statistics
 
 _Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
 
+FEATURE_BATCH = 256
+"""Images in one forward pass; no choice of the user, because it may change the last bits."""
 _ROWS = 2**16
 """Images whose features are in double precision at a time."""
+
+
+class _TaskFeatures(Protocol):
+    """The features of the task's training images under any model of the chain."""
+
+    def labels(self) -> Tensor:
+        """(n,), 0 … classes − 1 within the task."""
+
+    def __call__(self, learned: ModelState, /) -> Tensor:
+        """(n, d) on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,3 +272,60 @@ def _calibrated(
         facts["calibration_error_before"] = round(calibration_of(logits, truths), 4)
         facts["calibration_error_after"] = round(calibration_of(logits / value, truths), 4)
     return tempered(learned.settled, value), facts
+
+
+def frozen_step(
+    before: ModelState,
+    result: FitResult,
+    adapter: AdapterChoices,
+    features: _TaskFeatures,
+    seed: int,
+    *,
+    record: Mapping[str, Any],
+) -> FrozenStep:
+    """Return the step as the method freezes it, with the head that is chosen.
+
+    Args:
+        record: that of the step before.
+    """
+    step = freeze(before, result, method=METHODS[adapter.method], settings=settings_of(adapter))
+    if step.changed:
+        step = measured(step, features=features)
+    head = HEADS[adapter.head]
+    if head.settle is None:
+        return step
+    return settled(
+        before,
+        step,
+        task=result.task,
+        labels=features.labels(),
+        features=features,
+        head=head,
+        covariance_rank=adapter.covariance_rank,
+        generator=generator_for(seed, "settle", result.task),
+        drawn=generator_for(seed, "retention", result.task),
+        lost=lost_by_drift(record),
+        left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
+        temperature=_temperature(record),
+    )
+
+
+def _temperature(record: Mapping[str, Any]) -> Temperature:
+    """Return what the rows of a step are divided by, and what is known of it."""
+    facts = record.get("freezing", {})
+    return Temperature(facts.get("temperature", 1.0), facts.get("temperature_information", 0.0))
+
+
+def lost_by_drift(record: Mapping[str, Any]) -> float:
+    """Return the share of the accuracy of earlier classes that drift has cost by a step, as the steps estimate it."""
+    return float(record.get("freezing", {}).get("drift_loss", 0.0))
+
+
+def remembered(learned: ModelState) -> dict[str, Any]:
+    """Return what the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
+    numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
+    if learned.statistics:
+        kept = next(iter(learned.statistics.values()))
+        _, size, rank = kept.factors.shape
+        numbers |= {"means": size, "principal_directions": rank, "per_class": 2 + size + size * rank}
+    return numbers

@@ -276,8 +276,8 @@ def _prepare(
     """Return a fit of `task` that has not begun. Its decoded images take at most `room` bytes of main memory."""
     import torch
 
-    from pipelines.project.method_settings import settings_of
     from sdlora.backbones import read_backbone
+    from sdlora.choices import settings_of
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model
     from sdlora.preprocessing import Preprocessing

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from sdlora.calibration import Temperature
     from sdlora.classifier import ModelState
     from sdlora.freezing import FrozenStep
-    from sdlora.methods import FitResult
 
 
 @stage
@@ -38,9 +36,8 @@ def freeze(
 ) -> StageResult:
     """Freeze what a task learned, and settle the head: the model folder of this step.
 
-    It holds what this step has made, and its record names the step before, whose files stay where they are. A head that
-    is made from statistics, and a freezing that changes the function, need the features of the task's training images;
-    otherwise neither the images nor the backbone are looked at.
+    It holds what this step has made, and its record names the step before, whose files stay where they are. Images and
+    backbone are looked at where a head is made from statistics, or where freezing changes the function.
 
     Args:
         task: Task of params.yaml, such as t01.
@@ -53,6 +50,7 @@ def freeze(
     """
     from sdlora.devices import set_deterministic
     from sdlora.fit_folder import read_fit
+    from sdlora.freezing import frozen_step, lost_by_drift
     from sdlora.ledger import record_hash
     from sdlora.model_folder import read_model, write_model
 
@@ -68,7 +66,7 @@ def freeze(
     _require_head(adapter, record, before)
     result = read_fit(fit, described, tasks=[*record["tasks"], task])
     features = _TrainingFeatures(task, train=train, images=images, backbone=backbone)
-    step = _frozen(learned, result, adapter, features, seed, record=record)
+    step = frozen_step(learned, result, adapter, features, seed, record=record)
     with whole_folder(out) as folder:
         written = write_model(
             folder,
@@ -83,7 +81,7 @@ def freeze(
             },
             before=learned,
         )
-    _warn(step, task, lost=_lost(record), classes=len(written["classes"]))
+    _warn(step, task, lost=lost_by_drift(record), classes=len(written["classes"]))
     row = {
         "step": task,
         "directions": len(step.learned.directions),
@@ -93,19 +91,6 @@ def freeze(
         **step.facts,
     }
     return StageResult([row])
-
-
-def _lost(record: Mapping[str, Any]) -> float:
-    """Return the share of the accuracy of earlier classes that drift has cost by a step, as the steps estimate it."""
-    return float(record.get("freezing", {}).get("drift_loss", 0.0))
-
-
-def _temperature(record: Mapping[str, Any]) -> "Temperature":
-    """Return what the rows of a step are divided by, and what is known of it."""
-    from sdlora.calibration import Temperature
-
-    facts = record.get("freezing", {})
-    return Temperature(facts.get("temperature", 1.0), facts.get("temperature_information", 0.0))
 
 
 def _warn(step: "FrozenStep", task: str, *, lost: float, classes: int) -> None:
@@ -130,48 +115,6 @@ def _require_head(adapter: Adapter, record: Mapping[str, Any], before: Path) -> 
             f"{before}: this step was made with head {record['head']!r}, params.yaml: adapter.head is "
             f"{adapter.head!r}; a chain keeps one of them (run `sdlora run` from the first task)"
         )
-
-
-def _frozen(
-    before: "ModelState",
-    result: "FitResult",
-    adapter: Adapter,
-    features: "_TrainingFeatures",
-    seed: int,
-    *,
-    record: Mapping[str, Any],
-) -> "FrozenStep":
-    """Return the step as the method freezes it, with the head that `params.yaml` chooses.
-
-    Args:
-        record: that of the step before.
-    """
-    from pipelines.project.method_settings import settings_of
-    from sdlora import freezing
-    from sdlora.heads import HEADS
-    from sdlora.methods import METHODS
-    from sdlora.seeding import generator_for
-
-    step = freezing.freeze(before, result, method=METHODS[adapter.method], settings=settings_of(adapter))
-    if step.changed:
-        step = freezing.measured(step, features=features)
-    head = HEADS[adapter.head]
-    if head.settle is None:
-        return step
-    return freezing.settled(
-        before,
-        step,
-        task=result.task,
-        labels=features.labels(),
-        features=features,
-        head=head,
-        covariance_rank=adapter.covariance_rank,
-        generator=generator_for(seed, "settle", result.task),
-        drawn=generator_for(seed, "retention", result.task),
-        lost=_lost(record),
-        left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
-        temperature=_temperature(record),
-    )
 
 
 def _described_fit(fit: Path, task: str, adapter: Adapter) -> dict[str, Any]:
@@ -218,6 +161,8 @@ def _made_with(adapter: Adapter, described: Mapping[str, Any], *, deterministic:
 
 def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
     """Return the part of the new record that says what was learned, and what freezing made of it."""
+    from sdlora.freezing import remembered
+
     learned = step.learned
     newest = learned.directions.get(task, {})
     return {
@@ -225,20 +170,10 @@ def _learned_in(step: "FrozenStep", task: str, fit: Path) -> dict[str, Any]:
         "metrics": last_epoch(fit),
         "rank": max((pair.down.shape[0] for pair in newest.values()), default=0),
         "magnitudes": {name: round(alpha.mean().item(), 6) for name, alpha in learned.magnitudes.items()},
-        "remembered": _remembered(learned),
+        "remembered": remembered(learned),
         "freezing": dict(step.facts),
         "fit": {path.name: sha256_of(path) for path in sorted(fit.iterdir())},
     }
-
-
-def _remembered(learned: "ModelState") -> dict[str, Any]:
-    """Return what the step keeps of images, in numbers: statistics of classes and of layers' inputs, and no image."""
-    numbers = {"memory": sum(tensor.numel() for tensor in learned.memory.values())}
-    if learned.statistics:
-        kept = next(iter(learned.statistics.values()))
-        _, size, rank = kept.factors.shape
-        numbers |= {"means": size, "principal_directions": rank, "per_class": 2 + size + size * rank}
-    return numbers
 
 
 class _TrainingFeatures:
@@ -277,6 +212,7 @@ class _TrainingFeatures:
         from sdlora.classifier import merged_classifier
         from sdlora.devices import best_device
         from sdlora.evaluation import feature_batches
+        from sdlora.freezing import FEATURE_BATCH
 
         device = best_device()
         base = read_backbone(self._backbone)  # a new one, because merging changes it
@@ -286,18 +222,16 @@ class _TrainingFeatures:
             self._pixels,
             mean=config["mean"],
             std=config["std"],
-            batch_size=_BATCH,
+            batch_size=FEATURE_BATCH,
             device=device,
         )
         found = scratch_tensor(
             (len(self._pixels), base.description["features"]), torch.float32, room=memory_room()
         )
         with progress(f"freeze {self._task}: look at images", total=len(found), unit="images") as bar:
-            for done, (batch, place) in enumerate(zip(batches, found.split(_BATCH), strict=True), start=1):
+            for done, (batch, place) in enumerate(
+                zip(batches, found.split(FEATURE_BATCH), strict=True), start=1
+            ):
                 place.copy_(batch)
-                bar.update(min(done * _BATCH, len(found)))
+                bar.update(min(done * FEATURE_BATCH, len(found)))
         return found
-
-
-_BATCH = 256
-"""Images in one forward pass; no choice of the user, because it may change the last bits."""

@@ -546,7 +546,7 @@ def test_the_paper_cannot_start_from_a_direction_without_a_norm() -> None:
 
 
 def test_the_formulation_keeps_what_is_not_chosen() -> None:
-    from pipelines.project.method_settings import settings_of
+    from sdlora.choices import settings_of
     from sdlora.formulations import FORMULATIONS
 
     shipped = Params.load(SHIPPED).adapter
