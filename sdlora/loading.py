@@ -1,5 +1,6 @@
 """A step of a chain as a model to use: a plain timm module with its transform and its class names."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from sdlora.heads import LINEAR_FALLBACK, linear_rows
 from sdlora.ledger import RECORD, folders_beside, read_own_record
 from sdlora.model_folder import read_model
 from sdlora.preprocessing import Preprocessing
+
+_STEP = re.compile(r"t[0-9]{2,9}")
 
 
 class _Model(NamedTuple):
@@ -56,7 +59,7 @@ class Step(NamedTuple):
 
 
 def load(folder: Path | str, *, backbone: Path | str | None = None, device: str | None = None) -> _Model:
-    """Return the model of the step in `folder` (artifacts/model/t05).
+    """Return the model of the step in `folder` (artifacts/model/t05), or of a chain's newest step (artifacts/model).
 
     Args:
         backbone: the folder of step t00; None for the one beside `folder`.
@@ -66,13 +69,29 @@ def load(folder: Path | str, *, backbone: Path | str | None = None, device: str 
         FileNotFoundError: a folder, or a file that a record names, is missing.
         ValueError: a file is not the one that its record names, or the step has no classes.
     """
-    step = read_step(Path(folder), backbone=None if backbone is None else Path(backbone))
+    step = read_step(newest_step(Path(folder)), backbone=None if backbone is None else Path(backbone))
     return _Model(
         module=inference_model(step).to(torch.device(device) if device else best_device()),
         transform=Preprocessing.of(step.backbone.description),
         classes=step.classes,
         tasks=list(step.record["tasks"]),
     )
+
+
+def newest_step(folder: Path) -> Path:
+    """Return the folder of a step as it is. Of a chain, whose folder has one for each step, the newest step's.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    steps = [path.parent for path in folder.glob(f"t*/{RECORD}") if _STEP.fullmatch(path.parent.name)]
+    if not steps:
+        raise FileNotFoundError(
+            f"{folder}: no {RECORD} of a step, and no folder such as t01 with one; correct the path"
+        )
+    return max(steps, key=lambda step: int(step.name[1:]))
 
 
 def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = False) -> Step:

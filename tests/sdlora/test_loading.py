@@ -18,6 +18,7 @@ from sdlora.classifier import adapted_classifier, merged_classifier
 from sdlora.loading import (
     classifier_names,
     head_rows,
+    newest_step,
     read_step,
     summed_directions,
     timm_architecture,
@@ -143,6 +144,17 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert done.stdout.split() == ["False", "True", "True"]
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = sdlora.nonsense
+
+
+def test_of_a_chain_the_newest_step_is_loaded(chains: dict[str, Path], tmp_path: Path) -> None:
+    folder = chains["tiny_vit"]
+    assert newest_step(folder) == newest_step(folder / "t02") == folder / "t02"
+    assert sdlora.load(folder, device="cpu").tasks == ["t01", "t02"]
+    (tmp_path / "t03").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"no step\.json of a step, and no folder such as t01 with one"
+    ):
+        sdlora.load(tmp_path)
 
 
 def test_a_step_without_classes_is_refused(chains: dict[str, Path]) -> None:
