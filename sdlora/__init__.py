@@ -1,14 +1,18 @@
 """SD-LoRA on timm vision transformers: directions, magnitudes, a growing head, and the files they live in.
 
-`sdlora.load("artifacts/model/t05")` is the model of a step, ready for use.
+`sdlora.Learner("glyph_vit")` learns tasks, one by one. `sdlora.load("artifacts/model/t05")` is the model of a step,
+ready for use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdlora.learner import Learner
     from sdlora.loading import load
 
-__all__ = ["load"]
+    __version__: str
+
+__all__ = ["Learner", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - Python's own protocol
@@ -17,4 +21,12 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - Python's own protocol
         from sdlora.loading import load
 
         return load
+    if name == "Learner":
+        from sdlora.learner import Learner
+
+        return Learner
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sdlora")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

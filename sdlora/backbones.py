@@ -1,6 +1,8 @@
 """Backbones: timm vision transformers by name, the packaged one among them, and the folder a chain starts from."""
 
+import copy
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from importlib import resources
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import timm
+import torch
 from timm.models import (
     VisionTransformer,
     build_model_with_cfg,
@@ -146,6 +149,43 @@ def create_backbone(
         model=model.eval(),
         description=_describe(name, model, arguments, normalised=input_normalisation == "model"),
     )
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """Return a timm model that exists already as a backbone, without its classifier. The model itself is not changed.
+
+    Raises:
+        ValueError: it is no timm model, or another one than timm makes under its name.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture, tag = config.get("architecture", ""), config.get("tag", "")
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"a model of type {type(model).__name__} that timm has not made under a name; take timm.create_model's"
+        )
+    if (kind := next(model.parameters()).dtype) != torch.float32:
+        raise ValueError(
+            f"{architecture}: its weights are {kind}, expected torch.float32; call .float() on it"
+        )
+    name, own = f"{architecture}.{tag}" if tag else architecture, copy.deepcopy(model).cpu().eval()
+    own.reset_classifier(0)  # type: ignore[operator]
+    sides = getattr(getattr(own, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    arguments = {} if [*sides] == [*config["input_size"][1:]] else {"img_size": sides[0]}
+    description = _describe(name, own, arguments, normalised=True)
+    try:
+        again = timm.create_model(name, pretrained=False, num_classes=0, **arguments).eval()
+        again.load_state_dict(own.state_dict())
+        image = torch.linspace(-1, 1, math.prod(description["pretrained_cfg"]["input_size"]))
+        with torch.inference_mode():
+            found, expected = (
+                each(image.view(1, *description["pretrained_cfg"]["input_size"])) for each in (again, own)
+            )
+        equal = torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"{name}: not as timm makes it: {_first_line(error)}") from error
+    if not equal:
+        raise ValueError(f"{name}: its features are others than those of timm's model with its weights")
+    return Backbone(model=again, description=description)
 
 
 def _file_source(name: str, weights: Path, say: Callable[[str], object]) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""The choices of a chain: what `params.yaml` holds in its block `adapter`, and what a method reads of it."""
+"""The choices of a chain, each with its default: what `params.yaml` holds in its blocks `adapter` and `training`."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from sdlora.formulations import FORMULATIONS
-from sdlora.methods import Settings
+from sdlora.heads import HEADS
+from sdlora.methods import METHODS, Settings
+from sdlora.records import Rule
+from sdlora.training import Schedule
 
 
 class AdapterChoices(Protocol):
@@ -46,3 +50,193 @@ def settings_of(adapter: AdapterChoices) -> Settings:
         compress=adapter.compress,
         penalty=adapter.penalty,
     )
+
+
+def _one_of(known: Collection[str], *, or_none: bool = False) -> Rule:
+    words = ", ".join(map(repr, known)) + (" or None" if or_none else "")
+    return Rule(lambda value: value in known or (or_none and value is None), f"one of {words}")
+
+
+def _number(least: float, most: float = float("inf"), *, above: bool = False, or_none: bool = False) -> Rule:
+    def holds(value: object) -> bool:
+        if type(value) not in (int, float):
+            return or_none and value is None
+        assert isinstance(value, int | float)
+        return (value > least if above else value >= least) and value <= most and value != float("inf")
+
+    words = f"a number {'above' if above else 'from'} {least:g}" + (
+        "" if most == float("inf") else f" to {most:g}"
+    )
+    return Rule(holds, words + (" or None" if or_none else ""))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+_COUNT = Rule(_is_count, "a whole number of at least 1")
+_SWITCH = Rule(lambda value: type(value) is bool, "True or False")
+_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
+_ADAPTER: Mapping[str, Rule] = {
+    "method": _one_of([name for name, method in METHODS.items() if not method.joint]),
+    "head": _one_of(HEADS),
+    "formulation": _one_of(FORMULATIONS),
+    "targets": Rule(
+        lambda value: value is None or (isinstance(value, tuple) and value and {*value} <= {*_TARGETS}),
+        f"a tuple of some of {', '.join(_TARGETS)}, or None",
+    ),
+    "rank": _COUNT,
+    "rank_schedule": Rule(
+        lambda value: isinstance(value, Mapping) and all(map(_is_count, value.values())), "ranks by task"
+    ),
+    "magnitude_start": _number(0, above=True, or_none=True),
+    "magnitudes": _one_of(("carried", "restarted"), or_none=True),
+    "initial_up": _one_of(("zero", "uniform"), or_none=True),
+    "tolerance": _number(0, 1),
+    "compress": _number(0, 1, above=True, or_none=True),
+    "penalty": _number(0, or_none=True),
+    "covariance_rank": _COUNT,
+    "temperature": _one_of(("auto",), or_none=True),
+}
+"""What the choices of the block `adapter` must hold, in the order of `params.yaml`."""
+_TRAINING: Mapping[str, Rule] = {
+    "optimizer": _one_of(("sgd", "adam")),
+    "learning_rate": _number(0, above=True),
+    "head_rate": _number(0, above=True, or_none=True),
+    "magnitude_rate": _number(0, above=True, or_none=True),
+    "head_start": _one_of(("random", "small", "discriminant")),
+    "feature_distillation": _number(0),
+    "momentum": Rule(
+        lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+    ),
+    "schedule": _one_of(("constant", "cosine")),
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "crop_scale": _number(0, 1, above=True),
+    "flip": _SWITCH,
+    "precision": _one_of(("fp32", "tf32", "bf16")),
+    "compile": _SWITCH,
+    "deterministic": _SWITCH,
+}
+"""The same of the block `training`."""
+_SEED = Rule(lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+SHARED_CHOICES = ("method", "head", "formulation", "targets")
+"""What all steps of a chain share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How tasks are learned. Every field means what the key of its name in `params.yaml` does."""
+
+    method: str = "sdlora"
+    """A name of `METHODS` but `joint`, which learns the images of all tasks at once."""
+    head: str = "rgda"
+    """The classifier, a name of `HEADS`: `rgda`, `aligned`, `lda`, `ncm` or `linear`."""
+    formulation: str = "continuous"
+    """How directions are scaled and their magnitudes start: `continuous`, `reference` or `paper`."""
+    targets: tuple[str, ...] | None = _TARGETS
+    """Which projections of every block are adapted. None for the method's own."""
+    rank: int = 10
+    """Rank of each task's directions."""
+    rank_schedule: Mapping[str, int] = field(
+        default_factory=lambda: MappingProxyType({"t01": 10, "t04": 8, "t08": 6})
+    )
+    """Of `sdlora-rr` only: task and the rank from that task on."""
+    magnitude_start: float | None = None
+    """First value of a new magnitude. None for the formulation's own."""
+    magnitudes: str | None = None
+    """`carried` from step to step or `restarted`. None for the formulation's own."""
+    initial_up: str | None = None
+    """How B of a new direction starts, `zero` or `uniform`. None for the formulation's own."""
+    tolerance: float = 0.5
+    """Of `sdlora-kd` only: a direction of which less than this share is new is absorbed."""
+    compress: float | None = None
+    """Share of a direction's energy that is kept when it is frozen. None keeps the rank."""
+    penalty: float | None = None
+    """Weight of what `olora`, `nlora` and `clora` add to the loss. None for the method's own."""
+    covariance_rank: int = 16
+    """Principal directions of every class that `aligned`, `rgda` and `lda` remember."""
+    temperature: str | None = None
+    """`auto`: one number divides all logits of a step, so that confidences are right more often."""
+    optimizer: str = "adam"
+    """`adam` or `sgd`."""
+    learning_rate: float = 0.002
+    """Of the factors, and of all that has no rate of its own."""
+    head_rate: float | None = 0.01
+    """Of the new rows of the head. None for `learning_rate`."""
+    magnitude_rate: float | None = None
+    """Of the magnitudes. None for `learning_rate`."""
+    head_start: str = "small"
+    """How the new rows start: `random`, `small` or `discriminant`."""
+    feature_distillation: float = 2.0
+    """Weight that keeps the features of a task's images near those before the step."""
+    momentum: float = 0.9
+    """Of `sgd` only."""
+    schedule: str = "cosine"
+    """Course of the rates within a task: `cosine` or `constant`."""
+    epochs: int = 8
+    """Passes over a task's images."""
+    batch_size: int = 64
+    """Images in one step of the optimiser."""
+    crop_scale: float = 0.5
+    """Smallest share of the area that a random crop keeps. 1.0 is no crop."""
+    flip: bool = False
+    """Random horizontal flips."""
+    precision: str = "fp32"
+    """Of the forward pass: `fp32`, `tf32` or `bf16`."""
+    compile: bool = False
+    """Whether torch makes kernels for this model first, which takes a minute."""
+    deterministic: bool = True
+    """The same bytes from the same machine every time."""
+    seed: int = 1993
+    """Of initial values, the order of images, and crops."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning.
+
+        Raises:
+            ValueError: one line names the choice, what was found and what is known.
+        """
+        for name, rule in {**_ADAPTER, **_TRAINING, "seed": _SEED}.items():
+            value = getattr(self, name)
+            if not rule.holds(value):
+                raise ValueError(f"{name} is {value!r}, expected {rule.words}")
+
+    @property
+    def own_choices(self) -> Mapping[str, Any]:
+        """What is chosen in place of the formulation's own fields."""
+        chosen = {
+            "magnitude_start": self.magnitude_start,
+            "carried": None if self.magnitudes is None else self.magnitudes == "carried",
+            "initial_up": self.initial_up,
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
+
+    @property
+    def fit_schedule(self) -> Schedule:
+        """What a fit reads of these."""
+        own = {name: getattr(self, name) for name in _TRAINING if name not in ("schedule", "deterministic")}
+        return Schedule(decay=self.schedule, **own)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The same as blocks of `params.yaml`, and as a step's record has them."""
+        adapter = {name: getattr(self, name) for name in _ADAPTER}
+        adapter |= {"targets": self.targets and list(self.targets), "rank_schedule": dict(self.rank_schedule)}
+        if self.temperature is None:
+            del adapter["temperature"]
+        training = {name: getattr(self, name) for name in _TRAINING}
+        chosen = {name: value for name, value in training.items() if value is not None}
+        return {"adapter": adapter, "training": {**chosen, "devices": 1}, "seed": self.seed}
+
+
+def recorded_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choices that a step's record says, as arguments of `Choices`. What it does not say is not chosen."""
+    adapter, training = parameters["adapter"], parameters["training"]
+    unsaid = {"head_rate": None, "magnitude_rate": None, "head_start": "random", "feature_distillation": 0.0}
+    found = {
+        **{name: adapter[name] for name in _ADAPTER if name in adapter},
+        **{name: training.get(name, unsaid.get(name)) for name in _TRAINING},
+        "seed": parameters["seed"],
+    }
+    return found | {"targets": adapter["targets"] and tuple(adapter["targets"])}

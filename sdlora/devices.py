@@ -1,6 +1,8 @@
 """The device of a process, whether its arithmetic repeats to the bit, and how it rounds."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,3 +40,23 @@ def set_deterministic(deterministic: bool, *, tf32: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def arithmetic(deterministic: bool, *, tf32: bool = False) -> Iterator[None]:
+    """Within this block torch computes as `set_deterministic` says, and after it as before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    switches = [
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+    ]
+    held = [getattr(place, name) for place, name in switches]
+    set_deterministic(deterministic, tf32=tf32)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        for (place, name), value in zip(switches, held, strict=True):
+            setattr(place, name, value)

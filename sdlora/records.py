@@ -103,6 +103,12 @@ def read_record_file(path: Path, kind: Any) -> Any:  # noqa: ANN401 - a type, an
         raise ValueError(f"{error}; restore the file") from None
 
 
+def fault_of(value: object, kind: Any, where: str) -> str | None:  # noqa: ANN401 - a type
+    """Return what is wrong with a value, in words, as `read_bounded_json` says it. None where nothing is."""
+    fault = _check_of(kind)(value)
+    return None if fault is None else fault(where)
+
+
 def regular_size(path: Path) -> int:
     """Return the bytes of a regular file. A ValueError where it is a folder, or a pipe, which nobody may ever fill."""
     found = path.stat()

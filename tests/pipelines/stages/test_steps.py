@@ -18,32 +18,15 @@ from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.stages.backbone import backbone
 from pipelines.stages.evaluate import evaluate
-from pipelines.stages.freeze import freeze
 from sdlora.classifier import IncrementalClassifier
 from sdlora.ledger import JoinedRecords, read_record, record_hash
 from sdlora.methods import METHODS
 from sdlora.verification import faults_of_step
 from tests.support.folders import contents
 from tests.support.parameters import PARAMS, settings
+from tests.support.stage_project import run_freeze, run_step
 from tests.support.steps import run_fit
 from tests.support.task_splits import split_task
-
-
-def run_step(task: str, before: str) -> None:
-    run_fit(task, before, f"fit/{task}")
-    run_freeze(task, before)
-
-
-def run_freeze(task: str, before: str, fit: str | None = None) -> None:
-    freeze(
-        task,
-        fit=Path(fit or f"fit/{task}"),
-        train=Path(f"split/{task}/train.json"),
-        images=Path("train"),
-        before=Path(f"model/{before}"),
-        backbone=Path("model/t00"),
-        out=Path(f"model/{task}"),
-    )
 
 
 def run_evaluation(task: str) -> None:
