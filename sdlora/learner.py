@@ -201,8 +201,11 @@ class Learner(Choices):
         return cls(step, **{**(recorded_choices(parameters) if parameters else {}), **changes})
 
     def __repr__(self) -> str:
-        name, classes = self._chain.base.description["name"], self._chain.classes
-        return f"<Learner on {name}: {len(classes)} classes in {len(self._chain.record['tasks'])} tasks>"
+        name, classes = self._chain.base.description["name"], len(self._chain.classes)
+        tasks = len(self._chain.record["tasks"])
+        return (
+            f"<Learner on {name}: {classes} class{'es' * (classes != 1)} in {tasks} task{'s' * (tasks != 1)}>"
+        )
 
     @property
     def classes_(self) -> np.ndarray:

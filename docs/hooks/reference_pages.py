@@ -1,12 +1,15 @@
 """Fill the reference pages of the site from the source: command line, `params.yaml`, Python API.
 
-A page keeps its own words and has a marker, `<!-- generated: NAME -->`, where this puts what the source says.
+A page keeps its own words and has a marker, `<!-- generated: NAME -->`, where this puts what the source says. A
+notebook becomes a page, as it was executed.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -44,11 +47,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        text, pictures = _notebook(json.loads(file.content_string), file.src_uri.rpartition("/")[2])
+        files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=text))
+        for name, content in pictures.items():
+            folder = file.src_uri.rpartition("/")[0]
+            files.append(File.generated(config, f"{folder}/{name}", content=content))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put what the source says in place of each marker."""
+    """Put what the source says in place of each marker. A link to a notebook becomes one to its page."""
+    markdown = re.sub(r"(?<!`)\]\(([\w/.-]+)\.ipynb\)(?!\{)", r"](\1.md)", markdown)
     makers = {"commands": _commands, "stages": _stages, "params": _params, "modules": _module_list}
     return MARKER.sub(lambda found: "\n".join(makers[found[1]]()), markdown)
 
@@ -228,6 +238,27 @@ def _docstring(name: str) -> str:
     path = ROOT.joinpath(*name.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+
+
+# Notebooks
+
+
+def _notebook(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+    """Return an executed notebook as a page, and the pictures that it shows by their names."""
+    lines, pictures = [], {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        lines += [f"```py\n{source}\n```" if cell["cell_type"] == "code" else source, ""]
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                picture = name.replace(".ipynb", f"-{len(pictures) + 1}.png")
+                pictures[picture] = base64.b64decode("".join(data["image/png"]))
+                lines += [f"![What this cell draws]({picture})", ""]
+            else:
+                lines += [f"```text\n{''.join(data['text/plain']).rstrip()}\n```", ""]
+    lines += [f"[This page as a notebook]({name}){{download}}", ""]
+    return "\n".join(lines), pictures
 
 
 # Words
