@@ -59,9 +59,8 @@ def _one_of(known: Collection[str], *, or_none: bool = False) -> Rule:
 
 def _number(least: float, most: float = float("inf"), *, above: bool = False, or_none: bool = False) -> Rule:
     def holds(value: object) -> bool:
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return or_none and value is None
-        assert isinstance(value, int | float)
         return (value > least if above else value >= least) and value <= most and value != float("inf")
 
     words = f"a number {'above' if above else 'from'} {least:g}" + (
@@ -107,7 +106,7 @@ _TRAINING: Mapping[str, Rule] = {
     "head_start": _one_of(("random", "small", "discriminant")),
     "feature_distillation": _number(0),
     "momentum": Rule(
-        lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+        lambda value: isinstance(value, float | int) and 0 <= value < 1, "a number from 0 to below 1"
     ),
     "schedule": _one_of(("constant", "cosine")),
     "epochs": _COUNT,
@@ -197,6 +196,8 @@ class Choices:
         Raises:
             ValueError: one line names the choice, what was found and what is known.
         """
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
         for name, rule in {**_ADAPTER, **_TRAINING, "seed": _SEED}.items():
             value = getattr(self, name)
             if not rule.holds(value):
@@ -239,4 +240,4 @@ def recorded_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
         **{name: training.get(name, unsaid.get(name)) for name in _TRAINING},
         "seed": parameters["seed"],
     }
-    return found | {"targets": adapter["targets"] and tuple(adapter["targets"])}
+    return found | {"targets": adapter.get("targets") and tuple(adapter["targets"])}

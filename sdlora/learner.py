@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdlora.adapters import inject_adapters
 from sdlora.backbones import Backbone, backbone_of, create_backbone, read_backbone, write_backbone
 from sdlora.choices import SHARED_CHOICES, Choices, recorded_choices, settings_of
 from sdlora.classifier import ModelState, merged_classifier
@@ -59,6 +60,10 @@ class _Chain:
         self.preprocessing = Preprocessing.of(self.base.description)
         self.curves: dict[str, list[EpochRecord]] = {}
         self._read(self.place("t00") if opened is None else opened)
+
+    def __reduce__(self) -> str:
+        """Refuse a copy, whose files would go with this object."""
+        raise TypeError("a Learner is not copied or pickled; save it, and open the folder with Learner.open")
 
     def _read(self, folder: Path) -> None:
         self.learned, self.record = read_model(folder, beside=self.place, statistics=True)
@@ -158,18 +163,21 @@ class Learner(Choices):
         super().__post_init__()
         opened = newest_step(self.backbone) if isinstance(self.backbone, Path) else None
         chain = _Chain(opened, self._first)
-        held = (
-            {name: recorded_choices(chain.record["parameters"])[name] for name in SHARED_CHOICES}
-            if chain.classes
-            else {}
-        )
-        for name, value in held.items():
+        parameters = chain.record.get("parameters")
+        held = recorded_choices(parameters) if parameters else {}
+        for name in SHARED_CHOICES:
+            value = held.get(name, getattr(self, name))
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but {opened} was learned with {value!r}, which a chain keeps; "
                     "begin another Learner, or leave it out"
                 )
+        inject_adapters(copy.deepcopy(chain.base.model), self._adapted)  # refuses what cannot be adapted
         object.__setattr__(self, "_chain", chain)
+
+    @property
+    def _adapted(self) -> tuple[str, ...]:
+        return self.targets or METHODS[self.method].targets
 
     def _first(self) -> Backbone:
         if isinstance(self.backbone, Backbone):
@@ -272,7 +280,7 @@ class Learner(Choices):
                 schedule=self.fit_schedule,
                 seed=self.seed,
                 device=device,
-                targets=self.targets or METHODS[self.method].targets,
+                targets=self._adapted,
             )
             _train(fit, list(callbacks), shown_at=sys.stderr if self.progress else None)
             result = fit.result()

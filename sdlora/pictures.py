@@ -163,6 +163,8 @@ def _with_labels(images: Any, labels: Any) -> Iterator[_Labelled]:  # noqa: ANN4
 
 def _of_classes(classes: Mapping[Any, Any]) -> Iterator[_Labelled]:
     for name, pictures in classes.items():
+        if hasattr(pictures, "column_names"):
+            raise TypeError(f"{shown(str(name))}: a data set of its own, expected pictures; give it alone")
         if isinstance(pictures, str | bytes) or not isinstance(pictures, Iterable) or is_one(pictures):
             kind = _size(pictures) if is_array(pictures) else f"of type {type(pictures).__name__}"
             raise TypeError(

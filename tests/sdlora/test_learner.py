@@ -209,9 +209,13 @@ def changed_model() -> torch.nn.Module:
         (tiny_vit(), "a model of type VisionTransformer that timm has not made under a name"),
         (timm.create_model("glyph_vit").half(), r"its weights are torch.float16, expected torch.float32"),
         (changed_model(), "its features are others than those of timm's model with its weights"),
+        (
+            timm.create_model("resnet10t"),
+            "ResNet has no `blocks` with attention; choose one of timm's vision",
+        ),
         (Path("nowhere"), "nowhere: no step.json of a step, and no folder such as t01 with one"),
     ],
-    ids=["untagged", "number", "layer", "nameless", "half", "changed", "missing"],
+    ids=["untagged", "number", "layer", "nameless", "half", "changed", "blockless", "missing"],
 )
 def test_what_is_no_backbone_is_refused_in_one_line(backbone: Any, message: str) -> None:  # noqa: ANN401
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message) as refused:
@@ -246,7 +250,11 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
         ValueError, match=r"head is 'lda', but .*t02 was learned with 'rgda', which a chain keeps"
     ):
         Learner.open(project / "model", head="lda")
-    opened = Learner.open(project / "model", epochs=5, learning_rate=0.1)
+    with pytest.raises(TypeError, match="a Learner is not copied or pickled; save it, and open the folder"):
+        copy.deepcopy(Learner.open(project / "model"))
+    opened = Learner.open(
+        project / "model", targets=[*(Choices().targets or ())], epochs=5, learning_rate=0.1
+    )
     assert (opened.epochs, opened.learning_rate, opened.rank) == (5, 0.1, 2)
 
 
