@@ -135,6 +135,11 @@ def test_grey_pictures_and_transparent_ones_are_taken_as_pillow_takes_them() -> 
             "wren, picture 0: of type str, .*; open the file first, as PIL.Image.open does",
         ),
         (
+            {"train": Rows(image="Image")},
+            None,
+            "train: a data set of its own, expected pictures; give it alone",
+        ),
+        (
             {"wren": "photos"},
             None,
             r"wren: of type str, expected several pictures: a list, or a stack \(n, …\)",
