@@ -59,6 +59,21 @@ print(sorted({"torch", "timm", "prefect", "dvc", "pyarrow", "numpy", "pydantic",
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_the_library_as_a_module_is_the_command_line(tmp_path: Path) -> None:
+    shown = [
+        subprocess.run(
+            [sys.executable, "-m", module, "--version"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for module in ("sdlora", "pipelines")
+    ]
+    assert shown[0] == shown[1]
+    assert shown[0].startswith("sdlora ")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["nonsense"], ["fit"], ["split", "t01", "--nonsense"], ["plan", "x", "--tasks", "two"]],
