@@ -45,6 +45,14 @@ _VISIBLE = {"fetch"}
 class StageGroup(TyperGroup):
     """Commands, and with them those of the stages."""
 
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 - a class that typer does not export
+        """Return the options. The rarer one about completion works, and leaves its room in the help to commands."""
+        found = super().get_params(ctx)
+        for option in found:
+            if option.name == "show_completion":
+                option.hidden = True  # type: ignore[attr-defined]
+        return found
+
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - a class that typer does not export
         """Return the names of all commands."""
         return [*super().list_commands(ctx), *_COMMANDS]

@@ -59,6 +59,16 @@ print(sorted({"torch", "timm", "prefect", "dvc", "pyarrow", "numpy", "pydantic",
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("sdlora au", ["audit"]), ("sdlora predict --f", ["--format"]), ("sdlora fe", ["fetch"])],
+)
+def test_a_shell_completes_commands_and_options(words: str, found: list[str], tmp_path: Path) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_SDLORA_COMPLETE": "complete_bash"}
+    done = sdlora(folder=tmp_path, **asked)
+    assert done.stdout.split() == found
+
+
 def test_the_library_as_a_module_is_the_command_line(tmp_path: Path) -> None:
     shown = [
         subprocess.run(
