@@ -113,6 +113,9 @@ def init(
 
 @app.command()
 def run(
+    task: Annotated[
+        str | None, typer.Argument(help="Only up to this task, such as t03; all tasks if not given.")
+    ] = None,
     params: Annotated[
         Path | None, typer.Option(help="First lay this parameter set (experiments/*.yaml) over params.yaml.")
     ] = None,
@@ -149,7 +152,7 @@ def run(
             )
         from pipelines.orchestration.run import run_pipeline
 
-        raise SystemExit(run_pipeline(retrain=retrain))
+        raise SystemExit(run_pipeline(retrain=retrain, until=task))
 
 
 @app.command()

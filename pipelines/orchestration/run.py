@@ -21,6 +21,7 @@ from pipelines.project.layout import CODE, MODELS, StageName
 from pipelines.project.leftovers import remove_leftovers
 from pipelines.project.param_checks import missing_source
 from pipelines.project.params import Params
+from pipelines.project.settings import Task
 from pipelines.reports.format import count
 from pipelines.runtime.console import echo
 from pipelines.runtime.fork_server import STAGE_ENTRY, fork_server
@@ -33,12 +34,15 @@ from pipelines.versioning.remote import push_pending, require_remote, unpushed
 from pipelines.versioning.repro import StageFailedError
 
 
-def run_pipeline(*, retrain: bool = False) -> int:
+def run_pipeline(*, retrain: bool = False, until: str | None = None) -> int:
     """Bring every stage up to date. Return the exit status.
 
-    With `retrain`, what was trained by other code is trained again.
+    With `retrain`, what was trained by other code is trained again. With `until`, only the stages of that task and what
+    they need run.
     """
     params = Params.load()
+    if until is not None and until not in params.tasks:
+        raise InputError(f"run: params.yaml has no task {until}; known are {', '.join(params.tasks)}")
     require_own_code()
     with only_run(), contextlib.ExitStack() as servers:
         _leave_removed_tasks_to_the_cache(params)
@@ -46,13 +50,16 @@ def run_pipeline(*, retrain: bool = False) -> int:
             # It takes some five seconds to load, so it does that while the plan is made.
             servers.enter_context(fork_server(STAGE_ENTRY, STAGE_SOCKET))
         plan = read_plan(params.tasks)
+        if until is not None:
+            plan = plan.until(until)
+            params = params.model_copy(update={"tasks": _tasks_of(plan, params)})
         for line in require_decision(plan, params, retrain=retrain):
             echo(line)
         _require_sources(params, plan)
         push_pending(plan)
         if not plan.stale():
             echo(f"all up to date: {count(len(plan.order), 'stage')}, {count(len(params.tasks), 'task')}")
-            print_summary(params)
+            print_summary(params, until=until)
             return 0
         try:
             with local_history(), _preloaded_processes(plan):
@@ -65,8 +72,14 @@ def run_pipeline(*, retrain: bool = False) -> int:
         except StageFailedError as failure:
             sys.stderr.write(f"{failure}\n")
             return failure.status
-        print_summary(params)
+        print_summary(params, until=until)
     return 0
+
+
+def _tasks_of(plan: Plan, params: Params) -> dict[str, Task]:
+    """Return the tasks of which a plan has stages."""
+    items = {StageName.parse(name).item for name in plan.order}
+    return {key: task for key, task in params.tasks.items() if key in items}
 
 
 def finish(progressed: Callable[[], None], *, before_each: Callable[[], None] = do_nothing) -> Rows:

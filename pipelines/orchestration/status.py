@@ -21,14 +21,17 @@ _TASKS_IN_THE_TABLE = 20
 """Of more tasks a terminal shows no matrix that could be read; the report has it."""
 
 
-def print_summary(params: Params) -> None:
-    """Print the accuracy matrix and where the files are."""
+def print_summary(params: Params, *, until: str | None = None) -> None:
+    """Print the accuracy matrix and where the files are. Up to a task there is no report, which needs all of them."""
     from rich.console import Console
 
-    metrics = read_json(METRICS, Headline)
     console = Console()
     if len(params.tasks) <= _TASKS_IN_THE_TABLE:
         console.print(_accuracy_table(params))
+    if until is not None:
+        console.print(f"up to {until}; `sdlora run` does the rest, and the report", highlight=False)
+        return
+    metrics = read_json(METRICS, Headline)
     shown = {
         "last accuracy": metrics["last_accuracy"],
         "average accuracy": metrics["average_accuracy"],

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,13 @@ class Plan:
             if self.reasons[name] or self.needs[name] & found - {CODE_STAGE}:
                 found.add(name)
         return [name for name in self.order if name in found]
+
+    def until(self, task: str) -> Plan:
+        """Return the plan of a task's stages, and of all that they need."""
+        found = [name for name in self.order if StageName.parse(name).item == task]
+        for name in found:  # which grows on the way
+            found += [other for other in self.needs[name] if other not in found]
+        return replace(self, order=[name for name in self.order if name in found])
 
     def only_missing(self, name: str) -> bool:
         """Return whether a finished stage would run for nothing but outputs that are not here."""

@@ -83,6 +83,30 @@ def test_everything_runs_once_and_then_all_is_up_to_date(
     assert not (project / ".prefect").exists()
 
 
+def test_up_to_a_task_only_its_stages_and_those_before_it_run(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_pipeline(until="t01") == 0
+    assert ran(project) == EVERYTHING[:2]
+    said = capfd.readouterr().out
+    assert "[3/3] evaluate@t01  done, " in said
+    assert said.endswith("up to t01; `sdlora run` does the rest, and the report\n")
+    assert run_pipeline(until="t01") == 0
+    assert capfd.readouterr().out.startswith("all up to date: 3 stages, 1 task\n")
+
+    assert run_pipeline() == 0
+    assert ran(project) == EVERYTHING[2:]
+    with pytest.raises(InputError, match=r"run: params\.yaml has no task t03; known are t01, t02"):
+        run_pipeline(until="t03")
+
+
+def test_up_to_a_task_the_images_of_later_ones_may_be_missing(project: Path) -> None:
+    replace(project / "params.yaml", "after: t01, source: images", "after: t01, source: later")
+    assert run_pipeline(until="t01") == 0
+    with pytest.raises(InputError, match=r"tasks\.t02: no folder later"):
+        run_pipeline()
+
+
 def test_a_stage_whose_inputs_turn_out_equal_is_left_alone(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
