@@ -170,12 +170,16 @@ def keep() -> None:
 
 
 @app.command()
-def status() -> None:
+def status(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
     """Show which stages are done, which are stale, and why."""
     enter_project()
     from pipelines.orchestration.status import show_status
 
-    show_status()
+    show_status(as_json=as_json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from pipelines.planning.keep import require_decision
@@ -11,6 +12,7 @@ from pipelines.project.layout import EVALUATIONS, METRICS, REPORT, StageName
 from pipelines.project.params import Params
 from pipelines.project.schemas import Headline, Metrics
 from pipelines.reports.format import percent
+from pipelines.runtime.console import echo
 from pipelines.versioning.plan import Plan, read_plan
 
 if TYPE_CHECKING:
@@ -56,13 +58,24 @@ def _accuracy_table(params: Params) -> Table:
     return table
 
 
-def show_status() -> None:
-    """Print a table of tasks and stages, and why those that are not up to date are not."""
+def show_status(*, as_json: bool = False) -> None:
+    """Print a table of tasks and stages, and why those that are not up to date are not. Or all of it as JSON."""
     from rich.console import Console
 
     params = Params.load()
     plan = read_plan(params.tasks)
     stale = set(plan.stale())
+    if as_json:
+        stages = {
+            name: {"state": _state_of(name, plan, stale), "reasons": plan.reasons[name]}
+            for name in plan.order
+        }
+        echo(
+            json.dumps(
+                {"stages": stages, "to_decide": _decision(plan, params), "up_to_date": not stale}, indent=2
+            )
+        )
+        return
     console = Console()
     _print_stages(console, plan, stale)
     for name in plan.order:
@@ -86,7 +99,8 @@ def _print_stages(console: Console, plan: Plan, stale: set[str]) -> None:
     rows: dict[str | None, dict[str, str]] = {}
     for name in plan.order:
         kind, item = StageName.parse(name)
-        rows.setdefault(item, {})[kind] = _state_of(name, plan, stale)
+        state = _state_of(name, plan, stale)
+        rows.setdefault(item, {})[kind] = f"[{_COLOURS[state]}]{state}[/]"
     for kind, cell in rows.pop(None, {}).items():
         console.print(f"{kind}: {cell}", highlight=False)
     kinds = dict.fromkeys(StageName.parse(name).kind for name in plan.order)
@@ -108,7 +122,11 @@ def _decision(plan: Plan, params: Params) -> list[str]:
 def _state_of(name: str, plan: Plan, stale: set[str]) -> str:
     """Return one word for how a stage stands."""
     if name not in stale:
-        return "[green]done[/]"
+        return "done"
     if name not in plan.made:
-        return "[dim]never run[/]"
-    return "[yellow]stale[/]" if plan.reasons[name] else "[yellow]may be stale[/]"
+        return "never run"
+    return "stale" if plan.reasons[name] else "may be stale"
+
+
+_COLOURS = {"done": "green", "never run": "dim", "stale": "yellow", "may be stale": "yellow"}
+"""How each state is shown."""

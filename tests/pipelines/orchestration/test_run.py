@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -295,6 +296,16 @@ def test_status_says_what_is_stale_and_why(project: Path, capsys: pytest.Capture
     assert "fit@t01: adapter.rank changed" in shown
     assert "5 of 6 stages are not up to date" in shown
     assert ran(project) == []
+
+    show_status(as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["stages"]["fit@t01"] == {"state": "stale", "reasons": ["adapter.rank changed"]}
+    assert {name: stage["state"] for name, stage in told["stages"].items()} == {
+        **dict.fromkeys(["fit@t01", "fit@t02"], "stale"),
+        **dict.fromkeys(["evaluate@t01", "evaluate@t02", "report"], "may be stale"),
+        "start": "done",
+    }
+    assert (told["up_to_date"], told["to_decide"]) == (False, [])
 
 
 def test_a_run_without_a_server_starts_none_and_is_noted(
