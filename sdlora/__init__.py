@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["Learner", "__version__", "load"]
 
 
+def __dir__() -> list[str]:
+    """Name what is loaded only when it is asked for, so that a notebook completes it."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - Python's own protocol
     """Load torch and timm only when a model is."""
     if name == "load":

@@ -202,6 +202,30 @@ class Choices:
             value = getattr(self, name)
             if not rule.holds(value):
                 raise ValueError(f"{name} is {value!r}, expected {rule.words}")
+        if fault := next((text for text, wrong in self._exclusions().items() if wrong), None):
+            raise ValueError(fault)
+
+    def _exclusions(self) -> dict[str, bool]:
+        """Return what may not go together, in words, and whether it does."""
+        carried = (
+            FORMULATIONS[self.formulation].carried
+            if self.magnitudes is None
+            else self.magnitudes == "carried"
+        )
+        rowless = not METHODS[self.method].trains_head
+        return {
+            f"head is {self.head!r}, but {self.method} trains no rows; choose 'rgda', 'lda' or 'ncm'": rowless
+            and self.head in ("linear", "aligned"),
+            "temperature is 'auto', but the head 'linear' is kept as it was trained; choose None": (
+                self.temperature is not None and self.head == "linear"
+            ),
+            "magnitudes are restarted, which throws away what sdlora-kd keeps in them; choose 'carried'": (
+                self.method == "sdlora-kd" and not carried
+            ),
+            "rank_schedule has no rank for the first tasks; add t01": (
+                self.method == "sdlora-rr" and "t01" not in self.rank_schedule
+            ),
+        }
 
     @property
     def own_choices(self) -> Mapping[str, Any]:

@@ -236,6 +236,13 @@ def test_what_is_no_backbone_is_refused_in_one_line(backbone: Any, message: str)
             {"targets": ("q", "w")},
             r"targets is \('q', 'w'\), expected a tuple of some of q, k, v, proj, fc1, fc2",
         ),
+        ({"method": "ncm", "head": "linear"}, "head is 'linear', but ncm trains no rows; choose 'rgda'"),
+        ({"head": "linear", "temperature": "auto"}, "temperature is 'auto', but the head 'linear' is kept"),
+        ({"method": "sdlora-kd", "magnitudes": "restarted"}, "magnitudes are restarted, which throws away"),
+        (
+            {"method": "sdlora-rr", "rank_schedule": {"t02": 4}},
+            "rank_schedule has no rank for the first tasks",
+        ),
         ({"seed": -1}, "seed is -1, expected a whole number from 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -324,3 +331,4 @@ def test_a_line_says_how_the_training_ended(project: Path, capfd: pytest.Capture
 def test_the_package_has_a_version_and_types() -> None:
     assert sdlora.__version__ == version("sdlora")
     assert Path(sdlora.__file__).with_name("py.typed").is_file()
+    assert {"Learner", "load", "__version__"} <= {*dir(sdlora)}
