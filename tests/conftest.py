@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from tests.support.folders import write_project
+from tests.support.forked_python import PREFECT_SOCKET, PYTHON, forking, write_python
 from tests.support.prefect_home import copy_home
 
 # Before torch, Prefect or DVC are loaded, here or in a process that a test starts.
@@ -57,39 +59,53 @@ def made_once(
 
 
 @pytest.fixture(scope="session")
-def prefect_home(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def prefect_home(
+    made_once: Callable[[str, Callable[[Path], object]], Path], prefect_preloaded: dict[str, str]
+) -> Path:
     """A home of a Prefect server, to be copied: making the tables of a new one takes as long as all else."""
 
     def serve_once(home: Path) -> None:
         from pipelines.orchestration.server import prefect_server
 
-        with prefect_server(home) as wait:
+        with forking(prefect_preloaded), prefect_server(home) as wait:
             wait()
 
     return made_once("prefect", serve_once)
 
 
 @pytest.fixture(scope="session")
-def prefect_url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_url(
+    prefect_home: Path, prefect_preloaded: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The API of a real Prefect server, one for the whole session, for processes that a test starts."""
     from pipelines.orchestration.server import prefect_server
 
-    with prefect_server(copy_home(prefect_home, tmp_path_factory.mktemp("server") / "prefect")) as wait:
+    home = copy_home(prefect_home, tmp_path_factory.mktemp("server") / "prefect")
+    with ExitStack() as kept:
+        with forking(prefect_preloaded):
+            wait = kept.enter_context(prefect_server(home))
         wait()
         yield os.environ.pop("PREFECT_API_URL")
 
 
 @pytest.fixture(scope="session")
-def prefect_preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the fork server of Prefect's command line listens, one for the whole session."""
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Python, for programs that start others with it, which the fork servers of tests are then to run."""
+    return str(write_python(tmp_path_factory.mktemp("python") / "python"))
+
+
+@pytest.fixture(scope="session")
+def prefect_preloaded(
+    forked_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """The fork server of what runs with Prefect, one for the whole session. Return the variables that name it."""
     from pipelines.runtime.fork_server import fork_server
 
-    name = "SDLORA_TEST_PREFECT"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("preloaded"))
-        with fork_server("tests.support.prefect_server", name):
+        with fork_server("tests.support.prefect_server", PREFECT_SOCKET):
             patch.undo()
-            yield os.environ.pop(name)
+            yield {PREFECT_SOCKET: os.environ.pop(PREFECT_SOCKET), PYTHON: forked_python}
 
 
 @pytest.fixture

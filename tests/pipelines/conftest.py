@@ -17,20 +17,22 @@ from pipelines.runtime.fork_server import fork_server
 from pipelines.runtime.processes import environment
 from pipelines.versioning.dvc_server import dvc_server
 from tests.support.commands import COMMAND_ENTRY, call
+from tests.support.forked_python import COMMAND_SOCKET, PYTHON
 from tests.support.parameters import settings
 from tests.support.pictures import paint
 from tests.support.repository import REPOSITORY
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def servers(forked_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The fork servers of a run, kept for a whole session. Return the variables that name them."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as kept:
         patch.chdir(tmp_path_factory.mktemp("servers"))
         kept.enter_context(dvc_server())
         kept.enter_context(fork_server(COMMAND_ENTRY, STAGE_SOCKET))
         patch.undo()
-        yield {name: os.environ.pop(name) for name in (STAGE_SOCKET, DVC_SOCKET)}
+        named = {name: os.environ.pop(name) for name in (STAGE_SOCKET, DVC_SOCKET)}
+        yield {**named, COMMAND_SOCKET: named[STAGE_SOCKET], PYTHON: forked_python}
 
 
 @pytest.fixture(scope="module")

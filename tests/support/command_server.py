@@ -21,6 +21,7 @@ from pipelines.project.environment import STAGE_SOCKET
 from pipelines.project.layout import CODE_STAGE, STAGES
 from pipelines.runtime.fork_server import end_as, receive
 from pipelines.versioning.dvc_server import _LIBRARIES as DVC_LIBRARIES
+from tests.support.forked_python import PYTHON, run_python
 
 _LATE = (
     "imagehash",
@@ -45,8 +46,11 @@ def _serve(arguments: Sequence[str]) -> None:
     ]
     libraries = [name for name in (*STAGE_LIBRARIES, *DVC_LIBRARIES) if "prefect" not in name]
     request = receive(arguments, [*libraries, *own, *_LATE], prepare=Image.preinit)
+    sys.executable = os.environ.get(PYTHON, sys.executable)
     _take_named_sources()
     program, *words = request["arguments"]
+    if program == "python":
+        end_as(lambda: run_python(words))
     if program == "dvc":
         from dvc.cli import main as dvc
 

@@ -18,6 +18,7 @@ import pytest
 from pipelines.cli.app import main
 from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
 from pipelines.runtime.fork_server import ForkedProcess
+from tests.support.forked_python import COMMAND_SOCKET, PREFECT_SOCKET, PYTHON
 
 NO_SERVER = "http://127.0.0.1:1/api"
 """The API of a Prefect server that does not answer."""
@@ -28,7 +29,8 @@ _SECONDS = 500
 
 def environment() -> dict[str, str]:
     """A server is named that does not answer, so everything runs plainly and fast; no fork server is named."""
-    own = {key: value for key, value in os.environ.items() if key not in (STAGE_SOCKET, DVC_SOCKET)}
+    named = (STAGE_SOCKET, DVC_SOCKET, COMMAND_SOCKET, PREFECT_SOCKET, PYTHON)
+    own = {key: value for key, value in os.environ.items() if key not in named}
     return {**own, "PATH": _path(), "PREFECT_API_URL": NO_SERVER}
 
 

@@ -1,10 +1,13 @@
-"""What stands in a folder, and how a test changes it."""
+"""What stands in a folder, who works there, and how a test changes it."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
+
+import psutil
 
 from tests.support.repository import REPOSITORY
 
@@ -30,3 +33,13 @@ def write_project(folder: Path, files: dict[str, str]) -> Path:
     shutil.copy(REPOSITORY / ".dvcignore", folder / ".dvcignore")
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     return folder
+
+
+def working_in(folder: Path) -> list[psutil.Process]:
+    """The processes that work in a folder, or below it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

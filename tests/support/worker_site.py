@@ -15,6 +15,7 @@ from uuid import UUID
 from pipelines.runtime.processes import end_group
 from pipelines.versioning.repro import Process
 from tests.support.commands import finish_forked, fork
+from tests.support.forked_python import PREFECT_SOCKET
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import NO_LIBRARIES
 
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 
+_PRELOADED = ("prefect", "python", "sdlora")
+"""Programs that are forked."""
+
+
 class Site:
     """A server, a shared remote and inbox, and any number of clones with a worker in each."""
 
-    def __init__(self, root: Path, preloaded: str) -> None:
-        """`preloaded` is where the fork server listens that has loaded Prefect."""
-        self.root, self._preloaded = root, preloaded
+    def __init__(self, root: Path, preloaded: dict[str, str]) -> None:
+        """`preloaded` names the fork server that has loaded Prefect."""
+        self.root, self._preloaded = root, preloaded[PREFECT_SOCKET]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -39,6 +44,7 @@ class Site:
             "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+            **preloaded,
         }
         self.processes: list[Process] = []
         self._port = port
@@ -72,8 +78,8 @@ class Site:
         settings = {**self.settings, "PWD": str(folder), **settings}
         process: Process
         with (self.root / f"{name}.log").open("wb") as log:
-            if command[0] == "prefect":
-                process = fork(self._preloaded, folder, command[1:], settings, log, log)
+            if command[0] in _PRELOADED:
+                process = fork(self._preloaded, folder, command, settings, log, log)
             else:
                 process = subprocess.Popen(
                     command,
@@ -88,15 +94,17 @@ class Site:
         return process
 
     def call(self, *command: str, folder: Path | None = None) -> str:
-        folder = folder or self.root / "one"
-        if command[0] == "prefect":
-            done = finish_forked(self._preloaded, folder, command[1:], {**self.settings, "PWD": str(folder)})
-        else:
-            done = subprocess.run(
-                command, cwd=folder, env=self.settings, capture_output=True, text=True, timeout=120
-            )
+        done = self.finish(*command, folder=folder or self.root / "one")
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
+
+    def finish(self, *command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        """Run a command in a folder to its end, whatever that is."""
+        if command[0] in _PRELOADED:
+            return finish_forked(self._preloaded, folder, command, {**self.settings, "PWD": str(folder)})
+        return subprocess.run(
+            command, cwd=folder, env=self.settings, capture_output=True, text=True, timeout=120
+        )
 
     def clone(self, name: str) -> Path:
         folder = self.root / name
@@ -151,7 +159,7 @@ class Site:
         return self.run(run)
 
     def run(self, identity: UUID) -> Any:  # noqa: ANN401 - Prefect's FlowRun
-        return next(run for run in self.runs() if run.id == identity)
+        return self.client.read_flow_run(identity)
 
 
 def answers(url: str) -> bool:

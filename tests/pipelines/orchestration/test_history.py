@@ -22,6 +22,7 @@ from pipelines.project.environment import PARENT_FLOW_RUN, WORKERS_PROJECT
 from pipelines.project.errors import InputError
 from pipelines.project.layout import HISTORY
 from pipelines.runtime.stage import Stage, StageResult
+from tests.support.forked_python import PYTHON
 from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 
@@ -128,7 +129,10 @@ def test_without_notes_there_is_nothing_to_show() -> None:
 
 @pytest.mark.slow
 def test_a_server_shows_the_runs_with_the_times_of_their_notes(
-    prefect_home: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+    prefect_home: Path,
+    prefect_preloaded: dict[str, str],
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copy_home(prefect_home, project / ".prefect")
     with local_history():
@@ -143,8 +147,8 @@ def test_a_server_shows_the_runs_with_the_times_of_their_notes(
     lines = HISTORY.read_text().splitlines()
     HISTORY.write_text("\n".join(lines[:-1]) + "\n")  # this process is at work still
 
-    first, artifacts, said = shown()
-    again, _, said_again = shown()
+    first, artifacts, said = shown(prefect_preloaded)
+    again, _, said_again = shown(prefect_preloaded)
 
     assert "3 runs noted: 2 new here, 0 known, 1 at work" in said
     assert "3 runs noted: 0 new here, 2 known, 1 at work" in said_again
@@ -168,15 +172,16 @@ noted(Stage("killed", lambda: os.kill(os.getpid(), signal.SIGKILL)), "killed@t02
 """
 
 
-def shown() -> tuple[dict[str, Any], dict[str, str], str]:
+def shown(servers: dict[str, str]) -> tuple[dict[str, Any], dict[str, str], str]:
     """Have the history shown. Return the server's runs by id, its artifacts' kinds, and what was said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = f"from pipelines.orchestration.history import show_history; show_history({port})"
+    code = f"import sys; sys.executable = {servers[PYTHON]!r}\n"  # which starts Prefect's server
+    code += f"from pipelines.orchestration.history import show_history; show_history({port})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, **servers, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -26,6 +26,7 @@ from pipelines.orchestration.stage_runs import STAGE_TAG, make_flow, run_tag
 from pipelines.project.environment import WORKERS_PROJECT
 from pipelines.project.errors import InputError
 from pipelines.project.params import Params
+from tests.support.forked_python import forking
 from tests.support.parameters import settings
 from tests.support.prefect_home import copy_home
 
@@ -38,12 +39,14 @@ PAGE, MANY = 2, 5
 
 
 @pytest.fixture(scope="module")
-def url(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(
+    prefect_home: Path, prefect_preloaded: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A real server that tells at most `PAGE` things at a time, and refuses to be asked for more."""
     home = copy_home(prefect_home, tmp_path_factory.mktemp("pages") / "prefect")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_API_DEFAULT_LIMIT", str(PAGE))
-        with prefect_server(home) as wait:
+        with forking(prefect_preloaded), prefect_server(home) as wait:
             wait()
             yield os.environ.pop("PREFECT_API_URL")
 

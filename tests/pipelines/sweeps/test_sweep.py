@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -10,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,6 +30,8 @@ from pipelines.sweeps.results import Result, as_json, result_table, write_table
 from pipelines.sweeps.workspace import Workspace, make_workspace, read_project
 from pipelines.versioning.plan import read_plan
 from tests.support.commands import call, environment
+from tests.support.folders import working_in
+from tests.support.forked_python import forking
 from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 from tests.support.stand_in_chain import DVC_YAML, EVALUATE, FIT, REPORT, preload_nothing
@@ -269,6 +270,13 @@ def ran(folder: Path) -> list[str]:
     return sorted(line.strip() for line in text.splitlines())
 
 
+@pytest.fixture
+def forked(preloaded: None, servers: dict[str, str]) -> Iterator[None]:
+    """Have the runs of a sweep forked, which would load DVC each."""
+    with forking(servers):
+        yield
+
+
 def sweep(*arguments: str) -> tuple[int, str]:
     """Call `sdlora sweep` in this process; return its status and what it printed."""
     done = CliRunner().invoke(app, ["sweep", *arguments], env={"COLUMNS": "200"})
@@ -374,6 +382,7 @@ def test_many_chains_a_lost_server_and_a_second_sweep_are_refused(project: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_what_chains_have_in_common_is_computed_once(project: Path) -> None:
     wanted = ["adapter.rank=2,4", "evaluation.batch_size=8,16", "--out", "sweep/x", "--local", "3"]
     status, output = sweep(*wanted)
@@ -394,6 +403,7 @@ def test_what_chains_have_in_common_is_computed_once(project: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_chain_that_fails_is_a_line_and_the_others_go_on(project: Path) -> None:
     status, output = sweep("evaluation.batch_size=8,13,16", "--out", "sweep/x", "--local", "1")
 
@@ -407,6 +417,7 @@ def test_a_chain_that_fails_is_a_line_and_the_others_go_on(project: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_killed_in_a_fit_it_leaves_nothing_behind_and_goes_on(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -443,19 +454,10 @@ def test_killed_in_a_fit_it_leaves_nothing_behind_and_goes_on(
     assert not list(folder.glob(f".sdlora/sweeps/x/{own}-*/ledger/journal.jsonl"))
 
 
-def working_in(folder: Path) -> list[str]:
-    """The processes that work in a folder, or below it."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-    return found
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded")
 def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
-    project: Path, prefect_home: Path, prefect_preloaded: str, tmp_path: Path
+    project: Path, prefect_home: Path, prefect_preloaded: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "remote").mkdir()
     call(project, "dvc", "remote", "add", "-d", "shared", str(tmp_path / "remote"))
@@ -468,15 +470,13 @@ def test_a_worker_of_a_real_server_computes_each_chain_in_its_own_clone(
     try:
         site.serve()
         wanted = ["sdlora", "sweep", "evaluation.batch_size=8,13", "--out", "sweep/x"]
-        early = subprocess.run(wanted, cwd=project, env=site.settings, capture_output=True, text=True)
+        early = site.finish(*wanted, folder=project)
         assert (early.returncode, early.stdout) == (2, "")
         assert "no deployment sweep/project; call sdlora deploy" in early.stderr
         site.call("sdlora", "deploy", folder=project)
         one = site.clone("one")
         site.work_in(one)
-        done = subprocess.run(
-            wanted, cwd=project, env=site.settings, capture_output=True, text=True, timeout=300
-        )
+        done = site.finish(*wanted, folder=project)
     finally:
         site.end()
     assert done.returncode == 1, done.stdout + done.stderr
