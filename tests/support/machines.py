@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.commands import environment
+from tests.support.forked_python import PYTHON
 from tests.support.repository import REPOSITORY
 
 
@@ -24,7 +25,7 @@ def start_machines(
 ) -> list[subprocess.Popen[str]]:
     """Start a command of `sdlora` by torchrun in each of these folders, as if each were a machine.
 
-    `servers` names fork servers that the processes of torchrun hand the command to. By themselves each loads torch.
+    `servers` names fork servers that run torchrun and its processes. By themselves each loads torch.
     """
     port = free_port()
     options = [f"--nnodes={len(folders)}", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=fit"]
@@ -38,7 +39,7 @@ def start_machines(
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *options, *command],
+            [settings.get(PYTHON, sys.executable), "-m", "torch.distributed.run", *options, *command],
             cwd=folder,
             env=settings,
             stdout=subprocess.PIPE,

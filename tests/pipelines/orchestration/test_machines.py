@@ -18,12 +18,12 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_on_two_machines_learns_the_new_task_alone_and_one_machine_goes_on_from_it(
-    finished: tuple[Path, str], grown: tuple[Path, str], tmp_path: Path
+    finished: tuple[Path, str], grown: tuple[Path, str], servers: dict[str, str], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(finished[0], tmp_path / "project", symlinks=True)
     before = {name: contents(folder / "artifacts" / name) for name in ("fit/t01", "model/t01", "model/t02")}
     call_here(folder, "add-task", "more")
-    machines = start_machines([folder, folder], "run")
+    machines = start_machines([folder, folder], "run", servers=servers)
     said = said_by(machines)
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert sum(text.count("on 4 × cpu") for text in said) == 1

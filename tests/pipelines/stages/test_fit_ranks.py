@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import torch
 
 from pipelines.runtime.processes import TERMINATED
 from sdlora.tensors import read_tensors
+from tests.support.commands import environment
 from tests.support.folders import contents
 from tests.support.repository import REPOSITORY
 from tests.support.steps import FIT, run_fit
@@ -32,22 +33,23 @@ def on_two_devices(folder: Path, **changes: str) -> None:
     params.write_text(text)
 
 
-def start_fit() -> subprocess.Popen[str]:
+def start_fit(servers: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start the fit. `servers` names fork servers that run its processes, which by themselves load torch each."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines", *FIT],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_URL": "http://127.0.0.1:1/api"},
+        env={**environment(), **(servers or {}), "PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
 def test_two_devices_learn_what_one_learns_and_one_that_dies_ends_the_fit_which_goes_on(
-    project: Path,
+    project: Path, servers: dict[str, str]
 ) -> None:
     shutil.copy(REPOSITORY / "dvc.yaml", project)
     run_fit("t01", "t00", "alone")
     on_two_devices(project, epochs="2>2", checkpoint_seconds="30>0.01")
-    undisturbed = start_fit()
+    undisturbed = start_fit(servers)
     said = undisturbed.communicate(timeout=300)[1]
     assert undisturbed.returncode == 0, said
     assert "on 2 × cpu" in said
@@ -77,7 +79,7 @@ def test_two_devices_learn_what_one_learns_and_one_that_dies_ends_the_fit_which_
     assert "Traceback" not in said
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
-    again = start_fit()
+    again = start_fit(servers)
     said = again.communicate(timeout=300)[1]
     assert again.returncode == 0, said
     assert "fit t01: going on from step" in said
