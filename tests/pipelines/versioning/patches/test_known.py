@@ -43,22 +43,37 @@ sys.meta_path.insert(0, Finder())
 """
 """What Python loads at its start: DVC and its libraries in a version that calls one thing otherwise, everywhere."""
 COMMANDS = """
-import os, sys
+import os, signal, sys
 import dvc.cli.parser, dvc.repo.reproduce, dvc.stage.cache, dvc_data.index
 import pipelines.orchestration.run, pipelines.orchestration.status
+from pipelines.runtime.fork_server import listening
+from pipelines.versioning.dvc_server import _serve
 
-for number, command in enumerate(sys.argv[2:]):
+folder, served, *commands = sys.argv[1:]
+server = None
+if served:
+    os.environ["SDLORA_DVC_SERVER"] = f"{folder}/server"
+    with listening(f"{folder}/server") as listener:
+        server = os.fork()
+        if server == 0:
+            _serve([str(os.dup(listener.fileno())), ""])
+for number, command in enumerate(commands):
     child = os.fork()
     if child == 0:
         for stream in (1, 2):
-            os.dup2(os.open(f"{sys.argv[1]}/{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+            os.dup2(os.open(f"{folder}/{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
         sys.argv = ["sdlora", command]
         from pipelines.__main__ import main
         main()
     if os.waitpid(child, 0)[1]:
         sys.exit(f"{command} failed")
+if server:
+    os.kill(server, signal.SIGTERM)
 """
-"""Commands one after the other, each in a process of its own that has DVC loaded already."""
+"""Commands one after the other, each in a process of its own that has DVC loaded already, and so has DVC's server.
+
+Where it is not served a run starts a server of DVC itself, as runs do.
+"""
 
 PARTS = [part for names in PATCHES.values() for name in names for part in name.partition("(")[0].split(":")]
 PRIVATE = sorted(
@@ -109,7 +124,8 @@ def test_with_a_private_name_of_dvc_gone_all_works_and_one_line_says_so(
     (tmp_path / "renaming/sitecustomize.py").write_text(nothing_preloaded + RENAMING)
     path = os.pathsep.join([str(tmp_path / "renaming"), str(REPOSITORY)])
     settings = {"PREFECT_API_URL": NO_SERVER, "PYTHONPATH": path, "RENAMED": name}
-    commands = [sys.executable, "-c", COMMANDS, str(tmp_path), "status", "run", "status"]
+    served = "" if whole else "served"
+    commands = [sys.executable, "-c", COMMANDS, str(tmp_path), served, "status", "run", "status"]
     subprocess.run(commands, env={**os.environ, **settings}, timeout=120)
     for number, done in enumerate(("never run", "average accuracy", "all up to date")):
         printed, said = ((tmp_path / f"{number}.{stream}").read_text() for stream in (1, 2))
