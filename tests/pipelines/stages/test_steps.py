@@ -393,7 +393,7 @@ def terminate_fit(when: str, *, grace: float = 20.0) -> tuple[int, str]:
 def test_a_fit_that_is_told_to_stop_saves_itself_at_once_and_the_same_goes_on_to_the_same_bytes(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("params.yaml").write_text(settings(epochs="40", checkpoint_seconds="0.2"))
+    Path("params.yaml").write_text(settings(epochs="20", checkpoint_seconds="0.2"))
     status, error = terminate_fit(".sdlora/checkpoints/*/*.safetensors")
 
     assert status == 143
@@ -404,7 +404,7 @@ def test_a_fit_that_is_told_to_stop_saves_itself_at_once_and_the_same_goes_on_to
     assert not Path("fit").exists()
 
     run_fit("t01", "t00", "fit/stopped")
-    assert f"going on from step {found[1]} of 120" in capsys.readouterr().err
+    assert f"going on from step {found[1]} of 60" in capsys.readouterr().err
     shutil.rmtree(".sdlora")
     run_fit("t01", "t00", "fit/undisturbed")
     assert contents(Path("fit/stopped")) == contents(Path("fit/undisturbed"))
