@@ -38,8 +38,11 @@ def _serve(arguments: Sequence[str]) -> None:
     request = receive(arguments, _LIBRARIES)
     os.setsid()
     from prefect.context import refresh_global_settings_context
+    from prefect.logging.configuration import PROCESS_LOGGING_CONFIG, setup_logging
 
     refresh_global_settings_context()
+    PROCESS_LOGGING_CONFIG.clear()
+    setup_logging()
     program, *words = request["arguments"]
     sys.argv = [str(Path(sys.executable).with_name(program)), *words]
     sys.executable = os.environ.get(PYTHON, sys.executable)

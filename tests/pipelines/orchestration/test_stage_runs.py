@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.orchestration.server import PREFECT_SETTINGS
 from pipelines.orchestration.stage_runs import launch, make_flow
 from pipelines.project.environment import (
     OUTCOME_FILE,
@@ -25,6 +26,8 @@ from pipelines.project.environment import (
 from pipelines.runtime.stage import Stage, StageResult, stage
 from pipelines.runtime.stage_outcome import DONE, StageOutcome, read_outcome
 from tests.support.bad_server import bad_server
+from tests.support.commands import finish_forked
+from tests.support.forked_python import PREFECT_SOCKET
 from tests.support.prefect_home import copy_home
 from tests.support.repository import REPOSITORY
 
@@ -52,6 +55,16 @@ def run_script(text: str, folder: Path, **settings: str) -> subprocess.Completed
         text=True,
         timeout=120,
     )
+
+
+def run_forked(
+    text: str, folder: Path, servers: dict[str, str], **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a process that has Prefect already, as the fork server of stages runs a stage."""
+    script = folder / "program.py"
+    script.write_text(text, encoding="utf-8")
+    environment = {**os.environ, **PREFECT_SETTINGS, **settings}
+    return finish_forked(servers[PREFECT_SOCKET], folder, ["python", str(script)], environment)
 
 
 MEASURE = """
@@ -133,8 +146,10 @@ def broken_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_at_once_costs_two_lines(broken_server: str, tmp_path: Path) -> None:
-    done = run_script(MEASURE, tmp_path, PREFECT_API_URL=broken_server)
+def test_a_server_that_fails_at_once_costs_two_lines(
+    broken_server: str, prefect_preloaded: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_forked(MEASURE, tmp_path, prefect_preloaded, PREFECT_API_URL=broken_server)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_text() == "t07"
     lines = done.stderr.splitlines()
@@ -146,12 +161,12 @@ def test_a_server_that_fails_at_once_costs_two_lines(broken_server: str, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["slow", "busy"])
 def test_a_server_that_takes_for_ever_is_gone_without_after_a_while(
-    how: str, prefect_url: str, tmp_path: Path
+    how: str, prefect_url: str, prefect_preloaded: dict[str, str], tmp_path: Path
 ) -> None:
     """First from the beginning, then after it was well until the work began."""
     patience = {PREFECT_SECONDS: "2"}
     with bad_server(how) as url:
-        done = run_script(MEASURE, tmp_path, PREFECT_API_URL=url, **patience)
+        done = run_forked(MEASURE, tmp_path, prefect_preloaded, PREFECT_API_URL=url, **patience)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
         "prefect: the server failed (no answer within 2 s); measure@t07 does not depend on it",
@@ -166,7 +181,7 @@ def test_a_server_that_takes_for_ever_is_gone_without_after_a_while(
     text += "from pipelines.runtime.deadline import end_if_given_up\nend_if_given_up(0)\n"
     settings = {**patience, **BIRDS, "PREFECT_HOME": str(tmp_path / "home")}
     with bad_server(how, real=prefect_url, begins=tmp_path / "begins") as url:
-        done = run_script(text, tmp_path, PREFECT_API_URL=url, **settings)
+        done = run_forked(text, tmp_path, prefect_preloaded, PREFECT_API_URL=url, **settings)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_text() == "t08"
     assert (
@@ -177,10 +192,10 @@ def test_a_server_that_takes_for_ever_is_gone_without_after_a_while(
 
 @pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_does_not_fail_finished_work(
-    prefect_home: Path, tmp_path: Path
+    prefect_home: Path, prefect_preloaded: dict[str, str], tmp_path: Path
 ) -> None:
     copy_home(prefect_home, tmp_path / "prefect")
-    done = run_script(
+    done = run_forked(
         """
 import os
 from pathlib import Path
@@ -205,6 +220,7 @@ with prefect_server(Path("prefect")) as wait:
     launch(measure, task="t07", out=Path("out"))
 """,
         tmp_path,
+        prefect_preloaded,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_text() == "t07"
@@ -214,11 +230,11 @@ with prefect_server(Path("prefect")) as wait:
 
 @pytest.mark.slow
 def test_work_that_was_told_to_stop_is_not_begun_again_when_the_server_is_gone_too(
-    prefect_home: Path, tmp_path: Path
+    prefect_home: Path, prefect_preloaded: dict[str, str], tmp_path: Path
 ) -> None:
     """As when `sdlora run` is killed: its server dies, and the fit stops on SIGTERM."""
     copy_home(prefect_home, tmp_path / "prefect")
-    done = run_script(
+    done = run_forked(
         """
 import os
 from pathlib import Path
@@ -238,13 +254,16 @@ with prefect_server(Path("prefect")) as wait:
     launch(measure, task="t07")
 """,
         tmp_path,
+        prefect_preloaded,
     )
     assert done.returncode == 143, done.stderr
     assert (tmp_path / "begun").read_text() == "once\n"
 
 
 @pytest.mark.slow
-def test_with_a_server_a_stage_is_a_flow_run_below_the_outer_one(prefect_url: str, tmp_path: Path) -> None:
+def test_with_a_server_a_stage_is_a_flow_run_below_the_outer_one(
+    prefect_url: str, prefect_preloaded: dict[str, str], tmp_path: Path
+) -> None:
     outer = f"""
 import os, json, subprocess, sys
 from pathlib import Path
@@ -273,8 +292,13 @@ with get_client(sync_client=True) as client:
     }}
 Path("found.json").write_text(json.dumps(found))
 """
-    done = run_script(
-        outer, tmp_path, PREFECT_API_URL=prefect_url, PREFECT_HOME=str(tmp_path / "home"), **BIRDS
+    done = run_forked(
+        outer,
+        tmp_path,
+        prefect_preloaded,
+        PREFECT_API_URL=prefect_url,
+        PREFECT_HOME=str(tmp_path / "home"),
+        **BIRDS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -288,8 +312,10 @@ Path("found.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_an_error_of_the_work_is_the_stages_error_and_not_prefects(prefect_url: str, tmp_path: Path) -> None:
-    done = run_script(
+def test_an_error_of_the_work_is_the_stages_error_and_not_prefects(
+    prefect_url: str, prefect_preloaded: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_forked(
         """
 from pipelines.project.errors import InputError
 from pipelines.orchestration.stage_runs import launch
@@ -305,6 +331,7 @@ except InputError as error:
     print(error)
 """,
         tmp_path,
+        prefect_preloaded,
         PREFECT_API_URL=prefect_url,
         PREFECT_HOME=str(tmp_path / "home"),
     )
@@ -321,8 +348,10 @@ def test_without_a_flow_run_no_document_is_made(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_what_prefect_cannot_show_costs_a_line_and_nothing_more(prefect_url: str, tmp_path: Path) -> None:
-    done = run_script(
+def test_what_prefect_cannot_show_costs_a_line_and_nothing_more(
+    prefect_url: str, prefect_preloaded: dict[str, str], tmp_path: Path
+) -> None:
+    done = run_forked(
         """
 from pathlib import Path
 from pipelines.orchestration.stage_runs import launch
@@ -342,6 +371,7 @@ with get_client(sync_client=True) as client:
     print(found["birds-measure-text"], "birds-measure-more" in found)
 """,
         tmp_path,
+        prefect_preloaded,
         PREFECT_API_URL=prefect_url,
         PREFECT_HOME=str(tmp_path / "home"),
         **BIRDS,
