@@ -95,17 +95,29 @@ def forked_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def prefect_preloaded(
-    forked_python: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, str]]:
-    """The fork server of what runs with Prefect, one for the whole session. Return the variables that name it."""
-    from pipelines.runtime.fork_server import fork_server
+def kept_server(
+    made_once: Callable[[str, Callable[[Path], object]], Path], worker_id: str
+) -> Callable[[str], str]:
+    """Have the fork server of an entry kept until the tests end, one for all workers. Return where it listens."""
+    from pipelines.runtime.fork_server import listening, start_server
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("preloaded"))
-        with fork_server("tests.support.prefect_server", PREFECT_SOCKET):
-            patch.undo()
-            yield {PREFECT_SOCKET: os.environ.pop(PREFECT_SOCKET), PYTHON: forked_python}
+    def keep(entry: str) -> str:
+        def start(folder: Path) -> None:
+            tests = os.pidfd_open(os.getpid() if worker_id == "master" else os.getppid())
+            with listening(str(folder / "socket")) as listener:
+                server = start_server(entry, listener, until=tests, cwd=folder)
+            server.returncode = 0  # nobody waits for it
+            os.close(tests)
+
+        return str(made_once(entry, start) / "socket")
+
+    return keep
+
+
+@pytest.fixture(scope="session")
+def prefect_preloaded(kept_server: Callable[[str], str], forked_python: str) -> dict[str, str]:
+    """The fork server of what runs with Prefect. Return the variables that name it."""
+    return {PREFECT_SOCKET: kept_server("tests.support.prefect_server"), PYTHON: forked_python}
 
 
 @pytest.fixture

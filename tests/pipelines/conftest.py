@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from pipelines.project.environment import DVC_SOCKET, STAGE_SOCKET
-from pipelines.runtime.fork_server import fork_server
 from pipelines.runtime.processes import environment
-from pipelines.versioning.dvc_server import dvc_server
-from tests.support.commands import COMMAND_ENTRY, call
+from tests.support.commands import COMMAND_ENTRY, DVC_ENTRY, call
 from tests.support.forked_python import COMMAND_SOCKET, PYTHON
 from tests.support.parameters import settings
 from tests.support.pictures import paint
@@ -24,15 +20,15 @@ from tests.support.repository import REPOSITORY
 
 
 @pytest.fixture(scope="session")
-def servers(forked_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The fork servers of a run, kept for a whole session. Return the variables that name them."""
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as kept:
-        patch.chdir(tmp_path_factory.mktemp("servers"))
-        kept.enter_context(dvc_server())
-        kept.enter_context(fork_server(COMMAND_ENTRY, STAGE_SOCKET))
-        patch.undo()
-        named = {name: os.environ.pop(name) for name in (STAGE_SOCKET, DVC_SOCKET)}
-        yield {**named, COMMAND_SOCKET: named[STAGE_SOCKET], PYTHON: forked_python}
+def servers(kept_server: Callable[[str], str], forked_python: str) -> dict[str, str]:
+    """The fork servers of a run, kept while tests run. Return the variables that name them."""
+    commands = kept_server(COMMAND_ENTRY)
+    return {
+        STAGE_SOCKET: commands,
+        COMMAND_SOCKET: commands,
+        DVC_SOCKET: kept_server(DVC_ENTRY),
+        PYTHON: forked_python,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ NO_SERVER = "http://127.0.0.1:1/api"
 """The API of a Prefect server that does not answer."""
 COMMAND_ENTRY = "tests.support.command_server"
 """The module that is the fork server of tests."""
+DVC_ENTRY = "pipelines.versioning.dvc_server"
+"""The module that is the fork server of DVC."""
 _SECONDS = 500
 
 
