@@ -155,8 +155,8 @@ class Choices:
     """Weight of what `olora`, `nlora` and `clora` add to the loss. None for the method's own."""
     covariance_rank: int = 16
     """Principal directions of every class that `aligned`, `rgda` and `lda` remember."""
-    temperature: str | None = None
-    """`auto`: one number divides all logits of a step, so that confidences are right more often."""
+    temperature: str | None = "auto"
+    """`auto`: one number divides all logits of a step, so that confidences are right more often. `linear` has none."""
     optimizer: str = "adam"
     """`adam` or `sgd`."""
     learning_rate: float = 0.002
@@ -198,6 +198,8 @@ class Choices:
         """
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
+        if self.head == "linear":
+            object.__setattr__(self, "temperature", None)
         for name, rule in {**_ADAPTER, **_TRAINING, "seed": _SEED}.items():
             value = getattr(self, name)
             if not rule.holds(value):
@@ -216,9 +218,6 @@ class Choices:
         return {
             f"head is {self.head!r}, but {self.method} trains no rows; choose 'rgda', 'lda' or 'ncm'": rowless
             and self.head in ("linear", "aligned"),
-            "temperature is 'auto', but the head 'linear' is kept as it was trained; choose None": (
-                self.temperature is not None and self.head == "linear"
-            ),
             "magnitudes are restarted, which throws away what sdlora-kd keeps in them; choose 'carried'": (
                 self.method == "sdlora-kd" and not carried
             ),

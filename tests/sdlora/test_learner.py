@@ -18,13 +18,14 @@ from PIL import Image
 
 import sdlora
 from pipelines.project.files import read_json
+from pipelines.project.params import Params
 from pipelines.project.settings import Adapter, Training
 from sdlora.backbones import create_backbone
 from sdlora.choices import Choices, recorded_choices
 from sdlora.fit_folder import EpochRecord
 from sdlora.learner import Learner
 from tests.support.folders import contents
-from tests.support.parameters import settings
+from tests.support.parameters import PARAMS, settings
 from tests.support.stage_project import paint_project, run_step, split_project
 from tests.support.tiny_model import tiny_vit
 
@@ -237,7 +238,6 @@ def test_what_is_no_backbone_is_refused_in_one_line(backbone: Any, message: str)
             r"targets is \('q', 'w'\), expected a tuple of some of q, k, v, proj, fc1, fc2",
         ),
         ({"method": "ncm", "head": "linear"}, "head is 'linear', but ncm trains no rows; choose 'rgda'"),
-        ({"head": "linear", "temperature": "auto"}, "temperature is 'auto', but the head 'linear' is kept"),
         ({"method": "sdlora-kd", "magnitudes": "restarted"}, "magnitudes are restarted, which throws away"),
         (
             {"method": "sdlora-rr", "rank_schedule": {"t02": 4}},
@@ -332,3 +332,14 @@ def test_the_package_has_a_version_and_types() -> None:
     assert sdlora.__version__ == version("sdlora")
     assert Path(sdlora.__file__).with_name("py.typed").is_file()
     assert {"Learner", "load", "__version__"} <= {*dir(sdlora)}
+
+
+def test_what_is_chosen_by_default_is_what_a_new_project_has() -> None:
+    shipped, own = Params.load(PARAMS), Choices().parameters
+
+    assert own == {
+        "adapter": shipped.adapter.recorded,
+        "training": shipped.training.of_the_fit,
+        "seed": shipped.seed,
+    }
+    assert Choices(head="linear").temperature is None
