@@ -124,11 +124,13 @@ def create_backbone(
             pretrained_cfg_overlay=source,
             **arguments,
         )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the weights of {name} are missing from the installation; install sdlora again"
-        ) from error
     except OSError as error:
+        if (
+            isinstance(error, FileNotFoundError) and not source
+        ):  # the hub's own error without a network is one too
+            raise FileNotFoundError(
+                f"the weights of {name} are missing from the installation; install sdlora again"
+            ) from error
         raise FileNotFoundError(
             f"the weights of {name} could not be fetched: {_first_line(error)}"
         ) from error

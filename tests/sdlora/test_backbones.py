@@ -82,6 +82,16 @@ def test_weights_that_timm_has_in_a_format_that_can_run_code_only_are_refused() 
         create_backbone("gcvit_tiny.in1k")
 
 
+def test_without_a_network_it_is_said_that_weights_could_not_be_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        FileNotFoundError, match=r"augreg_in21k could not be fetched: .*[Cc]annot find|offline"
+    ):
+        create_backbone("vit_tiny_patch16_224.augreg_in21k")
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "flexivit_small.300ep_in1k"])
 def test_the_hub_is_asked_for_the_safetensors_file_and_for_no_other(
     name: str, monkeypatch: pytest.MonkeyPatch
