@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pipelines.project.environment import DVC_SOCKET
-from pipelines.project.layout import LOCK
+from pipelines.project.layout import DVC, LOCK
 from pipelines.runtime.fork_server import end_as, fork_server, receive
 from pipelines.versioning.patches import apply_patches, plain_dvc
 
@@ -55,6 +55,8 @@ _LIBRARIES = (
     "pyparsing",
     "scmrepo.git",
 )
+_S3_LIBRARIES = ("aiobotocore.session", "dvc_s3", "s3fs")
+"""What each command that speaks to a remote on S3 would load."""
 
 
 def dvc_server() -> AbstractContextManager[None]:
@@ -67,7 +69,7 @@ def dvc_server() -> AbstractContextManager[None]:
 
 
 def _serve(arguments: Sequence[str]) -> None:
-    request = receive(arguments, _LIBRARIES, prepare=_remember)
+    request = receive(arguments, [*_LIBRARIES, *(_S3_LIBRARIES if _names_s3() else ())], prepare=_remember)
     os.setsid()
     os.environ.pop(DVC_SOCKET, None)
     from pipelines.versioning.patches.__main__ import main
@@ -77,6 +79,12 @@ def _serve(arguments: Sequence[str]) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(" ".join(words[:2]))  # what `ps` and `top` call it
     end_as(lambda: main(request["arguments"]))
+
+
+def _names_s3() -> bool:
+    """Return whether DVC's settings of the project name anything on S3."""
+    files = (DVC / name for name in ("config", "config.local"))
+    return any(b"s3://" in path.read_bytes() for path in files if path.is_file())
 
 
 def _remember() -> None:

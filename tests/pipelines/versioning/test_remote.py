@@ -15,6 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines.orchestration.run import finish, run_pipeline
+from pipelines.project.environment import DVC_SOCKET
 from pipelines.runtime.processes import end_group
 from pipelines.versioning import remote as sharing
 from pipelines.versioning import repro
@@ -114,6 +115,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     if getattr(request, "param", "folder") == "folder":
         yield IN_A_FOLDER
         return
+    monkeypatch.delenv(DVC_SOCKET)  # a run's own server of DVC loads what speaks to S3
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
