@@ -125,15 +125,11 @@ def create_backbone(
             **arguments,
         )
     except OSError as error:
-        if (
-            isinstance(error, FileNotFoundError) and not source
-        ):  # the hub's own error without a network is one too
-            raise FileNotFoundError(
-                f"the weights of {name} are missing from the installation; install sdlora again"
-            ) from error
-        raise FileNotFoundError(
-            f"the weights of {name} could not be fetched: {_first_line(error)}"
-        ) from error
+        fault = f"could not be fetched: {_first_line(error)}"
+        # Without a network the hub's own error is a FileNotFoundError too.
+        if isinstance(error, FileNotFoundError) and not source:
+            fault = "are missing from the installation; install sdlora again"
+        raise FileNotFoundError(f"the weights of {name} {fault}") from error
     except RuntimeError as error:
         raise ValueError(f"{weights or name}: no weights that fit {name}: {_misfit(error)}") from error
     except (TypeError, AssertionError) as error:
