@@ -119,6 +119,15 @@ _TRAINING: Mapping[str, Rule] = {
 }
 """The same of the block `training`."""
 _SEED = Rule(lambda value: type(value) is int and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+_SDLORA = ("sdlora", "sdlora-rr", "sdlora-kd")
+CHOICE_READERS = {
+    "magnitude_start": _SDLORA,
+    "magnitudes": _SDLORA,
+    "initial_up": _SDLORA,
+    "compress": _SDLORA,
+    "penalty": ("olora", "nlora", "clora"),
+}
+"""Choices that are None by default, and the methods that read them."""
 SHARED_CHOICES = ("method", "head", "formulation", "targets")
 """What all steps of a chain share."""
 
@@ -214,8 +223,14 @@ class Choices:
             if self.magnitudes is None
             else self.magnitudes == "carried"
         )
+        unread = {
+            f"{name} is {getattr(self, name)!r}, but {self.method} does not read it; leave it out": True
+            for name, methods in CHOICE_READERS.items()
+            if getattr(self, name) is not None and self.method not in methods
+        }
         rowless = not METHODS[self.method].trains_head
         return {
+            **unread,
             f"head is {self.head!r}, but {self.method} trains no rows; choose 'rgda', 'lda' or 'ncm'": rowless
             and self.head in ("linear", "aligned"),
             "magnitudes are restarted, which throws away what sdlora-kd keeps in them; choose 'carried'": (

@@ -18,10 +18,11 @@ from PIL import Image
 
 import sdlora
 from pipelines.project.files import read_json
+from pipelines.project.param_checks import READ_BY
 from pipelines.project.params import Params
 from pipelines.project.settings import Adapter, Training
 from sdlora.backbones import create_backbone
-from sdlora.choices import Choices, recorded_choices
+from sdlora.choices import CHOICE_READERS, Choices, recorded_choices
 from sdlora.fit_folder import EpochRecord
 from sdlora.learner import Learner
 from tests.support.folders import contents
@@ -243,6 +244,7 @@ def test_what_is_no_backbone_is_refused_in_one_line(backbone: Any, message: str)
             {"method": "sdlora-rr", "rank_schedule": {"t02": 4}},
             "rank_schedule has no rank for the first tasks",
         ),
+        ({"penalty": 0.5}, "penalty is 0.5, but sdlora does not read it; leave it out"),
         ({"seed": -1}, "seed is -1, expected a whole number from 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -343,3 +345,4 @@ def test_what_is_chosen_by_default_is_what_a_new_project_has() -> None:
         "seed": shipped.seed,
     }
     assert Choices(head="linear").temperature is None
+    assert CHOICE_READERS == READ_BY
