@@ -1,13 +1,14 @@
 """The choices of a chain, each with its default: what `params.yaml` holds in its blocks `adapter` and `training`."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from sdlora.adapters import TARGETS
 from sdlora.formulations import FORMULATIONS
 from sdlora.heads import HEADS
-from sdlora.methods import METHODS, Settings
+from sdlora.methods import METHODS, Method, Settings
 from sdlora.records import Rule
 from sdlora.training import Schedule
 
@@ -75,14 +76,15 @@ def _is_count(value: object) -> bool:
 
 _COUNT = Rule(_is_count, "a whole number of at least 1")
 _SWITCH = Rule(lambda value: type(value) is bool, "True or False")
-_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 _ADAPTER: Mapping[str, Rule] = {
     "method": _one_of([name for name, method in METHODS.items() if not method.joint]),
     "head": _one_of(HEADS),
     "formulation": _one_of(FORMULATIONS),
     "targets": Rule(
-        lambda value: value is None or (isinstance(value, tuple) and value and {*value} <= {*_TARGETS}),
-        f"a tuple of some of {', '.join(_TARGETS)}, or None",
+        lambda value: (
+            value in ("all", None) or (isinstance(value, tuple) and value and {*value} <= {*TARGETS})
+        ),
+        f"'all', a tuple of some of {', '.join(TARGETS)}, or None",
     ),
     "rank": _COUNT,
     "rank_schedule": Rule(
@@ -142,8 +144,8 @@ class Choices:
     """The classifier, a name of `HEADS`: `rgda`, `aligned`, `lda`, `ncm` or `linear`."""
     formulation: str = "continuous"
     """How directions are scaled and their magnitudes start: `continuous`, `reference` or `paper`."""
-    targets: tuple[str, ...] | None = _TARGETS
-    """Which projections of every block are adapted. None for the method's own."""
+    targets: str | tuple[str, ...] | None = "all"
+    """Which projections of every block are adapted: all, or some of them. None for the method's own."""
     rank: int = 10
     """Rank of each task's directions."""
     rank_schedule: Mapping[str, int] = field(
@@ -261,7 +263,8 @@ class Choices:
     def parameters(self) -> dict[str, Any]:
         """The same as blocks of `params.yaml`, and as a step's record has them."""
         adapter = {name: getattr(self, name) for name in _ADAPTER}
-        adapter |= {"targets": self.targets and list(self.targets), "rank_schedule": dict(self.rank_schedule)}
+        targets = list(self.targets) if isinstance(self.targets, tuple) else self.targets
+        adapter |= {"targets": targets, "rank_schedule": dict(self.rank_schedule)}
         if self.temperature is None:
             del adapter["temperature"]
         training = {name: getattr(self, name) for name in _TRAINING}
@@ -278,4 +281,10 @@ def recorded_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
         **{name: training.get(name, unsaid.get(name)) for name in _TRAINING},
         "seed": parameters["seed"],
     }
-    return found | {"targets": adapter.get("targets") and tuple(adapter["targets"])}
+    targets = adapter.get("targets")
+    return found | {"targets": tuple(targets) if isinstance(targets, list) else targets}
+
+
+def adapted_targets(chosen: str | Sequence[str] | None, method: Method) -> tuple[str, ...]:
+    """Return which of `TARGETS` are adapted: all for `all`, the method's own for None."""
+    return TARGETS if chosen == "all" else tuple(chosen or method.targets)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdlora.adapters import inject_adapters
 from sdlora.backbones import Backbone, backbone_of, create_backbone, read_backbone, write_backbone
-from sdlora.choices import SHARED_CHOICES, Choices, recorded_choices, settings_of
+from sdlora.choices import SHARED_CHOICES, Choices, adapted_targets, recorded_choices, settings_of
 from sdlora.classifier import ModelState, merged_classifier
 from sdlora.devices import arithmetic, best_device
 from sdlora.evaluation import feature_batches, predict_batches
@@ -177,7 +177,7 @@ class Learner(Choices):
 
     @property
     def _adapted(self) -> tuple[str, ...]:
-        return self.targets or METHODS[self.method].targets
+        return adapted_targets(self.targets, METHODS[self.method])
 
     def _first(self) -> Backbone:
         if isinstance(self.backbone, Backbone):

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import compare
 from pipelines.project.params import Params
 from sdlora.backbones import create_backbone
+from sdlora.choices import adapted_targets
+from sdlora.methods import METHODS
 from tests.support.repository import REPOSITORY
 
 SUITE = compare.SUITES["scene"]
@@ -44,7 +46,7 @@ def test_the_distilled_rows_are_trained_as_the_shipped_parameters_say() -> None:
     shipped = {"decay": params.training.schedule, **params.training.model_dump()}
 
     assert {key: shipped[key] for key in trained} == trained
-    assert params.adapter.targets == recipe.targets
+    assert adapted_targets(params.adapter.targets, METHODS["sdlora"]) == recipe.targets
 
 
 def of_eight(number: int) -> list[int]:

@@ -109,7 +109,7 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
             yield f"adapter.rank_schedule: found {show_value(start)}, expected a task's key; write t01, t02, ..."
     if (adapter.rank_schedule or adapter.method == "sdlora-rr") and "t01" not in adapter.rank_schedule:
         yield "adapter.rank_schedule: the first tasks have no rank; add t01"
-    if adapter.targets and len(set(adapter.targets)) < len(adapter.targets):
+    if isinstance(adapter.targets, tuple) and len(set(adapter.targets)) < len(adapter.targets):
         yield f"adapter.targets: found {', '.join(adapter.targets)}; name each projection once"
     if adapter.formulation == "paper" and adapter.initial_up == "zero":
         yield (

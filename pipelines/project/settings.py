@@ -1,9 +1,18 @@
 """The sections of `params.yaml`: their keys, types and bounds."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -188,10 +197,17 @@ class BackboneChoice(Section):
     """mean and standard deviation of the model's own configuration, or pixels in [0, 1] as they are"""
 
 
-_Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+def _all_or_some(value: object, some: ValidatorFunctionWrapHandler) -> object:
+    return value if value == "all" else some(value)
 
-_ALL_TARGETS = BeforeValidator(lambda value: get_args(_Target) if value == "all" else value)
-"""One word, because DVC writes a list over several lines when it changes another key of the file."""
+
+_Targets = Annotated[
+    tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...],
+    Field(strict=False, min_length=1),
+    WrapValidator(_all_or_some),
+    PlainSerializer(lambda targets: targets if targets == "all" else list(targets)),
+]
+"""The word `all` stays a word: DVC writes a list over several lines when it changes another key of the file."""
 
 
 class Adapter(Section):
@@ -215,7 +231,7 @@ class Adapter(Section):
     """what becomes of the classifier's rows when a step is frozen"""
     formulation: Literal["continuous", "reference", "paper"]
     """how directions are scaled and their magnitudes start"""
-    targets: Annotated[tuple[_Target, ...], Field(strict=False, min_length=1), _ALL_TARGETS] | None
+    targets: _Targets | None
     """which projections of every block are adapted, all or a list; null is the method's own"""
     rank: Count
     """rank of each task's directions"""

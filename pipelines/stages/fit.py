@@ -277,7 +277,7 @@ def _prepare(
     import torch
 
     from sdlora.backbones import read_backbone
-    from sdlora.choices import settings_of
+    from sdlora.choices import adapted_targets, settings_of
     from sdlora.methods import METHODS
     from sdlora.model_folder import read_model
     from sdlora.preprocessing import Preprocessing
@@ -289,7 +289,7 @@ def _prepare(
     base = read_backbone(backbone)
     with outputs_beside(before, "step.json") as found:
         learned, record = read_model(found(before.name), beside=found)
-    targets = adapter.targets or method.targets
+    targets = adapted_targets(adapter.targets, method)
     _check_continues(record, adapter, before, targets)
     preprocessing = Preprocessing.of(base.description)
     tasks = {}

@@ -236,7 +236,7 @@ def test_what_is_no_backbone_is_refused_in_one_line(backbone: Any, message: str)
         ({"crop_scale": 2}, "crop_scale is 2, expected a number above 0 to 1"),
         (
             {"targets": ("q", "w")},
-            r"targets is \('q', 'w'\), expected a tuple of some of q, k, v, proj, fc1, fc2",
+            r"targets is \('q', 'w'\), expected 'all', a tuple of some of q, k, v, proj, fc1, fc2",
         ),
         ({"method": "ncm", "head": "linear"}, "head is 'linear', but ncm trains no rows; choose 'rgda'"),
         ({"method": "sdlora-kd", "magnitudes": "restarted"}, "magnitudes are restarted, which throws away"),
@@ -261,9 +261,7 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
         Learner.open(project / "model", head="lda")
     with pytest.raises(TypeError, match="a Learner is not copied or pickled; save it, and open the folder"):
         copy.deepcopy(Learner.open(project / "model"))
-    opened = Learner.open(
-        project / "model", targets=[*(Choices().targets or ())], epochs=5, learning_rate=0.1
-    )
+    opened = Learner.open(project / "model", targets="all", epochs=5, learning_rate=0.1)
     assert (opened.epochs, opened.learning_rate, opened.rank) == (5, 0.1, 2)
 
 

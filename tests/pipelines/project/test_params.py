@@ -600,7 +600,7 @@ def test_the_names_that_can_be_chosen_are_those_of_the_library() -> None:
     assert choices("method") == set(METHODS)
     assert choices("head") == set(HEADS)
     assert choices("formulation") == set(FORMULATIONS)
-    assert choices("targets") == set(TARGETS)
+    assert choices("targets") - {"always"} == set(TARGETS)  # how it is written, pydantic says
     assert {name for name, m in METHODS.items() if m.joint} == JOINT_METHODS
     assert set(HEADS_OF) == {name for name, m in METHODS.items() if m.joint or not m.trains_head}
     assert {name for names in READ_BY.values() for name in names} <= set(METHODS)
