@@ -96,10 +96,17 @@ class Directions(nn.Module):
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.magnitudes: nn.Parameter | None = None
+        self.trains_earlier = True
         self.norm: Callable[[Factors], Tensor] | None = None
 
-    def set_frozen(self, frozen: list[Factors], magnitudes: nn.Parameter) -> None:
-        """Hold the directions of earlier tasks, in task order, scaled by the first entries of `magnitudes`."""
+    def set_frozen(
+        self, frozen: list[Factors], magnitudes: nn.Parameter, *, trains_earlier: bool = True
+    ) -> None:
+        """Hold the directions of earlier tasks, in task order, scaled by the first entries of `magnitudes`.
+
+        Args:
+            trains_earlier: whether a gradient reaches these entries.
+        """
         if frozen:
             self.stacked_up = torch.cat([factors.up for factors in frozen], dim=1)
             self.stacked_down = torch.cat([factors.down for factors in frozen], dim=0)
@@ -107,7 +114,7 @@ class Directions(nn.Module):
             # rank and scattering its gradient, and repeats to the bit on every device.
             ranks = torch.tensor([factors.down.shape[0] for factors in frozen])
             self.owner = torch.repeat_interleave(torch.eye(len(frozen)), ranks, dim=0).to(frozen[0].up)
-        self.magnitudes = magnitudes
+        self.magnitudes, self.trains_earlier = magnitudes, trains_earlier
 
     def set_current(
         self,
@@ -127,7 +134,8 @@ class Directions(nn.Module):
             return None
         update = None
         if self.owner.numel():
-            scales = self.owner @ self.magnitudes[: self.owner.shape[1]]
+            earlier = self.magnitudes[: self.owner.shape[1]]
+            scales = self.owner @ (earlier if self.trains_earlier else earlier.detach())
             update = (self.stacked_up * scales) @ self.stacked_down
         if self.up is not None and self.down is not None:
             scale = self.magnitudes[-1]

@@ -83,6 +83,7 @@ class IncrementalClassifier(nn.Module):
         magnitudes: Tensor,
         *,
         trained: bool,
+        trains_earlier: bool = True,
     ) -> None:
         """Hold the directions of earlier tasks at every target.
 
@@ -91,6 +92,7 @@ class IncrementalClassifier(nn.Module):
             magnitudes: (tasks, targets), or (tasks, 1) for one parameter that all targets share; a last row
                 beyond the tasks of `frozen` belongs to the direction that `train_direction` adds.
             trained: whether the magnitudes are.
+            trains_earlier: whether those of `frozen` are, too.
         """
         self._require_fitting(frozen)
         like = next(self.backbone.parameters())
@@ -98,7 +100,8 @@ class IncrementalClassifier(nn.Module):
         columns = [nn.Parameter(column.clone(), requires_grad=trained) for column in magnitudes.unbind(1)]
         for index, (name, directions) in enumerate(self._targets.items()):
             held = [Factors(*(part.to(like) for part in factors[name])) for factors in frozen.values()]
-            directions.set_frozen(held, columns[index if len(columns) > 1 else 0])
+            own = columns[index if len(columns) > 1 else 0]
+            directions.set_frozen(held, own, trains_earlier=trains_earlier)
 
     def _require_fitting(self, frozen: Mapping[str, Mapping[str, Factors]]) -> None:
         """Refuse directions of another backbone: other targets, another order of them, or other sizes."""

@@ -137,7 +137,8 @@ def read_fit(folder: Path, description: Mapping[str, Any], *, tasks: Sequence[st
     magnitudes = read_tensors(folder / FIT_MAGNITUDES)
     held = [name for name in tasks if name in magnitudes]
     check_tensors(folder / FIT_MAGNITUDES, magnitudes, dict.fromkeys(held, ("magnitudes",)), sizes)
-    if held and sizes["magnitudes"] not in (1, len(targets)):
+    # A step without a new direction has no targets of its own, and may have magnitudes.
+    if held and targets and sizes["magnitudes"] not in (1, len(targets)):
         raise ValueError(
             f"{folder / FIT_MAGNITUDES}: {sizes['magnitudes']} magnitudes of each task for {len(targets)} targets; "
             "restore the file"

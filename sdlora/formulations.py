@@ -24,6 +24,8 @@ class Formulation:
     """One magnitude for each task and target; otherwise one for each task, shared by the whole network."""
     carried: bool
     """Magnitudes go on from step to step; otherwise all of them start anew at every step."""
+    trains_earlier: bool
+    """The magnitudes of earlier directions are trained in every step; otherwise only that of the new one is."""
     magnitude_start: float
     """The value at which a magnitude starts."""
     initial_up: str
@@ -43,6 +45,7 @@ _PAPER = Formulation(
     normalise_current=True,
     per_target=False,
     carried=False,
+    trains_earlier=True,
     magnitude_start=1.0,
     initial_up="uniform",
 )
@@ -59,6 +62,7 @@ _REFERENCE = Formulation(
     normalise_current=False,
     per_target=False,
     carried=False,
+    trains_earlier=True,
     magnitude_start=0.8,
     initial_up="zero",
 )
@@ -75,6 +79,7 @@ _CONTINUOUS = Formulation(
     normalise_current=False,
     per_target=True,
     carried=True,
+    trains_earlier=True,
     magnitude_start=1.0,
     initial_up="zero",
 )

@@ -109,6 +109,8 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
             yield f"adapter.rank_schedule: found {show_value(start)}, expected a task's key; write t01, t02, ..."
     if (adapter.rank_schedule or adapter.method == "sdlora-rr") and "t01" not in adapter.rank_schedule:
         yield "adapter.rank_schedule: the first tasks have no rank; add t01"
+    if adapter.rank_schedule.get("t01") == 0:
+        yield "adapter.rank_schedule: found 0 for t01, which leaves no direction at all; write a rank of at least 1"
     if isinstance(adapter.targets, tuple) and len(set(adapter.targets)) < len(adapter.targets):
         yield f"adapter.targets: found {', '.join(adapter.targets)}; name each projection once"
     if adapter.formulation == "paper" and adapter.initial_up == "zero":

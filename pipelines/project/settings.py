@@ -235,12 +235,12 @@ class Adapter(Section):
     """which projections of every block are adapted, all or a list; null is the method's own"""
     rank: Count
     """rank of each task's directions"""
-    rank_schedule: Mapping[str, Count]
-    """of sdlora-rr only: task and the rank from that task on"""
+    rank_schedule: Mapping[str, Annotated[int, Field(ge=0)]]
+    """of sdlora-rr only: task and the rank from that task on; 0 is no new direction"""
     magnitude_start: Annotated[float, Field(gt=0)] | None
     """first value of a new magnitude; null is the formulation's own"""
-    magnitudes: Literal["carried", "restarted"] | None
-    """whether earlier magnitudes go on from step to step; null is the formulation's own"""
+    magnitudes: Literal["carried", "restarted", "fixed"] | None
+    """whether earlier magnitudes go on from step to step, trained or fixed; null is the formulation's own"""
     initial_up: Literal["zero", "uniform"] | None
     """how B of a new direction starts; null is the formulation's own"""
     tolerance: Annotated[float, Field(ge=0, le=1)]
@@ -270,7 +270,8 @@ class Adapter(Section):
         """What is chosen in place of the formulation's own fields."""
         chosen = {
             "magnitude_start": self.magnitude_start,
-            "carried": None if self.magnitudes is None else self.magnitudes == "carried",
+            "carried": None if self.magnitudes is None else self.magnitudes != "restarted",
+            "trains_earlier": False if self.magnitudes == "fixed" else None,
             "initial_up": self.initial_up,
         }
         return {key: value for key, value in chosen.items() if value is not None}
@@ -285,8 +286,8 @@ class Training(Section):
     """size of its steps"""
     head_rate: Annotated[float, Field(gt=0)] | None = None
     """learning rate of the head's new rows; null is learning_rate"""
-    magnitude_rate: Annotated[float, Field(gt=0)] | None = None
-    """learning rate of the magnitudes; null is learning_rate"""
+    magnitude_rate: Annotated[float, Field(ge=0)] | None = None
+    """learning rate of the magnitudes, at 0 they stay; null is learning_rate"""
     head_start: Literal["random", "small", "discriminant"] | None = None
     """how the head's new rows start; null is random, as published"""
     feature_distillation: Annotated[float, Field(ge=0)] | None = None

@@ -31,16 +31,20 @@ def begin_with_rank(
     settings: Settings,
     generator: torch.Generator,
 ) -> None:
-    """Train a new direction of the given rank, and the magnitudes of all directions."""
+    """Train a new direction of the given rank, and the magnitudes of all directions. Rank 0 is no new direction."""
     formulation = settings.formulation
     tasks, columns = len(before.directions), len(model.targets) if formulation.per_target else 1
     dtype = next(model.backbone.parameters()).dtype
-    magnitudes = torch.full((tasks + 1, columns), formulation.magnitude_start, dtype=dtype)
+    rows = tasks + 1 if rank else tasks
+    magnitudes = torch.full((rows, columns), formulation.magnitude_start, dtype=dtype)
     if formulation.carried and tasks:
         held = torch.stack([before.magnitudes[task] for task in before.directions])
         # One number for the whole network: the nearest to what the targets hold (equal ones stay as they are).
         magnitudes[:tasks] = held if formulation.per_target else held.mean(dim=1, keepdim=True)
-    model.set_directions(before.directions, magnitudes, trained=True)
+    earlier = formulation.trains_earlier
+    model.set_directions(before.directions, magnitudes, trained=bool(rank) or earlier, trains_earlier=earlier)
+    if not rank:
+        return
     factors = new_direction(model, rank=rank, generator=generator, up=formulation.initial_up)
     model.train_direction(factors, norm=formulation.norm if formulation.normalise_current else None)
 
@@ -53,9 +57,15 @@ def freeze(before: ModelState, fit: FitResult, *, settings: Settings) -> Frozen:
     direction is first truncated to the smallest rank that holds that share of its energy. A target that no gradient
     reaches (the query of a single token) keeps a direction of zeros; where none has another, none is kept.
 
+    Without a new direction only the magnitudes are what was trained.
+
     Raises:
         ValueError: a direction is not finite.
     """
+    if not fit.factors:
+        targets = len(next(iter(before.directions.values())))
+        magnitudes = {task: alpha.expand(targets).clone() for task, alpha in fit.magnitudes.items()}
+        return Frozen(directions=before.directions, magnitudes=magnitudes)
     exact = _normalised(before, fit, fit.factors, settings=settings)
     if settings.compress is None:
         return exact

@@ -31,7 +31,7 @@ def begin(
     batches: Batches,
     generator: torch.Generator,
 ) -> None:
-    """Train a new direction of the rank that the schedule has for `task`, and all magnitudes."""
+    """Train a new direction of the rank that the schedule has for `task`, none for 0, and all magnitudes."""
     sdlora.begin_with_rank(
         model, before, rank=rank_of(task, settings), settings=settings, generator=generator
     )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from sdlora.adapters import Factors, product_norm
 from sdlora.classifier import IncrementalClassifier, ModelState, merged_classifier
+from sdlora.fit_folder import read_fit, write_fit
+from sdlora.formulations import FORMULATIONS
 from sdlora.freezing import freeze, measured
 from sdlora.methods import METHODS, FitResult, inflora, sdlora_kd
 from sdlora.methods.clora import orthonormal
@@ -51,6 +54,24 @@ def test_a_reduced_rank_is_that_of_the_direction_which_is_stored() -> None:
     learned = learn(3, method="sdlora-rr", chosen=settings(rank_schedule={"t01": 3, "t03": 2}))
 
     assert [d["blocks.0.attn.q"].down.shape[0] for d in learned.directions.values()] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("formulation", list(FORMULATIONS))
+def test_after_a_rank_of_zero_only_magnitudes_and_rows_are_learned(formulation: str, tmp_path: Path) -> None:
+    chosen = settings(formulation, rank_schedule={"t01": 3, "t02": 0})
+    before = learn(1, method="sdlora-rr", chosen=chosen)
+    result = trained("sdlora-rr", before, 2, chosen=chosen)
+    description = {"task": "t02", "classes": ["a", "b"], "targets": []}
+    write_fit(tmp_path, result, curve=[], description=description)
+    fit = read_fit(tmp_path, description, tasks=["t01", "t02"])
+    learned = freeze(before, fit, method=METHODS["sdlora-rr"], settings=chosen).learned
+
+    assert not fit.factors
+    assert list(learned.directions) == list(learned.magnitudes) == ["t01"]
+    assert learned.directions["t01"] is before.directions["t01"]
+    assert learned.magnitudes["t01"].shape == before.magnitudes["t01"].shape
+    assert not torch.equal(learned.magnitudes["t01"], before.magnitudes["t01"])
+    assert set(learned.head) == {"t01", "t02"}
 
 
 def test_a_schedule_without_a_first_rank_is_refused() -> None:

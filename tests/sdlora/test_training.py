@@ -270,6 +270,30 @@ def test_magnitudes_obey_a_rate_of_their_own(three_steps: dict[str, ModelState])
         assert not torch.equal(end.head["t04"].weight, start.head["t04"].weight)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_magnitudes_of_rate_zero_are_those_they_start_with(
+    optimizer: str, three_steps: dict[str, ModelState]
+) -> None:
+    fit = make_fit(three_steps["paper"], 4, chosen=settings("paper"), optimizer=optimizer, magnitude_rate=0.0)
+
+    assert {float(alpha) for alpha in finish(fit).magnitudes.values()} == {1.0}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_fixed_magnitudes_are_those_that_their_own_steps_left_and_only_the_new_one_is_trained(
+    optimizer: str, three_steps: dict[str, ModelState]
+) -> None:
+    for name in FORMULATIONS:
+        chosen = settings(name, carried=True, trains_earlier=False)
+        fit = make_fit(three_steps[name], 4, chosen=chosen, optimizer=optimizer)
+        start = fit.result()
+        end = finish(fit)
+
+        for task in ("t01", "t02", "t03"):
+            assert torch.equal(end.magnitudes[task], start.magnitudes[task])
+        assert not torch.equal(end.magnitudes["t04"], start.magnitudes["t04"])
+
+
 def test_all_rates_follow_one_schedule() -> None:
     fit = make_fit(learn(1), 2, decay="cosine", head_rate=0.5, magnitude_rate=0.001)
     for _ in fit.run():

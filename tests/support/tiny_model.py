@@ -58,7 +58,8 @@ RANKS = {"t01": 3, "t03": 2}
 
 def settings(formulation: str = "continuous", **changes: Any) -> Settings:  # noqa: ANN401 - any field's value
     """Settings of the methods, of rank 3, with fields of the formulation or of the settings changed."""
-    own = {key: changes.pop(key) for key in ("magnitude_start", "carried", "initial_up") if key in changes}
+    of_it = ("magnitude_start", "carried", "trains_earlier", "initial_up")
+    own = {key: changes.pop(key) for key in of_it if key in changes}
     return Settings(
         **{
             "formulation": replace(FORMULATIONS[formulation], **own),

@@ -361,6 +361,11 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
             id="a-rank-schedule-of-other-keys",
         ),
         pytest.param(
+            "{t01: 10, t04: 8, t08: 6}", "{t01: 0}",
+            "adapter.rank_schedule: found 0 for t01, which leaves no direction at all; write a rank of at least 1",
+            id="a-rank-schedule-that-begins-without-a-direction",
+        ),
+        pytest.param(
             "targets: all ", "targets: [] ",
             "adapter.targets: the list is empty; name at least one, or write null",
             id="no-targets",
@@ -556,6 +561,9 @@ def test_the_formulation_keeps_what_is_not_chosen() -> None:
     formulation = settings_of(chosen).formulation
     assert (formulation.carried, formulation.magnitude_start) == (False, 0.5)
     assert formulation.per_target
+    assert formulation.trains_earlier
+    fixed = settings_of(shipped.model_copy(update={"magnitudes": "fixed"})).formulation
+    assert (fixed.carried, fixed.trains_earlier) == (True, False)
 
 
 @pytest.mark.parametrize(

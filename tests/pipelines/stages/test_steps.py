@@ -131,6 +131,25 @@ def test_an_absorbed_direction_is_in_the_ledger_with_what_it_changed(project: Pa
     assert 0 <= record["freezing"]["output_change"] < 1
 
 
+@pytest.mark.parametrize("formulation", ["continuous", "paper"])
+def test_a_step_of_rank_zero_is_recorded_without_a_direction_and_verified(
+    project: Path, formulation: str
+) -> None:
+    changes = {"method": "sdlora-rr", "formulation": formulation, "rank_schedule": "{t01: 3, t02: 0}"}
+    Path("params.yaml").write_text(settings(**changes))
+    for task, before in (("t01", "t00"), ("t02", "t01")):
+        run_step(task, before)
+        run_evaluation(task)
+    first, record = (read_json(Path(f"model/{task}/step.json")) for task in ("t01", "t02"))
+
+    assert record["directions"] == list(record["magnitudes"]) == ["t01"]
+    assert record["magnitudes"] != first["magnitudes"]
+    assert record["rank"] == 0
+    chain = JoinedRecords()
+    for task, before in (("t00", None), ("t01", Path("model/t00")), ("t02", Path("model/t01"))):
+        assert not list(faults_of_step(Path(f"model/{task}"), task, chain, before=before))
+
+
 @pytest.mark.parametrize("lone", ["t01", "t02"])
 def test_a_step_of_one_class_is_recorded_without_a_direction_and_verified(project: Path, lone: str) -> None:
     text = settings(formulation="paper", head="aligned")
