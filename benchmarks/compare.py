@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -268,7 +268,7 @@ def settings_of(run: Mapping[str, Any]) -> Settings:
     return Settings(
         formulation=replace(FORMULATIONS[run["formulation"]], **run["formulation_choices"]),
         rank=run["rank"],
-        rank_schedule=RANKS,
+        rank_schedule=run.get("rank_schedule", RANKS),
         tolerance=run["tolerance"],
         compress=run["compress"],
         penalty=run["penalty"],
@@ -377,7 +377,7 @@ def with_true_statistics(
     return settled
 
 
-def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+def run_at_once(images: Images, run: Mapping[str, Any], heads: Sequence[str]) -> dict[str, Any]:
     """Learn all classes together, and evaluate every head of the statistics of all training images."""
     groups = groups_of(images, run)
     tasks = {f"t{i + 1:02}": group for i, group in enumerate(groups)}
@@ -385,7 +385,7 @@ def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dic
     learned = freeze(
         ModelState(), fit.result, method=METHODS[run["method"]], settings=settings_of(run)
     ).learned
-    settled = with_true_statistics(images, run, tasks, dict.fromkeys(variant.heads, learned))
+    settled = with_true_statistics(images, run, tasks, dict.fromkeys(heads, learned))
     right = answers(images, run, groups, settled)
     return {
         "trained_parameters": fit.trained_parameters,
@@ -395,19 +395,19 @@ def run_at_once(images: Images, run: Mapping[str, Any], variant: Variant) -> dic
                 "stored_numbers": stored_numbers(settled[name]),
                 "seconds": fit.seconds,
             }
-            for name in variant.heads
+            for name in heads
         },
     }
 
 
-def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+def run_chain(images: Images, run: Mapping[str, Any], heads: Sequence[str]) -> dict[str, Any]:
     """Learn a whole chain and evaluate every head after every step."""
     groups = groups_of(images, run)
-    method, settings = METHODS[variant.method], settings_of(run)
+    method, settings = METHODS[run["method"]], settings_of(run)
     base = create_backbone(run["backbone"])
     learned = ModelState()
-    settled = dict.fromkeys(variant.heads, learned)
-    accuracy = {head: np.full((run["tasks"], run["tasks"]), np.nan) for head in variant.heads}
+    settled = dict.fromkeys(heads, learned)
+    accuracy = {head: np.full((run["tasks"], run["tasks"]), np.nan) for head in heads}
     facts, trained, seconds = [], 0, defaultdict(float)
     right: dict[str, list[np.ndarray]] = {}
     for step, group in enumerate(groups):
@@ -438,11 +438,11 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
             frozen = measured(frozen, features=training_features)
         facts.append(dict(frozen.facts))
         started = time.monotonic()
-        if any(HEADS[name].settle for name in variant.heads):
+        if any(HEADS[name].settle for name in heads):
             training_features(learned)
             training_features(frozen.learned)
         seconds["features"] += time.monotonic() - started
-        for name in variant.heads:
+        for name in heads:
             started = time.monotonic()
             before = settled[name]
             settled[name] = recompute_head(
@@ -458,7 +458,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
             seconds[name] += time.monotonic() - started
         learned = frozen.learned
         right = answers(images, run, groups[: step + 1], settled)
-        for name in variant.heads:
+        for name in heads:
             accuracy[name][step, : step + 1] = [one.mean() for one in right[name]]
     tasks = {f"t{i + 1:02}": group for i, group in enumerate(groups)}
     undrifted = answers(images, run, groups, with_true_statistics(images, run, tasks, settled))
@@ -480,7 +480,7 @@ def run_chain(images: Images, run: Mapping[str, Any], variant: Variant) -> dict[
                     seconds["fit"] + seconds[name] + (seconds["features"] if HEADS[name].settle else 0), 1
                 ),
             }
-            for name in variant.heads
+            for name in heads
         },
     }
 
@@ -852,7 +852,7 @@ def main() -> None:
             backbone = create_backbone(arguments.backbone)
             images[which] = Images(run["data"], backbone, arguments.cache, validation=run["validation"])
         learn = run_at_once if VARIANTS[label].once else run_chain
-        result = learn(images[which], run, VARIANTS[label])
+        result = learn(images[which], run, VARIANTS[label].heads)
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         with arguments.results.open("a") as file:
             file.write(json.dumps({"run": run, **result}, sort_keys=True) + "\n")

@@ -88,10 +88,15 @@ _ADAPTER: Mapping[str, Rule] = {
     ),
     "rank": _COUNT,
     "rank_schedule": Rule(
-        lambda value: isinstance(value, Mapping) and all(map(_is_count, value.values())), "ranks by task"
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(type(rank) is int and rank >= 0 for rank in value.values())
+            and value.get("t01") != 0
+        ),
+        "ranks by task, that of t01 at least 1",
     ),
     "magnitude_start": _number(0, above=True, or_none=True),
-    "magnitudes": _one_of(("carried", "restarted"), or_none=True),
+    "magnitudes": _one_of(("carried", "restarted", "fixed"), or_none=True),
     "initial_up": _one_of(("zero", "uniform"), or_none=True),
     "tolerance": _number(0, 1),
     "compress": _number(0, 1, above=True, or_none=True),
@@ -104,7 +109,7 @@ _TRAINING: Mapping[str, Rule] = {
     "optimizer": _one_of(("sgd", "adam")),
     "learning_rate": _number(0, above=True),
     "head_rate": _number(0, above=True, or_none=True),
-    "magnitude_rate": _number(0, above=True, or_none=True),
+    "magnitude_rate": _number(0, or_none=True),
     "head_start": _one_of(("random", "small", "discriminant")),
     "feature_distillation": _number(0),
     "momentum": Rule(
@@ -151,11 +156,11 @@ class Choices:
     rank_schedule: Mapping[str, int] = field(
         default_factory=lambda: MappingProxyType({"t01": 10, "t04": 8, "t08": 6})
     )
-    """Of `sdlora-rr` only: task and the rank from that task on."""
+    """Of `sdlora-rr` only: task and the rank from that task on. 0 is no new direction."""
     magnitude_start: float | None = None
     """First value of a new magnitude. None for the formulation's own."""
     magnitudes: str | None = None
-    """`carried` from step to step or `restarted`. None for the formulation's own."""
+    """`carried` from step to step, `restarted`, or `fixed`: carried and not trained. None for the formulation's own."""
     initial_up: str | None = None
     """How B of a new direction starts, `zero` or `uniform`. None for the formulation's own."""
     tolerance: float = 0.5
@@ -175,7 +180,7 @@ class Choices:
     head_rate: float | None = 0.01
     """Of the new rows of the head. None for `learning_rate`."""
     magnitude_rate: float | None = None
-    """Of the magnitudes. None for `learning_rate`."""
+    """Of the magnitudes, which stay at 0. None for `learning_rate`."""
     head_start: str = "small"
     """How the new rows start: `random`, `small` or `discriminant`."""
     feature_distillation: float = 2.0
@@ -223,7 +228,7 @@ class Choices:
         carried = (
             FORMULATIONS[self.formulation].carried
             if self.magnitudes is None
-            else self.magnitudes == "carried"
+            else self.magnitudes != "restarted"
         )
         unread = {
             f"{name} is {getattr(self, name)!r}, but {self.method} does not read it; leave it out": True
@@ -248,7 +253,8 @@ class Choices:
         """What is chosen in place of the formulation's own fields."""
         chosen = {
             "magnitude_start": self.magnitude_start,
-            "carried": None if self.magnitudes is None else self.magnitudes == "carried",
+            "carried": None if self.magnitudes is None else self.magnitudes != "restarted",
+            "trains_earlier": False if self.magnitudes == "fixed" else None,
             "initial_up": self.initial_up,
         }
         return {key: value for key, value in chosen.items() if value is not None}

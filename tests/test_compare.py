@@ -138,8 +138,8 @@ def test_learning_at_once_for_no_epoch_leaves_the_rows_that_statistics_of_frozen
     for run in runs:
         run["schedule"] = run["schedule"] | {"epochs": 0}
 
-    at_once = compare.run_at_once(images, runs[0], once)["heads"]
-    chain = compare.run_chain(images, runs[1], frozen)["heads"]
+    at_once = compare.run_at_once(images, runs[0], once.heads)["heads"]
+    chain = compare.run_chain(images, runs[1], frozen.heads)["heads"]
 
     for head in ("ncm", "lda"):
         assert at_once[head]["right"] == chain[head]["right"]
