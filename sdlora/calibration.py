@@ -1,7 +1,7 @@
 """One temperature for the logits of a step, from images of its task that are left out in turn."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class Temperature(NamedTuple):
 
 UNDIVIDED = Temperature()
 """Before the first step."""
+
+
+def temperature_of(record: Mapping[str, Any]) -> Temperature:
+    """Return what the rows of a step are divided by, and what is known of it."""
+    facts = record.get("freezing", {})
+    return Temperature(facts.get("temperature", 1.0), facts.get("temperature_information", 0.0))
 
 
 def left_out_logits(

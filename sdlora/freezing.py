@@ -14,6 +14,7 @@ from sdlora.calibration import (
     calibration_of,
     fitted_temperature,
     left_out_logits,
+    temperature_of,
     tempered,
 )
 from sdlora.choices import AdapterChoices, settings_of
@@ -306,14 +307,8 @@ def frozen_step(
         drawn=generator_for(seed, "retention", result.task),
         lost=lost_by_drift(record),
         left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
-        temperature=_temperature(record),
+        temperature=temperature_of(record),
     )
-
-
-def _temperature(record: Mapping[str, Any]) -> Temperature:
-    """Return what the rows of a step are divided by, and what is known of it."""
-    facts = record.get("freezing", {})
-    return Temperature(facts.get("temperature", 1.0), facts.get("temperature_information", 0.0))
 
 
 def lost_by_drift(record: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
+from sdlora.calibration import temperature_of, tempered
 from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
 from sdlora.drift import carried
@@ -98,7 +99,8 @@ def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = Fals
     """Return what `folder` and its chain's backbone hold. Raises as `load` does.
 
     Args:
-        linear: whether rows that are not linear are replaced by those of `LINEAR_FALLBACK`, of the same statistics.
+        linear: whether rows that are not linear are replaced by those of `LINEAR_FALLBACK`, of the same statistics
+            and with the same temperature.
     """
     base_folder = backbone or folder.resolve().parent / "t00"
     if not (base_folder / RECORD).is_file():
@@ -122,7 +124,7 @@ def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = Fals
     if step.linear or not linear:
         return step
     now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    settled = linear_rows(learned.head, now)
+    settled = tempered(linear_rows(learned.head, now), temperature_of(record).value)
     return step._replace(learned=replace(learned, settled=settled), fallback=LINEAR_FALLBACK)
 
 

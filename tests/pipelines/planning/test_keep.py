@@ -85,8 +85,8 @@ def test_a_comment_a_docstring_and_a_moved_module_leave_everything_up_to_date(
 def test_an_inverted_decision_is_seen_and_nothing_is_trained_again_unasked(project: Path, call: Call) -> None:
     edit(
         file_with(project, "class Adapter(Section)"),
-        'self.magnitudes == "carried"',
-        'self.magnitudes != "carried"',
+        'self.magnitudes != "restarted"',
+        'self.magnitudes == "restarted"',
     )
     model = (project / "artifacts/model/t02/step.json").read_bytes()
     done = call("sdlora", "run")
@@ -110,8 +110,8 @@ def test_an_inverted_decision_is_seen_and_nothing_is_trained_again_unasked(proje
 def test_what_is_kept_is_noted_and_the_chain_holds(project: Path, call: Call) -> None:
     edit(
         file_with(project, "class Adapter(Section)"),
-        'self.magnitudes == "carried"',
-        'self.magnitudes != "carried"',
+        'self.magnitudes != "restarted"',
+        'self.magnitudes == "restarted"',
     )
     model = (project / "artifacts/model/t02/step.json").read_bytes()
     runs = set((project / ".dvc/cache/runs").rglob("*"))
@@ -146,8 +146,8 @@ def test_retrain_trains_again(project: Path, call: Call) -> None:
     assert call("sdlora", "run", "--retrain").returncode == 0
     edit(
         file_with(project, "class Adapter(Section)"),
-        'self.magnitudes == "carried"',
-        'self.magnitudes != "carried"',
+        'self.magnitudes != "restarted"',
+        'self.magnitudes == "restarted"',
     )
     done = call("sdlora", "run", "--retrain")
     assert done.returncode == 0, done.stderr
@@ -176,8 +176,8 @@ def test_nothing_is_kept_while_a_run_is_at_work(project: Path, call: Call) -> No
 def test_damaged_names_of_definitions_cost_their_names_alone(project: Path, call: Call) -> None:
     edit(
         file_with(project, "class Adapter(Section)"),
-        'self.magnitudes == "carried"',
-        'self.magnitudes != "carried"',
+        'self.magnitudes != "restarted"',
+        'self.magnitudes == "restarted"',
     )
     (project / "artifacts/code/names.json").write_text("{")
     done = call("sdlora", "run")

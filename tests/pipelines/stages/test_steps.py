@@ -20,6 +20,7 @@ from pipelines.stages.backbone import backbone
 from pipelines.stages.evaluate import evaluate
 from sdlora.classifier import IncrementalClassifier
 from sdlora.ledger import JoinedRecords, read_record, record_hash
+from sdlora.loading import read_step
 from sdlora.methods import METHODS
 from sdlora.verification import faults_of_step
 from tests.support.folders import contents
@@ -96,6 +97,11 @@ def test_a_temperature_is_recorded_and_changes_confidences_alone(project: Path, 
         for name in ("null", "auto")
     )
     assert named == again
+    linear, divided_linear = (
+        read_step(Path(f"{name}/model/t02"), linear=True).learned.rows["t01"].weight
+        for name in ("null", "auto")
+    )
+    torch.testing.assert_close(divided_linear * found["temperature"], linear, rtol=1e-3, atol=1e-4)
 
 
 def test_two_freezings_of_one_fit_leave_the_same_bytes(project: Path) -> None:

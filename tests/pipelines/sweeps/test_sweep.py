@@ -118,7 +118,7 @@ def test_a_chain_keeps_its_name_when_the_sweep_grows(params: Path) -> None:
         ("seed=one", "seed: expected a whole number, found the text"),
         ("training.epochs=0,1,2", "training.epochs=0: training.epochs: expected at least 1"),
         ("adapter.rank=-1,0,1", "found -1; correct it; 2 of 3 combinations are not valid"),
-        ("adapter.method=ncm,sdlora", r"method=ncm: adapter.head: found \"aligned\", expected ncm or lda"),
+        ("adapter.method=joint,sdlora", r"method=joint: adapter.head: found \"rgda\", expected linear"),
     ],
 )
 def test_what_cannot_be_swept_is_one_line_before_anything_is_made(

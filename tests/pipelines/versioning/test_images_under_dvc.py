@@ -51,7 +51,7 @@ def project(make_project: Callable[[dict[str, str]], Path], monkeypatch: pytest.
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     preload_nothing(monkeypatch)
     # The table of accuracies reads what no stage here makes.
-    monkeypatch.setattr("pipelines.orchestration.run.print_summary", lambda params: None)
+    monkeypatch.setattr("pipelines.orchestration.run.print_summary", lambda params, until: None)
     ignored = project_files("birds", example=False)[".gitignore"]
     files = {f"data/raw/{name}/picture": name for name in ("birds", "fish")}
     files |= {"dvc.yaml": DVC_YAML, "params.yaml": f"{HEAD}tasks:\n{FIRST}", ".gitignore": f"{ignored}/ran\n"}

@@ -291,6 +291,7 @@ def test_a_joint_fit_fetches_the_images_of_all_tasks_before(
     folder = fresh(tuple(f"t{number:02d}" for number in range(1, 4)))
     replace(folder / "params.yaml", "  method: sdlora ", "  method: joint ")
     replace(folder / "params.yaml", "  head: rgda ", "  head: linear ")
+    replace(folder / "params.yaml", "  temperature: auto", "  temperature: null")
     with (folder / "params.yaml").open("a") as file:
         file.write("  t04: {after: t03, source: images/t04, classes: [t04]}\n")
     finish(lambda: None)
