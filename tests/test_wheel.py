@@ -147,11 +147,11 @@ def test_an_upgrade_says_what_it_re_runs_and_keeps_what_was_trained(
     (source,) = [
         path
         for path in installed.rglob("pipelines/**/*.py")
-        if 'self.magnitudes == "carried"' in path.read_text(encoding="utf-8")
+        if 'self.magnitudes != "restarted"' in path.read_text(encoding="utf-8")
     ]
     text = source.read_text(encoding="utf-8")
     model = (projects[0] / "artifacts/model/t01/step.json").read_bytes()
-    source.write_text(text.replace('self.magnitudes == "carried"', 'self.magnitudes != "carried"'))
+    source.write_text(text.replace('self.magnitudes != "restarted"', 'self.magnitudes == "restarted"'))
     try:
         for folder in projects:
             done = call(folder, "sdlora", "run", servers=kept)
