@@ -103,9 +103,8 @@ def fitted_temperature(logits: Tensor, labels: Tensor, *, before: Temperature = 
         before: the temperature of the step before.
     """
     found = logits.double()
-    true = found.gather(1, labels[:, None])
     known = before.information
-    aim = true.sum() + (0 if known else found.mean())
+    aim = found.gather(1, labels[:, None]).sum() + (0 if known else found.mean())
     low, high = -_WIDEST, _WIDEST
     for _ in range(_HALVINGS):  # the slope by 1 / T rises with it
         middle = (low + high) / 2

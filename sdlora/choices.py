@@ -23,7 +23,11 @@ class AdapterChoices(Protocol):
     @property
     def formulation(self) -> str: ...
     @property
-    def own_choices(self) -> Mapping[str, Any]: ...
+    def magnitude_start(self) -> float | None: ...
+    @property
+    def magnitudes(self) -> str | None: ...
+    @property
+    def initial_up(self) -> str | None: ...
     @property
     def rank(self) -> int: ...
     @property
@@ -42,15 +46,26 @@ class AdapterChoices(Protocol):
 
 def settings_of(adapter: AdapterChoices) -> Settings:
     """Return the settings of a method, the formulation with the user's own choices in it."""
-    formulation = replace(FORMULATIONS[adapter.formulation], **adapter.own_choices)
+    chosen = {
+        "magnitude_start": adapter.magnitude_start,
+        "carried": None if adapter.magnitudes is None else adapter.magnitudes != "restarted",
+        "trains_earlier": False if adapter.magnitudes == "fixed" else None,
+        "initial_up": adapter.initial_up,
+    }
+    own: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     return Settings(
-        formulation=formulation,
+        formulation=replace(FORMULATIONS[adapter.formulation], **own),
         rank=adapter.rank,
         rank_schedule=adapter.rank_schedule,
         tolerance=adapter.tolerance,
         compress=adapter.compress,
         penalty=adapter.penalty,
     )
+
+
+def adapted_targets(chosen: str | Sequence[str] | None, method: Method) -> tuple[str, ...]:
+    """Return which of `TARGETS` are adapted: all for `all`, the method's own for None."""
+    return TARGETS if chosen == "all" else tuple(chosen or method.targets)
 
 
 def _one_of(known: Collection[str], *, or_none: bool = False) -> Rule:
@@ -225,11 +240,6 @@ class Choices:
 
     def _exclusions(self) -> dict[str, bool]:
         """Return what may not go together, in words, and whether it does."""
-        carried = (
-            FORMULATIONS[self.formulation].carried
-            if self.magnitudes is None
-            else self.magnitudes != "restarted"
-        )
         unread = {
             f"{name} is {getattr(self, name)!r}, but {self.method} does not read it; leave it out": True
             for name, methods in CHOICE_READERS.items()
@@ -241,23 +251,12 @@ class Choices:
             f"head is {self.head!r}, but {self.method} trains no rows; choose 'rgda', 'lda' or 'ncm'": rowless
             and self.head in ("linear", "aligned"),
             "magnitudes are restarted, which throws away what sdlora-kd keeps in them; choose 'carried'": (
-                self.method == "sdlora-kd" and not carried
+                self.method == "sdlora-kd" and not settings_of(self).formulation.carried
             ),
             "rank_schedule has no rank for the first tasks; add t01": (
                 self.method == "sdlora-rr" and "t01" not in self.rank_schedule
             ),
         }
-
-    @property
-    def own_choices(self) -> Mapping[str, Any]:
-        """What is chosen in place of the formulation's own fields."""
-        chosen = {
-            "magnitude_start": self.magnitude_start,
-            "carried": None if self.magnitudes is None else self.magnitudes != "restarted",
-            "trains_earlier": False if self.magnitudes == "fixed" else None,
-            "initial_up": self.initial_up,
-        }
-        return {key: value for key, value in chosen.items() if value is not None}
 
     @property
     def fit_schedule(self) -> Schedule:
@@ -289,8 +288,3 @@ def recorded_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
     targets = adapter.get("targets")
     return found | {"targets": tuple(targets) if isinstance(targets, list) else targets}
-
-
-def adapted_targets(chosen: str | Sequence[str] | None, method: Method) -> tuple[str, ...]:
-    """Return which of `TARGETS` are adapted: all for `all`, the method's own for None."""
-    return TARGETS if chosen == "all" else tuple(chosen or method.targets)

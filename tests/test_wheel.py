@@ -146,18 +146,18 @@ def test_an_upgrade_says_what_it_re_runs_and_keeps_what_was_trained(
     """The decision is turned around in the installed program; of two projects each decides for itself."""
     (source,) = [
         path
-        for path in installed.rglob("pipelines/**/*.py")
-        if 'self.magnitudes != "restarted"' in path.read_text(encoding="utf-8")
+        for path in installed.rglob("sdlora/**/*.py")
+        if 'adapter.magnitudes != "restarted"' in path.read_text(encoding="utf-8")
     ]
     text = source.read_text(encoding="utf-8")
     model = (projects[0] / "artifacts/model/t01/step.json").read_bytes()
-    source.write_text(text.replace('self.magnitudes != "restarted"', 'self.magnitudes == "restarted"'))
+    source.write_text(text.replace('adapter.magnitudes != "restarted"', 'adapter.magnitudes == "restarted"'))
     try:
         for folder in projects:
             done = call(folder, "sdlora", "run", servers=kept)
             assert done.returncode == 2
             assert "error: the code of fit@t01, freeze@t01 changed" in done.stderr
-            assert "Adapter" in done.stderr
+            assert "settings_of" in done.stderr
         status = call(projects[0], "sdlora", "status").stdout
         assert "fit@t01: artifacts/code/fit will change" in status
         assert "evaluate@t01: artifacts" not in status

@@ -265,17 +265,6 @@ class Adapter(Section):
         later = {"temperature"} if self.temperature is None else set()
         return self.model_dump(mode="json", exclude=later)
 
-    @property
-    def own_choices(self) -> dict[str, Any]:
-        """What is chosen in place of the formulation's own fields."""
-        chosen = {
-            "magnitude_start": self.magnitude_start,
-            "carried": None if self.magnitudes is None else self.magnitudes != "restarted",
-            "trains_earlier": False if self.magnitudes == "fixed" else None,
-            "initial_up": self.initial_up,
-        }
-        return {key: value for key, value in chosen.items() if value is not None}
-
 
 class Training(Section):
     """How each task is fitted."""

@@ -84,16 +84,16 @@ def test_a_comment_a_docstring_and_a_moved_module_leave_everything_up_to_date(
 
 def test_an_inverted_decision_is_seen_and_nothing_is_trained_again_unasked(project: Path, call: Call) -> None:
     edit(
-        file_with(project, "class Adapter(Section)"),
-        'self.magnitudes != "restarted"',
-        'self.magnitudes == "restarted"',
+        file_with(project, "def settings_of("),
+        'adapter.magnitudes != "restarted"',
+        'adapter.magnitudes == "restarted"',
     )
     model = (project / "artifacts/model/t02/step.json").read_bytes()
     done = call("sdlora", "run")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "the code of fit@t01, freeze@t01, fit@t02 and 1 more changed" in line
-    assert ".Adapter" in line
+    assert ".settings_of" in line
     assert "sdlora keep" in line
     assert "sdlora run --retrain" in line
     assert (project / "artifacts/model/t02/step.json").read_bytes() == model
@@ -109,9 +109,9 @@ def test_an_inverted_decision_is_seen_and_nothing_is_trained_again_unasked(proje
 
 def test_what_is_kept_is_noted_and_the_chain_holds(project: Path, call: Call) -> None:
     edit(
-        file_with(project, "class Adapter(Section)"),
-        'self.magnitudes != "restarted"',
-        'self.magnitudes == "restarted"',
+        file_with(project, "def settings_of("),
+        'adapter.magnitudes != "restarted"',
+        'adapter.magnitudes == "restarted"',
     )
     model = (project / "artifacts/model/t02/step.json").read_bytes()
     runs = set((project / ".dvc/cache/runs").rglob("*"))
@@ -145,9 +145,9 @@ def test_retrain_trains_again(project: Path, call: Call) -> None:
     edit(project / "sdlora" / "head.py", "torch.", "torch .")  # formatting
     assert call("sdlora", "run", "--retrain").returncode == 0
     edit(
-        file_with(project, "class Adapter(Section)"),
-        'self.magnitudes != "restarted"',
-        'self.magnitudes == "restarted"',
+        file_with(project, "def settings_of("),
+        'adapter.magnitudes != "restarted"',
+        'adapter.magnitudes == "restarted"',
     )
     done = call("sdlora", "run", "--retrain")
     assert done.returncode == 0, done.stderr
@@ -175,9 +175,9 @@ def test_nothing_is_kept_while_a_run_is_at_work(project: Path, call: Call) -> No
 
 def test_damaged_names_of_definitions_cost_their_names_alone(project: Path, call: Call) -> None:
     edit(
-        file_with(project, "class Adapter(Section)"),
-        'self.magnitudes != "restarted"',
-        'self.magnitudes == "restarted"',
+        file_with(project, "def settings_of("),
+        'adapter.magnitudes != "restarted"',
+        'adapter.magnitudes == "restarted"',
     )
     (project / "artifacts/code/names.json").write_text("{")
     done = call("sdlora", "run")
