@@ -44,7 +44,7 @@ _LIBRARIES = (
     "safetensors.torch",
 )
 """What a stage loads of others' packages; none of this project's own, which is read as it is when a stage runs."""
-_LATER = ("imagehash", "matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2")
+_LATER = ("imagehash", "scipy.fftpack", "matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2")
 """What no fit loads, but `split` or the report."""
 _WITHOUT_TORCH = {CODE_STAGE, "fetch", "start", "split", "gate", "report"}
 """The stages that load no torch. By itself each begins within a second, and a new server loads torch for some five."""

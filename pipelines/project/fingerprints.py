@@ -58,14 +58,24 @@ class Fingerprint(NamedTuple):
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-@cache
+_FOUND: dict[Definition, Fingerprint] = {}
+"""The fingerprints that this process knows."""
+
+
 def fingerprint(module: str, name: str) -> Fingerprint:
     """Return the fingerprint of a function.
 
     Raises:
         ValueError: the code finds its files or modules in a way that cannot be followed.
     """
-    order = [Definition(module, name)]
+    function = Definition(module, name)
+    if function not in _FOUND:
+        _FOUND[function] = _follow(function)
+    return _FOUND[function]
+
+
+def _follow(function: Definition) -> Fingerprint:
+    order = [function]
     numbers = {order[0]: 0}
     lines = []
     for definition in order:  # which grows on the way
@@ -95,17 +105,24 @@ def _stage_fingerprints() -> Mapping[str, Fingerprint]:
     try:
         kept = json.loads(CODE_MEMORY.read_bytes())
         if kept["sources"] == sources:
-            return {
+            known = {
                 kind: Fingerprint(tuple(lines), tuple(Definition(*name) for name in names))
                 for kind, (lines, names) in kept["stages"].items()
             }
+            _FOUND.update({_function_of(kind): known[kind] for kind in known})
+            return known
     except (OSError, ValueError, LookupError, TypeError):  # none yet
         pass
-    found = {kind: fingerprint(f"{_STAGES}.{kind}", kind) for kind in STAGES}
+    found = {kind: fingerprint(*_function_of(kind)) for kind in STAGES}
     if CODE_MEMORY.parent.is_dir():
         with suppress(OSError, InputError):
             write_whole(CODE_MEMORY, json.dumps({"sources": sources, "stages": found}).encode())
     return found
+
+
+def _function_of(kind: str) -> Definition:
+    """Return the function of a stage."""
+    return Definition(f"{_STAGES}.{kind}", kind)
 
 
 def program_fingerprint() -> str:

@@ -18,6 +18,7 @@ import pipelines
 import sdlora
 from pipelines.cli.preloaded import _LIBRARIES as STAGE_LIBRARIES
 from pipelines.project.environment import STAGE_SOCKET
+from pipelines.project.fingerprints import program_fingerprint
 from pipelines.project.layout import CODE_STAGE, STAGES
 from pipelines.runtime.fork_server import end_as, receive
 from pipelines.versioning.dvc_server import _LIBRARIES as DVC_LIBRARIES
@@ -29,7 +30,9 @@ _LATE = (
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
+    "networkx",
     "pyarrow.compute",
+    "scipy.fftpack",
     "tabulate",
 )
 """What is loaded by functions alone."""
@@ -45,7 +48,7 @@ def _serve(arguments: Sequence[str]) -> None:
         if not module.name.startswith(_PREFECT) and not module.name.endswith("__main__")
     ]
     libraries = [name for name in (*STAGE_LIBRARIES, *DVC_LIBRARIES) if "prefect" not in name]
-    request = receive(arguments, [*libraries, *own, *_LATE], prepare=Image.preinit)
+    request = receive(arguments, [*libraries, *own, *_LATE], prepare=_prepare)
     sys.executable = os.environ.get(PYTHON, sys.executable)
     _take_named_sources()
     program, *words = request["arguments"]
@@ -62,6 +65,12 @@ def _serve(arguments: Sequence[str]) -> None:
     from pipelines.cli.app import main
 
     end_as(main)
+
+
+def _prepare() -> None:
+    """Find out what each forked process would: which formats there are, and the fingerprints of the code."""
+    Image.preinit()
+    program_fingerprint()
 
 
 def _take_named_sources() -> None:

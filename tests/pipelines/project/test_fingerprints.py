@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.project import fingerprints
-from pipelines.project.fingerprints import Definition, Fingerprint, fingerprint, stage_fingerprint
-from pipelines.project.layout import STAGES
+from pipelines.project.fingerprints import (
+    Definition,
+    Fingerprint,
+    fingerprint,
+    fingerprint_of,
+    stage_fingerprint,
+)
+from pipelines.project.layout import CODE_MEMORY, STAGES
+from pipelines.stages.fit import fit
 from tests.support.repository import REPOSITORY
 
 
@@ -27,8 +34,9 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for function in (fingerprints._module, fingerprints._content, fingerprints.fingerprint):
+    for function in (fingerprints._module, fingerprints._content):
         function.cache_clear()
+    fingerprints._FOUND.clear()
 
 
 def of(program: Path, **modules: str) -> str:
@@ -279,6 +287,21 @@ def test_no_stage_calls_code_of_this_program_by_a_name_in_a_text() -> None:
             and node.value.startswith(("pipelines.", "sdlora."))
         ]
     assert not found
+
+
+def test_what_is_remembered_of_the_sources_is_found_again_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CODE_MEMORY.parent.mkdir()
+    found = []
+    for _ in range(2):
+        forget()
+        fingerprints._stage_fingerprints.cache_clear()
+        found.append(stage_fingerprint("fit"))
+    assert found[0] == found[1]
+    assert fingerprint_of(fit.fn) is found[1]
+    assert fingerprints._module.cache_info().currsize == 0
 
 
 def test_a_text_has_a_line_for_each_definition_and_names_none() -> None:
