@@ -11,6 +11,7 @@ verification can do without.
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -179,6 +180,9 @@ def chain(folder: Path, steps: int) -> None:
     """Make a chain of so many steps in a folder, which becomes the working directory."""
     from dvc.repo import Repo, lock_repo
 
+    from pipelines.versioning.patches import apply_patches
+
+    apply_patches()  # else DVC parses params.yaml for each stage, which takes hours of 1,000 steps
     tasks = [f"t{index:02}" for index in range(1, steps + 1)]
     project(folder, tasks)
     start(out=ARTIFACTS / "split/t00", evaluation=ARTIFACTS / "evaluation/t00", gate=ARTIFACTS / "gate/t00")
@@ -196,6 +200,8 @@ def chain(folder: Path, steps: int) -> None:
         stages = repo.stage.load_all("dvc.yaml")
         for each in stages:
             each.save(run_cache=False)
+            for dependency in each.deps:  # stages share what was parsed, which dvc.lock would have as anchors
+                dependency.hash_info = copy.deepcopy(dependency.hash_info)
         stages[0].dvcfile.dump_stages(stages, update_pipeline=False)  # at once: DVC writes all for each
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -262,6 +263,4 @@ def folder_md5(hashes: Mapping[str, str]) -> str:
     tree = Tree()
     for name, md5 in hashes.items():
         tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
-    tree.digest()
-    assert tree.hash_info.value
-    return tree.hash_info.value
+    return f"{hashlib.md5(tree.as_bytes(), usedforsecurity=False).hexdigest()}.dir"
