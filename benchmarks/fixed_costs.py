@@ -15,6 +15,7 @@ JSON-lines file; on a machine that has other work the CPU seconds are the better
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import json
 import os
@@ -239,8 +240,10 @@ def make(number: int) -> None:
     from dvc.repo import Repo, lock_repo
 
     from pipelines.project.params import Params
+    from pipelines.versioning.patches import apply_patches
     from pipelines.versioning.plan import read_plan
 
+    apply_patches()  # else DVC parses params.yaml for each stage
     names = list(Params.load().tasks)
     order = read_plan(names).order
     repo = Repo()
@@ -250,6 +253,8 @@ def make(number: int) -> None:
             app(stages[name].cmd.split()[1:], standalone_mode=False)
             stages[name].save()
             stages[name].commit()
+            for dependency in stages[name].deps:  # they share what was parsed: anchors in dvc.lock
+                dependency.hash_info = copy.deepcopy(dependency.hash_info)
         (file,) = {stage.dvcfile for stage in stages.values()}
         file.dump_stages([stages[name] for name in order], update_pipeline=False)
 
