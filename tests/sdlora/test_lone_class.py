@@ -24,7 +24,7 @@ def features(learned: ModelState, images: Tensor) -> Tensor:
         return model.features(normalise(images, mean=[0.5], std=[0.5]))
 
 
-@pytest.mark.parametrize(("method", "formulation"), CHOICES, ids="-".join)
+@pytest.mark.parametrize(("method", "formulation"), CHOICES)
 def test_a_task_of_one_class_after_others_leaves_the_features_as_they_were(
     method: str, formulation: str
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_task_of_one_class_after_others_leaves_the_features_as_they_were(
     assert torch.equal(features(after, images), features(before, images))
 
 
-@pytest.mark.parametrize(("method", "formulation"), CHOICES, ids="-".join)
+@pytest.mark.parametrize(("method", "formulation"), CHOICES)
 def test_a_chain_goes_on_after_tasks_of_one_class_the_first_among_them(method: str, formulation: str) -> None:
     learned = learn(4, method=method, chosen=settings(formulation, tolerance=0.0), lone=[1, 3])
 

@@ -51,11 +51,14 @@ EVERY = [
 ]
 
 
-@pytest.mark.parametrize(("method", "head", "formulation"), EVERY, ids="-".join)
+@pytest.mark.parametrize(("method", "head", "formulation"), EVERY)
 def test_every_method_and_head_goes_through_the_stages(
     project: Path, method: str, head: str, formulation: str
 ) -> None:
-    Path("params.yaml").write_text(settings(method=method, head=head, formulation=formulation))
+    choices = {"method": method, "head": head, "formulation": formulation}
+    if head == "aligned":  # its temperature trains the rows three times more, which the next test looks at
+        choices["temperature"] = "null"
+    Path("params.yaml").write_text(settings(**choices))
     for task, before in (("t01", "t00"), ("t02", "t01")):
         run_step(task, before)
         run_evaluation(task)
