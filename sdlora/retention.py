@@ -15,7 +15,7 @@ _IMAGES = 2**13
 FEW_CLASSES = 4
 """With fewer classes than these, half of them is a single one. A map of one class knows no direction between classes,
 so its error is taken for twice the variance of that of the whole map (docs/explanation/method.md)."""
-_DRAWS, _MOST_OF_EACH = 2**15, 64
+_DRAWS, _MOST_OF_EACH = 2**13, 64
 """Made features of all earlier classes together, about, and at most of each."""
 _CLASSES = 2**8
 """Classes of which features are made at a time."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -227,6 +227,7 @@ def whole_outputs(folder: Path, record: str) -> Iterator[Find]:
     with contextlib.ExitStack() as stack:
         store: list[ArtifactStore] = []
 
+        @cache  # who reads a chain asks for each file, and a record is read to see that its folder is whole
         def found(name: str) -> Path:
             path = folder.parent / name
             if _is_whole(path, record) or not LOCK.is_file():
