@@ -10,6 +10,7 @@ from torch import Tensor
 from sdlora.comparison import calibration_error
 from sdlora.head import HeadBlock, HeadRows, QuadraticBlock, block_logits
 from sdlora.statistics import ClassStatistics, class_statistics
+from sdlora.unknown import Quadratic
 
 _PARTS = 5
 """Each image is left out once, with a part of so many of its class."""
@@ -21,6 +22,19 @@ _WIDEST = 20.0
 
 _Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]
 """Rows of all classes from their statistics."""
+_Form = Callable[[Mapping[str, ClassStatistics]], Quadratic | None]
+"""What a score reads beside logits, from the same."""
+
+
+class LeftOut(NamedTuple):
+    """What a step says of images of its task that it was made without."""
+
+    logits: Tensor
+    """(m, all classes)."""
+    labels: Tensor
+    """(m,), among all classes."""
+    form: Tensor
+    """(m,): what a score reads beside logits; 0 where none does."""
 
 
 class Temperature(NamedTuple):
@@ -49,8 +63,9 @@ def left_out_logits(
     statistics: Mapping[str, ClassStatistics],
     settle: _Settle,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Return logits (m, all classes) of images of a task under rows made without them, and their labels (m,) among all.
+    form: _Form = lambda _: None,
+) -> LeftOut:
+    """Return what is said of images of a task under rows made without them.
 
     Of each class a fifth at a time is left out. An image that is alone in its class never is.
 
@@ -68,15 +83,17 @@ def left_out_logits(
     most = max(1, min(_IMAGES, _LOGITS // classes))
     looked = torch.zeros(len(labels), dtype=torch.bool)
     looked[out[torch.randperm(len(out), generator=generator)[:most]]] = True
-    logits, truths = [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.long)]
+    found = [LeftOut(torch.zeros(0, classes), torch.zeros(0, dtype=torch.long), torch.zeros(0))]
     for which in range(_PARTS):
         mine = looked & (part == which)
         if mine.any():
             rest = class_statistics(features[part != which], labels[part != which], rank=rank)
-            rows = settle({**statistics, task: rest})
-            logits.append(block_logits(rows.values(), features[mine].float()))
-            truths.append(labels[mine] + first)
-    return torch.cat(logits), torch.cat(truths)
+            without = {**statistics, task: rest}
+            own, beside = features[mine].float(), form(without)
+            logits = block_logits(settle(without).values(), own)
+            values = torch.zeros(len(own)) if beside is None else beside.of(own.double()).float()
+            found.append(LeftOut(logits, labels[mine] + first, values))
+    return LeftOut(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _parts(labels: Tensor, *, generator: torch.Generator) -> Tensor:

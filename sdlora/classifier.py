@@ -10,6 +10,7 @@ from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters
 from sdlora.drift import DriftMap
 from sdlora.head import GrowingHead, HeadBlock, HeadRows
 from sdlora.statistics import ClassStatistics
+from sdlora.unknown import Rejection, UnknownScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class ModelState:
     """Step → how it moved the features; those that moved none have none."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """What the method keeps for its next step; empty for most."""
+    rejection: Rejection | None = None
+    """What is called unknown; None where nothing is."""
 
     @property
     def rows(self) -> Mapping[str, HeadRows]:
@@ -64,6 +67,7 @@ class IncrementalClassifier(nn.Module):
                     f"{self.feature_size}: they were made on another one"
                 )
             self.head.grow(block)
+        self.unknown = UnknownScore(learned.rejection) if learned.rejection else None
         self.requires_grad_(False)
 
     @property
@@ -155,6 +159,15 @@ class IncrementalClassifier(nn.Module):
         features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weights[0].dtype))
+
+    def scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits as `forward` gives them, and the score (batch,) above whose threshold an image is unknown."""
+        assert self.unknown is not None
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            exact = features.to(self.head.weights[0].dtype)
+            logits = self.head(exact)
+            return logits, self.unknown(exact, logits)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from sdlora.loading import Step, inference_model, newest_step
 from sdlora.methods import METHODS
 from sdlora.model_folder import read_model, write_model
 from sdlora.pictures import class_pixels, is_array, is_one, pixels_of
-from sdlora.prediction import Guess, best_guesses
+from sdlora.prediction import Guess, best_guesses, judged_guesses
 from sdlora.preprocessing import Preprocessing, normalise
 from sdlora.products import by_onednn
 from sdlora.records import Name, fault_of, shown
@@ -368,6 +368,30 @@ class Learner(Choices):
                 logits = model(normalise(batch, mean=preprocessing.mean, std=preprocessing.std))
             found.append(logits.float().softmax(dim=1).cpu().numpy())
         return np.concatenate(found) if found else np.zeros((0, len(self._chain.classes)), dtype=np.float32)
+
+    def is_unknown(self, images: Iterable[Any]) -> np.ndarray:
+        """Return which of several pictures (pictures,) look like none of the classes.
+
+        Of pictures that are of a class about a share of `unknown_rate` does.
+
+        Raises:
+            TypeError, ValueError: a picture cannot be used, or the newest step has no threshold.
+        """
+        chain, device = self._chain, self._device
+        self._model()
+        if chain.learned.rejection is None:
+            raise ValueError(
+                f"{chain.record['step']} has no threshold: unknown was None, or no picture could be left out"
+            )
+        preprocessing = chain.preprocessing
+        pixels = [pixels_of(one, preprocessing, f"picture {place}") for place, one in enumerate(images)]
+        classifier = merged_classifier(copy.deepcopy(chain.base.model), chain.learned).to(device)
+        found: list[bool] = []
+        for start in range(0, len(pixels), FEATURE_BATCH):
+            some = pixels[start : start + FEATURE_BATCH]
+            judged = judged_guesses(classifier, some, preprocessing, chain.classes, top=1, bf16=False)
+            found += [one.unknown for one in judged]
+        return np.array(found, dtype=bool)
 
     def score(self, images: Any, labels: Any = None) -> float:  # noqa: ANN401 - as in `learn`
         """Return the share of labelled pictures whose class, among all so far, is predicted.

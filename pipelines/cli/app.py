@@ -574,6 +574,9 @@ def predict(
         typer.Argument(help="Files, folders (with all in them), or - for a list on standard input."),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes of each image.")] = 1,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="Say which images look like none of the classes.")
+    ] = False,
     format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="What is written.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write instead of standard output.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; 64, on a GPU 256.")] = None,
@@ -594,7 +597,13 @@ def predict(
     from pipelines.serving.predict import predict as work
 
     settings = PredictionSettings(
-        top=top, batch_size=batch_size, device=device, precision=precision, format=format, out=out
+        top=top,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        format=format,
+        out=out,
+        unknown=unknown,
     )
     raise SystemExit(work(find_model(model), backbone, images, settings))
 

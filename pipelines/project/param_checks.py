@@ -94,6 +94,16 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
         yield f"adapter.head: found {show_value(adapter.head)}, expected {expected} with the method {adapter.method}"
     if adapter.temperature and adapter.head == "linear":
         yield ('adapter.temperature: found "auto", but the head linear is kept as it was trained; write null')
+    if adapter.unknown and adapter.head == "linear":
+        yield (
+            f"adapter.unknown: found {show_value(adapter.unknown)}, but the head linear is kept as it was trained;"
+            " write null"
+        )
+    if adapter.unknown in ("relative", "mahalanobis") and adapter.head == "aligned" and adapter.head in heads:
+        yield (
+            f"adapter.unknown: found {show_value(adapter.unknown)}, but logits of the head aligned are no distances; "
+            "write max_logit, energy or null"
+        )
     for key, methods in READ_BY.items():
         value = getattr(adapter, key)
         if value is not None and adapter.method not in methods:

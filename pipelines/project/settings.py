@@ -59,7 +59,7 @@ _ModelName = Annotated[str, _checked(model_fault)]
 _ProjectName = Annotated[str, _checked(project_fault)]
 _Ref = Annotated[str, _checked(branch_fault)]
 _ClassName = Annotated[str, _checked(class_name_fault, "; rename the class and its folder")]
-AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank", "temperature"}
+AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank", "temperature", "unknown", "unknown_rate"}
 """Keys of `adapter` that no fit reads."""
 
 
@@ -253,6 +253,10 @@ class Adapter(Section):
     """principal directions of every class that aligned, rgda and lda remember"""
     temperature: Literal["auto"] | None = None
     """whether one number divides all logits of a step, so that confidences are right more often; null is none"""
+    unknown: Literal["relative", "mahalanobis", "energy", "max_logit"] | None = None
+    """score by which an image is of none of the known classes; null is none"""
+    unknown_rate: Share = 0.05
+    """share of the images of known classes that may be called unknown"""
 
     @property
     def of_the_fit(self) -> dict[str, Any]:
@@ -263,6 +267,7 @@ class Adapter(Section):
     def recorded(self) -> dict[str, Any]:
         """What a step's record says. A key that came later is left out where it is null."""
         later = {"temperature"} if self.temperature is None else set()
+        later |= {"unknown", "unknown_rate"} if self.unknown is None else set()
         return self.model_dump(mode="json", exclude=later)
 
 
