@@ -407,7 +407,7 @@ class Learner(Choices):
                 raise ValueError(
                     f"{shown(name)}: no class of that name was learned; known are {_some(classes)}"
                 )
-            for found, _ in predict_batches(
+            for found, *_ in predict_batches(
                 model,
                 pixels.split(FEATURE_BATCH),
                 mean=preprocessing.mean,

@@ -28,6 +28,7 @@ from pipelines.data.split_chain import SAMPLES, SPLIT, TEST, VALIDATION, own_fil
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import read_notes
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
 from pipelines.project.errors import FaultError, InputError
@@ -48,7 +49,15 @@ from pipelines.project.layout import (
     StageName,
 )
 from pipelines.project.params import Params
-from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, SplitRecord, Verdict
+from pipelines.project.schemas import (
+    AuditedRecord,
+    ClassMap,
+    FreezingFacts,
+    Metrics,
+    Split,
+    SplitRecord,
+    Verdict,
+)
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
 from pipelines.versioning.file_hashes import FileHashes, md5_of
@@ -499,13 +508,18 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
 
 def _check_metrics(place: ArtifactStore, params: Params, chain: JoinedRecords) -> None:
     """Check that metrics.json follows from the evaluations."""
+    from pipelines.reports.history import thresholds_of
     from pipelines.reports.statistics import headline_of
 
     evaluations = [
         read_json(place.find(EVALUATIONS / task) / "metrics.json", Metrics) for task in params.tasks
     ]
+    records = [read_json(place.find(MODELS / task) / "step.json", FreezingFacts) for task in params.tasks]
+    unknown = unknown_figures(
+        list(params.tasks), lambda task: place.find(EVALUATIONS / task), thresholds_of(records)
+    )
     classes = chain.record["classes"] if chain.record else []
-    if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations):
+    if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations, unknown):
         raise FaultError("metrics.json: it does not follow from the evaluations")
 
 

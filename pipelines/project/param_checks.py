@@ -178,6 +178,11 @@ def gate_faults(gate: Gate, data: Data, adapter: Adapter) -> Iterator[str]:
             f"gate.drift: found {show_value(gate.drift)}, but the head linear keeps no statistics of classes, of which "
             "it is estimated; write null"
         )
+    if gate.unknown is not None and adapter.unknown is None:
+        yield (
+            f"gate.unknown: found {show_value(gate.unknown)}, but adapter.unknown is null, so no image has a score; "
+            "name one there, or write null"
+        )
     if gate.on == "validation" and data.validation is None:
         yield "gate.on: found validation, but data.validation is null; write a share there, or gate.on: test"
 

@@ -104,6 +104,7 @@ class _Freezing(TypedDict):
     """What happened when a step was frozen, as far as it is read."""
 
     drift_loss: NotRequired[Number]
+    unknown_threshold: NotRequired[Number]
 
 
 class FreezingFacts(TypedDict):

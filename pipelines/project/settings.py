@@ -341,6 +341,8 @@ class Gate(Section):
     """least accuracy on the task just learned"""
     drift: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest share of the earlier classes' accuracy that drift may have cost by then, as the steps estimate it"""
+    unknown: Annotated[float, Field(ge=0, le=1)] | None = None
+    """least AUROC by which the step before tells images of the new classes from those of its own"""
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -358,7 +360,7 @@ class Approval(Section):
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the results that were looked at: it holds for no others"""
     limits: Annotated[
-        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task", "drift"], ...],
+        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task", "drift", "unknown"], ...],
         Field(strict=False),
     ]
     """the limits that they broke: it holds for no others"""

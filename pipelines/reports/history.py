@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.schemas import ClassMap, Metrics, SampleCounts
@@ -129,6 +130,8 @@ class History:
     """Of each step."""
     last: _Predictions
     """Of the last step."""
+    unknown: dict[str, Record]
+    """Step → how well it tells unknown images, of those that have a threshold."""
 
     @property
     def shown_tasks(self) -> list[str]:
@@ -178,7 +181,13 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
         answers=answers,
         last=last,
+        unknown=unknown_figures(tasks, (artifacts / "evaluation").joinpath, thresholds_of(records)),
     )
+
+
+def thresholds_of(records: Sequence[Record]) -> list[float | None]:
+    """Return the threshold for unknown images of each step; None where it has none."""
+    return [record.get("freezing", {}).get("unknown_threshold") for record in records]
 
 
 def needed(path: Path) -> Path:

@@ -20,11 +20,13 @@ def headline(history: History) -> Record:
 
     Only with validation images it has their accuracy, the one number that may be selected on.
     """
-    return headline_of(history.tasks, len(history.classes), history.evaluations)
+    return headline_of(history.tasks, len(history.classes), history.evaluations, history.unknown)
 
 
-def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record]) -> Record:
-    """Return the same from the metrics of every step's evaluation, in order."""
+def headline_of(
+    tasks: Sequence[str], classes: int, evaluations: Sequence[Record], unknown: Mapping[str, Record]
+) -> Record:
+    """Return the same from the metrics of every step's evaluation, in order, and from `unknown_figures`."""
     accuracy, samples = accuracies(evaluations), evaluations[-1]["samples"]
     numbers: Record = {"steps": len(tasks), "classes": classes}
     for suffix, weights in (("", samples), ("_per_task", None)):
@@ -38,6 +40,8 @@ def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record
     if validation is not None:
         numbers["validation_accuracy"] = rounded(validation)
     numbers["accuracy"] = dict(zip(tasks, map(rounded, accuracy[-1]), strict=True))
+    if unknown:
+        numbers["unknown"] = dict(unknown)
     return numbers
 
 
@@ -238,7 +242,7 @@ def first_drifted(history: History) -> str | None:
     return next((step for step, loss in zip(history.tasks, losses, strict=True) if loss > MUCH_DRIFT), None)
 
 
-GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task", "drift")
+GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task", "drift", "unknown")
 """What a gate measures, in the order of the page."""
 
 
