@@ -23,7 +23,9 @@ from pipelines.serving.prediction_output import WRITERS, Row, opened
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from sdlora.classifier import IncrementalClassifier
     from sdlora.loading import Step
     from sdlora.preprocessing import Preprocessing
 
@@ -56,8 +58,6 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     """
     from pipelines.data.decoding import strict_pictures
     from pipelines.runtime.progress import progress
-    from sdlora.backbones import spell_out_attention
-    from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
     from sdlora.loading import read_step
     from sdlora.prediction import judged_guesses
@@ -71,9 +71,7 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     if settings.unknown:
         _require_threshold(step, model)
     preprocessing = Preprocessing.of(step.backbone.description)
-    classifier = merged_classifier(step.backbone.model, step.learned).to(device)
-    if bf16 and device.type == "cpu":
-        spell_out_attention(step.backbone.model)
+    classifier = _classifier_on(device, step, bf16=bf16)
     size = settings.batch_size or (256 if device.type == "cuda" else 64)
     top = min(settings.top, len(step.classes))
     done = failed = 0
@@ -111,6 +109,17 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     if failed:
         sys.stderr.write(f"{failed} of {done} images could not be read\n")
     return 1 if failed else 0
+
+
+def _classifier_on(device: torch.device, step: Step, *, bf16: bool) -> IncrementalClassifier:
+    """Return the merged model of a step on a device."""
+    from sdlora.backbones import spell_out_attention
+    from sdlora.classifier import merged_classifier
+
+    classifier = merged_classifier(step.backbone.model, step.learned).to(device)
+    if bf16 and device.type == "cpu":
+        spell_out_attention(step.backbone.model)
+    return classifier
 
 
 def _some_files(images: Sequence[str]) -> Iterator[str]:
