@@ -54,7 +54,7 @@ def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> No
     pattern = re.compile(rf"^  ({'|'.join(of_the_fit)}|temperature|unknown):.*\n", re.MULTILINE)
     older, newer = pattern.sub("", text), pattern.sub(r"  \1: null\n", text)
     older = re.sub(r"^  unknown_rate:.*\n", "", older, flags=re.MULTILINE)
-    assert older.count("\n") == text.count("\n") - 7
+    assert older.count("\n") == text.count("\n") - 8
 
     then, now = (Params.parse(each, origin="params.yaml") for each in (older, newer))
     assert then == now
