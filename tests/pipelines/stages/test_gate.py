@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.packed import read_images, write_rows
-from pipelines.ledger.newcomers import NEWCOMERS, unknown_figures
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.ledger.verdicts import broken, measure, measured_in
 from pipelines.planning.approvals import approve
 from pipelines.project.errors import GateClosedError, InputError
 from pipelines.project.files import read_json, sha256_of, write_json
+from pipelines.project.layout import EVALUATIONS
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
 from pipelines.stages.freeze import _warn
@@ -23,7 +24,7 @@ from pipelines.stages.gate import gate
 from pipelines.stages.start import start
 from sdlora.classifier import ModelState
 from sdlora.freezing import FrozenStep
-from tests.support.evaluations import ROW, write_evaluation
+from tests.support.evaluations import ROW, write_evaluation, write_scores
 from tests.support.parameters import settings
 
 NO_LIMITS = Gate(fall=None, negative_flips=None, calibration_error=None, new_task=None)
@@ -392,24 +393,11 @@ def test_a_limit_of_drift_wants_a_head_that_can_estimate_it() -> None:
         Params.parse(text, origin="params.yaml")
 
 
-def score(task: str, scores: list[float], newcomers: list[tuple[str, float]]) -> None:
-    """Give a step's test images scores, and what the step before says of its newcomers, (part, score)."""
-    folder = Path(f"artifacts/evaluation/{task}")
-    table = read_images(folder / "predictions.arrow")
-    columns = {name: table.schema.field(name).type for name in table.column_names}
-    rows = [(*row.values(), value) for row, value in zip(table.to_pylist(), scores, strict=True)]
-    (folder / "predictions.arrow").unlink()
-    write_rows(folder / "predictions.arrow", rows, {**columns, "score": pa.float32()})
-    if newcomers:
-        named = [(str(place), *row) for place, row in enumerate(newcomers)]
-        write_rows(folder / NEWCOMERS, named, {"id": pa.string(), "part": pa.string(), "score": pa.float32()})
-
-
 def test_a_gate_stops_a_step_whose_new_images_the_step_before_does_not_tell_from_known_ones(
     project: Path,
 ) -> None:
-    score("t01", [0.0, 1.0, 2.0, 3.0], [])
-    score("t02", [0.0] * 6, [("test", 2.5), ("test", 1.0), ("validation", 9.0)])
+    write_scores(EVALUATIONS / "t01", [0.0, 1.0, 2.0, 3.0], [])
+    write_scores(EVALUATIONS / "t02", [0.0] * 6, [("test", 2.5), ("test", 1.0), ("validation", 9.0)])
     limit(unknown=0.6)
     run_gate("t01", "t00")
     assert "unknown" not in read_json(Path("artifacts/gate/t01/verdict.json"))["measured"]
@@ -427,14 +415,18 @@ def test_a_gate_stops_a_step_whose_new_images_the_step_before_does_not_tell_from
 
 
 def test_what_a_step_tells_of_unknown_images_is_what_one_counts_by_hand(project: Path) -> None:
-    score("t01", [0.0, 1.0, 2.0, 3.0], [])
-    score("t02", [0.0, 0.0, 0.0, 0.0, 0.0, 5.0], [("test", 2.5), ("test", 4.0), ("validation", 0.0)])
+    write_scores(EVALUATIONS / "t01", [0.0, 1.0, 2.0, 3.0], [])
+    write_scores(
+        EVALUATIONS / "t02",
+        [0.0, 0.0, 0.0, 0.0, 0.0, 5.0],
+        [("test", 2.5), ("test", 4.0), ("validation", 0.0)],
+    )
 
-    assert unknown_figures(["t01", "t02"], Path("artifacts/evaluation").joinpath, [2.0, 4.0]) == {
+    assert unknown_figures(["t01", "t02"], EVALUATIONS.joinpath, [2.0, 4.0]) == {
         "t01": {"false_alarms": 0.25, "noticed": 1.0, "auroc": 0.875, "fpr95": 0.5},
         "t02": {"false_alarms": 0.166667, "noticed": None, "auroc": None, "fpr95": None},
     }
-    assert unknown_figures(["t01", "t02"], Path("artifacts/evaluation").joinpath, [None, None]) == {}
+    assert unknown_figures(["t01", "t02"], EVALUATIONS.joinpath, [None, None]) == {}
 
 
 def test_a_limit_of_unknown_images_wants_a_score() -> None:
