@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sdlora.arrivals import rows_by_arrival
 from sdlora.calibration import (
     UNDIVIDED,
     Temperature,
@@ -81,6 +82,7 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
             statistics=before.statistics,
             drift=before.drift,
             memory=fit.memory,
+            step_classes={**before.step_classes, **fit.step_classes},
         )
 
     learned = whole(frozen)
@@ -139,9 +141,15 @@ def recompute_head(
             drift[task] = drift_map(old, new)
     rank = min(covariance_rank if head.covariance else 0, new.shape[1])
     statistics = {**before.statistics, task: class_statistics(new, labels, rank=rank)}
-    now = carried(statistics, drift, tasks=list(statistics))
-    settled = head.settle({**learned.head, **before.settled}, now, generator=generator)
-    return replace(learned, settled=settled, statistics=statistics, drift=drift)
+    taken = replace(learned, statistics=statistics, drift=drift)
+    rows = head.settle(_starting_rows(before, learned), taken.statistics_now(), generator=generator)
+    return replace(taken, settled=rows)
+
+
+def _starting_rows(before: ModelState, learned: ModelState) -> dict[str, HeadRows]:
+    """Return the rows that a head goes on from, each class at the step of its arrival: those in use, and new ones."""
+    first = rows_by_arrival(learned.head, learned.step_classes, newest=False) if learned.step_classes else {}
+    return {**learned.head, **first, **before.settled}
 
 
 def settled(
@@ -240,7 +248,7 @@ def _settler(
 ) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]:
     """Return what makes rows of statistics as they are made of those of all images."""
     assert head.settle is not None
-    return partial(head.settle, {**learned.head, **before.settled}, generator=generator)
+    return partial(head.settle, _starting_rows(before, learned), generator=generator)
 
 
 def _calibrated(
@@ -259,7 +267,13 @@ def _calibrated(
     """
     now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
     logits, truths = left_out_logits(
-        features, labels, task=task, statistics=now, settle=settle, generator=generator
+        features,
+        labels,
+        task=task,
+        statistics=now,
+        step_classes=learned.step_classes,
+        settle=settle,
+        generator=generator,
     )
     if logits.shape[1] < 2:
         return learned.settled, {}
@@ -294,7 +308,7 @@ def frozen_step(
         step = measured(step, features=features)
     head = HEADS[adapter.head]
     if head.settle is None:
-        return step
+        return _with_newest_rows(step)
     return settled(
         before,
         step,
@@ -309,6 +323,15 @@ def frozen_step(
         left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
         temperature=temperature_of(record),
     )
+
+
+def _with_newest_rows(step: FrozenStep) -> FrozenStep:
+    """Return the step with the rows in use where some classes have several: for each the one that was trained last."""
+    learned = step.learned
+    if not learned.step_classes:
+        return step
+    rows = rows_by_arrival(learned.head, learned.step_classes, newest=True)
+    return replace(step, learned=replace(learned, settled=rows))
 
 
 def lost_by_drift(record: Mapping[str, Any]) -> float:

@@ -268,7 +268,6 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda it, some: it.learn({"a": some}), "a: a class of t01 already; a task brings new ones"),
         (lambda it, some: it.learn({"e": []}), "e: no picture; leave the class out, or give it some"),
         (lambda it, some: it.learn({}), "no picture; give some"),
         (lambda it, some: it.learn({"e\n": some}), "the name of a class is 'e.n', expected one line of 1 to"),
@@ -282,7 +281,7 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
         ),
         (lambda it, some: Learner("glyph_vit").predict(some[0]), "nothing is learned yet; call learn first"),
     ],
-    ids=["known", "empty", "nothing", "name", "unknown", "several", "untrained"],
+    ids=["empty", "nothing", "name", "unknown", "several", "untrained"],
 )
 def test_what_cannot_be_learned_or_told_is_named(
     act: Callable[[Learner, list[Image.Image]], object], message: str, learner: Learner, project: Path
