@@ -26,7 +26,7 @@ from sdlora.devices import arithmetic, best_device
 from sdlora.evaluation import feature_batches, predict_batches
 from sdlora.fit_folder import EpochRecord
 from sdlora.freezing import FEATURE_BATCH, FrozenStep, frozen_step, remembered
-from sdlora.ledger import RECORD, ClassEntry, read_own_record, record_hash
+from sdlora.ledger import RECORD, ClassEntry, classes_of_step, read_own_record, record_hash
 from sdlora.loading import Step, inference_model, newest_step
 from sdlora.methods import METHODS
 from sdlora.model_folder import read_model, write_model
@@ -224,12 +224,7 @@ class Learner(Choices):
     def tasks(self) -> dict[str, list[str]]:
         """Task id → names of the classes that it had pictures of."""
         record = self._chain.record
-        found: dict[str, list[str]] = {task: [] for task in record["tasks"]}
-        for entry in record["classes"]:
-            found[entry["task"]].append(entry["name"])
-        for task, labels in record.get("step_classes", {}).items():
-            found[task] = [record["classes"][label]["name"] for label in labels]
-        return found
+        return {task: [entry["name"] for entry in classes_of_step(record, task)] for task in record["tasks"]}
 
     @property
     def curves(self) -> Mapping[str, list[EpochRecord]]:

@@ -267,6 +267,18 @@ class JoinedRecords:
         self._directions = directions
 
 
+def classes_of_step(record: Mapping[str, Any], step: str) -> list[ClassEntry]:
+    """Return the classes that a step saw, in the order of their labels: those that arrived with it, and known ones.
+
+    Args:
+        record: what the records up to that step, or to a later one, say together.
+    """
+    saw = record.get("step_classes", {})
+    if step in saw:
+        return [record["classes"][label] for label in saw[step]]
+    return [entry for entry in record["classes"] if entry["task"] == step]
+
+
 def folders_beside(folder: Path) -> Beside:
     """Return what gives the folders that lie beside a model folder, by the names of their steps."""
     return (folder if folder.name else folder.resolve()).parent.joinpath

@@ -17,7 +17,7 @@ from sdlora.learner import Learner
 from sdlora.loading import load
 from sdlora.model_folder import read_model
 from sdlora.tensors import read_tensors
-from tests.support.commands import call_here
+from tests.support.commands import said_here
 from tests.support.folders import contents
 from tests.support.parameters import settings
 from tests.support.pictures import paint
@@ -203,6 +203,6 @@ def test_a_kind_that_cannot_be_is_one_line(old: str, new: str, says: str, tmp_pa
     assert text.count(old) == 1
     (tmp_path / "params.yaml").write_text(text.replace(old, new))
     command = ("split", "t01", "--source", "first", "--before", "split/t00", "--out", "split/t01")
-    line = call_here(tmp_path, *command, "--images", "train/t01", status=2)
+    _, line = said_here(tmp_path, *command, "--images", "train/t01", status=2)
 
     assert says in line
