@@ -116,7 +116,10 @@ def next_task(
     known = known_tasks(text, path)
     names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     owner = {name: key for key, task in known.items() for name in task.classes}
-    chosen = list(classes or (name for name in names if kind == "more" or name not in owner))
+    # More images of a class lie elsewhere than those that a task has of it.
+    from_there = (task for task in known.values() if (task.source, task.manifest) == (folder, manifest))
+    taken = owner if kind == "classes" else {name for task in from_there for name in task.classes}
+    chosen = list(classes or (name for name in names if name not in taken))
     there = set(names)
     for name in chosen:
         if name not in there:
@@ -128,10 +131,8 @@ def next_task(
                 "more images of it"
             )
     if not chosen:
-        raise InputError(
-            f"{folder}: all {len(names)} classes are in {path} already; nothing to add, but with --kind more, if these "
-            "are more images of them"
-        )
+        remedy = "" if kind == "more" else ", but with --kind more, if these are more images of them"
+        raise InputError(f"{folder}: all {len(names)} classes are in {path} already; nothing to add{remedy}")
 
     last = list(known)[-1] if known else "t00"
     key = f"t{int(last[1:]) + 1:02d}"
