@@ -39,7 +39,7 @@ def duplicate_findings(
             where = [f"{fault.where}: {fault.what}" for fault in allowed]
             yield Finding("warning", "same picture", key, what, where, "no model can tell such classes apart")
     if refused:
-        what = f"{counted(refused, 'picture')} in two parts or under two classes"
+        what = f"{counted(refused, 'picture')} in two parts, two tasks or two classes"
         where = [f"{fault.where}: {fault.what}" for fault in refused]
         yield Finding("error", "same picture", key, what, where, refused[0].remedy)
     first: dict[tuple[str, int | str, str], Print] = {}

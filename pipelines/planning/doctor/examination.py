@@ -91,8 +91,9 @@ def _as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[st
     if not new:
         if bad or not old:
             return None
-        if owners := {owner[name] for name in old if known[owner[name]].source == folder}:
-            return Params.parse(text, origin=str(PARAMS)), owners
+        from_there = {key: task for key, task in known.items() if task.source == folder}
+        if {name for task in from_there.values() for name in task.classes} >= {*old}:
+            return Params.parse(text, origin=str(PARAMS)), {*from_there}
         key, _, _, with_it = next_task(source, kind="more")
         return Params.parse(with_it, origin=str(PARAMS)), {key}
     key, _, _, with_it = next_task(source, classes=new)

@@ -310,7 +310,10 @@ def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
     [
         pytest.param(None, "all 10 classes are in params.yaml already; nothing to add", id="none"),
         pytest.param(
-            ["3"], "class '3' is already in t03 of params.yaml; a class is learned once", id="known"
+            ["3"],
+            "class '3' is already in t03 of params.yaml; leave it out, or add --kind more if these are more "
+            "images of it",
+            id="known",
         ),
         pytest.param(["x"], "data/raw/digits: there is no class 'x'; classes there are 0, 1, 2", id="absent"),
     ],
