@@ -343,3 +343,33 @@ def test_what_is_chosen_by_default_is_what_a_new_project_has() -> None:
     }
     assert Choices(head="linear").temperature is None
     assert CHOICE_READERS == READ_BY
+
+
+@pytest.mark.parametrize("head", ["ncm", "lda", "rgda"])
+def test_images_that_come_in_two_tasks_are_learned_as_if_they_had_come_in_one(
+    head: str, project: Path
+) -> None:
+    """The features of a frozen backbone do not move, and the rank that is kept holds all images."""
+    images = pictures(project, "a", "b", "c")
+    parts = [{name: its[place] for name, its in images.items()} for place in (slice(3), slice(3, None))]
+    frozen = {**QUICK, "method": "frozen", "targets": None, "head": head, "temperature": None}
+    once, twice = (Learner("glyph_vit", **frozen) for _ in range(2))
+    once.learn(images)
+    twice.learn({name: parts[0][name] for name in "ab"})
+    twice.learn({"b": parts[1]["b"], "c": images["c"], "a": parts[1]["a"]})
+
+    tests = [image for its in pictures(project, "a", "b", "c", part="test").values() for image in its]
+    assert twice.classes_.tolist() == once.classes_.tolist() == ["a", "b", "c"]
+    assert twice.tasks == {"t01": ["a", "b"], "t02": ["a", "b", "c"]}
+    np.testing.assert_allclose(twice.predict_proba(tests), once.predict_proba(tests), atol=1e-4)
+    assert twice.record["classes"][0]["task"] == "t01"
+
+
+def test_more_images_of_known_classes_add_no_class(learner: Learner, project: Path, tmp_path: Path) -> None:
+    opened = Learner.open(learner.save(tmp_path / "first"), progress=False)
+    opened.learn(pictures(project, "b", "d", part="test"))
+    opened.save(tmp_path / "second")
+
+    assert opened.classes_.tolist() == list("abcd")
+    assert opened.record["step_classes"] == {"t03": [1, 3]}
+    assert sdlora.load(tmp_path / "second").classes == list("abcd")
