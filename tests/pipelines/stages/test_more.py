@@ -186,7 +186,10 @@ def test_such_steps_go_with_a_head_that_goes_on_from_its_rows(
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("kind: more, source: third", "kind: mor, source: third", "tasks.t03.kind: expected one of classes, more, found \"mor\""),
+        (
+            "kind: more, source: third", "kind: mor, source: third",
+            "tasks.t03.kind: expected one of classes, more, found \"mor\"; did you mean more?",
+        ),
         (
             "kind: more, source: third", "source: third",
             "tasks.t03.classes: \"a\" is already a class of t01; remove one, or write kind: more if these are more",
