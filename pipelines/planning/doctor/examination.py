@@ -69,7 +69,7 @@ def _as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[st
     """
     text = read_text(PARAMS)
     known = known_tasks(text, PARAMS)
-    owner = {name: key for key, task in reversed(known.items()) for name in task.classes}
+    owner = {name: key for key, task in reversed([*known.items()]) for name in task.classes}
     try:
         folder, manifest = inside_project(source, PARAMS)
         names = class_names(Path(folder), manifest=manifest, shown=folder)
