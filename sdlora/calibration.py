@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdlora.arrivals import StepClasses, labels_by_step, statistics_by_arrival
 from sdlora.comparison import calibration_error
 from sdlora.head import HeadBlock, HeadRows, QuadraticBlock, block_logits
 from sdlora.statistics import ClassStatistics, class_statistics
@@ -61,6 +62,7 @@ def left_out_logits(
     *,
     task: str,
     statistics: Mapping[str, ClassStatistics],
+    step_classes: StepClasses,
     settle: _Settle,
     generator: torch.Generator,
     form: _Form = lambda _: None,
@@ -73,11 +75,13 @@ def left_out_logits(
         features: (n, d) of the task's images.
         labels: (n,), 0 … classes − 1 within the task.
         task: the last one of `statistics`.
-        statistics: of every class so far, in the features of this step.
+        statistics: of what each task saw, in the features of this step.
+        step_classes: which classes those tasks saw that may have seen known ones.
+        settle: is given one entry for each class.
     """
     rank = statistics[task].factors.shape[2]
-    first = sum(len(each.images) for name, each in statistics.items() if name != task)
-    classes = first + len(statistics[task].images)
+    known = labels_by_step({name: len(taken.images) for name, taken in statistics.items()}, step_classes)
+    own, classes = torch.tensor(known[task]), 1 + max(map(max, known.values()))
     part = _parts(labels, generator=generator)
     out = torch.nonzero(part >= 0).flatten()
     most = max(1, min(_IMAGES, _LOGITS // classes))
@@ -88,11 +92,11 @@ def left_out_logits(
         mine = looked & (part == which)
         if mine.any():
             rest = class_statistics(features[part != which], labels[part != which], rank=rank)
-            without = {**statistics, task: rest}
-            own, beside = features[mine].float(), form(without)
-            logits = block_logits(settle(without).values(), own)
-            values = torch.zeros(len(own)) if beside is None else beside.of(own.double()).float()
-            found.append(LeftOut(logits, labels[mine] + first, values))
+            without = statistics_by_arrival({**statistics, task: rest}, step_classes)
+            some, beside = features[mine].float(), form(without)
+            logits = block_logits(settle(without).values(), some)
+            values = torch.zeros(len(some)) if beside is None else beside.of(some.double()).float()
+            found.append(LeftOut(logits, own[labels[mine]], values))
     return LeftOut(*map(torch.cat, zip(*found, strict=True)))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sdlora.arrivals import rows_by_arrival
 from sdlora.calibration import (
     UNDIVIDED,
     LeftOut,
@@ -102,6 +103,7 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
             statistics=before.statistics,
             drift=before.drift,
             memory=fit.memory,
+            step_classes={**before.step_classes, **fit.step_classes},
         )
 
     learned = whole(frozen)
@@ -160,9 +162,15 @@ def recompute_head(
             drift[task] = drift_map(old, new)
     rank = min(covariance_rank if head.covariance else 0, new.shape[1])
     statistics = {**before.statistics, task: class_statistics(new, labels, rank=rank)}
-    now = carried(statistics, drift, tasks=list(statistics))
-    settled = head.settle({**learned.head, **before.settled}, now, generator=generator)
-    return replace(learned, settled=settled, statistics=statistics, drift=drift)
+    taken = replace(learned, statistics=statistics, drift=drift)
+    rows = head.settle(_starting_rows(before, learned), taken.statistics_now(), generator=generator)
+    return replace(taken, settled=rows)
+
+
+def _starting_rows(before: ModelState, learned: ModelState) -> dict[str, HeadRows]:
+    """Return the rows that a head goes on from, each class at the step of its arrival: those in use, and new ones."""
+    first = rows_by_arrival(learned.head, learned.step_classes, newest=False) if learned.step_classes else {}
+    return {**learned.head, **first, **before.settled}
 
 
 def settled(
@@ -262,7 +270,7 @@ def _settler(
 ) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]:
     """Return what makes rows of statistics as they are made of those of all images."""
     assert head.settle is not None
-    return partial(head.settle, {**learned.head, **before.settled}, generator=generator)
+    return partial(head.settle, _starting_rows(before, learned), generator=generator)
 
 
 def _calibrated(
@@ -284,7 +292,14 @@ def _calibrated(
     now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
     form = _form_of(head, left_out.score)
     found = left_out_logits(
-        features, labels, task=task, statistics=now, settle=settle, form=form, generator=left_out.images
+        features,
+        labels,
+        task=task,
+        statistics=now,
+        step_classes=learned.step_classes,
+        settle=settle,
+        form=form,
+        generator=left_out.images,
     )
     if found.logits.shape[1] < 2:
         return learned, {}
@@ -295,14 +310,15 @@ def _calibrated(
         learned = replace(learned, settled=tempered(learned.settled, temperature))
     if left_out.score is None:
         return learned, facts
-    own = form(now)
+    known = learned.statistics_now()
+    own = form(known)
     alarms = alarm_threshold(
         left_out.score,
         left_out.rate,
         found,
         rows=learned.settled,
         form=own and own.divided(temperature),
-        statistics=now,
+        statistics=known,
         temperature=temperature,
         before=left_out.margin,
         generator=left_out.made,
@@ -361,7 +377,7 @@ def frozen_step(
         step = measured(step, features=features)
     head = HEADS[adapter.head]
     if head.settle is None:
-        return step
+        return _with_newest_rows(step)
     return settled(
         before,
         step,
@@ -392,6 +408,15 @@ def _leaving_out(
         margin=margin_of(record, adapter.unknown) if adapter.unknown else Margin(),
         made=generator_for(seed, "unknown", task),
     )
+
+
+def _with_newest_rows(step: FrozenStep) -> FrozenStep:
+    """Return the step with the rows in use where some classes have several: for each the one that was trained last."""
+    learned = step.learned
+    if not learned.step_classes:
+        return step
+    rows = rows_by_arrival(learned.head, learned.step_classes, newest=True)
+    return replace(step, learned=replace(learned, settled=rows))
 
 
 def lost_by_drift(record: Mapping[str, Any]) -> float:

@@ -16,7 +16,6 @@ from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
 from sdlora.calibration import temperature_of, tempered
 from sdlora.classifier import IncrementalClassifier, ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
-from sdlora.drift import carried
 from sdlora.head import QuadraticBlock
 from sdlora.heads import LINEAR_FALLBACK, linear_rows
 from sdlora.ledger import RECORD, folders_beside, read_own_record
@@ -134,8 +133,7 @@ def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = Fals
     step = Step(base, learned, record)
     if step.linear or not linear:
         return step
-    now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    settled = tempered(linear_rows(learned.head, now), temperature_of(record).value)
+    settled = tempered(linear_rows(learned.head, learned.statistics_now()), temperature_of(record).value)
     return step._replace(learned=replace(learned, settled=settled), fallback=LINEAR_FALLBACK)
 
 

@@ -95,6 +95,8 @@ def read_model(
     record = read_record(folder, beside=beside)
     targets, tasks, files = record.get("targets", []), record["tasks"], record["files"]
     classes = Counter(entry["task"] for entry in record["classes"])
+    step_classes = {task: tuple(labels) for task, labels in record.get("step_classes", {}).items()}
+    seen = {**classes, **{task: len(labels) for task, labels in step_classes.items()}}
     sizes: dict[str, int] = {}
 
     def read(
@@ -114,9 +116,9 @@ def read_model(
             target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets
         }
     for task in tasks:
-        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _linear_shapes(classes[task])))
+        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _linear_shapes(seen[task])))
         if statistics and f"statistics/{task}.safetensors" in files:
-            shapes = statistics_shapes(classes[task])
+            shapes = statistics_shapes(seen[task])
             known[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
         if statistics and f"drift/{task}.safetensors" in files:
             drift[task] = DriftMap(**read(f"drift/{task}.safetensors", DRIFT_SHAPES))
@@ -135,6 +137,7 @@ def read_model(
         drift=drift,
         memory=memory,
         rejection=_rejection(folder, record, read),
+        step_classes=step_classes,
     )
     return learned, record
 

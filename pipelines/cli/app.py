@@ -241,17 +241,26 @@ def add_task(
     source: Annotated[Path, typer.Argument(help="Folder of images or shards, a manifest, or a pattern.")],
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
+        typer.Option(
+            "--class",
+            help="Class of the folder, repeatable; if not given all new ones, with `--kind more` all.",
+        ),
     ] = None,
+    kind: Annotated[
+        Literal["classes", "more"],
+        typer.Option(
+            help="classes: new ones; more: images of known classes, with new ones among them or not."
+        ),
+    ] = "classes",
 ) -> None:
-    """Append a task for new classes to params.yaml.
+    """Append a task for new classes, or for more images of known ones, to params.yaml.
 
     `sdlora run` then trains that task only.
     """
     caller = enter_project()
     from pipelines.planning import tasks as edit
 
-    for line in edit.add_task(caller.path(source), classes=classes):
+    for line in edit.add_task(caller.path(source), classes=classes, kind=kind):
         typer.echo(line)
 
 

@@ -159,10 +159,23 @@ def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
         for name in task.classes:
             if owner.get(name) == key:
                 yield f"{where}.classes: {show_value(name)} stands there twice; remove one"
-            elif name in owner:
-                yield f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one"
+            elif name in owner and task.kind != "more":
+                yield (
+                    f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one, or write "
+                    "kind: more if these are more images of it"
+                )
             owner.setdefault(name, key)
         before = key
+
+
+def kind_faults(tasks: Mapping[str, Task], adapter: Adapter) -> Iterator[str]:
+    """Yield a fault where the method learns each class once."""
+    for key, task in tasks.items():
+        if task.kind == "more" and adapter.method in JOINT_METHODS:
+            yield (
+                f"tasks.{show_key(key)}.kind: found more, but {adapter.method} learns all images at once, with one "
+                "row for each class of a task; choose another adapter.method"
+            )
 
 
 def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]) -> Iterator[str]:

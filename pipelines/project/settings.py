@@ -389,17 +389,23 @@ class Workers(Section):
     """how many times in a row a run may end without any progress before it has failed"""
 
 
+Kind = Literal["classes", "more"]
+"""What a task brings."""
+
+
 class Task(Section):
-    """A set of classes that arrives together."""
+    """Images that arrive together."""
 
     after: _Name
     """the task before it; t00 for the first"""
+    kind: Kind = "classes"
+    """`classes`: all are new; `more`: images of known classes, with new ones among them or not"""
     source: _Source
     """the folder of its images, inside the project"""
     manifest: _Manifest | None = None
     """a file in that folder which lists or holds the images, or a pattern of such; null for all that is there"""
     classes: Annotated[tuple[_ClassName, ...], Field(strict=False)]
-    """its classes, in the order of their labels"""
+    """its classes; new ones get their labels in this order"""
 
     @property
     def retired(self) -> bool:

@@ -90,7 +90,7 @@ class _Shares(NamedTuple):
     predicted: np.ndarray
     """Share of all predictions that name a class of the task."""
     actual: np.ndarray
-    """Share of the test images that are of the task."""
+    """Share of the test images that are of such a class."""
 
 
 def prediction_shares(history: History) -> _Shares:
@@ -99,9 +99,9 @@ def prediction_shares(history: History) -> _Shares:
     """
     shares = _Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
     for step, (answers, evaluation) in enumerate(zip(history.answers, history.evaluations, strict=True)):
-        samples = np.array(evaluation["samples"])
-        shares.predicted[step, : step + 1] = answers.named / samples.sum()
-        shares.actual[step, : step + 1] = samples / samples.sum()
+        images = sum(evaluation["samples"])
+        shares.predicted[step, : step + 1] = answers.named / images
+        shares.actual[step, : step + 1] = answers.shown / images
     return shares
 
 
@@ -172,6 +172,7 @@ def step_rows(history: History) -> list[Record]:
         {
             "step": step,
             "classes": [entry["name"] for entry in history.classes if entry["task"] == step],
+            "again": history.again[i],
             "training": history.training[i],
             "test": history.samples[i],
             "fitted": history.records[i].get("metrics", {}).get("training_accuracy"),

@@ -168,7 +168,14 @@ def rejection(
         return head.settle(ROWS, taken, generator=generator())
 
     out = left_out_logits(
-        features, labels, task="t02", statistics=of, settle=settled, generator=generator(), form=form
+        features,
+        labels,
+        task="t02",
+        statistics=of,
+        step_classes={},
+        settle=settled,
+        generator=generator(),
+        form=form,
     )
     rows, own = tempered(settled(of), 3.0), form(of)
     found = alarm_threshold(

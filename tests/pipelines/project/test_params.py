@@ -296,7 +296,8 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             '["7", "6"]', '["7", "4"]',
-            'tasks.t02.classes: "4" is already a class of t01; remove one',
+            'tasks.t02.classes: "4" is already a class of t01; remove one, or write kind: more if these are more '
+            "images of it",
             id="a-class-in-two-tasks",
         ),
         pytest.param(
