@@ -82,6 +82,7 @@ def project(folder: Path, tasks: list[str]) -> None:
         ("  digits: {test_fraction: 0.2, seed: 0}", "  {}"),
         ("head: rgda", "head: linear"),
         ("temperature: auto", "temperature: null"),
+        ("unknown: relative", "unknown: null"),
     ):
         text = text.replace(old, new)
     Path("params.yaml").write_text(text + "\ntasks:\n" + "\n".join(lines) + "\n", encoding="utf-8")

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdlora.arrivals import StepClasses, labels_by_step, statistics_by_arrival
 from sdlora.comparison import calibration_error
 from sdlora.head import HeadBlock, HeadRows, QuadraticBlock, block_logits
 from sdlora.statistics import ClassStatistics, class_statistics
+from sdlora.unknown import Quadratic
 
 _PARTS = 5
 """Each image is left out once, with a part of so many of its class."""
@@ -21,6 +23,19 @@ _WIDEST = 20.0
 
 _Settle = Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]
 """Rows of all classes from their statistics."""
+_Form = Callable[[Mapping[str, ClassStatistics]], Quadratic | None]
+"""What a score reads beside logits, from the same."""
+
+
+class LeftOut(NamedTuple):
+    """What a step says of images of its task that it was made without."""
+
+    logits: Tensor
+    """(m, all classes)."""
+    labels: Tensor
+    """(m,), among all classes."""
+    form: Tensor
+    """(m,): what a score reads beside logits; 0 where none does."""
 
 
 class Temperature(NamedTuple):
@@ -47,10 +62,12 @@ def left_out_logits(
     *,
     task: str,
     statistics: Mapping[str, ClassStatistics],
+    step_classes: StepClasses,
     settle: _Settle,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Return logits (m, all classes) of images of a task under rows made without them, and their labels (m,) among all.
+    form: _Form = lambda _: None,
+) -> LeftOut:
+    """Return what is said of images of a task under rows made without them.
 
     Of each class a fifth at a time is left out. An image that is alone in its class never is.
 
@@ -58,25 +75,29 @@ def left_out_logits(
         features: (n, d) of the task's images.
         labels: (n,), 0 … classes − 1 within the task.
         task: the last one of `statistics`.
-        statistics: of every class so far, in the features of this step.
+        statistics: of what each task saw, in the features of this step.
+        step_classes: which classes those tasks saw that may have seen known ones.
+        settle: is given one entry for each class.
     """
     rank = statistics[task].factors.shape[2]
-    first = sum(len(each.images) for name, each in statistics.items() if name != task)
-    classes = first + len(statistics[task].images)
+    known = labels_by_step({name: len(taken.images) for name, taken in statistics.items()}, step_classes)
+    own, classes = torch.tensor(known[task]), 1 + max(map(max, known.values()))
     part = _parts(labels, generator=generator)
     out = torch.nonzero(part >= 0).flatten()
     most = max(1, min(_IMAGES, _LOGITS // classes))
     looked = torch.zeros(len(labels), dtype=torch.bool)
     looked[out[torch.randperm(len(out), generator=generator)[:most]]] = True
-    logits, truths = [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.long)]
+    found = [LeftOut(torch.zeros(0, classes), torch.zeros(0, dtype=torch.long), torch.zeros(0))]
     for which in range(_PARTS):
         mine = looked & (part == which)
         if mine.any():
             rest = class_statistics(features[part != which], labels[part != which], rank=rank)
-            rows = settle({**statistics, task: rest})
-            logits.append(block_logits(rows.values(), features[mine].float()))
-            truths.append(labels[mine] + first)
-    return torch.cat(logits), torch.cat(truths)
+            without = statistics_by_arrival({**statistics, task: rest}, step_classes)
+            some, beside = features[mine].float(), form(without)
+            logits = block_logits(settle(without).values(), some)
+            values = torch.zeros(len(some)) if beside is None else beside.of(some.double()).float()
+            found.append(LeftOut(logits, own[labels[mine]], values))
+    return LeftOut(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _parts(labels: Tensor, *, generator: torch.Generator) -> Tensor:

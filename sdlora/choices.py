@@ -11,6 +11,7 @@ from sdlora.heads import HEADS
 from sdlora.methods import METHODS, Method, Settings
 from sdlora.records import Rule
 from sdlora.training import Schedule
+from sdlora.unknown import DISTANCES, SCORES
 
 
 class AdapterChoices(Protocol):
@@ -42,6 +43,10 @@ class AdapterChoices(Protocol):
     def covariance_rank(self) -> int: ...
     @property
     def temperature(self) -> str | None: ...
+    @property
+    def unknown(self) -> str | None: ...
+    @property
+    def unknown_rate(self) -> float: ...
 
 
 def settings_of(adapter: AdapterChoices) -> Settings:
@@ -118,6 +123,10 @@ _ADAPTER: Mapping[str, Rule] = {
     "penalty": _number(0, or_none=True),
     "covariance_rank": _COUNT,
     "temperature": _one_of(("auto",), or_none=True),
+    "unknown": _one_of(SCORES, or_none=True),
+    "unknown_rate": Rule(
+        lambda value: isinstance(value, float) and 0 < value < 1, "a number between 0 and 1, not these"
+    ),
 }
 """What the choices of the block `adapter` must hold, in the order of `params.yaml`."""
 _TRAINING: Mapping[str, Rule] = {
@@ -188,6 +197,11 @@ class Choices:
     """Principal directions of every class that `aligned`, `rgda` and `lda` remember."""
     temperature: str | None = "auto"
     """`auto`: one number divides all logits of a step, so that confidences are right more often. `linear` has none."""
+    unknown: str | None = "relative"
+    """The score by which an image is of none of the classes: `relative`, `mahalanobis`, `energy`, `max_logit`. None for
+    none, as with `linear`. `aligned` has no distances, and `max_logit` in place of `relative`."""
+    unknown_rate: float = 0.05
+    """Share of the images of known classes that may be called unknown."""
     optimizer: str = "adam"
     """`adam` or `sgd`."""
     learning_rate: float = 0.002
@@ -231,6 +245,9 @@ class Choices:
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.head == "linear":
             object.__setattr__(self, "temperature", None)
+            object.__setattr__(self, "unknown", None)
+        if self.head == "aligned" and self.unknown == "relative":
+            object.__setattr__(self, "unknown", "max_logit")
         for name, rule in {**_ADAPTER, **_TRAINING, "seed": _SEED}.items():
             value = getattr(self, name)
             if not rule.holds(value):
@@ -253,6 +270,9 @@ class Choices:
             "magnitudes are restarted, which throws away what sdlora-kd keeps in them; choose 'carried'": (
                 self.method == "sdlora-kd" and not settings_of(self).formulation.carried
             ),
+            f"unknown is {self.unknown!r}, but logits of head {self.head!r} are no distances; choose 'max_logit'": (
+                self.unknown in DISTANCES and HEADS[self.head].shared is None
+            ),
             "rank_schedule has no rank for the first tasks; add t01": (
                 self.method == "sdlora-rr" and "t01" not in self.rank_schedule
             ),
@@ -272,6 +292,8 @@ class Choices:
         adapter |= {"targets": targets, "rank_schedule": dict(self.rank_schedule)}
         if self.temperature is None:
             del adapter["temperature"]
+        if self.unknown is None:
+            del adapter["unknown"], adapter["unknown_rate"]
         training = {name: getattr(self, name) for name in _TRAINING}
         chosen = {name: value for name, value in training.items() if value is not None}
         return {"adapter": adapter, "training": {**chosen, "devices": 1}, "seed": self.seed}
@@ -280,6 +302,7 @@ class Choices:
 def recorded_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the choices that a step's record says, as arguments of `Choices`. What it does not say is not chosen."""
     adapter, training = parameters["adapter"], parameters["training"]
+    adapter = {"temperature": None, "unknown": None, **adapter}
     unsaid = {"head_rate": None, "magnitude_rate": None, "head_start": "random", "feature_distillation": 0.0}
     found = {
         **{name: adapter[name] for name in _ADAPTER if name in adapter},

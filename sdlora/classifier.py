@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.adapters import Directions, Factors, inject_adapters, merge_adapters, target_of
-from sdlora.drift import DriftMap
+from sdlora.arrivals import StepClasses, statistics_by_arrival
+from sdlora.drift import DriftMap, carried
 from sdlora.head import GrowingHead, HeadBlock, HeadRows
 from sdlora.statistics import ClassStatistics
+from sdlora.unknown import Rejection, UnknownScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +26,31 @@ class ModelState:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     """Task id → (targets,), in the order of the target names."""
     head: Mapping[str, HeadBlock] = field(default_factory=dict)
-    """Task id → the rows of its classes, as they were trained; frozen."""
+    """Task id → the rows of the classes that it saw, as they were trained; frozen."""
     settled: Mapping[str, HeadRows] = field(default_factory=dict)
-    """Task id → the rows that are used in their place, anew at every step; empty where the trained ones are."""
+    """Task id → the rows of the classes that arrived with it which are used in their place, anew at every step; empty
+    where the trained ones are."""
     statistics: Mapping[str, ClassStatistics] = field(default_factory=dict)
-    """Task id → what was taken of its classes at its own step; empty where the head needs none."""
+    """Task id → what was taken of the classes that it saw, of its own images and at its own step; empty where the head
+    needs none."""
     drift: Mapping[str, DriftMap] = field(default_factory=dict)
     """Step → how it moved the features; those that moved none have none."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """What the method keeps for its next step; empty for most."""
+    rejection: Rejection | None = None
+    """What is called unknown; None where nothing is."""
+    step_classes: StepClasses = field(default_factory=dict)
+    """Which classes the steps saw that may have seen known ones; empty in a chain without such a step."""
 
     @property
     def rows(self) -> Mapping[str, HeadRows]:
         """Task id → the rows that classify."""
         return self.settled or self.head
+
+    def statistics_now(self) -> dict[str, ClassStatistics]:
+        """Return the statistics of each class so far, of all its images, in the features of the last step."""
+        now = carried(self.statistics, self.drift, tasks=list(self.statistics))
+        return statistics_by_arrival(now, self.step_classes)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -63,7 +76,9 @@ class IncrementalClassifier(nn.Module):
                     f"the rows of {task} are of {block.weight.shape[1]} features, this backbone has "
                     f"{self.feature_size}: they were made on another one"
                 )
-            self.head.grow(block)
+            if len(block.bias):  # a step may have brought no class
+                self.head.grow(block)
+        self.unknown = UnknownScore(learned.rejection) if learned.rejection else None
         self.requires_grad_(False)
 
     @property
@@ -155,6 +170,15 @@ class IncrementalClassifier(nn.Module):
         features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weights[0].dtype))
+
+    def scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits as `forward` gives them, and the score (batch,) above whose threshold an image is unknown."""
+        assert self.unknown is not None
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            exact = features.to(self.head.weights[0].dtype)
+            logits = self.head(exact)
+            return logits, self.unknown(exact, logits)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -74,6 +74,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
+    """Return how often an unknown image has a higher score than a known one; of equal ones half count.
+
+    It is the area under the receiver operating characteristic. NaN where there is none of either.
+    """
+    low, high = np.sort(np.asarray(known, dtype=np.float64)), np.asarray(unknown, dtype=np.float64)
+    if not low.size or not high.size:
+        return math.nan
+    above = np.searchsorted(low, high, side="left") + np.searchsorted(low, high, side="right")
+    return float(above.mean() / (2 * low.size))
+
+
+def missed_share(known: ArrayLike, unknown: ArrayLike, *, kept: float = 0.95) -> float:
+    """Return the share of unknown images that pass for known at the least score that keeps such a share of the known.
+
+    At 0.95 it is the false positive rate at 95 % (FPR95), known images being the positive ones. NaN as `auroc`.
+    """
+    low, high = np.sort(np.asarray(known, dtype=np.float64)), np.asarray(unknown, dtype=np.float64)
+    if not low.size or not high.size:
+        return math.nan
+    return float((high <= low[math.ceil(kept * low.size) - 1]).mean())
+
+
 class Bin(NamedTuple):
     """The images whose confidence lies in one range."""
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sdlora.classifier import IncrementalClassifier
 from sdlora.preprocessing import normalise
 from sdlora.products import by_onednn
 
@@ -19,6 +20,8 @@ class _Predictions(NamedTuple):
 
     classes: Tensor
     confidences: Tensor
+    scores: Tensor | None = None
+    """How much each looks like none of the classes (n,) float32, of a model with a threshold."""
 
 
 def predict_batches(
@@ -38,13 +41,18 @@ def predict_batches(
     like = next(model.parameters())
 
     def predict(images: Tensor) -> tuple[Tensor, ...]:
+        scores: list[Tensor] = []
         with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else by_onednn(device):
-            logits = model(normalise(images, mean=mean, std=std).to(like.dtype))
+            normal = normalise(images, mean=mean, std=std).to(like.dtype)
+            if isinstance(model, IncrementalClassifier) and model.unknown is not None:
+                logits, *scores = model.scored(normal)
+            else:
+                logits = model(normal)
         confidences, classes = logits.float().softmax(dim=1).max(dim=1)
-        return classes, confidences
+        return classes, confidences, *scores
 
-    for classes, confidences in _results(predict, batches, device):
-        yield _Predictions(classes, confidences)
+    for found in _results(predict, batches, device):
+        yield _Predictions(*found)
 
 
 def feature_batches(

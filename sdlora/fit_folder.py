@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sdlora.adapters import Factors
 from sdlora.head import HeadBlock
-from sdlora.ledger import ClassEntry, record_bytes
+from sdlora.ledger import ClassEntry, Labels, record_bytes
 from sdlora.methods import FitResult
 from sdlora.records import (
     FORMAT,
@@ -42,6 +42,7 @@ class _FitDescription(TypedDict):
     format: NotRequired[Format]
     task: TaskId
     classes: list[ClassEntry]
+    step_classes: NotRequired[dict[TaskId, Labels]]
     targets: list[Name]
     split: _Split
     adapter: dict[str, object]
@@ -131,7 +132,8 @@ def read_fit(folder: Path, description: Mapping[str, Any], *, tasks: Sequence[st
         ValueError: a file is not whole, or does not hold what it must.
     """
     task, targets = description["task"], description["targets"]
-    sizes = {f"classes of {task}": len(description["classes"])}
+    step_classes = {name: tuple(labels) for name, labels in description.get("step_classes", {}).items()}
+    sizes = {f"classes of {task}": len(step_classes.get(task, description["classes"]))}
     factors = read_tensors(folder / _FACTORS)
     check_tensors(folder / _FACTORS, factors, direction_shapes(task, targets), sizes)
     magnitudes = read_tensors(folder / FIT_MAGNITUDES)
@@ -160,4 +162,5 @@ def read_fit(folder: Path, description: Mapping[str, Any], *, tasks: Sequence[st
         magnitudes={name: magnitudes[name] for name in held},
         head={name: HeadBlock(weight=rows[f"{name}.weight"], bias=rows[f"{name}.bias"]) for name in trained},
         memory=memory,
+        step_classes=step_classes,
     )

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sdlora.arrivals import rows_by_arrival
 from sdlora.calibration import (
     UNDIVIDED,
+    LeftOut,
     Temperature,
     calibration_of,
     fitted_temperature,
@@ -20,13 +22,15 @@ from sdlora.calibration import (
 from sdlora.choices import AdapterChoices, settings_of
 from sdlora.classifier import ModelState
 from sdlora.drift import carried, drift_map
+from sdlora.false_alarms import Margin, alarm_threshold, margin_of
 from sdlora.head import HeadRows
-from sdlora.heads import HEADS, Head
+from sdlora.heads import HEADS, Head, distance_form
 from sdlora.methods import METHODS, FitResult, Frozen, Method, Settings
 from sdlora.methods.method import keep_as_before
 from sdlora.retention import estimated_retention
 from sdlora.seeding import generator_for
 from sdlora.statistics import ClassStatistics, class_statistics
+from sdlora.unknown import DISTANCES, Quadratic
 
 _Features = Callable[[ModelState], Tensor]
 """The features (n, d) of the task's training images, on the CPU, under the model of what has been learned."""
@@ -45,6 +49,24 @@ class _TaskFeatures(Protocol):
 
     def __call__(self, learned: ModelState, /) -> Tensor:
         """(n, d) on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LeavingOut:
+    """What is chosen on images of a task that are left out in turn."""
+
+    images: torch.Generator
+    """What they are left out by."""
+    tempered: bool
+    """Whether one temperature divides all rows."""
+    score: str | None
+    """By which an image is called unknown. None where none is."""
+    rate: float
+    """The share of images of known classes that may be called so."""
+    margin: Margin
+    """Of the step before."""
+    made: torch.Generator
+    """What features of known classes are made by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +103,7 @@ def freeze(before: ModelState, fit: FitResult, *, method: Method, settings: Sett
             statistics=before.statistics,
             drift=before.drift,
             memory=fit.memory,
+            step_classes={**before.step_classes, **fit.step_classes},
         )
 
     learned = whole(frozen)
@@ -139,9 +162,15 @@ def recompute_head(
             drift[task] = drift_map(old, new)
     rank = min(covariance_rank if head.covariance else 0, new.shape[1])
     statistics = {**before.statistics, task: class_statistics(new, labels, rank=rank)}
-    now = carried(statistics, drift, tasks=list(statistics))
-    settled = head.settle({**learned.head, **before.settled}, now, generator=generator)
-    return replace(learned, settled=settled, statistics=statistics, drift=drift)
+    taken = replace(learned, statistics=statistics, drift=drift)
+    rows = head.settle(_starting_rows(before, learned), taken.statistics_now(), generator=generator)
+    return replace(taken, settled=rows)
+
+
+def _starting_rows(before: ModelState, learned: ModelState) -> dict[str, HeadRows]:
+    """Return the rows that a head goes on from, each class at the step of its arrival: those in use, and new ones."""
+    first = rows_by_arrival(learned.head, learned.step_classes, newest=False) if learned.step_classes else {}
+    return {**learned.head, **first, **before.settled}
 
 
 def settled(
@@ -156,7 +185,7 @@ def settled(
     generator: torch.Generator,
     drawn: torch.Generator,
     lost: float,
-    left_out: torch.Generator | None = None,
+    left_out: _LeavingOut | None = None,
     temperature: Temperature = UNDIVIDED,
 ) -> FrozenStep:
     """Return the step with all rows of the head settled, as `recompute_head` does.
@@ -168,8 +197,9 @@ def settled(
     Args:
         drawn: what the estimate is drawn from.
         lost: `drift_loss` of the step before.
-        left_out: what images are left out by, for one temperature, by which all rows are divided. It is among the
-            facts, with the calibration error of these images before and after. None for none.
+        left_out: how images are left out, for one temperature, by which all rows are divided, and for the threshold
+            above which an image is called unknown. Both are among the facts, with the calibration error of these images
+            before and after. None for neither.
         temperature: that of the step before, which its rows are divided by.
     """
     if temperature.value != 1:
@@ -193,10 +223,10 @@ def settled(
     )
     if left_out is not None:
         settle = _settler(before, step.learned, head, generator)
-        rows, found = _calibrated(
-            learned, once(step.learned), labels, task, settle, left_out, before=temperature
+        learned, found = _calibrated(
+            learned, once(step.learned), labels, task, settle, left_out, head=head, before=temperature
         )
-        learned, step = replace(learned, settled=rows), replace(step, facts={**step.facts, **found})
+        step = replace(step, facts={**step.facts, **found})
     facts = _estimate(
         before, learned, step.learned, task=task, features=once, labels=labels, drawn=drawn, lost=lost
     )
@@ -240,7 +270,7 @@ def _settler(
 ) -> Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]]:
     """Return what makes rows of statistics as they are made of those of all images."""
     assert head.settle is not None
-    return partial(head.settle, {**learned.head, **before.settled}, generator=generator)
+    return partial(head.settle, _starting_rows(before, learned), generator=generator)
 
 
 def _calibrated(
@@ -249,20 +279,73 @@ def _calibrated(
     labels: Tensor,
     task: str,
     settle: Callable[[Mapping[str, ClassStatistics]], Mapping[str, HeadRows]],
-    generator: torch.Generator,
+    left_out: _LeavingOut,
     *,
+    head: Head,
     before: Temperature,
-) -> tuple[Mapping[str, HeadRows], dict[str, float | int | str]]:
-    """Return the settled rows divided by one temperature, and what is known of it.
+) -> tuple[ModelState, dict[str, float | int | str]]:
+    """Return what has been learned with its rows divided by one temperature and a threshold for unknown images, and
+    what is known of both.
 
-    Where no image can be left out, the temperature before goes on. One class has none.
+    Where no image can be left out, what the step before knows goes on. One class has neither.
     """
     now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    logits, truths = left_out_logits(
-        features, labels, task=task, statistics=now, settle=settle, generator=generator
+    form = _form_of(head, left_out.score)
+    found = left_out_logits(
+        features,
+        labels,
+        task=task,
+        statistics=now,
+        step_classes=learned.step_classes,
+        settle=settle,
+        form=form,
+        generator=left_out.images,
     )
-    if logits.shape[1] < 2:
-        return learned.settled, {}
+    if found.logits.shape[1] < 2:
+        return learned, {}
+    facts: dict[str, float | int | str] = {}
+    temperature = 1.0
+    if left_out.tempered:
+        temperature, facts = _temperature(found, before)
+        learned = replace(learned, settled=tempered(learned.settled, temperature))
+    if left_out.score is None:
+        return learned, facts
+    known = learned.statistics_now()
+    own = form(known)
+    alarms = alarm_threshold(
+        left_out.score,
+        left_out.rate,
+        found,
+        rows=learned.settled,
+        form=own and own.divided(temperature),
+        statistics=known,
+        temperature=temperature,
+        before=left_out.margin,
+        generator=left_out.made,
+    )
+    if alarms is None:
+        return learned, facts
+    rejection, margin = alarms
+    facts |= {
+        "unknown": rejection.score,
+        "unknown_threshold": rejection.threshold,
+        "unknown_margin": margin.value,
+        "unknown_images": margin.images,
+    }
+    return replace(learned, rejection=rejection), facts
+
+
+def _form_of(head: Head, score: str | None) -> Callable[[Mapping[str, ClassStatistics]], Quadratic | None]:
+    """Return what makes the form that a score is read with, under a head. Nothing where it reads none."""
+    if score not in DISTANCES:
+        return lambda _: None
+    assert head.shared is not None
+    return partial(distance_form, head.shared, relative=score == "relative")
+
+
+def _temperature(found: LeftOut, before: Temperature) -> tuple[float, dict[str, float | int | str]]:
+    """Return the temperature of a step, and what is known of it."""
+    logits, truths, _ = found
     temperature = fitted_temperature(logits, truths, before=before) if len(logits) else before
     value = round(temperature.value, 4)
     facts: dict[str, float | int | str] = {
@@ -272,7 +355,7 @@ def _calibrated(
     if len(logits):
         facts["calibration_error_before"] = round(calibration_of(logits, truths), 4)
         facts["calibration_error_after"] = round(calibration_of(logits / value, truths), 4)
-    return tempered(learned.settled, value), facts
+    return value, facts
 
 
 def frozen_step(
@@ -294,7 +377,7 @@ def frozen_step(
         step = measured(step, features=features)
     head = HEADS[adapter.head]
     if head.settle is None:
-        return step
+        return _with_newest_rows(step)
     return settled(
         before,
         step,
@@ -306,9 +389,34 @@ def frozen_step(
         generator=generator_for(seed, "settle", result.task),
         drawn=generator_for(seed, "retention", result.task),
         lost=lost_by_drift(record),
-        left_out=generator_for(seed, "temperature", result.task) if adapter.temperature else None,
+        left_out=_leaving_out(adapter, seed, result.task, record),
         temperature=temperature_of(record),
     )
+
+
+def _leaving_out(
+    adapter: AdapterChoices, seed: int, task: str, record: Mapping[str, Any]
+) -> _LeavingOut | None:
+    """Return how images are left out, where something is chosen on them."""
+    if adapter.temperature is None and adapter.unknown is None:
+        return None
+    return _LeavingOut(
+        images=generator_for(seed, "temperature", task),
+        tempered=adapter.temperature is not None,
+        score=adapter.unknown,
+        rate=adapter.unknown_rate,
+        margin=margin_of(record, adapter.unknown) if adapter.unknown else Margin(),
+        made=generator_for(seed, "unknown", task),
+    )
+
+
+def _with_newest_rows(step: FrozenStep) -> FrozenStep:
+    """Return the step with the rows in use where some classes have several: for each the one that was trained last."""
+    learned = step.learned
+    if not learned.step_classes:
+        return step
+    rows = rows_by_arrival(learned.head, learned.step_classes, newest=True)
+    return replace(step, learned=replace(learned, settled=rows))
 
 
 def lost_by_drift(record: Mapping[str, Any]) -> float:

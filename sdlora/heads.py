@@ -6,7 +6,7 @@ statistics per class, never an image. The result is linear, but for `rgda`, whic
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdlora.head import HeadBlock, HeadRows, QuadraticBlock
 from sdlora.statistics import ClassStatistics
+from sdlora.unknown import Quadratic, difference, squared_distance
 
 _SAMPLES, _EPOCHS, _BATCH = 256, 10, 256
 """Of `aligned`: drawn per class and epoch, passes, samples in a step (SLCA, GengDavid/SLCA@169d4e6, with 5 passes)."""
@@ -57,6 +58,9 @@ class Head:
     """None where the rows stay as they were trained."""
     covariance: bool = False
     """Whether it reads more of the classes than their means and one variance."""
+    shared: Callable[[Mapping[str, ClassStatistics]], tuple[Tensor, Tensor]] | None = None
+    """What all classes share of their squared distances, beside which their logits are minus half of these: a matrix P
+    (d, d) and a centre c (d,) of (f − c)ᵀ P (f − c). None where the logits are no distances."""
 
 
 def class_means(
@@ -67,14 +71,25 @@ def class_means(
     It is Bayes' rule for classes that are round and equally wide: w_c = μ_c/σ², b_c = −‖μ_c‖²/2σ². A term that all
     classes share is left out.
     """
-    variance = torch.cat([_variances(s) * s.images.double() for s in statistics.values()]).sum()
-    variance = variance / torch.cat([s.images for s in statistics.values()]).sum()
-    variance = torch.maximum(variance, _least_variance(statistics))
+    variance = _mean_variance(statistics)
     blocks = {}
     for task, (_, mean, _, _) in statistics.items():
         weight = mean.double() / variance
         blocks[task] = _block(weight, -(weight * mean).sum(dim=1) / 2, like=head[task])
     return blocks
+
+
+def _mean_variance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
+    """Return the mean variance of a feature within the classes, a scalar float64."""
+    variance = torch.cat([_variances(s) * s.images.double() for s in statistics.values()]).sum()
+    variance = variance / torch.cat([s.images for s in statistics.values()]).sum()
+    return torch.maximum(variance, _least_variance(statistics))
+
+
+def _shared_by_means(statistics: Mapping[str, ClassStatistics]) -> tuple[Tensor, Tensor]:
+    size = next(iter(statistics.values())).mean.shape[1]
+    unit = torch.eye(size, dtype=torch.float64)
+    return unit / _mean_variance(statistics), torch.zeros(size, dtype=torch.float64)
 
 
 def discriminant(
@@ -84,16 +99,25 @@ def discriminant(
 
     w_c = C⁻¹μ_c, b_c = −μ_cᵀC⁻¹μ_c / 2, with C the mean of the classes' covariances by their number of images.
     """
-    pooled = _pooled_covariance(statistics)
-    size = len(pooled)
-    unit = torch.eye(size, dtype=torch.float64)
-    pooled += unit * (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
-    inverse = torch.linalg.inv((1 - _SHRINKAGE) * pooled + _SHRINKAGE * unit * (pooled.trace() / size))
+    inverse = _precision(_pooled_covariance(statistics), statistics)
     blocks = {}
     for task, (_, mean, _, _) in statistics.items():
         weight = mean.double() @ inverse
         blocks[task] = _block(weight, -(weight * mean).sum(dim=1) / 2, like=head[task])
     return blocks
+
+
+def _shared_by_discriminant(statistics: Mapping[str, ClassStatistics]) -> tuple[Tensor, Tensor]:
+    inverse = _precision(_pooled_covariance(statistics), statistics)
+    return inverse, torch.zeros(len(inverse), dtype=torch.float64)
+
+
+def _precision(covariance: Tensor, statistics: Mapping[str, ClassStatistics]) -> Tensor:
+    """Return the inverse of a covariance (d, d) of which a part is spread evenly."""
+    size = len(covariance)
+    unit = torch.eye(size, dtype=torch.float64)
+    whole = covariance + unit * (_least_variance(statistics) - covariance.trace() / size).clamp_min(0)
+    return torch.linalg.inv((1 - _SHRINKAGE) * whole + _SHRINKAGE * unit * (whole.trace() / size))
 
 
 def _pooled_covariance(statistics: Mapping[str, ClassStatistics]) -> Tensor:
@@ -128,15 +152,7 @@ def regularised_discriminant(
         own: m, the part of a class's own covariance; 0 is `discriminant`. None for `own_part`.
     """
     share = own_part(statistics) if own is None else own
-    pooled, spread = _pooled_covariance(statistics), _pooled_spread(statistics)
-    size = len(pooled)
-    unit = torch.eye(size, dtype=torch.float64)
-    lacking = (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
-    pooled, spread = pooled + unit * lacking, spread + lacking
-    even = (1 - _SHRINKAGE) * share * spread + _SHRINKAGE * pooled.trace() / size
-    inverse = torch.linalg.inv((1 - _SHRINKAGE) * (1 - share) * pooled + even * unit)
-    # Logits are smaller, and float32 exacter, where features are taken from the middle of the classes.
-    middle = torch.cat([each.mean for each in statistics.values()]).double().mean(dim=0)
+    inverse, middle = _shared_by_regularised(statistics, own=share)
     blocks = {}
     for task, (_, mean, factors, _) in statistics.items():
         means, like = mean.double(), head[task]
@@ -151,6 +167,21 @@ def regularised_discriminant(
             *_block(weight, bias, like=like), products=torch.cat(products), offsets=torch.cat(offsets)
         )
     return blocks
+
+
+def _shared_by_regularised(
+    statistics: Mapping[str, ClassStatistics], *, own: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return A⁻¹, and the middle of the classes: logits are smaller there, and float32 exacter."""
+    share = own_part(statistics) if own is None else own
+    pooled, spread = _pooled_covariance(statistics), _pooled_spread(statistics)
+    size = len(pooled)
+    unit = torch.eye(size, dtype=torch.float64)
+    lacking = (_least_variance(statistics) - pooled.trace() / size).clamp_min(0)
+    pooled, spread = pooled + unit * lacking, spread + lacking
+    even = (1 - _SHRINKAGE) * share * spread + _SHRINKAGE * pooled.trace() / size
+    inverse = torch.linalg.inv((1 - _SHRINKAGE) * (1 - share) * pooled + even * unit)
+    return inverse, torch.cat([each.mean for each in statistics.values()]).double().mean(dim=0)
 
 
 def _own_products(factors: Tensor, inverse: Tensor) -> Tensor:
@@ -264,14 +295,38 @@ def _block(weight: Tensor, bias: Tensor, *, like: HeadRows) -> HeadBlock:
 
 HEADS = {
     "linear": Head(settle=None),
-    "ncm": Head(settle=class_means),
-    "lda": Head(settle=discriminant, covariance=True),
-    "rgda": Head(settle=regularised_discriminant, covariance=True),
+    "ncm": Head(settle=class_means, shared=_shared_by_means),
+    "lda": Head(settle=discriminant, covariance=True, shared=_shared_by_discriminant),
+    "rgda": Head(settle=regularised_discriminant, covariance=True, shared=_shared_by_regularised),
     "aligned": Head(settle=aligned, covariance=True),
 }
 """The kinds of head by name."""
 LINEAR_FALLBACK = "lda"
 """The head that stands in where a format can hold no other than linear rows."""
+
+
+def distance_form(
+    shared: Callable[[Mapping[str, ClassStatistics]], tuple[Tensor, Tensor]],
+    statistics: Mapping[str, ClassStatistics],
+    *,
+    relative: bool,
+) -> Quadratic:
+    """Return the form that a score by distance is read with, in double precision.
+
+    Args:
+        shared: that of a head.
+        relative: whether the squared distance to all classes as one Gaussian is taken off: its mean is that of all
+            images, its covariance what is within the classes and between them.
+    """
+    counts = torch.cat([each.images for each in statistics.values()]).double()
+    means = torch.cat([each.mean for each in statistics.values()]).double()
+    middle = counts @ means / counts.sum()
+    own = squared_distance(*shared(statistics), middle=middle)
+    if not relative:
+        return own
+    apart = (means - middle) * (counts / counts.sum()).sqrt()[:, None]
+    whole = _pooled_covariance(statistics) + apart.T @ apart
+    return difference(own, squared_distance(_precision(whole, statistics), middle, middle=middle))
 
 
 def linear_rows(

@@ -7,8 +7,8 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +26,12 @@ from sdlora.devices import arithmetic, best_device
 from sdlora.evaluation import feature_batches, predict_batches
 from sdlora.fit_folder import EpochRecord
 from sdlora.freezing import FEATURE_BATCH, FrozenStep, frozen_step, remembered
-from sdlora.ledger import RECORD, read_own_record, record_hash
+from sdlora.ledger import RECORD, ClassEntry, classes_of_step, read_own_record, record_hash
 from sdlora.loading import Step, inference_model, newest_step
 from sdlora.methods import METHODS
 from sdlora.model_folder import read_model, write_model
 from sdlora.pictures import class_pixels, is_array, is_one, pixels_of
-from sdlora.prediction import Guess, best_guesses
+from sdlora.prediction import Guess, best_guesses, judged_guesses
 from sdlora.preprocessing import Preprocessing, normalise
 from sdlora.products import by_onednn
 from sdlora.records import Name, fault_of, shown
@@ -222,11 +222,9 @@ class Learner(Choices):
 
     @property
     def tasks(self) -> dict[str, list[str]]:
-        """Task id → names of its classes."""
-        found: dict[str, list[str]] = {}
-        for entry in self._chain.record["classes"]:
-            found.setdefault(entry["task"], []).append(entry["name"])
-        return found
+        """Task id → names of the classes that it had pictures of."""
+        record = self._chain.record
+        return {task: [entry["name"] for entry in classes_of_step(record, task)] for task in record["tasks"]}
 
     @property
     def curves(self) -> Mapping[str, list[EpochRecord]]:
@@ -245,7 +243,10 @@ class Learner(Choices):
         *,
         callbacks: Iterable[Callable[[EpochRecord], object]] = (),
     ) -> Self:
-        """Learn a task: classes that are new. Return this learner.
+        """Learn a task: images of new classes, of known ones, or of both. Return this learner.
+
+        A class that is known keeps its label, and from now on stands for its images of all tasks. A name is a class, so
+        a misspelt one is a new class.
 
         Until it ends the learner stays what it was, so to interrupt it, or to raise in a callback, undoes the task.
 
@@ -265,9 +266,11 @@ class Learner(Choices):
         task = f"t{int(chain.record['step'][1:]) + 1:02}"
         preprocessing = chain.preprocessing
         found = class_pixels(images, labels, preprocessing)
-        _require_new(found, self.tasks)
+        entries, labels = _arrived(found, chain.record["classes"], task)
         counts = torch.tensor([len(pixels) for pixels in found.values()])
-        own = TaskImages(torch.cat(list(found.values())), torch.arange(len(counts)).repeat_interleave(counts))
+        places = torch.tensor(labels).argsort().argsort()
+        own = TaskImages(torch.cat(list(found.values())), places.repeat_interleave(counts))
+        step_classes = {} if len(entries) == len(labels) else {task: tuple(sorted(labels))}
         with arithmetic(self.deterministic, tf32=self.precision == "tf32"):
             fit = Fit(
                 copy.deepcopy(chain.base.model),
@@ -283,13 +286,12 @@ class Learner(Choices):
                 targets=self._adapted,
             )
             _train(fit, list(callbacks), shown_at=sys.stderr if self.progress else None)
-            result = fit.result()
+            result = replace(fit.result(), step_classes=step_classes)
         features = _TaskFeatures(chain.base, own, preprocessing, device)
         with arithmetic(self.deterministic):
             step = frozen_step(chain.learned, result, self, features, self.seed, record=chain.record)
-        entries = enumerate(found, start=len(chain.classes))
-        classes = [{"label": label, "name": name, "task": task} for label, name in entries]
-        chain.add(task, step.learned, self._said(fit, step, own) | {"classes": classes})
+        said = {"classes": entries, **({"step_classes": step_classes} if step_classes else {})}
+        chain.add(task, step.learned, self._said(fit, step, own) | said)
         chain.curves[task] = fit.curve
         return self
 
@@ -369,6 +371,30 @@ class Learner(Choices):
             found.append(logits.float().softmax(dim=1).cpu().numpy())
         return np.concatenate(found) if found else np.zeros((0, len(self._chain.classes)), dtype=np.float32)
 
+    def is_unknown(self, images: Iterable[Any]) -> np.ndarray:
+        """Return which of several pictures (pictures,) look like none of the classes.
+
+        Of pictures that are of a class about a share of `unknown_rate` does.
+
+        Raises:
+            TypeError, ValueError: a picture cannot be used, or the newest step has no threshold.
+        """
+        chain, device = self._chain, self._device
+        self._model()
+        if chain.learned.rejection is None:
+            raise ValueError(
+                f"{chain.record['step']} has no threshold: unknown was None, or no picture could be left out"
+            )
+        preprocessing = chain.preprocessing
+        pixels = [pixels_of(one, preprocessing, f"picture {place}") for place, one in enumerate(images)]
+        classifier = merged_classifier(copy.deepcopy(chain.base.model), chain.learned).to(device)
+        found: list[bool] = []
+        for start in range(0, len(pixels), FEATURE_BATCH):
+            some = pixels[start : start + FEATURE_BATCH]
+            judged = judged_guesses(classifier, some, preprocessing, chain.classes, top=1, bf16=False)
+            found += [one.unknown for one in judged]
+        return np.array(found, dtype=bool)
+
     def score(self, images: Any, labels: Any = None) -> float:  # noqa: ANN401 - as in `learn`
         """Return the share of labelled pictures whose class, among all so far, is predicted.
 
@@ -383,7 +409,7 @@ class Learner(Choices):
                 raise ValueError(
                     f"{shown(name)}: no class of that name was learned; known are {_some(classes)}"
                 )
-            for found, _ in predict_batches(
+            for found, *_ in predict_batches(
                 model,
                 pixels.split(FEATURE_BATCH),
                 mean=preprocessing.mean,
@@ -408,18 +434,25 @@ class Learner(Choices):
         return self._chain.save(Path(folder))
 
 
-def _require_new(found: Mapping[str, Tensor], known: Mapping[str, list[str]]) -> None:
-    """Refuse a task without a class, a name that no record may hold, and one that was learned."""
+def _arrived(
+    found: Mapping[str, Tensor], known: Sequence[ClassEntry], task: str
+) -> tuple[list[ClassEntry], list[int]]:
+    """Return the classes that are new with a task, and the labels of all that it has pictures of, in their order.
+
+    Refuse a task without a class, and a name that no record may hold.
+    """
     if not found:
         raise ValueError("no picture; give some")
-    owners = {name: task for task, names in known.items() for name in names}
     for name in found:
         if fault := fault_of(name, Name, "the name of a class"):
             raise ValueError(fault)
-        if name in owners:
-            raise ValueError(
-                f"{shown(name)}: a class of {owners[name]} already; a task brings new ones, so rename it or leave it"
-            )
+    labels = {entry["name"]: entry["label"] for entry in known}
+    new = [name for name in found if name not in labels]
+    entries: list[ClassEntry] = [
+        {"label": label, "name": name, "task": task} for label, name in enumerate(new, start=len(known))
+    ]
+    labels |= {entry["name"]: entry["label"] for entry in entries}
+    return entries, [labels[name] for name in found]
 
 
 def _some(names: list[str]) -> str:

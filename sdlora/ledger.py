@@ -35,6 +35,12 @@ class ClassEntry(TypedDict):
     task: TaskId
 
 
+Labels = Annotated[
+    list[WholeNumber],
+    Rule(lambda labels: labels and labels == sorted({*labels}), "labels that rise, at least one"),
+]
+
+
 class _StepRecord(TypedDict):
     """What of a record is read here. It says more, for those who audit it."""
 
@@ -55,6 +61,7 @@ class _StepRecord(TypedDict):
     magnitudes: NotRequired[dict[TaskId, Number]]
     norms: NotRequired[dict[Name, Number]]
     images: NotRequired[dict[TaskId, Sha256]]
+    step_classes: NotRequired[dict[TaskId, Labels]]
     method: NotRequired[Name]
     formulation: NotRequired[Name]
     head: NotRequired[Name]
@@ -102,8 +109,8 @@ def read_own_record(folder: Path) -> dict[str, Any]:
 def read_record(folder: Path, *, beside: Beside | None = None) -> dict[str, Any]:
     """Return what the record of a step and all records before it say of the chain so far.
 
-    It is the step's own record with `tasks`, `classes`, `images` and `files` of all steps so far, and with `owners`:
-    the name of each file that it stands on → the step whose folder holds it.
+    It is the step's own record with `tasks`, `classes`, `images`, `step_classes` and `files` of all steps so far, and
+    with `owners`: the name of each file that it stands on → the step whose folder holds it.
 
     Args:
         beside: where the folders of earlier steps are; None where they lie beside `folder`.
@@ -183,6 +190,7 @@ class JoinedRecords:
         self._tasks: list[str] = []
         self._classes: list[ClassEntry] = []
         self._images: dict[str, str] = {}
+        self._step_classes: dict[str, list[int]] = {}
         self._files: dict[str, str] = {}
         self._owners: dict[str, str] = {}
         self._names: set[str] = set()
@@ -208,6 +216,7 @@ class JoinedRecords:
         self._tasks += tasks
         self._classes += own["classes"]
         self._images |= own.get("images", {})
+        self._step_classes |= own.get("step_classes", {})
         self._names |= {entry["name"] for entry in own["classes"]}
         self._let_go({*own["directions"]})
         self._passing = [name for name in own["files"] if not _LASTING.fullmatch(name)]
@@ -220,6 +229,7 @@ class JoinedRecords:
             "images": self._images,
             "files": self._files,
             "owners": self._owners,
+            **({"step_classes": self._step_classes} if self._step_classes else {}),
         }
         return self.record
 
@@ -228,6 +238,7 @@ class JoinedRecords:
         first, added, targets = len(self._classes), own["classes"], own.get("targets", [])
         known, directions = {*self._tasks, *tasks}, own["directions"]
         last = self.record["step"] if self.record else None
+        saw = own.get("step_classes", {})
         faults = {
             f"it comes after {own.get('after')}, not after {last}": names_own_files(own)
             and own["after"] != last,
@@ -238,7 +249,12 @@ class JoinedRecords:
             "its labels are not 0, 1, 2, …": [e["label"] for e in added]
             != list(range(first, first + len(added))),
             "the tasks of its classes are not its tasks": list(dict.fromkeys(e["task"] for e in added))
-            != tasks,
+            != ([] if saw and not added else tasks),
+            "the classes that it saw are not its own and known ones": any(
+                step != own["step"]
+                or [label for label in labels if label >= first] != [e["label"] for e in added]
+                for step, labels in saw.items()
+            ),
             "a name stands for two classes": len({e["name"] for e in added} - self._names) < len(added),
         }
         return next((text for text, wrong in faults.items() if wrong), None)
@@ -249,6 +265,18 @@ class JoinedRecords:
         for name in {*self._passing, *replaced} & self._files.keys():
             del self._files[name], self._owners[name]
         self._directions = directions
+
+
+def classes_of_step(record: Mapping[str, Any], step: str) -> list[ClassEntry]:
+    """Return the classes that a step saw, in the order of their labels: those that arrived with it, and known ones.
+
+    Args:
+        record: what the records up to that step, or to a later one, say together.
+    """
+    saw = record.get("step_classes", {})
+    if step in saw:
+        return [record["classes"][label] for label in saw[step]]
+    return [entry for entry in record["classes"] if entry["task"] == step]
 
 
 def folders_beside(folder: Path) -> Beside:

@@ -1,5 +1,6 @@
 """A step of a chain as a model to use: a plain timm module with its transform and its class names."""
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,9 +14,8 @@ from torch.nn.utils import parametrize
 from sdlora.adapters import AdaptedWeight, Factors
 from sdlora.backbones import GLYPH_VIT, Backbone, read_backbone
 from sdlora.calibration import temperature_of, tempered
-from sdlora.classifier import ModelState, adapted_classifier, merged_classifier
+from sdlora.classifier import IncrementalClassifier, ModelState, adapted_classifier, merged_classifier
 from sdlora.devices import best_device
-from sdlora.drift import carried
 from sdlora.head import QuadraticBlock
 from sdlora.heads import LINEAR_FALLBACK, linear_rows
 from sdlora.ledger import RECORD, folders_beside, read_own_record
@@ -37,6 +37,11 @@ class _Model(NamedTuple):
     """Their names in the order of the logits."""
     tasks: list[str]
     """The tasks so far, in order of arrival."""
+    scored: nn.Module | None
+    """The same with a score for unknown images: float32 (n, c, h, w) → logits (n, classes), scores (n,). None where the
+    step has no threshold."""
+    threshold: float | None
+    """An image whose score is above it is of none of the classes."""
 
 
 class Step(NamedTuple):
@@ -71,11 +76,16 @@ def load(folder: Path | str, *, backbone: Path | str | None = None, device: str 
         ValueError: a file is not the one that its record names, or the step has no classes.
     """
     step = read_step(newest_step(Path(folder)), backbone=None if backbone is None else Path(backbone))
+    chosen, rejection = torch.device(device) if device else best_device(), step.learned.rejection
+    scored = scored_model(step) if rejection else None
     return _Model(
-        module=inference_model(step).to(torch.device(device) if device else best_device()),
+        # Rows that are not linear are under the same network either way.
+        module=scored.model if scored and not step.linear else inference_model(step).to(chosen),
         transform=Preprocessing.of(step.backbone.description),
         classes=step.classes,
         tasks=list(step.record["tasks"]),
+        scored=scored and scored.to(chosen),
+        threshold=rejection and rejection.threshold,
     )
 
 
@@ -123,8 +133,7 @@ def read_step(folder: Path, *, backbone: Path | None = None, linear: bool = Fals
     step = Step(base, learned, record)
     if step.linear or not linear:
         return step
-    now = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    settled = tempered(linear_rows(learned.head, now), temperature_of(record).value)
+    settled = tempered(linear_rows(learned.head, learned.statistics_now()), temperature_of(record).value)
     return step._replace(learned=replace(learned, settled=settled), fallback=LINEAR_FALLBACK)
 
 
@@ -136,6 +145,24 @@ def inference_model(step: Step) -> nn.Module:
     if step.linear:
         return timm_classifier(step)
     return merged_classifier(step.backbone.model, step.learned).requires_grad_(False)
+
+
+class _ScoredModel(nn.Module):
+    """A step for inference, with a score for unknown images."""
+
+    def __init__(self, model: IncrementalClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, classes) and scores (batch,)."""
+        return self.model.scored(images)
+
+
+def scored_model(step: Step) -> _ScoredModel:
+    """Return the step as it is evaluated, with its score for unknown images. The step stays as it is."""
+    model = merged_classifier(copy.deepcopy(step.backbone.model), step.learned)
+    return _ScoredModel(model).eval().requires_grad_(False)
 
 
 def timm_classifier(step: Step) -> nn.Module:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 
@@ -12,11 +12,14 @@ from sdlora.classifier import ModelState
 from sdlora.drift import DRIFT_SHAPES, DriftMap
 from sdlora.head import HeadBlock, HeadRows, QuadraticBlock
 from sdlora.ledger import OWN_FILES, RECORD, Beside, file_sha256, read_record, record_bytes, require_files
+from sdlora.records import Number, Rule, fault_of
 from sdlora.statistics import ClassStatistics, statistics_shapes
 from sdlora.tensor_checks import check_tensors, direction_shapes, require_finite
 from sdlora.tensors import read_tensors, write_tensors
+from sdlora.unknown import DISTANCES, FORM_SHAPES, SCORES, Quadratic, Rejection
 
 MAGNITUDES, _CLASSIFIER, _MEMORY = "magnitudes.safetensors", "classifier.safetensors", "memory.safetensors"
+_UNKNOWN = "unknown.safetensors"
 
 
 def write_model(
@@ -29,8 +32,9 @@ def write_model(
     from statistics `statistics/TASK.safetensors` (the fields of `ClassStatistics`), `drift/TASK.safetensors` (those of
     `DriftMap`) if the features moved, and `classifier.safetensors` (the rows in use: `TASK.weight`, `TASK.bias`, and
     the other fields of `QuadraticBlock` where they are such). Where the method needs it `memory.safetensors`.
-    `step.json` is `record` with the hash of every other file. What `before` holds already is not written again: it
-    lies in the folder of an earlier step.
+    Where a score for unknown images reads a form `unknown.safetensors` (the fields of `Quadratic`). `step.json` is
+    `record` with the hash of every other file. What `before` holds already is not written again: it lies in the folder
+    of an earlier step.
     """
     for kind, held, tensors in (
         ("directions", before.directions, {t: _named_factors(d) for t, d in learned.directions.items()}),
@@ -46,6 +50,8 @@ def write_model(
         write_tensors(folder / _CLASSIFIER, _named_rows(learned.settled))
     if learned.memory:
         write_tensors(folder / _MEMORY, learned.memory)
+    if learned.rejection and learned.rejection.form:
+        write_tensors(folder / _UNKNOWN, learned.rejection.form._asdict())
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
     hashes = {name: file_sha256(folder / name) for name in names}
     written = {**record, "format": OWN_FILES, "files": hashes}
@@ -89,6 +95,8 @@ def read_model(
     record = read_record(folder, beside=beside)
     targets, tasks, files = record.get("targets", []), record["tasks"], record["files"]
     classes = Counter(entry["task"] for entry in record["classes"])
+    step_classes = {task: tuple(labels) for task, labels in record.get("step_classes", {}).items()}
+    seen = {**classes, **{task: len(labels) for task, labels in step_classes.items()}}
     sizes: dict[str, int] = {}
 
     def read(
@@ -108,9 +116,9 @@ def read_model(
             target: Factors(tensors[f"{target}.up"], tensors[f"{target}.down"]) for target in targets
         }
     for task in tasks:
-        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _linear_shapes(classes[task])))
+        head[task] = HeadBlock(**read(f"head/{task}.safetensors", _linear_shapes(seen[task])))
         if statistics and f"statistics/{task}.safetensors" in files:
-            shapes = statistics_shapes(classes[task])
+            shapes = statistics_shapes(seen[task])
             known[task] = ClassStatistics(**read(f"statistics/{task}.safetensors", shapes))
         if statistics and f"drift/{task}.safetensors" in files:
             drift[task] = DriftMap(**read(f"drift/{task}.safetensors", DRIFT_SHAPES))
@@ -128,8 +136,31 @@ def read_model(
         statistics=known,
         drift=drift,
         memory=memory,
+        rejection=_rejection(folder, record, read),
+        step_classes=step_classes,
     )
     return learned, record
+
+
+class _UnknownFacts(TypedDict):
+    """What a record says of a step's threshold."""
+
+    unknown: Annotated[str, Rule(SCORES.__contains__, f"one of {', '.join(SCORES)}")]
+    unknown_threshold: Number
+
+
+def _rejection(
+    folder: Path, record: Mapping[str, Any], read: Callable[..., dict[str, torch.Tensor]]
+) -> Rejection | None:
+    """Return what a step calls unknown. None where it calls nothing so."""
+    facts = record.get("freezing", {})
+    if "unknown" not in facts:
+        return None
+    if fault := fault_of(facts, _UnknownFacts, "its freezing"):
+        raise ValueError(f"{folder / RECORD}: {fault}; restore the file")
+    reads = facts["unknown"] in DISTANCES
+    form = Quadratic(**read(_UNKNOWN, FORM_SHAPES)) if reads else None
+    return Rejection(facts["unknown"], facts["unknown_threshold"], form)
 
 
 def _rows_in_use(

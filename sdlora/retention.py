@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdlora.classifier import ModelState
-from sdlora.drift import carried, drift_map
+from sdlora.drift import drift_map
 from sdlora.head import HeadRows, block_logits
 
 _IMAGES = 2**13
@@ -104,8 +104,7 @@ def _left_by_the_map(old: Tensor, new: Tensor, labels: Tensor, *, generator: tor
 
 def _means(learned: ModelState) -> Tensor:
     """Return the means of all classes, carried to the last step, (classes, d), in order of arrival."""
-    found = carried(learned.statistics, learned.drift, tasks=list(learned.statistics))
-    return torch.cat([each.mean for each in found.values()]).double()
+    return torch.cat([each.mean for each in learned.statistics_now().values()]).double()
 
 
 def _class_means(features: Tensor, labels: Tensor) -> Tensor:

@@ -132,7 +132,13 @@ def test_the_server_reads_and_refuses_what_predict_does_and_says_the_same(
 ) -> None:
     (tmp_path / "it.png").write_bytes(data)
     chosen = PredictionSettings(
-        top=1, batch_size=None, device="cpu", precision="fp32", format="jsonl", out=tmp_path / "out.jsonl"
+        top=1,
+        batch_size=None,
+        device="cpu",
+        precision="fp32",
+        format="jsonl",
+        out=tmp_path / "out.jsonl",
+        unknown=False,
     )
     status = predict(models / "t02", None, [str(tmp_path / "it.png")], chosen)
     said = json.loads((tmp_path / "out.jsonl").read_text())

@@ -68,8 +68,7 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
     record, verdict, step = told["record"], told["verdict"], told["record"]["step"]
     model, folder, split = files[f"model/{step}"], root / "artifacts/model" / step, root / "artifacts/split"
     rows = [
-        ("previous record", record["previous"], before.get("record")),
-        ("previous verdict", verdict["previous"], before.get("verdict")),
+        *((f"previous {its}", told[its]["previous"], before.get(its)) for its in ("record", "verdict")),
         ("files of the model", {**record["files"], "step.json": model["step.json"]}, model),
         ("number of these files", sum(path.is_file() for path in folder.rglob("*")), len(model)),
         ("step and backbone", [step, record["backbone"]], [verdict["step"], (before or record)["backbone"]]),
@@ -81,17 +80,18 @@ def check_step(root: Path, told: Json, files: Json, before: Json) -> Json:
         receipt = root / "ledger/retired" / step / "receipt.json"  # stands for images that were deleted
         packed = files.get(f"train/{step}", {}).get("train.arrow")
         images = packed or json.loads(receipt.read_bytes())["train"]["sha256"]
+        new = range(len(before["classes"]), len(record["classes"]))
         kept = 0 if record["needs_old_images"] else 1 if record["method"] == "finetune" else 2
         frozen = ("head/", "directions/")[:kept]
         rows += [
             ("tasks", record["tasks"], [*before["tasks"], step]),
-            ("earlier classes", before["classes"], record["classes"][: len(before["classes"])]),
+            ("earlier classes", before["classes"], record["classes"][: new.start]),
+            ("new classes", {*record.get("step_classes", {}).get(step, new)} - {*range(new.start)}, {*new}),
             ("images", [record["images"][step]] * 2, [images, record["split"]["images"]]),
             ("training samples", record["split"], json.loads((split / step / "train.json").read_bytes())),
             ("samples", verdict["samples"], json.loads((split / step / "split.json").read_bytes())["digest"]),
-            ("fit", record["fit"], files[f"fit/{step}"]),
+            *((p, its[p], files[f"{p}/{step}"]) for p, its in (("fit", record), ("evaluation", verdict))),
             ("record of the verdict", verdict["record"], model["step.json"]),
-            ("evaluation", verdict["evaluation"], files[f"evaluation/{step}"]),
             ("drift", verdict["measured"].get("drift"), record.get("freezing", {}).get("drift_loss")),
             *((n, d, record["files"].get(n, d)) for n, d in before["files"].items() if n.startswith(frozen)),
             *gate_of(verdict, told["metrics"], before["metrics"]),
@@ -107,7 +107,7 @@ def gate_of(verdict: Json, metrics: Json, before: Json) -> Iterator[tuple[str, o
     then, now = ([r / n for r, n in zip(m["correct"], m["samples"], strict=True)] for m in (before, metrics))
     fall = round(max(was - share for was, share in zip(then, now, strict=False)), 6) if then else None
     got, limits = verdict["measured"], verdict["limits"]
-    given = [name for name in got if None not in (got[name], limits.get(name))]
+    given = [n for n in got if None not in (got[n], limits.get(n))]
     broken = {n for n in given if (limits[n] > got[n] if n == "new_task" else got[n] > limits[n])}
     if limits.get("on") != "validation":  # those are measured in validation.arrow, which takes Arrow to read
         yield "measured accuracies", (got["fall"], got["new_task"]), (fall, round(now[-1], 6))

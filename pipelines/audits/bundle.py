@@ -40,7 +40,7 @@ _PREDICATE = "urn:sdlora:ledger-step:v1"
 """The type of what a statement says of a step. Where a field gets another meaning, its version changes."""
 _MADE_BY = {"split": SPLITS, "fit": FITS, "freeze": MODELS, "evaluate": EVALUATIONS, "gate": GATES}
 """Stage → where it leaves the files of a step."""
-_CLASSIFIER = ("head", "statistics", "drift", "classifier.safetensors", "settled")
+_CLASSIFIER = ("head", "statistics", "drift", "classifier.safetensors", "unknown.safetensors", "settled")
 """What of a model folder turns features into scores: files, and folders of files (the last one in format 1)."""
 _Descriptor = dict[str, Any]
 """A file as in-toto describes one: its name in a checkout, and its digest."""

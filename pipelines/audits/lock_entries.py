@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.project.settings import Gate
 from pipelines.project.yaml_text import value_at
 from pipelines.versioning.artifacts import ArtifactStore, Lock
 from pipelines.versioning.stores import DeclaredStage
+from sdlora.ledger import classes_of_step
 
 
 def check_declared(lock: Lock, stages: Iterable[DeclaredStage]) -> None:
@@ -56,9 +57,13 @@ def check_recorded(lock: Lock, step: str, record: Mapping[str, Any], verdict: Ma
             raise FaultError(
                 f"{MODELS / step}/step.json: {key} is {_short(known)}, but {_short(value)} in {LOCK}"
             )
-    classes = [entry["name"] for entry in record["classes"] if entry["task"] == step]
     task = value_at(read["split"], (f"tasks.{step}",))
-    if [value_at(task, ("classes",)), value_at(task, ("after",))] != [classes, ["t00", *record["tasks"]][-2]]:
+    kind, classes = value_at(task, ("kind",)) or "classes", value_at(task, ("classes",)) or []
+    if (
+        value_at(task, ("after",)) != ["t00", *record["tasks"]][-2]
+        or (kind == "more") != (step in record.get("step_classes", {}))
+        or not are_classes_of(classes, step, record)
+    ):
         raise FaultError(f"{MODELS / step}/step.json: its classes, or its step before, are others in {LOCK}")
     limits, approved = value_at(read["gate"], ("gate",)), verdict["approved"]
     if _as_in_a_verdict(limits) != verdict["limits"]:
@@ -68,6 +73,13 @@ def check_recorded(lock: Lock, step: str, record: Mapping[str, Any], verdict: Ma
     approval = value_at(read["gate"], ("approvals", step)) or value_at(read["gate"], (f"approvals.{step}",))
     if approved and approved != {key: value_at(approval, (key,)) for key in ("by", "why")}:
         raise FaultError(f"{GATES / step}/verdict.json: {LOCK} knows no such approval of {step}")
+
+
+def are_classes_of(names: Sequence[str], step: str, record: Mapping[str, Any]) -> bool:
+    """Return whether a step saw these classes: those that arrived with it stand in the order of their labels."""
+    saw = [entry["name"] for entry in classes_of_step(record, step)]
+    new = [entry["name"] for entry in record["classes"] if entry["task"] == step]
+    return sorted(names) == sorted(saw) and [name for name in names if name in new] == new
 
 
 def _without_nulls(value: object) -> object:

@@ -242,19 +242,19 @@ def _texts(values: Iterable[str]) -> np.ndarray:
     return np.array(list(values), dtype=object)
 
 
-def test_pictures(step: AuditedStep, *, of: str | None) -> dict[str, str]:
-    """Test image → `picture_hash`, of a task, or of all tasks so far. Nothing of a step without a split."""
+def test_pictures(step: AuditedStep, *, of: Iterable[str] | None) -> dict[str, str]:
+    """Test image → `picture_hash`, of some tasks, or of all so far. Nothing of a step without a split."""
     return {row["id"]: row["pixels"] for row in samples_of(step, of=of) if row["split"] == "test"}
 
 
-def samples_of(step: AuditedStep, *, of: str | None = None) -> Iterator[Figures]:
+def samples_of(step: AuditedStep, *, of: Iterable[str] | None = None) -> Iterator[Figures]:
     """Yield all images of a step's split but for their bytes: `id`, `split`, `label`, `sha256`, `pixels`.
 
     Args:
         step: The step.
-        of: A task that it knows. None for all of them.
+        of: Tasks that it knows. None for all of them.
     """
-    for task in (step.tasks if of is None else [of]) if step.split else ():
+    for task in (step.tasks if of is None else of) if step.split else ():
         path = step.samples(task)
         if path is None:
             raise InputError(f"{step.shown}: the samples of {task} are missing; `dvc checkout` its split")

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from pipelines.audits.lock_entries import check_declared, check_read, check_recorded, check_source
+from pipelines.audits.lock_entries import (
+    are_classes_of,
+    check_declared,
+    check_read,
+    check_recorded,
+    check_source,
+)
 from pipelines.data.packed import (
     PACKED,
     TRAINING,
@@ -28,6 +34,7 @@ from pipelines.data.split_chain import SAMPLES, SPLIT, TEST, VALIDATION, own_fil
 from pipelines.ledger.fit_facts import last_epoch, learned_magnitudes
 from pipelines.ledger.journal import RECORDS
 from pipelines.ledger.kept import read_notes
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.ledger.receipts import IN_PLACE, in_place_of, read_receipts, receipt_of
 from pipelines.ledger.verdicts import broken, measured_in
 from pipelines.project.errors import FaultError, InputError
@@ -48,12 +55,20 @@ from pipelines.project.layout import (
     StageName,
 )
 from pipelines.project.params import Params
-from pipelines.project.schemas import AuditedRecord, ClassMap, Metrics, Split, SplitRecord, Verdict
+from pipelines.project.schemas import (
+    AuditedRecord,
+    ClassMap,
+    FreezingFacts,
+    Metrics,
+    Split,
+    SplitRecord,
+    Verdict,
+)
 from pipelines.project.settings import Gate
 from pipelines.versioning.artifacts import ArtifactStore, Lock, folder_md5, read_lock
 from pipelines.versioning.file_hashes import FileHashes, md5_of
 from pipelines.versioning.stores import DeclaredStage, read_dvc_project
-from sdlora.ledger import JoinedRecords, record_hash
+from sdlora.ledger import JoinedRecords, classes_of_step, record_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +119,8 @@ def verify() -> Iterator[StepVerification]:
             stages = of_steps[step]
             try:
                 files, model = _verify_step(place, chain, seen, step, before, stages)
-                receipt = _check_receipt(place, step, retired=step != "t00" and params.tasks[step].retired)
+                retired = step != "t00" and params.tasks[step].retired
+                receipt = _check_receipt(place, step, chain.record or {}, retired=retired)
                 check_declared(lock, stages)
                 if step != "t00":
                     check_source(place, params, step, _samples_of(place, step))
@@ -283,9 +299,10 @@ class _ClassMaps:
             self._written.update(b",\n" if self._classes else b"")
             self._written.update(textwrap.indent(text, "    ").encode())
             self._classes += 1
-        tasks = ",\n".join(f'    "{task}"' for task in record["tasks"])
+        rest = {key: record[key] for key in ("step_classes", "tasks") if key in record}
+        text = json.dumps(rest, sort_keys=True, indent=2).removeprefix("{\n")
         whole = self._written.copy()
-        whole.update(f'\n  ],\n  "tasks": [\n{tasks}\n  ]\n}}\n'.encode())
+        whole.update(f"\n  ],\n{text}\n".encode())
         return whole.hexdigest()
 
 
@@ -306,11 +323,14 @@ def check_split(place: ArtifactStore, step: str, record: dict[str, Any], seen: S
     if described["counts"] != _counts_of(rows, record["classes"], described["counts"]):
         raise FaultError(f"{folder}/split.json: its counts are not those of the samples")
     named = split / "classes.json"
-    if (
-        place.hashes.sha256(named) != seen.class_maps.sha256(record)
-        and read_json(named, ClassMap)["classes"] != record["classes"]
-    ):
-        raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
+    if place.hashes.sha256(named) != seen.class_maps.sha256(record):
+        held = read_json(named, ClassMap)
+        if any(held.get(key) != record.get(key) for key in ("classes", "step_classes")):
+            raise FaultError(f"{folder}/classes.json: not the classes of the ledger")
+    if {row.label for row in rows} != {entry["label"] for entry in classes_of_step(record, step)}:
+        raise FaultError(
+            f"{folder / part_file(SAMPLES, step)}: not of the classes that the ledger says {step} saw"
+        )
     packed = {"train": (TRAINED / step / PACKED, train)}
     packed |= {
         part: (folder / part_file(part, step), split / part_file(part, step)) for part in (TEST, VALIDATION)
@@ -393,7 +413,7 @@ def _may_change(name: str, step: str) -> bool:
     return name == SPLIT or (kind in (SAMPLES, TEST, VALIDATION) and file != f"{step}.arrow")
 
 
-def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
+def _check_receipt(place: ArtifactStore, step: str, chain: Mapping[str, Any], *, retired: bool) -> str:
     """Check that the training images are there, or that a receipt names just these. Return its hash, if any.
 
     Its own bytes are those of dvc.lock, and the receipts hold each other's hashes in the order of writing.
@@ -420,7 +440,7 @@ def _check_receipt(place: ArtifactStore, step: str, *, retired: bool) -> str:
     expected = {
         "train": (receipt.train.path, receipt.train.sha256) == (train.as_posix(), record["images"][step]),
         "record": receipt.record == place.hashes.sha256(model / "step.json"),
-        "classes": list(receipt.classes) == [its["name"] for its in record["classes"] if its["task"] == step],
+        "classes": are_classes_of(receipt.classes, step, chain),
         "images": [(image.id, image.sha256) for image in receipt.images]
         == [(row.id, row.sha256) for row in samples if row.split == "train"],
         "stages": all(
@@ -499,13 +519,18 @@ def _check_verdict(place: ArtifactStore, step: str, record: dict[str, Any]) -> N
 
 def _check_metrics(place: ArtifactStore, params: Params, chain: JoinedRecords) -> None:
     """Check that metrics.json follows from the evaluations."""
+    from pipelines.reports.history import thresholds_of
     from pipelines.reports.statistics import headline_of
 
     evaluations = [
         read_json(place.find(EVALUATIONS / task) / "metrics.json", Metrics) for task in params.tasks
     ]
+    records = [read_json(place.find(MODELS / task) / "step.json", FreezingFacts) for task in params.tasks]
+    unknown = unknown_figures(
+        list(params.tasks), lambda task: place.find(EVALUATIONS / task), thresholds_of(records)
+    )
     classes = chain.record["classes"] if chain.record else []
-    if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations):
+    if read_json(place.find(METRICS)) != headline_of(list(params.tasks), len(classes), evaluations, unknown):
         raise FaultError("metrics.json: it does not follow from the evaluations")
 
 

@@ -241,17 +241,26 @@ def add_task(
     source: Annotated[Path, typer.Argument(help="Folder of images or shards, a manifest, or a pattern.")],
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", help="Class of the folder, repeatable; all new ones if not given."),
+        typer.Option(
+            "--class",
+            help="Class of the folder, repeatable; if not given all new ones, with `--kind more` all.",
+        ),
     ] = None,
+    kind: Annotated[
+        Literal["classes", "more"],
+        typer.Option(
+            help="classes: new ones; more: images of known classes, with new ones among them or not."
+        ),
+    ] = "classes",
 ) -> None:
-    """Append a task for new classes to params.yaml.
+    """Append a task for new classes, or for more images of known ones, to params.yaml.
 
     `sdlora run` then trains that task only.
     """
     caller = enter_project()
     from pipelines.planning import tasks as edit
 
-    for line in edit.add_task(caller.path(source), classes=classes):
+    for line in edit.add_task(caller.path(source), classes=classes, kind=kind):
         typer.echo(line)
 
 
@@ -574,6 +583,9 @@ def predict(
         typer.Argument(help="Files, folders (with all in them), or - for a list on standard input."),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes of each image.")] = 1,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="Say which images look like none of the classes.")
+    ] = False,
     format: Annotated[Literal["table", "jsonl", "csv"], typer.Option(help="What is written.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write instead of standard output.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; 64, on a GPU 256.")] = None,
@@ -594,7 +606,13 @@ def predict(
     from pipelines.serving.predict import predict as work
 
     settings = PredictionSettings(
-        top=top, batch_size=batch_size, device=device, precision=precision, format=format, out=out
+        top=top,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        format=format,
+        out=out,
+        unknown=unknown,
     )
     raise SystemExit(work(find_model(model), backbone, images, settings))
 

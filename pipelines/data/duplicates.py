@@ -214,17 +214,20 @@ def same_pictures(pictures: Prints, earlier: Prints, *, tolerated: bool) -> Iter
     owners: dict[str, dict[tuple[str, int | str], Print]] = {}
     for known in earlier.at(theirs):
         owners.setdefault(known.pixels, {}).setdefault((known.part, known.label), known)
+    before = {pixels: next(iter(others.values())) for pixels, others in owners.items()}
     for picture in pictures.at(mine):
         # The first of each part and class, so that many copies cost no more than few.
         others = owners.setdefault(picture.pixels, {})
         leak = next((other for other in others.values() if other.part != picture.part), None)
         conflict = next((other for other in others.values() if other.label != picture.label), None)
+        conflict = conflict or before.get(picture.pixels)
         if leak is not None:
             first, second = sorted((leak.part, picture.part), key=PARTS.index)
             what = f"the same picture as {leak.shown}, in {first} and {second}"
             yield Fault(picture.shown, what, "remove one")
         elif conflict is not None and not tolerated:
-            what = f"the same picture as {conflict.shown}, of another class"
+            other = ", of another class" if conflict.label != picture.label else ""
+            what = f"the same picture as {conflict.shown}{other}"
             remedy = "remove one, or set data.duplicates: allow or keep_first in params.yaml"
             yield Fault(picture.shown, what, remedy)
         others.setdefault((picture.part, picture.label), picture)

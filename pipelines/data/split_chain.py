@@ -39,6 +39,8 @@ class Splits:
     """All classes so far, in the order of their labels."""
     tasks: list[str]
     """All tasks so far, in order of arrival."""
+    step_classes: dict[str, list[int]]
+    """The labels that each task of the kind `more` has images of."""
     _folders: Mapping[str, Path]
     _files: Mapping[str, Mapping[str, str] | None]
     """Task → the files that its record names. None where it names none."""
@@ -105,4 +107,4 @@ def read_splits(folder: Path, find: Find) -> Splits:
                 "both with `dvc checkout`"
             )
         folders[task], files[task], expected = place, record.get("files"), record.get("previous")
-    return Splits(seen["classes"], seen["tasks"], folders, files)
+    return Splits(seen["classes"], seen["tasks"], seen.get("step_classes", {}), folders, files)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.data.packed import read_images
+from pipelines.ledger.newcomers import recognised
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.schemas import FreezingFacts, Metrics
@@ -23,6 +24,8 @@ _ANSWERS = ("id", "label", "prediction", "confidence")
 """Columns of a file of predictions that are measured."""
 
 
+_LATER = ("drift", "unknown")
+"""Limits that verdicts of before do not know."""
 MUCH_DRIFT = 0.25
 """Share of the accuracy of earlier classes: a step by which drift has cost more is told, where no gate stops it."""
 
@@ -79,6 +82,8 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
         "negative_flips": f"turned {{:.1f}} % of the old {limits.on} images wrong (gate.negative_flips: {{:.1f}})",
         "calibration_error": "has a calibration error of {:.1f} % (gate.calibration_error: {:.1f})",
         "new_task": "names {:.1f} % of its own task right (gate.new_task: {:.1f})",
+        "unknown": "brings images of new classes, of which the step before tells {:.1f} % from known ones "
+        "(gate.unknown: {:.1f})",
         "drift": "has lost an estimated {:.1f} % of the accuracy of earlier classes to drift (gate.drift: {:.1f})",
     }
     found = {}
@@ -86,7 +91,7 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
         limit, value = getattr(limits, name), measured.get(name)
         if limit is None or value is None:
             continue
-        if value < limit if name == "new_task" else value > limit:
+        if value < limit if name in ("new_task", "unknown") else value > limit:
             found[name] = text.format(100 * value, 100 * limit)
     return found
 
@@ -94,10 +99,11 @@ def broken(limits: Gate, measured: dict[str, float | None]) -> dict[str, str]:
 def in_a_verdict(limits: Gate) -> dict[str, Any]:
     """Return the limits as a verdict holds them.
 
-    One that was measured on test images does not say so, and one that knows no limit of drift says nothing of it.
+    One that was measured on test images does not say so, and one that knows no limit of drift, or of unknown images,
+    says nothing of it.
     """
     held = limits.model_dump(exclude_defaults=limits.on == "test") | limits.limits
-    return {name: value for name, value in held.items() if name != "drift" or value is not None}
+    return {name: value for name, value in held.items() if name not in _LATER or value is not None}
 
 
 def results_of(evaluation: Path) -> str:
@@ -112,14 +118,16 @@ def measured_in(
     """Return what `measure` says of two evaluation folders, that of a step and that of the step before.
 
     Where the record in its model folder has an estimate of what drift has cost (`sdlora.freezing.settled`), `drift` is
-    that. Without a folder nothing is said of drift.
+    that. Without a folder nothing is said of drift. `unknown` is how well the step before tells images of the new
+    classes from those of its own, as an AUROC, where it has a score for unknown images.
 
     Raises:
         InputError: the step has no images of its own that could be measured on.
     """
     facts = read_json(model / "step.json", FreezingFacts).get("freezing", {}) if model else {}
     drift = {"drift": float(facts["drift_loss"])} if "drift_loss" in facts else {}
-    return _measured_on(evaluation, before, on) | drift
+    auroc = recognised(evaluation, before, on)
+    return _measured_on(evaluation, before, on) | drift | ({} if auroc is None else {"unknown": auroc})
 
 
 def _measured_on(evaluation: Path, before: Path, on: str) -> dict[str, float | None]:

@@ -46,13 +46,16 @@ def arrived(folder: str, inbox: Path) -> Path:
 
 
 def add_once(source: Path, path: Path = PARAMS) -> list[str]:
-    """Append a task for the new classes of a folder, if any are left. Return lines to print.
+    """Append a task for the classes of a folder that none has from there yet, if any are left. Return lines to print.
 
-    The same event may come twice, and a run that was cut off starts again.
+    Where some of them are known from elsewhere it is of the kind `more`. The same event may come twice, and a run that
+    was cut off starts again.
     """
     tasks = Params.load(path).tasks
     folder, manifest = inside_project(source, path)
-    learned = {name for task in tasks.values() if task.source == folder for name in task.classes}
-    if learned and learned >= set(class_names(Path(folder), manifest=manifest, shown=folder)):
+    taken = {name for task in tasks.values() if task.source == folder for name in task.classes}
+    left = [name for name in class_names(Path(folder), manifest=manifest, shown=folder) if name not in taken]
+    if not left and taken:
         return [f"{path}: all classes of {folder} are there already"]
-    return add_task(source, path=path)
+    known = {name for task in tasks.values() for name in task.classes}
+    return add_task(source, classes=left, kind="classes" if known.isdisjoint(left) else "more", path=path)

@@ -17,7 +17,7 @@ from pipelines.project.layout import PARAMS
 from pipelines.project.names import manifest_fault, source_fault
 from pipelines.project.params import Params
 from pipelines.project.params_text import task_line, with_block, with_line
-from pipelines.project.settings import Task
+from pipelines.project.settings import Kind, Task
 from pipelines.project.yaml_text import read_text, read_yaml
 
 
@@ -56,12 +56,23 @@ def plan(
     return lines + [task_line(key, task) for key, task in block.items()] + _unread(path, folder, manifest)
 
 
-def add_task(source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS) -> list[str]:
-    """Append the next task: the given classes of a source, or all that are new. Return lines to print."""
-    key, task, known, text = next_task(source, classes=classes, path=path)
+def add_task(
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    kind: Kind = "classes",
+    path: Path = PARAMS,
+) -> list[str]:
+    """Append the next task: the given classes of a source, all that are new, or all where the kind is `more`. Return
+    lines to print.
+    """
+    key, task, known, text = next_task(source, classes=classes, kind=kind, path=path)
     replace_file(path, text, expected={**known, key: task})
+    held = {name for earlier in known.values() for name in earlier.classes}
+    again = sum(name in held for name in task.classes)
     return [
-        f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}",
+        f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}"
+        + (f", {again} of them known" if kind == "more" else ""),
         task_line(key, task),
         *_unread(path, task.source, task.manifest),
     ]
@@ -91,7 +102,11 @@ def _unread(path: Path, folder: str, manifest: str | None) -> list[str]:
 
 
 def next_task(
-    source: str | Path, *, classes: Sequence[str] | None = None, path: Path = PARAMS
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    kind: Kind = "classes",
+    path: Path = PARAMS,
 ) -> tuple[str, Task, Mapping[str, Task], str]:
     """Return the task that a source would be: its key, itself, the tasks before it, and the text of params.yaml with
     it.
@@ -101,20 +116,27 @@ def next_task(
     known = known_tasks(text, path)
     names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     owner = {name: key for key, task in known.items() for name in task.classes}
-    chosen = list(classes or (name for name in names if name not in owner))
+    # More images of a class lie elsewhere than those that a task has of it.
+    from_there = (task for task in known.values() if (task.source, task.manifest) == (folder, manifest))
+    taken = owner if kind == "classes" else {name for task in from_there for name in task.classes}
+    chosen = list(classes or (name for name in names if name not in taken))
     there = set(names)
     for name in chosen:
         if name not in there:
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             raise InputError(f"{folder}: there is no class {name!r}; classes there are {shown}")
-        if name in owner:
-            raise InputError(f"class {name!r} is already in {owner[name]} of {path}; a class is learned once")
+        if name in owner and kind != "more":
+            raise InputError(
+                f"class {name!r} is already in {owner[name]} of {path}; leave it out, or add --kind more if these are "
+                "more images of it"
+            )
     if not chosen:
-        raise InputError(f"{folder}: all {len(names)} classes are in {path} already; nothing to add")
+        remedy = "" if kind == "more" else ", but with --kind more, if these are more images of them"
+        raise InputError(f"{folder}: all {len(names)} classes are in {path} already; nothing to add{remedy}")
 
     last = list(known)[-1] if known else "t00"
     key = f"t{int(last[1:]) + 1:02d}"
-    task = _task(last, folder, manifest, chosen)
+    task = _task(last, folder, manifest, chosen).model_copy(update={"kind": kind})
     return key, task, known, with_line(text, key, task) if known else with_block(text, {key: task})
 
 

@@ -94,6 +94,16 @@ def adapter_faults(adapter: Adapter) -> Iterator[str]:
         yield f"adapter.head: found {show_value(adapter.head)}, expected {expected} with the method {adapter.method}"
     if adapter.temperature and adapter.head == "linear":
         yield ('adapter.temperature: found "auto", but the head linear is kept as it was trained; write null')
+    if adapter.unknown and adapter.head == "linear":
+        yield (
+            f"adapter.unknown: found {show_value(adapter.unknown)}, but the head linear is kept as it was trained;"
+            " write null"
+        )
+    if adapter.unknown in ("relative", "mahalanobis") and adapter.head == "aligned" and adapter.head in heads:
+        yield (
+            f"adapter.unknown: found {show_value(adapter.unknown)}, but logits of the head aligned are no distances; "
+            "write max_logit, energy or null"
+        )
     for key, methods in READ_BY.items():
         value = getattr(adapter, key)
         if value is not None and adapter.method not in methods:
@@ -149,10 +159,23 @@ def task_faults(tasks: Mapping[str, Task]) -> Iterator[str]:
         for name in task.classes:
             if owner.get(name) == key:
                 yield f"{where}.classes: {show_value(name)} stands there twice; remove one"
-            elif name in owner:
-                yield f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one"
+            elif name in owner and task.kind != "more":
+                yield (
+                    f"{where}.classes: {show_value(name)} is already a class of {owner[name]}; remove one, or write "
+                    "kind: more if these are more images of it"
+                )
             owner.setdefault(name, key)
         before = key
+
+
+def kind_faults(tasks: Mapping[str, Task], adapter: Adapter) -> Iterator[str]:
+    """Yield a fault where the method learns each class once."""
+    for key, task in tasks.items():
+        if task.kind == "more" and adapter.method in JOINT_METHODS:
+            yield (
+                f"tasks.{show_key(key)}.kind: found more, but {adapter.method} learns all images at once, with one "
+                "row for each class of a task; choose another adapter.method"
+            )
 
 
 def approval_faults(approvals: Mapping[str, Approval], tasks: Mapping[str, Task]) -> Iterator[str]:
@@ -167,6 +190,11 @@ def gate_faults(gate: Gate, data: Data, adapter: Adapter) -> Iterator[str]:
         yield (
             f"gate.drift: found {show_value(gate.drift)}, but the head linear keeps no statistics of classes, of which "
             "it is estimated; write null"
+        )
+    if gate.unknown is not None and adapter.unknown is None:
+        yield (
+            f"gate.unknown: found {show_value(gate.unknown)}, but adapter.unknown is null, so no image has a score; "
+            "name one there, or write null"
         )
     if gate.on == "validation" and data.validation is None:
         yield "gate.on: found validation, but data.validation is null; write a share there, or gate.on: test"

@@ -15,6 +15,7 @@ from pipelines.project.param_checks import (
     backbone_faults,
     fetch_faults,
     gate_faults,
+    kind_faults,
     task_faults,
     worker_faults,
 )
@@ -85,6 +86,7 @@ class Params(Section):
                 *adapter_faults(params.adapter),
                 *gate_faults(params.gate, params.data, params.adapter),
                 *task_faults(params.tasks),
+                *kind_faults(params.tasks, params.adapter),
                 *approval_faults(params.approvals, params.tasks),
                 *worker_faults(params.workers),
             ]

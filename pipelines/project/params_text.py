@@ -17,7 +17,8 @@ def task_line(key: str, task: Task) -> str:
     plain = re.fullmatch(r"[A-Za-z_][\w.-]*(/[\w.-]+)+", task.source)
     source = task.source if plain else quoted(task.source)
     manifest = f" manifest: {quoted(task.manifest)}," if task.manifest else ""
-    return f"{key}: {{after: {task.after}, source: {source},{manifest} classes: [{classes}]}}"
+    kind = "" if task.kind == "classes" else f" kind: {task.kind},"
+    return f"{key}: {{after: {task.after},{kind} source: {source},{manifest} classes: [{classes}]}}"
 
 
 def entry_lines(key: str, value: object, indent: int = 2) -> list[str]:
@@ -26,7 +27,13 @@ def entry_lines(key: str, value: object, indent: int = 2) -> list[str]:
 
 
 def _task_value(task: Task) -> dict[str, object]:
-    value = {"after": task.after, "source": task.source, "manifest": task.manifest, "classes": task.classes}
+    value = {
+        "after": task.after,
+        "kind": None if task.kind == "classes" else task.kind,
+        "source": task.source,
+        "manifest": task.manifest,
+        "classes": task.classes,
+    }
     return {key: item for key, item in value.items() if item is not None}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, NotRequired, TypedDict
 
-from sdlora.ledger import ClassEntry
+from sdlora.ledger import ClassEntry, Labels
 from sdlora.records import FileName, Name, Number, Rule, Sha256, TaskId, WholeNumber
 
 _SplitFile = Annotated[
@@ -23,6 +23,8 @@ class ClassMap(TypedDict):
 
     classes: list[ClassEntry]
     tasks: list[TaskId]
+    step_classes: NotRequired[dict[TaskId, Labels]]
+    """the labels that each task of the kind `more` has images of"""
 
 
 class SplitRecord(TypedDict):
@@ -104,6 +106,7 @@ class _Freezing(TypedDict):
     """What happened when a step was frozen, as far as it is read."""
 
     drift_loss: NotRequired[Number]
+    unknown_threshold: NotRequired[Number]
 
 
 class FreezingFacts(TypedDict):

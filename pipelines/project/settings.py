@@ -59,7 +59,7 @@ _ModelName = Annotated[str, _checked(model_fault)]
 _ProjectName = Annotated[str, _checked(project_fault)]
 _Ref = Annotated[str, _checked(branch_fault)]
 _ClassName = Annotated[str, _checked(class_name_fault, "; rename the class and its folder")]
-AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank", "temperature"}
+AT_FREEZING = {"head", "tolerance", "compress", "covariance_rank", "temperature", "unknown", "unknown_rate"}
 """Keys of `adapter` that no fit reads."""
 
 
@@ -253,6 +253,10 @@ class Adapter(Section):
     """principal directions of every class that aligned, rgda and lda remember"""
     temperature: Literal["auto"] | None = None
     """whether one number divides all logits of a step, so that confidences are right more often; null is none"""
+    unknown: Literal["relative", "mahalanobis", "energy", "max_logit"] | None = None
+    """score by which an image is of none of the known classes; null is none"""
+    unknown_rate: Share = 0.05
+    """share of the images of known classes that may be called unknown"""
 
     @property
     def of_the_fit(self) -> dict[str, Any]:
@@ -263,6 +267,7 @@ class Adapter(Section):
     def recorded(self) -> dict[str, Any]:
         """What a step's record says. A key that came later is left out where it is null."""
         later = {"temperature"} if self.temperature is None else set()
+        later |= {"unknown", "unknown_rate"} if self.unknown is None else set()
         return self.model_dump(mode="json", exclude=later)
 
 
@@ -336,6 +341,8 @@ class Gate(Section):
     """least accuracy on the task just learned"""
     drift: Annotated[float, Field(ge=0, le=1)] | None = None
     """largest share of the earlier classes' accuracy that drift may have cost by then, as the steps estimate it"""
+    unknown: Annotated[float, Field(ge=0, le=1)] | None = None
+    """least AUROC by which the step before tells images of the new classes from those of its own"""
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -353,7 +360,7 @@ class Approval(Section):
     evaluation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the results that were looked at: it holds for no others"""
     limits: Annotated[
-        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task", "drift"], ...],
+        tuple[Literal["fall", "negative_flips", "calibration_error", "new_task", "drift", "unknown"], ...],
         Field(strict=False),
     ]
     """the limits that they broke: it holds for no others"""
@@ -382,17 +389,23 @@ class Workers(Section):
     """how many times in a row a run may end without any progress before it has failed"""
 
 
+Kind = Literal["classes", "more"]
+"""What a task brings."""
+
+
 class Task(Section):
-    """A set of classes that arrives together."""
+    """Images that arrive together."""
 
     after: _Name
     """the task before it; t00 for the first"""
+    kind: Kind = "classes"
+    """`classes`: all are new; `more`: images of known classes, with new ones among them or not"""
     source: _Source
     """the folder of its images, inside the project"""
     manifest: _Manifest | None = None
     """a file in that folder which lists or holds the images, or a pattern of such; null for all that is there"""
     classes: Annotated[tuple[_ClassName, ...], Field(strict=False)]
-    """its classes, in the order of their labels"""
+    """its classes; new ones get their labels in this order"""
 
     @property
     def retired(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
 from pipelines.project.schemas import ClassMap, Metrics, SampleCounts
@@ -85,7 +86,9 @@ class _Answers:
     """What the model of one step says of the test images of all tasks so far, in numbers."""
 
     named: np.ndarray
-    """(tasks so far,): predictions that name a class of each."""
+    """(tasks so far,): predictions that name a class of each, those that arrived with it."""
+    shown: np.ndarray
+    """(tasks so far,): test images of a class of each."""
     flips: comparison.Flips | None
     """What the step changed on the images of the tasks before it. None of the first step."""
     lost: list[LostImage]
@@ -108,6 +111,8 @@ class History:
     """Of each step: its metrics."""
     training: list[int]
     """Training images per task."""
+    again: list[dict[str, int]]
+    """Of each task: how many training images it has of each known class."""
     shown: list[int]
     """Places of the steps that are shown where there is a row for each."""
     magnitudes: list[dict[str, np.ndarray]]
@@ -129,6 +134,8 @@ class History:
     """Of each step."""
     last: _Predictions
     """Of the last step."""
+    unknown: dict[str, Record]
+    """Step → how well it tells unknown images, of those that have a threshold."""
 
     @property
     def shown_tasks(self) -> list[str]:
@@ -154,6 +161,7 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
     ]
     class_map = read_json(needed(artifacts / "split" / tasks[-1] / "classes.json"), ClassMap)
     classes = sorted(class_map["classes"], key=lambda entry: entry["label"])
+    arrived = {entry["name"]: entry["task"] for entry in classes}
     shown = shown_steps(len(tasks))
     magnitudes = [
         _read_magnitudes(artifacts / "model" / tasks[place] / "magnitudes.safetensors") for place in shown
@@ -167,6 +175,10 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         accuracy=accuracies(evaluations),
         samples=evaluations[-1]["samples"],
         training=[sum(count["train"] for count in classes.values()) for classes in counts],
+        again=[
+            {name: count["train"] for name, count in its.items() if arrived[name] != task}
+            for task, its in zip(tasks, counts, strict=True)
+        ],
         shown=shown,
         magnitudes=magnitudes,
         curves=curves,
@@ -178,7 +190,13 @@ def read_history(artifacts: Path, tasks: list[str]) -> History:
         backbone=read_json(needed(artifacts / "model" / "t00" / "backbone.json"))["name"],
         answers=answers,
         last=last,
+        unknown=unknown_figures(tasks, (artifacts / "evaluation").joinpath, thresholds_of(records)),
     )
+
+
+def thresholds_of(records: Sequence[Record]) -> list[float | None]:
+    """Return the threshold for unknown images of each step; None where it has none."""
+    return [record.get("freezing", {}).get("unknown_threshold") for record in records]
 
 
 def needed(path: Path) -> Path:
@@ -258,6 +276,7 @@ def _read_answers(
         answers.append(
             _Answers(
                 named=np.bincount(task_of[now.prediction], minlength=len(answers) + 1),
+                shown=np.bincount(task_of[now.label], minlength=len(answers) + 1),
                 flips=comparison.flips(before.right, now.right[:old]) if before else None,
                 lost=_surest_lost(before, now) if before else [],
                 calibration_error=comparison.calibration_error(now.confidence, now.right),

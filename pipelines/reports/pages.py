@@ -90,6 +90,8 @@ def render_page(history: History, movement: Movement | None, pictures: Pictures)
         calibration={name: Markup(svg) for name, svg in calibration_figures(history).items()},
         calibration_error=calibration_errors(history)[-1],
         temperature=history.records[-1].get("freezing", {}).get("temperature"),
+        left_out=history.records[-1].get("freezing", {}),
+        unknown=[(step, history.unknown[step]) for step in history.shown_tasks if step in history.unknown],
         some=len(history.shown) < len(history.tasks),
         samples=pictures.samples,
         magnitudes=Markup(magnitudes) if magnitudes else None,

@@ -58,13 +58,24 @@ def write_tables(folder: Path, history: History) -> None:
     tables = {
         "tasks": task_rows(history),
         "shares": share_rows(history),
-        "steps": [row | {"classes": "\n".join(row["classes"])} for row in step_rows(history)],
+        "steps": _step_rows(history),
         "ledger": ledger_rows(history),
         "gate": [_gate_row(row) for row in gate_rows(history)],
     }
     for name, rows in tables.items():
         cells = ([rounded(v) if isinstance(v, float) else v for v in row.values()] for row in rows)
         _write_csv(folder / f"{name}.csv", list(rows[0]), cells)
+
+
+def _step_rows(history: History) -> list[Record]:
+    """Return what each step learned, names as texts. Images of known classes stand there if some step has them."""
+    rows = [row | {"classes": "\n".join(row["classes"])} for row in step_rows(history)]
+    if not any(history.again):
+        return [{name: value for name, value in row.items() if name != "again"} for row in rows]
+    return [
+        row | {"again": "\n".join(f"{name} +{images}" for name, images in row["again"].items())}
+        for row in rows
+    ]
 
 
 def _gate_row(row: Record) -> Record:

@@ -20,11 +20,13 @@ def headline(history: History) -> Record:
 
     Only with validation images it has their accuracy, the one number that may be selected on.
     """
-    return headline_of(history.tasks, len(history.classes), history.evaluations)
+    return headline_of(history.tasks, len(history.classes), history.evaluations, history.unknown)
 
 
-def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record]) -> Record:
-    """Return the same from the metrics of every step's evaluation, in order."""
+def headline_of(
+    tasks: Sequence[str], classes: int, evaluations: Sequence[Record], unknown: Mapping[str, Record]
+) -> Record:
+    """Return the same from the metrics of every step's evaluation, in order, and from `unknown_figures`."""
     accuracy, samples = accuracies(evaluations), evaluations[-1]["samples"]
     numbers: Record = {"steps": len(tasks), "classes": classes}
     for suffix, weights in (("", samples), ("_per_task", None)):
@@ -38,6 +40,8 @@ def headline_of(tasks: Sequence[str], classes: int, evaluations: Sequence[Record
     if validation is not None:
         numbers["validation_accuracy"] = rounded(validation)
     numbers["accuracy"] = dict(zip(tasks, map(rounded, accuracy[-1]), strict=True))
+    if unknown:
+        numbers["unknown"] = dict(unknown)
     return numbers
 
 
@@ -86,7 +90,7 @@ class _Shares(NamedTuple):
     predicted: np.ndarray
     """Share of all predictions that name a class of the task."""
     actual: np.ndarray
-    """Share of the test images that are of the task."""
+    """Share of the test images that are of such a class."""
 
 
 def prediction_shares(history: History) -> _Shares:
@@ -95,9 +99,9 @@ def prediction_shares(history: History) -> _Shares:
     """
     shares = _Shares(np.full_like(history.accuracy, np.nan), np.full_like(history.accuracy, np.nan))
     for step, (answers, evaluation) in enumerate(zip(history.answers, history.evaluations, strict=True)):
-        samples = np.array(evaluation["samples"])
-        shares.predicted[step, : step + 1] = answers.named / samples.sum()
-        shares.actual[step, : step + 1] = samples / samples.sum()
+        images = sum(evaluation["samples"])
+        shares.predicted[step, : step + 1] = answers.named / images
+        shares.actual[step, : step + 1] = answers.shown / images
     return shares
 
 
@@ -168,6 +172,7 @@ def step_rows(history: History) -> list[Record]:
         {
             "step": step,
             "classes": [entry["name"] for entry in history.classes if entry["task"] == step],
+            "again": history.again[i],
             "training": history.training[i],
             "test": history.samples[i],
             "fitted": history.records[i].get("metrics", {}).get("training_accuracy"),
@@ -238,7 +243,7 @@ def first_drifted(history: History) -> str | None:
     return next((step for step, loss in zip(history.tasks, losses, strict=True) if loss > MUCH_DRIFT), None)
 
 
-GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task", "drift")
+GATE_FIGURES = ("fall", "negative_flips", "calibration_error", "new_task", "drift", "unknown")
 """What a gate measures, in the order of the page."""
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipelines.project.errors import InputError, UnequalError
 from pipelines.project.files import whole_folder
 from pipelines.serving.exports import hub_folder, onnx_file, peft_folder, timm_folder
-from pipelines.serving.exports.subject import Subject, reference_logits
+from pipelines.serving.exports.subject import Subject, reference_logits, reference_scores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +48,8 @@ class _Format:
     """Packages beyond those that every installation has."""
     linear: bool = True
     """Whether it can hold linear rows only."""
+    scores: Callable[[Path, Subject, Sequence[Image]], Tensor] | None = None
+    """Its scores for unknown images. None where it cannot hold them."""
 
 
 FORMATS = {
@@ -62,6 +64,7 @@ FORMATS = {
         usage=onnx_file.usage,
         needs=("onnx", "onnxruntime", "onnxscript"),
         linear=False,
+        scores=onnx_file.scores,
     ),
 }
 """The formats by name."""
@@ -129,13 +132,41 @@ def export(
             raise UnequalError(
                 f"export {name}: {difference}: not the model of {model}; {out} was not written"
             )
+        unknown = _check_scores(name, folder, subject, pictures, scale=difference.scale)
     return [
         f"step {step.record['step']}: {len(step.classes)} classes of {len(step.record['tasks'])} tasks, "
         f"record {subject.chain()[0].sha256[:12]}",
         *(_stand_in(name, step, expected, reference_logits(subject, pictures)) if step.fallback else []),
         f"check: {difference}",
+        *unknown,
         f"{out}: {chosen.usage(out, subject)}",
     ]
+
+
+def _check_scores(
+    name: str, folder: Path, subject: Subject, pictures: Sequence[Image], *, scale: float
+) -> list[str]:
+    """Return the line that says what an export holds of the step's score for unknown images, checked. None without one.
+
+    Args:
+        scale: the largest logit, in size. A score is twice a logit and a term of its size, which cancel.
+
+    Raises:
+        UnequalError: the scores differ by more than rounding.
+    """
+    if not subject.has_threshold():
+        return []
+    scores = FORMATS[name].scores
+    if scores is None:
+        return [f"unknown images: {name} holds no score for them; onnx and sdlora predict --unknown have it"]
+    expected = reference_scores(subject, pictures)
+    largest = (scores(folder, subject, pictures) - expected).abs().max().item()
+    limit = max(_LIMIT, _ROUNDING * (4 * scale + expected.abs().max().item()))
+    if not largest <= limit:
+        raise UnequalError(
+            f"export {name}: max |Δscore| {largest:.1e} (limit {limit:.1e}): not the score of {subject.model}"
+        )
+    return [f"unknown images: second output, max |Δscore| {largest:.1e}; the threshold is in its metadata"]
 
 
 def _stand_in(name: str, step: Step, expected: Tensor, evaluated: Tensor) -> list[str]:

@@ -23,7 +23,10 @@ from pipelines.serving.prediction_output import WRITERS, Row, opened
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from sdlora.classifier import IncrementalClassifier
+    from sdlora.loading import Step
     from sdlora.preprocessing import Preprocessing
 
 AHEAD = 2
@@ -44,6 +47,8 @@ class PredictionSettings:
     """`table`, `jsonl` or `csv`."""
     out: Path | None
     """None for standard output."""
+    unknown: bool
+    """Whether it is said which images look like none of the classes."""
 
 
 def predict(model: Path, backbone: Path | None, images: Sequence[str], settings: PredictionSettings) -> int:
@@ -53,49 +58,50 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     """
     from pipelines.data.decoding import strict_pictures
     from pipelines.runtime.progress import progress
-    from sdlora.backbones import spell_out_attention
-    from sdlora.classifier import merged_classifier
     from sdlora.devices import set_deterministic
     from sdlora.loading import read_step
-    from sdlora.prediction import best_guesses
+    from sdlora.prediction import judged_guesses
     from sdlora.preprocessing import Preprocessing
 
-    for name in images:
-        if name != "-" and not os.path.lexists(name):
-            raise InputError(f"{printable(name)}: no such file or folder")
-    names = files(images)
-    first = next(names, None)
-    if first is None:
-        raise InputError(f"{' '.join(map(printable, images))}: no image there")
+    names = _some_files(images)
     device = choose_device(settings.device)
     bf16 = choose_bf16(settings.precision, device)
     set_deterministic(True)
     step = read_step(model, backbone=backbone)
+    if settings.unknown:
+        _require_threshold(step, model)
     preprocessing = Preprocessing.of(step.backbone.description)
-    classifier = merged_classifier(step.backbone.model, step.learned).to(device)
-    if bf16 and device.type == "cpu":
-        spell_out_attention(step.backbone.model)
+    classifier = _classifier_on(device, step, bf16=bf16)
     size = settings.batch_size or (256 if device.type == "cuda" else 64)
     top = min(settings.top, len(step.classes))
     done = failed = 0
     with ExitStack() as stack:
         sink = stack.enter_context(opened(settings.out))
-        write = WRITERS[settings.format](sink, top, step.classes)
+        write = WRITERS[settings.format](sink, top, step.classes, settings.unknown)
         bar = None
         if sys.stderr.isatty() and "-" not in images:
-            total = sum(1 for _ in files(images))
-            bar = stack.enter_context(progress("predict", total=total, unit="images"))
+            bar = stack.enter_context(progress("predict", total=sum(1 for _ in files(images)), unit="images"))
         stack.enter_context(strict_pictures())
-        for some, decoded in _decoded_batches(itertools.chain([first], names), preprocessing, size):
+        for some, decoded in _decoded_batches(names, preprocessing, size):
             good = [item for item in decoded if not isinstance(item, str)]
-            found = iter(best_guesses(classifier, good, preprocessing, step.classes, top=top, bf16=bf16))
+            found = iter(
+                judged_guesses(
+                    classifier,
+                    good,
+                    preprocessing,
+                    step.classes,
+                    top=top,
+                    bf16=bf16,
+                    unknown=settings.unknown,
+                )
+            )
             for name, item in zip(some, decoded, strict=True):
                 if isinstance(item, str):
                     failed += 1
                     sys.stderr.write(f"{printable(name)}: {item}\n")
-                    write(Row(name, [], item))
+                    write(Row(name, [], error=item))
                 else:
-                    write(Row(name, next(found), None))
+                    write(Row(name, *next(found)))
             sink.flush()
             done += len(some)
             if bar is not None:
@@ -103,6 +109,38 @@ def predict(model: Path, backbone: Path | None, images: Sequence[str], settings:
     if failed:
         sys.stderr.write(f"{failed} of {done} images could not be read\n")
     return 1 if failed else 0
+
+
+def _classifier_on(device: torch.device, step: Step, *, bf16: bool) -> IncrementalClassifier:
+    """Return the merged model of a step on a device."""
+    from sdlora.backbones import spell_out_attention
+    from sdlora.classifier import merged_classifier
+
+    classifier = merged_classifier(step.backbone.model, step.learned).to(device)
+    if bf16 and device.type == "cpu":
+        spell_out_attention(step.backbone.model)
+    return classifier
+
+
+def _some_files(images: Sequence[str]) -> Iterator[str]:
+    """Return the names of all images, of which there is at least one."""
+    for name in images:
+        if name != "-" and not os.path.lexists(name):
+            raise InputError(f"{printable(name)}: no such file or folder")
+    names = files(images)
+    first = next(names, None)
+    if first is None:
+        raise InputError(f"{' '.join(map(printable, images))}: no image there")
+    return itertools.chain([first], names)
+
+
+def _require_threshold(step: Step, model: Path) -> None:
+    """Refuse a step that knows nothing of unknown images."""
+    if step.learned.rejection is None:
+        raise InputError(
+            f"{model}: step {step.record['step']} has no threshold for unknown images: adapter.unknown was null, or no "
+            "image could be left out; set it and call `sdlora run`, or leave --unknown out"
+        )
 
 
 def files(images: Iterable[str]) -> Iterator[str]:

@@ -24,13 +24,17 @@ class Row(NamedTuple):
 
     image: str
     guesses: list[Guess]
-    error: str | None
+    score: float | None = None
+    """How much it looks like none of the classes, where that is asked."""
+    unknown: bool = False
+    """Whether that is more than the step's threshold."""
+    error: str | None = None
 
 
 _Write = Callable[[Row], None]
 
 
-def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
+def _jsonl(sink: TextIO, top: int, classes: Sequence[str], scored: bool) -> _Write:
     def write(row: Row) -> None:
         value: dict[str, object] = {"image": row.image}
         if row.error is None:
@@ -38,6 +42,8 @@ def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
                 {"class": guess.name, "label": guess.label, "probability": guess.probability}
                 for guess in row.guesses
             ]
+            if scored:
+                value |= {"unknown": row.unknown, "score": row.score}
         else:
             value["error"] = row.error
         sink.write(json.dumps(value) + "\n")
@@ -45,29 +51,34 @@ def _jsonl(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
     return write
 
 
-def _csv(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
+def _csv(sink: TextIO, top: int, classes: Sequence[str], scored: bool) -> _Write:
     writer = csv.writer(sink, lineterminator="\n")
     ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
-    writer.writerow(["image", *ranks, "error"])
+    judged = ["unknown", "score"] if scored else []
+    writer.writerow(["image", *ranks, *judged, "error"])
 
     def write(row: Row) -> None:
         cells = [cell for guess in row.guesses for cell in (guess.name, f"{guess.probability:.6f}")]
-        writer.writerow([row.image, *(cells or [""] * len(ranks)), row.error or ""])
+        if scored and cells:
+            cells += ["yes" if row.unknown else "no", f"{row.score:.4f}"]
+        writer.writerow([row.image, *(cells or [""] * len([*ranks, *judged])), row.error or ""])
 
     return write
 
 
-def _table(sink: TextIO, top: int, classes: Sequence[str]) -> _Write:
+def _table(sink: TextIO, top: int, classes: Sequence[str], scored: bool) -> _Write:
     width = max(len(printable(name)) for name in classes)
 
     def write(row: Row) -> None:
         cells = [f"{printable(guess.name):{width}} {guess.probability:6.1%}" for guess in row.guesses]
+        if scored and cells:
+            cells.insert(0, "unknown" if row.unknown else "known  ")
         sink.write("   ".join([*(cells or [f"not read: {row.error}"]), printable(row.image)]) + "\n")
 
     return write
 
 
-WRITERS: dict[str, Callable[[TextIO, int, Sequence[str]], _Write]] = {
+WRITERS: dict[str, Callable[[TextIO, int, Sequence[str], bool], _Write]] = {
     "table": _table,
     "jsonl": _jsonl,
     "csv": _csv,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.data.split_chain import SPLIT, TEST, VALIDATION, read_splits
+from pipelines.ledger.newcomers import NEWCOMERS
 from pipelines.project.errors import InputError
 from pipelines.project.files import whole_folder, write_json
 from pipelines.project.params import read_params
 from pipelines.project.settings import Evaluation
-from pipelines.runtime.earlier_outputs import outputs_beside
+from pipelines.runtime.earlier_outputs import Find, outputs_beside
 from pipelines.runtime.progress import progress
 from pipelines.runtime.stage import StageResult, stage
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipelines.data.pixel_cache import PackedImages
+    from pipelines.data.split_chain import Splits
     from sdlora.preprocessing import Preprocessing
 
 
@@ -46,22 +48,26 @@ def evaluate(task: str, *, model: Path, backbone: Path, split: Path, out: Path) 
     set_deterministic(read_params("training.deterministic", bool), tf32=settings.precision == "tf32")
     with outputs_beside(split, SPLIT) as found:
         splits = read_splits(found(split.name), found)
-        classifier, description = _classifier_of(model, backbone, splits.classes, settings, origin=split)
+        with outputs_beside(model, "step.json") as models:
+            classifier, description = _classifier_of(
+                model.name, models, backbone, splits.classes, settings, origin=split
+            )
         preprocessing = Preprocessing.of(description)
         packed = {name: PackedImages(splits.needed(TEST, name), preprocessing) for name in splits.tasks}
         held = {name: splits.file(VALIDATION, name) for name in splits.tasks}
         selecting = {name: PackedImages(path, preprocessing) for name, path in held.items() if path}
-        predictions, confidences = _predict(
-            task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings
-        )
+        answers = _predict(task, classifier, [*packed.items(), *selecting.items()], preprocessing, settings)
         total = sum(len(images) for images in packed.values())
-        tested = _Tested(_tables(packed), predictions[:total], confidences[:total])
-        held_out = _Tested(_tables(selecting), predictions[total:], confidences[total:])
+        tested = _Tested(_tables(packed), answers.part(slice(total)))
+        held_out = _Tested(_tables(selecting), answers.part(slice(total, None)))
+        newcomers = _newcomers(task, model, backbone, splits, settings)
     counts, right = tested.counts, tested.right
     with whole_folder(out) as folder:
         tested.write(folder / "predictions.arrow")
         if sum(held_out.counts.values()):
             held_out.write(folder / "validation.arrow")
+        if newcomers is not None:
+            _write_newcomers(folder / NEWCOMERS, newcomers)
         write_json(
             folder / "metrics.json",
             {
@@ -81,7 +87,13 @@ def evaluate(task: str, *, model: Path, backbone: Path, split: Path, out: Path) 
 
 
 def _classifier_of(
-    model: Path, backbone: Path, classes: Sequence[Mapping[str, Any]], settings: Evaluation, *, origin: Path
+    step: str,
+    found: Find,
+    backbone: Path,
+    classes: Sequence[Mapping[str, Any]],
+    settings: Evaluation,
+    *,
+    origin: Path,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the classifier of a step on the device, and the description of its backbone.
 
@@ -95,8 +107,8 @@ def _classifier_of(
 
     device = best_device()
     base = read_backbone(backbone)
-    with outputs_beside(model, "step.json") as found:
-        learned, record = read_model(found(model.name), beside=found)
+    model = found(step)
+    learned, record = read_model(model, beside=found)
     if record["classes"] != classes:
         raise InputError(
             f"{model}: its {len(record['classes'])} classes are not the {len(classes)} of {origin}; "
@@ -108,14 +120,58 @@ def _classifier_of(
     return classifier, base.description
 
 
+def _newcomers(
+    task: str, model: Path, backbone: Path, splits: Splits, settings: Evaluation
+) -> list[tuple[str, str, float]] | None:
+    """Return what the step before says of the task's test and validation images of classes that it does not know.
+
+    For each its id, its part and its score. None where the step before has no threshold.
+    """
+    from pipelines.data.pixel_cache import PackedImages
+    from sdlora.ledger import read_own_record, read_record
+    from sdlora.preprocessing import Preprocessing
+
+    with outputs_beside(model, "step.json") as found:
+        before = splits.tasks[-2] if len(splits.tasks) > 1 else None
+        if before is None or "unknown" not in read_own_record(found(before)).get("freezing", {}):
+            return None
+        known = len(read_record(found(before), beside=found)["classes"])
+        classifier, description = _classifier_of(
+            before, found, backbone, splits.classes[:known], settings, origin=splits.needed(TEST, task)
+        )
+    preprocessing = Preprocessing.of(description)
+    paths = {part: splits.file(part, task) for part in (TEST, VALIDATION)}
+    packed = {part: PackedImages(path, preprocessing) for part, path in paths.items() if path}
+    answers = _predict(task, classifier, list(packed.items()), preprocessing, settings)
+    assert answers.scores is not None
+    rows = [
+        (name, part, label)
+        for part, images in packed.items()
+        for name, label in zip(images.table["id"].to_pylist(), images.table["label"].to_pylist(), strict=True)
+    ]
+    return [
+        (name, part, score)
+        for (name, part, label), score in zip(rows, answers.scores.tolist(), strict=True)
+        if label >= known
+    ]
+
+
+def _write_newcomers(path: Path, rows: list[tuple[str, str, float]]) -> None:
+    import pyarrow as pa
+
+    from pipelines.data.packed import write_rows
+
+    write_rows(path, rows, {"id": pa.string(), "part": pa.string(), "score": pa.float32()})
+
+
 def _predict(
     task: str,
     classifier: nn.Module,
     images: Sequence[tuple[str, PackedImages]],
     preprocessing: Preprocessing,
     settings: Evaluation,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted class and the confidence of all images, in order."""
+) -> _Said:
+    """Return the predicted class and the confidence of all images, in order, and their scores where there are some."""
     import numpy as np
 
     from pipelines.data.pixel_cache import pixel_batches
@@ -135,26 +191,43 @@ def _predict(
     total, done = sum(len(packed) for _, packed in images), 0
     # Arrays of each batch would lie between the logits of two, and keep the memory of 10,000 classes from being reused.
     predictions, confidences = np.empty(total, np.int32), np.empty(total, np.float32)
+    scores = None
     with progress(f"evaluate {task}", total=total, unit="images") as bar:
         for name, batch in zip(tasks, batches, strict=True):
             own = slice(done, done + len(batch.classes))
             predictions[own], confidences[own] = batch.classes.numpy(), batch.confidences.numpy()
+            if batch.scores is not None:
+                scores = np.empty(total, np.float32) if scores is None else scores
+                scores[own] = batch.scores.numpy()
             done = own.stop
             bar.update(done, task=name)
-    return predictions, confidences
+    return _Said(predictions, confidences, scores)
 
 
 def _tables(images: Mapping[str, PackedImages]) -> dict[str, pa.Table]:
     return {name: packed.table for name, packed in images.items()}
 
 
+class _Said(NamedTuple):
+    """What a step says of images."""
+
+    predictions: np.ndarray
+    confidences: np.ndarray
+    scores: np.ndarray | None
+    """How much each looks like none of the classes; None where the step has no threshold."""
+
+    def part(self, some: slice) -> _Said:
+        """Return the same of some of the images."""
+        scores = None if self.scores is None else self.scores[some]
+        return _Said(self.predictions[some], self.confidences[some], scores)
+
+
 class _Tested(NamedTuple):
     """The test images of all tasks, or those held out of training, and what the step says of each."""
 
     tables: Mapping[str, pa.Table]
-    """Task id → its images; the predictions are in this order."""
-    predictions: np.ndarray
-    confidences: np.ndarray
+    """Task id → its images; what is said is in this order."""
+    said: _Said
 
     @property
     def counts(self) -> dict[str, int]:
@@ -164,7 +237,7 @@ class _Tested(NamedTuple):
     @property
     def right(self) -> dict[str, int]:
         """Return how many images of each task are predicted right."""
-        hits = self.predictions == self._labels
+        hits = self.said.predictions == self._labels
         return {name: int(hits[self._tasks == name].sum()) for name in self.tables}
 
     def write(self, path: Path) -> None:
@@ -174,7 +247,7 @@ class _Tested(NamedTuple):
         from pipelines.data.packed import write_rows
 
         ids = (sample.as_py() for table in self.tables.values() for sample in table["id"])
-        columns = (ids, map(str, self._tasks), self._labels, self.predictions, self.confidences)
+        columns = [ids, map(str, self._tasks), self._labels, self.said.predictions, self.said.confidences]
         types = {
             "id": pa.string(),
             "task": pa.string(),
@@ -182,6 +255,8 @@ class _Tested(NamedTuple):
             "prediction": pa.int32(),
             "confidence": pa.float32(),
         }
+        if self.said.scores is not None:
+            columns, types = [*columns, self.said.scores], {**types, "score": pa.float32()}
         write_rows(path, zip(*columns, strict=True), types)
 
     @property

@@ -135,7 +135,7 @@ def _description(
     return {
         **shared,
         "task": learner.task,
-        "classes": _own_classes(learner.task, classes),
+        **_classes_of(learner.task, classes),
         "adapter": choices.adapter.of_the_fit,
         "split": read_json(train, TrainingImages),
         "code": code_hash(fit.fn),
@@ -300,7 +300,7 @@ def _prepare(
         title = f"fit {task}: decode the images of {name}" if group.rank == 0 else ""
         pixels = torch.from_numpy(decode(table, preprocessing, room=room, title=title))
         room -= pixels.nbytes if pixels.nbytes <= room else 0
-        tasks[name] = TaskImages(pixels, labels - labels.min())
+        tasks[name] = TaskImages(pixels, labels.unique(return_inverse=True)[1])
     with _passes(task, sum(len(its.images) for its in tasks.values()), group) as looked:
         return Fit(
             base.model,
@@ -362,9 +362,16 @@ def _earlier_images(name: str, task: str, images: Path, record: dict[str, Any]) 
     return path
 
 
-def _own_classes(task: str, classes: Path) -> list[dict[str, Any]]:
-    """Return the entries of the class map that arrive with `task`, in label order."""
-    return [entry for entry in read_json(classes, ClassMap)["classes"] if entry["task"] == task]
+def _classes_of(task: str, classes: Path) -> dict[str, Any]:
+    """Return the entries of the class map that arrive with `task`, in label order, and the labels of all that it saw
+    where some may be known.
+    """
+    seen: ClassMap = read_json(classes, ClassMap)
+    saw = seen.get("step_classes", {})
+    return {
+        "classes": [entry for entry in seen["classes"] if entry["task"] == task],
+        **({"step_classes": {task: saw[task]}} if task in saw else {}),
+    }
 
 
 def _check_continues(record: dict[str, Any], adapter: Adapter, before: Path, targets: Sequence[str]) -> None:
@@ -441,7 +448,7 @@ def _key(task: str, choices: _Choices, inputs: Mapping[str, Path]) -> str:
         "adapter": choices.adapter.of_the_fit,
         "training": choices.training.of_the_fit,
         "seed": choices.seed,
-        "classes": _own_classes(task, inputs["classes"]),
+        **_classes_of(task, inputs["classes"]),
     }
     steps = [inputs[name] / "step.json" for name in ("before", "backbone")]
     return input_key(settings, [inputs["train"], *steps])

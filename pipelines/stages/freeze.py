@@ -133,7 +133,7 @@ def _inherited(record: Mapping[str, Any], described: Mapping[str, Any], task: st
     """Return the part of the new record that goes on from the record of the step before."""
     return {
         "backbone": record["backbone"],
-        "classes": described["classes"],
+        **{key: described[key] for key in ("classes", "step_classes") if key in described},
         "targets": described["targets"] or record.get("targets", []),
         "images": {task: described["split"]["images"]},
         "split": described["split"],
@@ -202,7 +202,7 @@ class _TrainingFeatures:
         import torch
 
         labels = torch.from_numpy(self._table["label"].to_numpy().astype("int64"))
-        return labels - labels.min()
+        return labels.unique(return_inverse=True)[1]
 
     def __call__(self, learned: "ModelState") -> "Tensor":
         """(n, d) on the CPU."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ from pipelines.project.display import as_line
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of, whole_folder, write_json
 from pipelines.project.params import read_params
+from pipelines.project.schemas import ClassMap
 from pipelines.project.settings import Data, Task
 from pipelines.runtime.console import log_line
 from pipelines.runtime.earlier_outputs import outputs_beside
@@ -136,7 +137,8 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     """Pack a task's images. Name the classes so far.
 
     The images of each class are divided into train, test and, if asked for, validation. Refused, with the files named:
-    a class of an earlier task, what is wrong with the source, a file that cannot be decoded.
+    a class of an earlier task, if the task's kind is not `more`; what is wrong with the source; a file that cannot be
+    decoded.
 
     Args:
         task: Task of params.yaml, such as t01.
@@ -155,11 +157,10 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
     with outputs_beside(before, SPLIT) as found:
         earlier = read_splits(found(before.name), found)
         previous, known = sha256_of(found(before.name) / SPLIT), _earlier_prints(earlier)
-    _refuse_known_classes(task, names, earlier.classes)
+    labels = _labels_of(task, tasks[task], earlier.classes)
     listed = task_images(source, names, manifest=tasks[task].manifest, data=data)
     if tasks[task].manifest is None:
         _tell_litter(task, source, names)
-    labels = {name: label for label, name in enumerate(names, start=len(earlier.classes))}
     with ByteStore() as store:
         read = _read_task(task, listed, store, labels=labels, max_pixels=data.max_pixels)
         pictures, left_out, near = _compared(read, names, known, data)
@@ -170,11 +171,7 @@ def split(task: str, *, source: Path, before: Path, out: Path, images: Path) -> 
             counts[image.name][image.part or ""] += 1
         with whole_folder(images) as packed, whole_folder(out) as folder:
             _write_pictures(pictures, folder, packed, validation=data.validation is not None)
-            classes = [{"label": labels[name], "name": name, "task": task} for name in names]
-            write_json(
-                folder / "classes.json",
-                {"classes": [*earlier.classes, *classes], "tasks": [*earlier.tasks, task]},
-            )
+            write_json(folder / "classes.json", _class_map(task, tasks[task], labels, earlier))
             write_json(
                 folder / SPLIT,
                 {
@@ -278,15 +275,37 @@ def _refuse_emptied(
         log_line(f"split {task}: {count} {place} too and left out, as data.duplicates says")
 
 
-def _refuse_known_classes(task: str, names: Iterable[str], known: Iterable[ClassEntry]) -> None:
-    """Refuse a class that an earlier task has brought: a class has one label."""
-    owner = {entry["name"]: entry["task"] for entry in known}
-    for name in names:
-        if name in owner:
-            raise InputError(
-                f"{task}: class {name!r} was already learned in {owner[name]};"
-                f" remove it from tasks.{task}.classes in params.yaml"
-            )
+def _labels_of(task: str, entry: Task, known: Sequence[ClassEntry]) -> dict[str, int]:
+    """Return the labels of a task's classes: one that an earlier task has brought keeps its own, new ones follow on.
+
+    Raises:
+        InputError: a class is known, and the task is of another kind than `more`.
+    """
+    held = {one["name"]: one for one in known}
+    if entry.kind != "more":
+        for name in entry.classes:
+            if name in held:
+                raise InputError(
+                    f"{task}: class {name!r} was already learned in {held[name]['task']}; remove it from "
+                    f"tasks.{task}.classes in params.yaml, or write kind: more there if these are more images of it"
+                )
+    new = (name for name in entry.classes if name not in held)
+    follow = {name: label for label, name in enumerate(new, start=len(known))}
+    return {name: held[name]["label"] if name in held else follow[name] for name in entry.classes}
+
+
+def _class_map(task: str, entry: Task, labels: Mapping[str, int], earlier: Splits) -> ClassMap:
+    """Return all classes so far and all tasks, with what a task of the kind `more` has images of."""
+    new: list[ClassEntry] = [
+        {"label": label, "name": name, "task": task}
+        for name, label in labels.items()
+        if label >= len(earlier.classes)
+    ]
+    found: ClassMap = {"classes": [*earlier.classes, *new], "tasks": [*earlier.tasks, task]}
+    own = {task: sorted(labels.values())} if entry.kind == "more" else {}
+    if earlier.step_classes or own:
+        found["step_classes"] = {**earlier.step_classes, **own}
+    return found
 
 
 def _read_task(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Factors, initial_factors
+from sdlora.arrivals import StepClasses
 from sdlora.classifier import IncrementalClassifier, ModelState
 from sdlora.formulations import Formulation
 from sdlora.head import HeadBlock
@@ -47,6 +48,8 @@ class FitResult:
     """Task id → the rows that were trained: those of this task, or of all tasks so far for a joint method."""
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     """What the method keeps for its next step."""
+    step_classes: StepClasses = field(default_factory=dict)
+    """The labels of the task's classes, if some may be known; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,7 @@ def test_an_added_task_runs_its_stages_and_the_report_and_touches_nothing_else(
     }
     assert own == {
         "classifier.safetensors", "directions/t03.safetensors", "drift/t03.safetensors", "head/t03.safetensors",
-        "magnitudes.safetensors", "statistics/t03.safetensors", "step.json",
+        "magnitudes.safetensors", "statistics/t03.safetensors", "step.json", "unknown.safetensors",
     }  # fmt: skip
 
 

@@ -50,9 +50,9 @@ def test_left_out_images_of_a_task_make_new_images_of_all_tasks_less_surprising(
     def made(of: Mapping[str, ClassStatistics]) -> Mapping[str, HeadRows]:
         return settle(rows, of, generator=generator())
 
-    logits, truths = left_out_logits(
-        features[labels >= 4], labels[labels >= 4] - 4, task="t02", statistics=statistics, settle=made,
-        generator=generator(),
+    logits, truths, _ = left_out_logits(
+        features[labels >= 4], labels[labels >= 4] - 4, task="t02", statistics=statistics, step_classes={},
+        settle=made, generator=generator(),
     )  # fmt: skip
     temperature = fitted_temperature(logits, truths).value
     others, their = images(2, 8, each=200)
@@ -117,11 +117,12 @@ def test_an_image_that_is_alone_in_its_class_is_never_left_out() -> None:
     features, labels = features[:7], labels[:7]
     settle = HEADS["lda"].settle
     assert settle is not None
-    logits, truths = left_out_logits(
+    logits, truths, _ = left_out_logits(
         features,
         labels,
         task="t01",
         statistics={"t01": class_statistics(features, labels, rank=2)},
+        step_classes={},
         settle=lambda of: settle({"t01": blank(2)}, of, generator=generator()),
         generator=generator(),
     )

@@ -5,8 +5,18 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from sdlora.comparison import Flips, calibration_bins, calibration_error, flips, holm, wilson_interval
+from sdlora.comparison import (
+    Flips,
+    auroc,
+    calibration_bins,
+    calibration_error,
+    flips,
+    holm,
+    missed_share,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 5), (1, 5), (5, 5), (98, 100), (731, 2000)])
@@ -20,6 +30,21 @@ def test_without_images_nothing_is_known() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert math.isnan(Flips(0, 0, 0).negative_rate)
     assert math.isnan(calibration_error([], []))
+
+
+@pytest.mark.parametrize("rounded", [0, 6])
+def test_what_scores_tell_is_what_scikit_learn_says_ties_included(rounded: int) -> None:
+    random = np.random.default_rng(0)
+    known, unknown = random.normal(0, 2, 400).round(rounded), random.normal(1.5, 2, 300).round(rounded)
+    truth, scores = np.repeat([0, 1], [400, 300]), np.concatenate([known, unknown])
+
+    assert auroc(known, unknown) == pytest.approx(roc_auc_score(truth, scores))
+    passing, kept, _ = roc_curve(
+        1 - truth, -scores, drop_intermediate=False
+    )  # the known are the positive ones
+    assert missed_share(known, unknown) == pytest.approx(passing[np.flatnonzero(kept >= 0.95)[0]])
+    assert math.isnan(auroc([], unknown))
+    assert math.isnan(missed_share(known, []))
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,74 @@ def test_a_learner_leaves_the_bytes_of_the_stages(project: Path, learner: Learne
     found = steps(tmp_path / "saved", "t01", "t02")
     assert found == steps(project / "model", "t01", "t02")
     assert {name.partition("/")[2].partition("/")[0] for name in found} == {
-        *("directions", "head", "statistics", "drift", "magnitudes.safetensors", "classifier.safetensors")
+        *("directions", "head", "statistics", "drift", "magnitudes.safetensors", "classifier.safetensors"),
+        "unknown.safetensors",
     }
     ours, theirs = (read_json(folder / "t02/step.json") for folder in (tmp_path / "saved", project / "model"))
     same = ours.keys() & theirs.keys() - {"previous", "versions"}
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     assert theirs.keys() - ours.keys() == {"code", "fit", "images", "split"}
+
+
+def test_a_score_for_unknown_pictures_changes_no_other_byte(
+    project: Path, learner: Learner, tmp_path: Path
+) -> None:
+    learner.save(tmp_path / "with")
+    plain = Learner("glyph_vit", **QUICK, unknown=None)
+    plain.learn(pictures(project, "a", "b")).learn(pictures(project, "c", "d")).save(tmp_path / "without")
+    ours, bare = (steps(tmp_path / name, "t00", "t01", "t02") for name in ("with", "without"))
+    record, plainer = (read_json(tmp_path / name / "t02/step.json") for name in ("with", "without"))
+
+    assert {name for name in ours if name not in bare} == {
+        f"{step}/unknown.safetensors" for step in ("t01", "t02")
+    }
+    assert {name: ours[name] for name in bare} == bare
+    said = {name for name in record["freezing"] if name.startswith("unknown")}
+    assert said == {"unknown", "unknown_threshold", "unknown_margin", "unknown_images"}
+    assert {name: record["freezing"][name] for name in record["freezing"].keys() - said} == plainer[
+        "freezing"
+    ]
+    assert record["parameters"]["adapter"].keys() - plainer["parameters"]["adapter"].keys() == {
+        "unknown", "unknown_rate"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="t02 has no threshold: unknown was None"):
+        plain.is_unknown([])
+
+
+def test_a_picture_that_looks_like_no_class_is_unknown_to_the_learner_and_to_its_saved_chain(
+    project: Path, learner: Learner, tmp_path: Path
+) -> None:
+    known = [image for images in pictures(project, *"abcd").values() for image in images]
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32), dtype=np.uint8)
+    learner.save(tmp_path)
+    loaded = sdlora.load(tmp_path, device="cpu")
+    assert loaded.scored is not None
+    assert loaded.threshold is not None
+    with torch.inference_mode():
+        batch = torch.stack([loaded.transform(image) for image in [*known, *map(Image.fromarray, noise)]])
+        logits, scores = loaded.scored(batch)
+        torch.testing.assert_close(logits, loaded.module(batch))
+
+    expected = (scores > loaded.threshold).tolist()
+    assert [*learner.is_unknown(known), *learner.is_unknown(list(noise))] == expected
+    assert expected[-4:] == [True] * 4
+    assert sum(expected[:-4]) <= len(known) // 4
+
+
+def test_a_step_whose_threshold_is_none_of_ours_is_refused_in_one_line(
+    learner: Learner, tmp_path: Path
+) -> None:
+    learner.save(tmp_path)
+    path = tmp_path / "t02/step.json"
+    good = json.loads(path.read_text())
+    for wrong, told in (
+        ({"unknown": "guess"}, "its freezing.unknown is 'guess', expected one of relative, mahalanobis"),
+        ({"unknown_threshold": "high"}, "its freezing.unknown_threshold is 'high', expected a number"),
+    ):
+        path.write_text(json.dumps({**good, "freezing": {**good["freezing"], **wrong}}))
+        with pytest.raises(ValueError, match=told) as refused:
+            sdlora.load(tmp_path)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_chain_of_the_stages_goes_on_in_python_with_the_same_bytes(project: Path, tmp_path: Path) -> None:
@@ -268,7 +330,6 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda it, some: it.learn({"a": some}), "a: a class of t01 already; a task brings new ones"),
         (lambda it, some: it.learn({"e": []}), "e: no picture; leave the class out, or give it some"),
         (lambda it, some: it.learn({}), "no picture; give some"),
         (lambda it, some: it.learn({"e\n": some}), "the name of a class is 'e.n', expected one line of 1 to"),
@@ -282,7 +343,7 @@ def test_a_chain_keeps_what_all_its_steps_share(project: Path) -> None:
         ),
         (lambda it, some: Learner("glyph_vit").predict(some[0]), "nothing is learned yet; call learn first"),
     ],
-    ids=["known", "empty", "nothing", "name", "unknown", "several", "untrained"],
+    ids=["empty", "nothing", "name", "unknown", "several", "untrained"],
 )
 def test_what_cannot_be_learned_or_told_is_named(
     act: Callable[[Learner, list[Image.Image]], object], message: str, learner: Learner, project: Path
@@ -344,3 +405,33 @@ def test_what_is_chosen_by_default_is_what_a_new_project_has() -> None:
     }
     assert Choices(head="linear").temperature is None
     assert CHOICE_READERS == READ_BY
+
+
+@pytest.mark.parametrize("head", ["ncm", "lda", "rgda"])
+def test_images_that_come_in_two_tasks_are_learned_as_if_they_had_come_in_one(
+    head: str, project: Path
+) -> None:
+    """The features of a frozen backbone do not move, and the rank that is kept holds all images."""
+    images = pictures(project, "a", "b", "c")
+    parts = [{name: its[place] for name, its in images.items()} for place in (slice(3), slice(3, None))]
+    frozen = {**QUICK, "method": "frozen", "targets": None, "head": head, "temperature": None}
+    once, twice = (Learner("glyph_vit", **frozen) for _ in range(2))
+    once.learn(images)
+    twice.learn({name: parts[0][name] for name in "ab"})
+    twice.learn({"b": parts[1]["b"], "c": images["c"], "a": parts[1]["a"]})
+
+    tests = [image for its in pictures(project, "a", "b", "c", part="test").values() for image in its]
+    assert twice.classes_.tolist() == once.classes_.tolist() == ["a", "b", "c"]
+    assert twice.tasks == {"t01": ["a", "b"], "t02": ["a", "b", "c"]}
+    np.testing.assert_allclose(twice.predict_proba(tests), once.predict_proba(tests), atol=1e-4)
+    assert twice.record["classes"][0]["task"] == "t01"
+
+
+def test_more_images_of_known_classes_add_no_class(learner: Learner, project: Path, tmp_path: Path) -> None:
+    opened = Learner.open(learner.save(tmp_path / "first"), progress=False)
+    opened.learn(pictures(project, "b", "d", part="test"))
+    opened.save(tmp_path / "second")
+
+    assert opened.classes_.tolist() == list("abcd")
+    assert opened.record["step_classes"] == {"t03": [1, 3]}
+    assert sdlora.load(tmp_path / "second").classes == list("abcd")

@@ -268,3 +268,56 @@ def _verified(chain: Path) -> dict[str, Path | None]:
     return {
         name: chain / before if before else None for name, before in zip(names, [None, *names], strict=False)
     }
+
+
+@pytest.fixture
+def more(tmp_path: Path, steps: list[ModelState]) -> Path:
+    """A chain whose second step saw both known classes, and brought none."""
+    seen = {"t02": (0, 1)}
+    settled = {task: HeadBlock(block.weight[:kept], block.bias[:kept])
+               for (task, block), kept in zip(steps[1].settled.items(), (2, 0), strict=True)}  # fmt: skip
+    last = {**settled, "t03": steps[2].settled["t03"]}
+    return write_chain(
+        tmp_path,
+        [
+            steps[0],
+            replace(steps[1], step_classes=seen, settled=settled),
+            replace(steps[2], step_classes=seen, settled=last),
+        ],
+    )
+
+
+def test_a_step_that_brings_no_class_is_read_back_and_goes_on(more: Path) -> None:
+    learned, record = read_model(more / "t03", statistics=True)
+
+    assert [(entry["label"], entry["task"]) for entry in record["classes"]] == [
+        *((0, "t01"), (1, "t01"), (2, "t03"), (3, "t03"))
+    ]
+    assert record["step_classes"] == {"t02": [0, 1]}
+    assert learned.step_classes == {"t02": (0, 1)}
+    assert [len(rows.bias) for rows in learned.rows.values()] == [2, 0, 2]
+    assert "step_classes" not in read_own_record(more / "t03")
+    assert not list(
+        faults(more, {"t00": None, "t01": more / "t00", "t02": more / "t01", "t03": more / "t02"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("saw", "what"),
+    [
+        ({"t02": [0, 2]}, "the classes that it saw are not its own and known ones"),
+        ({"t01": [0, 1]}, "the classes that it saw are not its own and known ones"),
+        ({"t02": [1, 0]}, "step_classes.t02 is a list, expected labels that rise, at least one"),
+        ({"t02": []}, "step_classes.t02 is a list, expected labels that rise, at least one"),
+        ({}, "the tasks of its classes are not its tasks"),
+    ],
+)
+def test_classes_that_a_step_cannot_have_seen_are_refused_in_one_line(
+    saw: dict[str, list[int]], what: str, more: Path
+) -> None:
+    record = {**read_own_record(more / "t02"), "step_classes": saw}
+    (more / "t02" / RECORD).write_bytes(record_bytes(record))
+
+    with pytest.raises(ValueError, match=what) as refusal:
+        read_record(more / "t02")
+    assert "\n" not in str(refusal.value)

@@ -1,6 +1,7 @@
 """Chains of model folders without any training: random directions, magnitudes and rows on a tiny backbone."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,21 +15,31 @@ from sdlora.backbones import create_backbone, write_backbone
 from sdlora.classifier import ModelState
 from sdlora.drift import DriftMap, carried
 from sdlora.head import HeadBlock
-from sdlora.heads import HEADS
+from sdlora.heads import HEADS, distance_form
 from sdlora.ledger import record_hash
 from sdlora.model_folder import write_model
 from sdlora.preprocessing import Preprocessing
-from sdlora.statistics import class_statistics
+from sdlora.statistics import ClassStatistics, class_statistics
 from sdlora.tensors import write_tensors
+from sdlora.unknown import DISTANCES, Rejection
 from tests.support.families import FAMILIES
 
 
 def make_chain(
-    root: Path, name: str, *, steps: int = 2, directions: bool = True, head: str = "linear"
+    root: Path,
+    name: str,
+    *,
+    steps: int = 2,
+    directions: bool = True,
+    head: str = "linear",
+    unknown: str | None = None,
 ) -> Path:
     """Leave artifacts/model/t00 … and the test images of every step under `root`; returns artifacts/model.
 
     A task has two classes, called as no file could be; ranks differ from task to task and from target to target.
+
+    Args:
+        unknown: the score by which an image is of none of the classes. Its threshold is 0.
     """
     models = root / "artifacts/model"
     (models / "t00").mkdir(parents=True)
@@ -67,6 +78,8 @@ def make_chain(
             now = carried(statistics, drift, tasks=list(statistics))
             settled = settle(learned.head, now, generator=generator)
             learned = replace(learned, settled=settled, statistics=statistics, drift=drift)
+            if unknown:
+                learned = replace(learned, rejection=rejection_at_zero(unknown, head, now))
         (models / task).mkdir()
         record = {
             "step": task,
@@ -81,10 +94,20 @@ def make_chain(
             "targets": list(found) if directions else [],
             "method": "sdlora" if directions else "frozen",
             "head": head,
+            **({"freezing": {"unknown": unknown, "unknown_threshold": 0.0}} if unknown else {}),
         }
         write_model(models / task, learned, record, before=earlier)
         pack(root / f"artifacts/split/{task}/test/{task}.arrow", seed=index)
     return models
+
+
+def rejection_at_zero(score: str, head: str, statistics: Mapping[str, ClassStatistics]) -> Rejection:
+    """What calls an image unknown whose score is above 0."""
+    shared = HEADS[head].shared
+    if score not in DISTANCES or shared is None:
+        return Rejection(score, 0.0)
+    form = distance_form(shared, statistics, relative=score == "relative")
+    return Rejection(score, 0.0, form.divided(1))
 
 
 def _backbone_hash(models: Path) -> str:

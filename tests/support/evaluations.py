@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.data.packed import write_rows
+from pipelines.data.packed import read_images, write_rows
+from pipelines.ledger.newcomers import NEWCOMERS
 from pipelines.project.files import write_json
 
 ROW = tuple[str, str, int, int, float]
@@ -29,3 +30,15 @@ def write_evaluation(folder: Path, rows: list[ROW]) -> None:
             "correct": [sum(hits) for hits in mine.values()],
         },
     )
+
+
+def write_scores(folder: Path, scores: list[float], newcomers: list[tuple[str, float]]) -> None:
+    """Give the test images of an evaluation scores, and its newcomers (part, score) those of the step before."""
+    table = read_images(folder / "predictions.arrow")
+    types = {field.name: field.type for field in table.schema}
+    rows = [(*row.values(), value) for row, value in zip(table.to_pylist(), scores, strict=True)]
+    (folder / "predictions.arrow").unlink()
+    write_rows(folder / "predictions.arrow", rows, {**types, "score": pa.float32()})
+    if newcomers:
+        named = [(str(place), *row) for place, row in enumerate(newcomers)]
+        write_rows(folder / NEWCOMERS, named, {"id": pa.string(), "part": pa.string(), "score": pa.float32()})

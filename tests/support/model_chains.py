@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdlora.arrivals import rows_by_arrival
 from sdlora.classifier import ModelState
 from sdlora.ledger import RECORD, file_sha256, record_bytes, record_hash
 from sdlora.model_folder import write_model
@@ -49,6 +50,8 @@ def write_step(
         "previous": record_hash(home / after),
         "classes": [entry for entry in _classes(learned) if entry["task"] == step],
     }
+    if step in learned.step_classes:
+        record["step_classes"] = {step: list(learned.step_classes[step])}
     write_model(folder, learned, record, before=before)
 
 
@@ -93,5 +96,6 @@ def _said(learned: ModelState, step: str, method: str) -> dict[str, Any]:
 
 
 def _classes(learned: ModelState) -> list[Mapping[str, Any]]:
-    owners = [task for task, block in learned.head.items() for _ in block.bias]
+    first = rows_by_arrival(learned.head, learned.step_classes, newest=False)
+    owners = [task for task, block in first.items() for _ in block.bias]
     return [{"label": label, "name": f"class {label}", "task": task} for label, task in enumerate(owners)]

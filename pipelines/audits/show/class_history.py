@@ -105,8 +105,9 @@ def _class_history(project: AuditedProject, name: str) -> Figures:
         step = project.step(task)
         if name not in {entry["name"] for entry in step.classes}:
             continue
-        answers, pictures = known_answers(step), test_pictures(step, of=owners[name])
+        answers = known_answers(step)
         mine = answers.take(answers.truths == name)
+        pictures = test_pictures(step, of=dict.fromkeys(mine.tasks))
         flips: Figures = {"before": None, "lost": None, "gained": None, "p_value": None}
         if before is not None:
             own = {image: pictures[image] for image in mine.ids}
@@ -147,7 +148,7 @@ def _mistakes(
         range(len(wrong.ids)), key=lambda row: (-wrong.confidences[row], natural_key(str(wrong.ids[row])))
     )
     hashes = {row["id"]: row["sha256"] for row in samples_of(step)}
-    files = _source_files(project, owners[name], name) if order else {}
+    files = {key: file for task in {*wrong.tasks} for key, file in _source_files(project, task, name).items()}
     found = []
     for row in order:
         key = wrong.ids[row]

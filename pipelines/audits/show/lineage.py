@@ -43,13 +43,13 @@ class Lineage:
 
     def _described(self, row: Figures, *, same_bytes: bool) -> Figures:
         """Return where an image of the chain stands and what it went into, step by step."""
-        owner = self._steps[-1].classes[row["label"]]
-        since = [step for step in self._steps if owner["task"] in step.tasks]
+        task = row["id"].partition("/")[0]
+        since = [step for step in self._steps if task in step.tasks]
         told = {
             "id": row["id"],
             "part": row["split"],
-            "class": owner["name"],
-            "task": owner["task"],
+            "class": self._steps[-1].classes[row["label"]]["name"],
+            "task": task,
             "same_bytes": same_bytes,
         }
         if row["split"] != "train":

@@ -15,6 +15,7 @@ from pipelines.project.files import read_json
 from pipelines.project.schemas import SampleCounts
 from pipelines.reports.format import DASH, count, flattened, number, percent
 from pipelines.runtime.console import printable
+from sdlora.ledger import classes_of_step
 
 
 def show_task(which: str, *, as_json: bool) -> None:
@@ -39,7 +40,7 @@ def show_task(which: str, *, as_json: bool) -> None:
     out.print()
     out.print(
         table(
-            "Its test images, and its share of all predictions, through the steps, %",
+            "Its test images, and the share of classes that arrived with it, through the steps, %",
             ["step", "accuracy", "share of images", "of predictions", "bias", "magnitude"],
             [
                 [
@@ -61,7 +62,8 @@ def show_task(which: str, *, as_json: bool) -> None:
 
 def _task_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield a task in sentences."""
-    yield f"{found['task']}: {count(len(found['classes']), 'class')}, learned after {found['after']}"
+    known = f", {len(found['known'])} of them known" if found["known"] else ""
+    yield f"{found['task']}: {count(len(found['classes']), 'class')}{known}, learned after {found['after']}"
     rank = f", rank {found['rank']}" if found["rank"] else ""
     yield f"method {found['method']}, formulation {found['formulation']}, head {found['head']}{rank}"
     yield f"record {found['record']}"
@@ -94,7 +96,7 @@ def _task_history(project: AuditedProject, which: str) -> Figures:
             continue
         answers, magnitudes = known_answers(later), read_magnitudes(later.model, later.record)
         owners = {entry["name"]: entry["task"] for entry in later.classes}
-        actual = float(np.mean(answers.tasks == task))
+        actual = float(np.mean([owners[truth] == task for truth in answers.truths]))
         predicted = float(np.mean([owners[guess] == task for guess in answers.guesses]))
         rows.append(
             {
@@ -112,6 +114,7 @@ def _task_history(project: AuditedProject, which: str) -> Figures:
         "task": task,
         "after": project.params.tasks[task].after,
         "classes": [{"class": name, **parts} for name, parts in counts.items()],
+        "known": [entry["name"] for entry in classes_of_step(step.record, task) if entry["task"] != task],
         **{key: record.get(key) for key in ("method", "formulation", "head", "rank", "previous")},
         "record": step.hash,
         "targets": len(record.get("targets", [])),

@@ -39,7 +39,7 @@ def duplicate_findings(
             where = [f"{fault.where}: {fault.what}" for fault in allowed]
             yield Finding("warning", "same picture", key, what, where, "no model can tell such classes apart")
     if refused:
-        what = f"{counted(refused, 'picture')} in two parts or under two classes"
+        what = f"{counted(refused, 'picture')} in two parts, two tasks or two classes"
         where = [f"{fault.where}: {fault.what}" for fault in refused]
         yield Finding("error", "same picture", key, what, where, refused[0].remedy)
     first: dict[tuple[str, int | str, str], Print] = {}
@@ -61,6 +61,7 @@ def duplicate_findings(
         pair
         for part in range(len(PARTS))
         for pair in near_pictures(*(its.take(np.flatnonzero(its.parts == part)) for its in (prints, earlier)))
+        if pair[0].label != pair[1].label
     ]
     if same_part:
         what = (
@@ -77,9 +78,12 @@ def _pairs(found: Iterable[tuple[Print, Print]]) -> list[str]:
 def name_findings(tasks: Mapping[str, Task], checked: set[str]) -> Iterator[Finding]:
     """Classes whose names differ only in case or in the Unicode form of an accent: one folder on other machines."""
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    owner: dict[str, str] = {}
     for key, task in tasks.items():
         for name in task.classes:
-            groups[unicodedata.normalize("NFKC", name).casefold()].append((name, key))
+            owner.setdefault(name, key)
+    for name, key in owner.items():
+        groups[unicodedata.normalize("NFKC", name).casefold()].append((name, key))
     for members in groups.values():
         last = members[-1][1]
         if len(members) > 1 and last in checked:

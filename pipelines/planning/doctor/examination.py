@@ -65,11 +65,11 @@ def examine(source: Path | None, *, quick: bool = False) -> list[Finding]:
 def _as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[str]] | None:
     """Return the parameters with the source as next task, and the tasks to examine. None if it can be none.
 
-    Where all its classes are tasks already, those tasks are examined.
+    Where it is the source of tasks with all its classes, those tasks are examined.
     """
     text = read_text(PARAMS)
     known = known_tasks(text, PARAMS)
-    owner = {name: key for key, task in known.items() for name in task.classes}
+    owner = {name: key for key, task in reversed([*known.items()]) for name in task.classes}
     try:
         folder, manifest = inside_project(source, PARAMS)
         names = class_names(Path(folder), manifest=manifest, shown=folder)
@@ -89,11 +89,16 @@ def _as_next_task(source: Path, findings: list[Finding]) -> tuple[Params, set[st
             )
         )
     if not new:
-        if old and not bad:
-            return Params.parse(text, origin=str(PARAMS)), {owner[name] for name in old}
-        return None
+        if bad or not old:
+            return None
+        from_there = {key: task for key, task in known.items() if task.source == folder}
+        if {name for task in from_there.values() for name in task.classes} >= {*old}:
+            return Params.parse(text, origin=str(PARAMS)), {*from_there}
+        key, _, _, with_it = next_task(source, kind="more")
+        return Params.parse(with_it, origin=str(PARAMS)), {key}
     key, _, _, with_it = next_task(source, classes=new)
     if old:
         what = f"{counted(old, 'class')} of it learned already, left out here and by `sdlora add-task`"
-        findings.append(Finding("warning", "classes", key, what, [f"{n} ({owner[n]})" for n in old], ""))
+        remedy = "give it --kind more if these are more images of them"
+        findings.append(Finding("warning", "classes", key, what, [f"{n} ({owner[n]})" for n in old], remedy))
     return Params.parse(with_it, origin=str(PARAMS)), {key}

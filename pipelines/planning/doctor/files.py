@@ -81,7 +81,7 @@ def look_at(
         where = [_printable(f"{name}: {number}") for name, number in sorted(litter.items())]
         findings.append(Finding("ok", "source", key, what, where, ""))
 
-    # Its class's name is a picture's label, since every class has one task.
+    # Its class's name is a picture's label: numbers are given by `split`.
     fields = [("part", "u1"), ("label", "O"), ("pixels", "S64"), ("perceptual", "S64"), ("side", "i4")]
     looks = np.zeros(len(divided.images), fields)
 

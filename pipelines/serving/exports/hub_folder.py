@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.project.files import read_json, sha256_of, write_whole
 from pipelines.serving.exports import timm_folder
 from pipelines.serving.exports.subject import Subject, head_note
+from sdlora.ledger import classes_of_step
 
 if TYPE_CHECKING:
     from sdlora.loading import Step
@@ -123,7 +124,7 @@ def _accuracy_table(record: dict[str, Any], metrics: dict[str, dict[str, Any]]) 
     lines = ["| task | classes | " + "".join(f"{step} | " for step in metrics)]
     lines += ["| --- | --- | " + "--- | " * len(metrics)]
     for task in record["tasks"]:
-        names = [_cell(entry["name"]) for entry in record["classes"] if entry["task"] == task]
+        names = [_cell(entry["name"]) for entry in classes_of_step(record, task)]
         more = f", … ({len(names)})" if len(names) > _SHOWN else ""
         cells = []
         for found in metrics.values():

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.serving.exports.subject import Subject, batches
 
@@ -24,19 +24,27 @@ _LARGE = 1_500_000_000
 
 
 def write(folder: Path, subject: Subject) -> None:
-    """Leave model.onnx, with the carried facts in its metadata too, and the carried files."""
+    """Leave model.onnx, with the carried facts in its metadata too, and the carried files.
+
+    Where the step has a threshold for unknown images, their score is a second output, and the threshold stands in the
+    metadata.
+    """
     import onnx
 
-    from sdlora.loading import inference_model
+    from sdlora.loading import inference_model, scored_model
 
     step = subject.step()
-    model = inference_model(step)
-    proto = _convert(model, subject.preprocessing.input_size)
-    facts = {
+    rejection = step.learned.rejection
+    model = scored_model(step) if rejection else inference_model(step)
+    outputs = ["logits", "score"] if rejection else ["logits"]
+    proto = _convert(model, subject.preprocessing.input_size, outputs)
+    facts: dict[str, Any] = {
         "classes": step.classes,
         "preprocessing": subject.described_preprocessing(),
         "ledger": {key: value for key, value in subject.described_ledger(step).items() if key != "record"},
     }
+    if rejection:
+        facts["unknown"] = {"score": rejection.score, "threshold": rejection.threshold}
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True, ensure_ascii=False))
     large = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > _LARGE
@@ -46,8 +54,9 @@ def write(folder: Path, subject: Subject) -> None:
     subject.carry(folder, step)
 
 
-def _convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelProto:
-    """Return the graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes).
+def _convert(model: nn.Module, input_size: tuple[int, int, int], outputs: list[str]) -> onnx.ModelProto:
+    """Return the graph of a model: `images` (batch, channels, height, width) float32 → `logits` (batch, classes), and
+    `score` (batch,) where it is among the outputs.
 
     Nothing of the machine stays in it: torch writes the paths of its sources beside every node.
     """
@@ -63,7 +72,7 @@ def _convert(model: nn.Module, input_size: tuple[int, int, int]) -> onnx.ModelPr
             (torch.zeros(2, *input_size),),  # one image would be taken for a constant
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
@@ -94,6 +103,15 @@ def _quiet() -> Iterator[None]:
 
 def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
     """Logits (n, classes) by ONNX Runtime: the first picture alone, three together, then many."""
+    return _run(folder, subject, pictures, "logits")
+
+
+def scores(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
+    """Scores (n,) for unknown images by ONNX Runtime."""
+    return _run(folder, subject, pictures, "score")
+
+
+def _run(folder: Path, subject: Subject, pictures: Sequence[Image], output: str) -> Tensor:
     import onnxruntime
     import torch
 
@@ -103,11 +121,12 @@ def logits(folder: Path, subject: Subject, pictures: Sequence[Image]) -> Tensor:
     for some in [pictures[:1], pictures[1:4], *batches(pictures[4:])]:
         if some:
             images = torch.stack([transform(picture) for picture in some]).numpy()
-            (part,) = session.run(["logits"], {"images": images})
+            (part,) = session.run([output], {"images": images})
             found.append(torch.from_numpy(part))
     return torch.cat(found)
 
 
 def usage(out: Path, subject: Subject) -> str:
     """Return how the export is loaded, in one line."""
-    return f'onnxruntime.InferenceSession("{out / _FILE}").run(["logits"], {{"images": images}})'
+    outputs = '"logits", "score"' if subject.has_threshold() else '"logits"'
+    return f'onnxruntime.InferenceSession("{out / _FILE}").run([{outputs}], {{"images": images}})'

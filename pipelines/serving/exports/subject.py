@@ -78,6 +78,12 @@ class Subject:
             record = read_own_record(folder)
         return links
 
+    def has_threshold(self) -> bool:
+        """Return whether the step says which images are of none of its classes."""
+        from sdlora.ledger import read_own_record
+
+        return "unknown" in read_own_record(self.model).get("freezing", {})
+
     def tasks(self) -> list[str]:
         """Return the tasks that the step knows."""
         from sdlora.ledger import read_record
@@ -141,6 +147,19 @@ def batches(pictures: Sequence[Image]) -> Iterator[Sequence[Image]]:
     """Some pictures at a time."""
     for start in range(0, len(pictures), _BATCH):
         yield pictures[start : start + _BATCH]
+
+
+def reference_scores(subject: Subject, pictures: Sequence[Image]) -> Tensor:
+    """Scores (n,) for unknown images of the model as it is evaluated, on the CPU."""
+    import torch
+
+    from sdlora.loading import scored_model
+
+    transform, model = subject.preprocessing, scored_model(subject.step())
+    with torch.inference_mode():
+        return torch.cat(
+            [model(torch.stack([transform(picture) for picture in some]))[1] for some in batches(pictures)]
+        )
 
 
 def reference_logits(subject: Subject, pictures: Sequence[Image], *, linear: bool = False) -> Tensor:

@@ -161,6 +161,7 @@ def test_a_bundle_says_what_a_step_was_made_of_and_by_whom(project: Path) -> Non
         }
         assert {Path(entry["name"]).parts[3] for entry in told["classifier"]} == {
             "classifier.safetensors",
+            "unknown.safetensors",
             "drift",
             "head",
             "statistics",

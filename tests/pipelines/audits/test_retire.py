@@ -269,6 +269,7 @@ def test_a_step_that_is_not_done_keeps_its_images(project: Path) -> None:
     text = Path("params.yaml").read_text(encoding="utf-8")
     joint = text.replace("method: sdlora ", "method: joint ").replace("head: rgda", "head: linear")
     joint = joint.replace("temperature: auto", "temperature: null")
+    joint = joint.replace("unknown: relative", "unknown: null")
     Path("params.yaml").write_text(joint, encoding="utf-8")
     with pytest.raises(InputError, match="the method joint learns the images of all tasks"):
         retire("t01", by="me", why="x", dry=False, yes=True)

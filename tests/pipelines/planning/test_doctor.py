@@ -545,3 +545,13 @@ def test_the_page_about_data_names_every_check_ending_part_and_parameter() -> No
     assert {name for name in METADATA if name not in page} == set()
     assert {word for word in WORDS if f"`{word}`" not in page} == set()
     assert {key for key in Data.model_fields if f"data.{key}" not in page} == set()
+
+
+def test_a_folder_of_known_classes_is_looked_at_as_more_images_of_them() -> None:
+    fill(OWN, "1", seed=300)
+    assert not found()
+
+    paint(OWN / "train/1/0.png", 0)  # as the first task has it
+    same = found()["error", "same picture"]
+    assert same.task == "t02"
+    assert same.where == ["data/raw/own/train/1/0.png: the same picture as data/raw/first/train/1/0.png"]

@@ -83,3 +83,11 @@ def test_the_same_folder_is_one_task_until_a_class_is_added() -> None:
     paint(source / "lion", 3, 2)
     add_once(source)
     assert Params.load().tasks["t04"].classes == ("lion",)
+
+
+def test_a_folder_with_known_classes_brings_more_images_of_them() -> None:
+    paint(INBOX / "animals/a", 3, 2)
+    add_once(arrived("animals", INBOX))
+
+    added = Params.load().tasks["t03"]
+    assert (added.kind, added.classes) == ("more", ("a", "zebra"))

@@ -310,7 +310,10 @@ def test_given_classes_are_added_in_their_order_and_the_others_left() -> None:
     [
         pytest.param(None, "all 10 classes are in params.yaml already; nothing to add", id="none"),
         pytest.param(
-            ["3"], "class '3' is already in t03 of params.yaml; a class is learned once", id="known"
+            ["3"],
+            "class '3' is already in t03 of params.yaml; leave it out, or add --kind more if these are more "
+            "images of it",
+            id="known",
         ),
         pytest.param(["x"], "data/raw/digits: there is no class 'x'; classes there are 0, 1, 2", id="absent"),
     ],
@@ -461,3 +464,25 @@ def test_dvc_would_write_what_is_written(project: Path) -> None:
     assert text() == before
     assert sorted(classes()["t06"]) == sorted(names)
     assert len(classes()["t07"]) == 40
+
+
+def test_more_images_of_known_classes_are_a_task_of_their_own_kind() -> None:
+    make_classes("data/raw/late", "3", "zebra")
+
+    lines = add_task("data/raw/late", kind="more")
+
+    assert lines == [
+        "params.yaml: added t06, 2 classes, 1 of them known",
+        't06: {after: t05, kind: more, source: data/raw/late, classes: ["3", "zebra"]}',
+    ]
+    assert Params.load().tasks["t06"].kind == "more"
+    with pytest.raises(InputError, match=r"all 2 classes are in params\.yaml already; nothing to add$"):
+        add_task("data/raw/late", kind="more")
+
+
+def test_a_task_of_the_usual_kind_is_written_without_one() -> None:
+    make_classes("data/raw/late", "3", "zebra")
+
+    add_task("data/raw/late")
+
+    assert "kind" not in text()

@@ -51,14 +51,16 @@ def test_the_shipped_params_are_valid() -> None:
 def test_params_of_a_version_that_knew_fewer_keys_load_and_mean_the_same() -> None:
     text = SHIPPED.read_text()
     of_the_fit = {"head_rate", "magnitude_rate", "head_start", "feature_distillation"}
-    pattern = re.compile(rf"^  ({'|'.join(of_the_fit)}|temperature):.*\n", re.MULTILINE)
+    pattern = re.compile(rf"^  ({'|'.join(of_the_fit)}|temperature|unknown):.*\n", re.MULTILINE)
     older, newer = pattern.sub("", text), pattern.sub(r"  \1: null\n", text)
-    assert older.count("\n") == text.count("\n") - 5
+    older = re.sub(r"^  unknown_rate:.*\n", "", older, flags=re.MULTILINE)
+    assert older.count("\n") == text.count("\n") - 8
 
     then, now = (Params.parse(each, origin="params.yaml") for each in (older, newer))
     assert then == now
     assert not of_the_fit & now.training.of_the_fit.keys()
-    assert "temperature" not in {**now.adapter.of_the_fit, **now.adapter.recorded}
+    later = {"temperature", "unknown", "unknown_rate"}
+    assert not later & {**now.adapter.of_the_fit, **now.adapter.recorded}.keys()
 
 
 def test_rows_that_are_kept_as_they_were_trained_have_no_temperature() -> None:
@@ -68,6 +70,30 @@ def test_rows_that_are_kept_as_they_were_trained_have_no_temperature() -> None:
         InputError, match=r"adapter\.temperature: found \"auto\", but the head linear is kept"
     ):
         Params.parse(text, origin="params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"head": "linear", "temperature": "null"},
+            'found "relative", but the head linear is kept as it was trained',
+        ),
+        (
+            {"head": "aligned"},
+            'found "relative", but logits of the head aligned are no distances; write max_logit',
+        ),
+        ({"unknown_rate": "1"}, "unknown_rate"),
+    ],
+)
+def test_a_score_that_a_head_does_not_have_is_one_clear_line(changes: dict[str, str], said: str) -> None:
+    text = SHIPPED.read_text()
+    for key, value in changes.items():
+        text = re.sub(rf"^  {key}: \S+", f"  {key}: {value}", text, flags=re.MULTILINE)
+
+    with pytest.raises(InputError, match=re.escape(said)) as refused:
+        Params.parse(text, origin="params.yaml")
+    assert str(refused.value).count("\n") == 0
 
 
 def test_params_cannot_be_changed() -> None:
@@ -270,7 +296,8 @@ def test_every_key_is_documented_by_a_sentence_under_it() -> None:
         ),
         pytest.param(
             '["7", "6"]', '["7", "4"]',
-            'tasks.t02.classes: "4" is already a class of t01; remove one',
+            'tasks.t02.classes: "4" is already a class of t01; remove one, or write kind: more if these are more '
+            "images of it",
             id="a-class-in-two-tasks",
         ),
         pytest.param(

@@ -19,7 +19,7 @@ from pipelines.project.errors import InputError, UnequalError
 from pipelines.project.files import write_json
 from pipelines.serving import export as module
 from pipelines.serving.export import FORMATS, check_pictures, export
-from pipelines.serving.exports.subject import Subject, reference_logits
+from pipelines.serving.exports.subject import Subject, reference_logits, reference_scores
 from tests.support.chains import make_chain, picture
 from tests.support.families import FAMILIES
 from tests.support.repository import REPOSITORY
@@ -74,6 +74,41 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+@pytest.mark.parametrize(("head", "score"), [("rgda", "relative"), ("lda", "mahalanobis"), ("ncm", "energy")])
+def test_onnx_has_a_second_output_which_is_the_score_for_unknown_images(
+    tmp_path: Path, head: str, score: str
+) -> None:
+    import onnx
+    import onnxruntime
+
+    model = make_chain(tmp_path, "glyph_vit", head=head, unknown=score) / "t02"
+    said = run_export("onnx", tmp_path / "onnx", model)
+    subject = Subject(model=model, backbone=model.parent / "t00")
+    pictures = check_pictures(subject, None, 5)
+    images = torch.stack([subject.preprocessing(each) for each in pictures])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "onnx/model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    logits, scores = session.run(["logits", "score"], {"images": images.numpy()})
+    facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "onnx/model.onnx").metadata_props}
+
+    torch.testing.assert_close(
+        torch.from_numpy(logits), reference_logits(subject, pictures), rtol=1e-4, atol=1e-3
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(scores), reference_scores(subject, pictures), rtol=1e-4, atol=1e-2
+    )
+    assert json.loads(facts["unknown"]) == {"score": score, "threshold": 0.0}
+    assert any(line.startswith("unknown images: second output") for line in said)
+    assert said[-1].endswith('.run(["logits", "score"], {"images": images})')
+    for form in ("timm", "hub", "peft"):
+        told = run_export(form, tmp_path / form, model)
+        assert (
+            f"unknown images: {form} holds no score for them; onnx and sdlora predict --unknown have it"
+            in told
+        )
 
 
 RUN_ALL = """

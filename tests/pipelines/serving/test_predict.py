@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import sdlora
 from pipelines.cli.app import app
 from pipelines.data.packed import read_images
 from pipelines.project.error_text import user_message
@@ -65,6 +66,43 @@ def line_of(*arguments: str) -> str | None:
     error = CliRunner().invoke(app, ["predict", *arguments]).exception
     assert error is not None
     return user_message(error)
+
+
+@pytest.mark.parametrize(("head", "score"), [("rgda", "relative"), ("lda", "energy")])
+def test_images_that_look_like_no_class_are_said_beside_their_nearest_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str, score: str
+) -> None:
+    make_chain(tmp_path, "glyph_vit", head=head, unknown=score)
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        picture(seed).save(f"{seed}.png")
+    Path("3.png").write_bytes(b"no image")
+    model = ("artifacts/model/t02", "0.png", "1.png", "2.png", "3.png")
+    loaded = sdlora.load("artifacts/model/t02", device="cpu")
+    assert loaded.scored is not None
+    with torch.inference_mode():
+        _, scores = loaded.scored(torch.stack([loaded.transform(picture(seed)) for seed in range(3)]))
+
+    plain = rows(*model, status=1)
+    judged = rows(*model, "--unknown", status=1)
+    table = run(*model, "--unknown", status=1).splitlines()
+    cells = list(csv.DictReader(io.StringIO(run(*model, "--unknown", "--format", "csv", status=1))))
+
+    assert [{k: row[k] for k in row.keys() - {"unknown", "score"}} for row in judged] == plain
+    assert [row["score"] for row in judged[:3]] == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-2)
+    assert [row["unknown"] for row in judged[:3]] == (scores > 0).tolist()
+    assert [line.split()[0] for line in table[:3]] == [
+        "unknown" if row["unknown"] else "known" for row in judged[:3]
+    ]
+    assert [row["unknown"] == "yes" for row in cells[:3]] == [row["unknown"] for row in judged[:3]]
+    assert (cells[3]["unknown"], cells[3]["error"]) == ("", judged[3]["error"])
+
+
+def test_a_step_without_a_threshold_is_refused_where_unknown_images_are_asked(project: Path) -> None:
+    assert line_of("t02", "pictures", "--unknown") == (
+        "artifacts/model/t02: step t02 has no threshold for unknown images: adapter.unknown was null, or no image "
+        "could be left out; set it and call `sdlora run`, or leave --unknown out"
+    )
 
 
 def test_a_step_by_itself_is_refused_with_what_else_to_get(

@@ -41,7 +41,7 @@ def test_memory_does_not_grow_with_the_batches(tmp_path: Path, monkeypatch: pyte
     images = [("t01", PackedImages(tmp_path / "t01.arrow", WAY))]
     process = psutil.Process()
     before = process.memory_info().rss
-    classes, confidences = _predict("t01", ManyClasses(), images, WAY, settings)
+    classes, confidences, _ = _predict("t01", ManyClasses(), images, WAY, settings)
     grown = process.memory_info().rss - before
     assert len(classes) == len(confidences) == BATCH * BATCHES
     assert len(set(classes.tolist())) == 1

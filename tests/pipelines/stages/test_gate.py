@@ -11,10 +11,12 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.packed import read_images, write_rows
+from pipelines.ledger.newcomers import unknown_figures
 from pipelines.ledger.verdicts import broken, measure, measured_in
 from pipelines.planning.approvals import approve
 from pipelines.project.errors import GateClosedError, InputError
 from pipelines.project.files import read_json, sha256_of, write_json
+from pipelines.project.layout import EVALUATIONS
 from pipelines.project.params import Params
 from pipelines.project.settings import Gate
 from pipelines.stages.freeze import _warn
@@ -22,7 +24,7 @@ from pipelines.stages.gate import gate
 from pipelines.stages.start import start
 from sdlora.classifier import ModelState
 from sdlora.freezing import FrozenStep
-from tests.support.evaluations import ROW, write_evaluation
+from tests.support.evaluations import ROW, write_evaluation, write_scores
 from tests.support.parameters import settings
 
 NO_LIMITS = Gate(fall=None, negative_flips=None, calibration_error=None, new_task=None)
@@ -388,6 +390,50 @@ def test_much_drift_is_told_by_the_step_that_adds_to_it(capsys: pytest.CaptureFi
 def test_a_limit_of_drift_wants_a_head_that_can_estimate_it() -> None:
     text = settings(head="linear", temperature="null").replace("\n  drift:  ", "\n  drift: 0.2")
     with pytest.raises(InputError, match=r"gate\.drift: found 0\.2, but the head linear keeps no statistics"):
+        Params.parse(text, origin="params.yaml")
+
+
+def test_a_gate_stops_a_step_whose_new_images_the_step_before_does_not_tell_from_known_ones(
+    project: Path,
+) -> None:
+    write_scores(EVALUATIONS / "t01", [0.0, 1.0, 2.0, 3.0], [])
+    write_scores(EVALUATIONS / "t02", [0.0] * 6, [("test", 2.5), ("test", 1.0), ("validation", 9.0)])
+    limit(unknown=0.6)
+    run_gate("t01", "t00")
+    assert "unknown" not in read_json(Path("artifacts/gate/t01/verdict.json"))["measured"]
+    with pytest.raises(
+        GateClosedError,
+        match=r"t02 brings images of new classes, of which the step before tells 56\.2 % from known ones",
+    ):
+        run_gate("t02", "t01")
+    approve("t02", by="me", why="fine")
+    run_gate("t02", "t01")
+    verdict = read_json(Path("artifacts/gate/t02/verdict.json"))
+    assert verdict["measured"]["unknown"] == (3 + 1.5) / 8
+    assert verdict["limits"]["unknown"] == 0.6
+    assert set(verdict["broken"]) == {"unknown"}
+
+
+def test_what_a_step_tells_of_unknown_images_is_what_one_counts_by_hand(project: Path) -> None:
+    write_scores(EVALUATIONS / "t01", [0.0, 1.0, 2.0, 3.0], [])
+    write_scores(
+        EVALUATIONS / "t02",
+        [0.0, 0.0, 0.0, 0.0, 0.0, 5.0],
+        [("test", 2.5), ("test", 4.0), ("validation", 0.0)],
+    )
+
+    assert unknown_figures(["t01", "t02"], EVALUATIONS.joinpath, [2.0, 4.0]) == {
+        "t01": {"false_alarms": 0.25, "noticed": 1.0, "auroc": 0.875, "fpr95": 0.5},
+        "t02": {"false_alarms": 0.166667, "noticed": None, "auroc": None, "fpr95": None},
+    }
+    assert unknown_figures(["t01", "t02"], EVALUATIONS.joinpath, [None, None]) == {}
+
+
+def test_a_limit_of_unknown_images_wants_a_score() -> None:
+    text = settings(unknown="null").replace("\n  unknown:  ", "\n  unknown: 0.8")
+    with pytest.raises(
+        InputError, match=r"gate\.unknown: found 0\.8, but adapter\.unknown is null, so no image"
+    ):
         Params.parse(text, origin="params.yaml")
 
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.project.errors import InputError
+from tests.support.evaluations import write_scores
 from tests.support.reported_project import (
     CLASSES,
     dump,
@@ -416,6 +417,33 @@ def test_the_page_says_by_what_the_last_step_divides_its_logits(
     dump(path, json.loads(path.read_text()) | {"freezing": {"temperature": 8.0123}})
     run_report(folder, monkeypatch)
     assert "The logits of the last step are divided by 8.01, a temperature" in read_page(folder).text
+
+
+def test_the_page_and_the_metrics_say_how_well_each_step_tells_unknown_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_project(tmp_path)
+    run_report(folder, monkeypatch)
+    assert "Unknown images" not in read_page(folder).text
+    assert "unknown" not in json.loads((folder / "metrics.json").read_text())
+    for step, newcomers in (("t02", []), ("t03", [("test", 0.95), ("test", 0.4)])):
+        evaluation = folder / "artifacts/evaluation" / step
+        images = sum(json.loads((evaluation / "metrics.json").read_text())["samples"])
+        write_scores(evaluation, [place / images for place in range(images)], newcomers)
+        path = folder / f"artifacts/model/{step}/step.json"
+        dump(
+            path,
+            json.loads(path.read_text()) | {"freezing": {"unknown": "relative", "unknown_threshold": 0.5}},
+        )
+    run_report(folder, monkeypatch)
+
+    found = json.loads((folder / "metrics.json").read_text())["unknown"]
+    assert list(found) == ["t02", "t03"]
+    assert found["t02"]["noticed"] == 0.5
+    assert found["t03"]["auroc"] is None
+    values = [f"{100 * found['t02'][name]:.1f}" for name in ("false_alarms", "auroc", "fpr95", "noticed")]
+    cells = "".join(f'<td class="number">{value}</td>' for value in values)
+    assert f'<th scope="row">t02</th>{cells}' in (folder / "artifacts/report/report.html").read_text()
 
 
 def test_a_broken_chain_is_said_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

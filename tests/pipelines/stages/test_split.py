@@ -207,7 +207,8 @@ def test_a_class_of_an_earlier_task_is_refused() -> None:
     Path("split/t01/split.json").write_text(json.dumps(record))
 
     assert refusal("t02") == (
-        "t02: class 'bee' was already learned in t01; remove it from tasks.t02.classes in params.yaml"
+        "t02: class 'bee' was already learned in t01; remove it from tasks.t02.classes in params.yaml, or write "
+        "kind: more there if these are more images of it"
     )
 
 

@@ -1,5 +1,6 @@
 """The stages from images to evaluations, called in order on a tiny project: what each leaves, and how fit resumes."""
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
+import sdlora
 from pipelines.data.packed import read_images
 from pipelines.project.errors import InputError
 from pipelines.project.files import read_json, sha256_of
@@ -105,6 +108,34 @@ def test_a_temperature_is_recorded_and_changes_confidences_alone(project: Path, 
         for name in ("null", "auto")
     )
     torch.testing.assert_close(divided_linear * found["temperature"], linear, rtol=1e-3, atol=1e-4)
+
+
+def test_an_evaluation_scores_all_images_and_has_the_step_before_score_those_of_new_classes(
+    project: Path,
+) -> None:
+    for score in ("null", "relative"):
+        Path("params.yaml").write_text(settings(unknown=score))
+        for task, before in (("t01", "t00"), ("t02", "t01")):
+            run_step(task, before)
+            run_evaluation(task)
+        shutil.copytree("evaluation", f"{score}/evaluation")
+    plain, scored = (Path(f"{score}/evaluation") for score in ("null", "relative"))
+    bare, table = (read_images(folder / "t02/predictions.arrow") for folder in (plain, scored))
+
+    assert contents(plain / "t02").keys() == {"metrics.json", "predictions.arrow"}
+    assert contents(scored / "t02").keys() - contents(plain / "t02").keys() == {"newcomers.arrow"}
+    assert contents(scored / "t01").keys() == contents(plain / "t01").keys()
+    assert table.drop_columns(["score"]).equals(bare)
+    for step, of, name in (("t02", ("t01", "t02"), "predictions"), ("t01", ("t02",), "newcomers")):
+        found = read_images(scored / f"t02/{name}.arrow")
+        tests = [read_images(Path(f"split/{task}/test/{task}.arrow")) for task in of]
+        loaded = sdlora.load(f"model/{step}", device="cpu")
+        images = [Image.open(io.BytesIO(data.as_py())) for each in tests for data in each["image"]]
+        assert loaded.scored is not None
+        with torch.inference_mode():
+            _, expected = loaded.scored(torch.stack([loaded.transform(image) for image in images]))
+        assert found["id"].to_pylist() == [name.as_py() for each in tests for name in each["id"]]
+        torch.testing.assert_close(torch.tensor(found["score"].to_numpy()), expected, rtol=1e-3, atol=1e-2)
 
 
 def test_two_freezings_of_one_fit_leave_the_same_bytes(project: Path) -> None:

@@ -292,6 +292,7 @@ def test_a_joint_fit_fetches_the_images_of_all_tasks_before(
     replace(folder / "params.yaml", "  method: sdlora ", "  method: joint ")
     replace(folder / "params.yaml", "  head: rgda ", "  head: linear ")
     replace(folder / "params.yaml", "  temperature: auto", "  temperature: null")
+    replace(folder / "params.yaml", "  unknown: relative", "  unknown: null")
     with (folder / "params.yaml").open("a") as file:
         file.write("  t04: {after: t03, source: images/t04, classes: [t04]}\n")
     finish(lambda: None)
