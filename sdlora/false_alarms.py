@@ -12,8 +12,8 @@ from sdlora.heads import samples
 from sdlora.statistics import ClassStatistics
 from sdlora.unknown import SCORES, Quadratic, Rejection
 
-_DRAWS, _MOST_OF_EACH, _LEAST_OF_EACH = 2**15, 256, 4
-"""Made features of all classes together, about, and at most and at least of each."""
+_DRAWS, _MOST_OF_EACH = 2**13, 256
+"""Made features of all classes together, about, and at most of each."""
 _CLASSES, _LOGITS = 2**8, 2**24
 """Classes of which features are made at a time, and logits of them."""
 
@@ -89,7 +89,7 @@ def _made_scores(
 ) -> Iterator[Tensor]:
     """Yield the scores (classes, each) of features that are made of each class."""
     classes = sum(len(taken.images) for taken in statistics.values())
-    each = min(_MOST_OF_EACH, max(_LEAST_OF_EACH, _DRAWS // classes))
+    each = min(_MOST_OF_EACH, max(1, _DRAWS // classes))
     for taken in statistics.values():
         parts = (part.split(_CLASSES) for part in taken)
         for some in map(ClassStatistics._make, zip(*parts, strict=True)):
