@@ -123,11 +123,6 @@ def read_model(
         if statistics and f"drift/{task}.safetensors" in files:
             drift[task] = DriftMap(**read(f"drift/{task}.safetensors", DRIFT_SHAPES))
     magnitudes = read(MAGNITUDES, dict.fromkeys(directions, (len(targets),))) if directions else {}
-    memory = {}
-    if _MEMORY in files:
-        path = require_files(folder, record, [_MEMORY], beside=beside)[_MEMORY]
-        memory = read_tensors(path)
-        require_finite(path, memory)
     learned = ModelState(
         directions=directions,
         magnitudes={task: magnitudes[task] for task in directions},
@@ -135,11 +130,21 @@ def read_model(
         settled=_rows_in_use(record, classes, read),
         statistics=known,
         drift=drift,
-        memory=memory,
+        memory=_memory(folder, record, beside=beside),
         rejection=_rejection(folder, record, read),
         step_classes=step_classes,
     )
     return learned, record
+
+
+def _memory(folder: Path, record: Mapping[str, Any], *, beside: Beside | None) -> dict[str, torch.Tensor]:
+    """Return what the method keeps for its next step. Nothing of most."""
+    if _MEMORY not in record["files"]:
+        return {}
+    path = require_files(folder, record, [_MEMORY], beside=beside)[_MEMORY]
+    memory = read_tensors(path)
+    require_finite(path, memory)
+    return memory
 
 
 class _UnknownFacts(TypedDict):
