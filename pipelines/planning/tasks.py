@@ -74,8 +74,29 @@ def add_task(
         f"{path}: added {key}, {len(task.classes)} {'class' if len(task.classes) == 1 else 'classes'}"
         + (f", {again} of them known" if kind == "more" else ""),
         task_line(key, task),
+        *([] if classes or kind == "more" else _left_out(path, task, known)),
         *_unread(path, task.source, task.manifest),
     ]
+
+
+def _left_out(path: Path, task: Task, known: Mapping[str, Task]) -> list[str]:
+    """Return a line about classes of a task's source that are known from elsewhere, which the task leaves out."""
+    held = {name for earlier in known.values() for name in earlier.classes}
+    held -= _taken_from(known, task.source, task.manifest)
+    names = class_names(path.parent / task.source, manifest=task.manifest, shown=task.source)
+    left = [name for name in names if name in held]
+    if not left:
+        return []
+    some = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+    return [
+        as_line(f"left out as known: {some}; `sdlora add-task --kind more` learns these images of them too")
+    ]
+
+
+def _taken_from(known: Mapping[str, Task], source: str, manifest: str | None) -> set[str]:
+    """Return the classes that tasks have of a source: more images of a class lie elsewhere."""
+    there = (task for task in known.values() if (task.source, task.manifest) == (source, manifest))
+    return {name for task in there for name in task.classes}
 
 
 def pin_source(urls: Sequence[str], folder: Path, path: Path = PARAMS) -> list[str]:
@@ -116,9 +137,7 @@ def next_task(
     known = known_tasks(text, path)
     names = class_names(path.parent / folder, manifest=manifest, shown=folder)
     owner = {name: key for key, task in known.items() for name in task.classes}
-    # More images of a class lie elsewhere than those that a task has of it.
-    from_there = (task for task in known.values() if (task.source, task.manifest) == (folder, manifest))
-    taken = owner if kind == "classes" else {name for task in from_there for name in task.classes}
+    taken = owner if kind == "classes" else _taken_from(known, folder, manifest)
     chosen = list(classes or (name for name in names if name not in taken))
     there = set(names)
     for name in chosen:

@@ -480,6 +480,18 @@ def test_more_images_of_known_classes_are_a_task_of_their_own_kind() -> None:
         add_task("data/raw/late", kind="more")
 
 
+def test_known_classes_that_a_task_leaves_out_are_named_where_they_come_from_elsewhere() -> None:
+    make_classes("data/raw/late", "3", "zebra")
+    make_classes("data/raw/digits", "ten")
+
+    assert add_task("data/raw/late") == [
+        "params.yaml: added t06, 1 class",
+        't06: {after: t05, source: data/raw/late, classes: ["zebra"]}',
+        "left out as known: 3; `sdlora add-task --kind more` learns these images of them too",
+    ]
+    assert len(add_task("data/raw/digits")) == 2
+
+
 def test_a_task_of_the_usual_kind_is_written_without_one() -> None:
     make_classes("data/raw/late", "3", "zebra")
 
