@@ -88,9 +88,9 @@ def _left_out(path: Path, task: Task, known: Mapping[str, Task]) -> list[str]:
     if not left:
         return []
     some = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
-    return [
-        as_line(f"left out as known: {some}; `sdlora add-task --kind more` learns these images of them too")
-    ]
+    source = Path(task.source, task.manifest or "").as_posix()
+    remedy = f"`sdlora add-task {source} --kind more` learns these images of them too"
+    return [as_line(f"left out as known: {some}; {remedy}")]
 
 
 def _taken_from(known: Mapping[str, Task], source: str, manifest: str | None) -> set[str]:

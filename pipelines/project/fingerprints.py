@@ -75,6 +75,7 @@ def fingerprint(module: str, name: str) -> Fingerprint:
 
 
 def _follow(function: Definition) -> Fingerprint:
+    """Return the fingerprint of a function, found by following its references."""
     order = [function]
     numbers = {order[0]: 0}
     lines = []

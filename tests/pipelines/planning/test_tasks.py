@@ -487,7 +487,7 @@ def test_known_classes_that_a_task_leaves_out_are_named_where_they_come_from_els
     assert add_task("data/raw/late") == [
         "params.yaml: added t06, 1 class",
         't06: {after: t05, source: data/raw/late, classes: ["zebra"]}',
-        "left out as known: 3; `sdlora add-task --kind more` learns these images of them too",
+        "left out as known: 3; `sdlora add-task data/raw/late --kind more` learns these images of them too",
     ]
     assert len(add_task("data/raw/digits")) == 2
 
